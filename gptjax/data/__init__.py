@@ -1,0 +1,1 @@
+"""Text to token batches, deterministic and resumable."""

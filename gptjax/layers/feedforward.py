@@ -1,0 +1,73 @@
+"""The feed-forward layer: what a token does with what attention brought it.
+
+| `feedforward` | activation | source |
+|---|---|---|
+| relu | max(0, x) | Vaswani et al. 2017, equation 2 |
+| relu2 | max(0, x)² | Primer (So et al. 2021) |
+| gelu | x Φ(x), exact | Hendrycks & Gimpel 2016; BERT |
+| gelu_tanh | the tanh approximation of it | GPT-1, GPT-2 |
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config import TransformerConfig
+from gptjax.layers.linear import DEFAULT_STD, Linear
+
+
+class FeedForward(nnx.Module):
+    """down(activation(up(x))), token by token."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        width, hidden = (config.width,), (config.hidden_width,)
+        residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
+        self.up = Linear(width, hidden, bias=config.bias, rngs=rngs)
+        self.down = Linear(hidden, width, bias=config.bias, std=residual_std, rngs=rngs)
+        self.activation = config.feedforward
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., D]."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+def relu2(x: jax.Array) -> jax.Array:
+    """The squared rectifier, max(0, x)²."""
+    return jnp.square(jax.nn.relu(x))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact Gaussian error linear unit, x Φ(x)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+_CUBIC = 0.044715
+
+
+@jax.custom_vjp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
+
+    Its backward pass is written out so that the tanh is computed once and not, fused into the
+    weight gradient's product, once for every use.
+    """
+    return _gelu_tanh_forward(x)[0]
+
+
+def _gelu_tanh_forward(x):
+    tanh = jnp.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x**3))
+    return 0.5 * x * (1 + tanh), (x, tanh)
+
+
+def _gelu_tanh_backward(residuals, gradient):
+    x, tanh = residuals
+    slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * jnp.square(x))
+    return (gradient * 0.5 * (1 + tanh + x * (1 - jnp.square(tanh)) * slope),)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
+
+ACTIVATIONS = {"relu": jax.nn.relu, "relu2": relu2, "gelu": gelu, "gelu_tanh": gelu_tanh}

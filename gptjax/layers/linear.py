@@ -1,0 +1,54 @@
+"""Linear layers and embeddings: the matrices that hold nearly all parameters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+DEFAULT_STD = 0.02
+"""Standard deviation of GPT-2's initialisation (its released code, `model.py`)."""
+
+
+class Linear(nnx.Module):
+    """y = x W + b, from axes `inputs` to axes `outputs`.
+
+    The kernel keeps its axes apart (query is [D, N, H], not [D, N·H]), so that a sharding rule or
+    an optimizer can name them. The product itself runs on flat matrices, [tokens, in] × [in, out]:
+    with [B, T, D] the weight gradient contracts two axes, which XLA compiles for a CPU into a
+    transposing copy that costs more than the product.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        bias: bool,
+        rngs: nnx.Rngs,
+        std: float = DEFAULT_STD,
+    ):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*inputs, *outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *inputs] → [..., *outputs], in the dtype of `x`."""
+        leading = x.shape[: x.ndim - len(self.inputs)]
+        fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
+        y = x.reshape(-1, fan_in) @ self.kernel.reshape(fan_in, fan_out).astype(x.dtype)
+        if self.bias is not None:
+            y += self.bias.reshape(fan_out).astype(x.dtype)
+        return y.reshape(*leading, *self.outputs)
+
+
+class Embedding(nnx.Module):
+    """A table of `size` vectors of `width`, looked up by index."""
+
+    def __init__(self, size: int, width: int, *, rngs: nnx.Rngs, std: float = DEFAULT_STD):
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """[...] → [..., D], float32."""
+        return jnp.take(self.table[...], indices, axis=0)

@@ -1,0 +1,160 @@
+"""A run's directory: who may write into it, what lies there, and how it is read back.
+
+| file | content |
+|---|---|
+| config.json | everything needed to rebuild the run: the config and the data's fingerprint |
+| tokenizer.json, tokenizer.model | the tokenizer |
+| checkpoints/ | the last and the best state |
+| metrics.jsonl, tensorboard/ | scalars of the logged steps |
+| result.json | written last: a directory that has it holds a finished run |
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from gptjax.config import ExperimentConfig, InputError, differences, from_dict, to_dict
+from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.transformer import Decoder, split
+
+CONFIG, RESULT = "config.json", "result.json"
+CHECKPOINTS = "checkpoints"
+WRITTEN = (
+    CONFIG,
+    RESULT,
+    CHECKPOINTS,
+    "tokenizer.json",
+    "tokenizer.model",
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    "loss.png",
+    "attention.png",
+    "samples.txt",
+)
+"""All that a run leaves in its directory, and all that `--overwrite` deletes."""
+
+
+def open_run(
+    directory: Path,
+    config: ExperimentConfig,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    *,
+    overwrite: bool = False,
+) -> bool:
+    """Make `directory` this run's, new or to be resumed; True if the run is already finished.
+
+    Raises:
+      InputError: a directory that holds another run or other files, or that cannot be written.
+    """
+    wanted = {
+        "config": to_dict(config),
+        "data_sha256": fingerprint,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.save()).hexdigest(),
+    }
+    try:
+        if overwrite and (directory / CONFIG).exists():
+            for name in WRITTEN:
+                path = directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / CONFIG).exists():
+            _check_same(directory, wanted)
+            return (directory / RESULT).exists()
+        if any(directory.iterdir()):
+            raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
+        save_tokenizer(tokenizer, directory)
+        write_json(directory / CONFIG, wanted)
+    except OSError as error:
+        raise InputError(f"--out: cannot write {directory}: {error.strerror}.") from error
+    return False
+
+
+def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
+    there = _read_json(directory / CONFIG)
+    changed = differences(there, wanted)
+    if changed:
+        raise InputError(
+            f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
+            "--out, or --overwrite to delete it."
+        )
+
+
+class Run(NamedTuple):
+    """A trained run, read back."""
+
+    config: ExperimentConfig
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+    """Of the checkpoint that the model is from."""
+
+
+def load_config(directory: str | Path) -> ExperimentConfig:
+    """The config of a run.
+
+    Raises:
+      InputError: no run, or a `config.json` that does not hold a config.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG).exists():
+        raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
+    saved = _read_json(directory / CONFIG)
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise InputError(f"{directory / CONFIG} is not of a gptjax run: it has no field 'config'.")
+    return from_dict(ExperimentConfig, saved["config"], str(directory / CONFIG))
+
+
+def load_run(directory: str | Path, step: int | None = None) -> Run:
+    """The model and tokenizer of a run, from its best checkpoint or the one of `step`.
+
+    Raises:
+      InputError: no run, no checkpoint, or one that does not fit its config.
+    """
+    directory, config = Path(directory), load_config(directory)
+    graphdef, shapes = split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+    )
+    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+        step = checkpoints.best_step if step is None else step
+        params = checkpoints.restore_params(shapes, step)
+        step = checkpoints.last_step if step is None else step
+    assert step is not None
+    return Run(config, nnx.merge(graphdef, params), load_tokenizer(directory), step)
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the device that a result was reached with."""
+    packages = ("gptjax", "jax", "flax", "optax", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "device": f"{jax.device_count()} × {device.device_kind}",
+        "machine": platform.platform(),
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}.") from error

@@ -1,0 +1,40 @@
+"""Devices: how many there are, and which part of a batch each one takes."""
+
+import os
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MOST_CPU_DEVICES = 8
+"""Each device holds the whole training state, so a machine of 100 cores gets this many."""
+
+
+def one_device_per_core() -> None:
+    """Make JAX see each CPU core as a device; call it before anything else touches JAX.
+
+    XLA runs a CPU program one operation at a time and splits each over the cores; for a small
+    model the splitting costs more than the operation. As devices the cores each run their share of
+    the batch from end to end and meet only to add gradients up: a step of the smallest model of
+    experiments/benchmark.py takes about two thirds of the time. Where `JAX_NUM_CPU_DEVICES` is set,
+    that number stands.
+    """
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", min(cores or 1, MOST_CPU_DEVICES))
+
+
+def data_mesh(batch_size: int) -> Mesh:
+    """A mesh with the axis `data`, over as many devices as share `batch_size` evenly."""
+    count = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def split_over_data(mesh: Mesh) -> NamedSharding:
+    """Each device holds its part of the leading axis."""
+    return NamedSharding(mesh, P("data"))

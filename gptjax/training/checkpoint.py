@@ -1,0 +1,180 @@
+"""Checkpoints of a run: the last and the best, written in the background, restored exactly.
+
+The only module that imports Orbax. A checkpoint `DIR/STEP/` holds three items: `params` (the
+nested dict of arrays), `optimizer` (the same, by leaf name), and `progress` (JSON: the data's
+position and what the loop has to remember). Orbax writes into a temporary folder and renames it,
+so a checkpoint is there whole or not at all.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from gptjax.config import InputError
+from gptjax.training.step import State
+
+VALIDATION_LOSS = "validation_loss"
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content."""
+
+    state: State
+    """Bit for bit what was saved."""
+    progress: dict[str, Any]
+    """What the loop saved beside it."""
+
+
+class Checkpoints:
+    """The checkpoints in a directory; a context manager that waits for the last write."""
+
+    def __init__(self, directory: Path):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = directory.resolve()
+        keep = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(1),
+                preservation_policy.BestN(
+                    n=1,
+                    get_metric_fn=lambda metrics: metrics[VALIDATION_LOSS],
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep, cleanup_tmp_directories=True
+            ),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def last_step(self) -> int | None:
+        """Step of the newest checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss; None before an evaluation."""
+        infos = {
+            step: self._manager.metrics(step) or {} for step in self._manager.all_steps()
+        }
+        losses = {step: info[VALIDATION_LOSS] for step, info in infos.items() if info}
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def save(
+        self, state: State, progress: dict[str, Any], validation_loss: float | None = None
+    ) -> None:
+        """Write `state` in the background; all but the last and the best are then deleted."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
+                progress=ocp.args.JsonSave(progress),
+            ),
+            metrics=None if validation_loss is None else {VALIDATION_LOSS: validation_loss},
+        )
+
+    def wait(self) -> None:
+        """Return when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: State, step: int | None = None) -> Restored:
+        """The checkpoint of `step` (the last by default), in the structure of `like`.
+
+        Raises:
+          InputError: no checkpoint, or leaves that differ from those of `like`.
+        """
+        step = self._step(step)
+        optimizer = _by_name(like.optimizer)
+        self._check_leaves(step, params=like.params, optimizer=optimizer)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_shapes(like.params)),
+                optimizer=ocp.args.StandardRestore(_shapes(optimizer)),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        structure = jax.tree.structure(like.optimizer)
+        names = leaf_names(like.optimizer)
+        optimizer = jax.tree.unflatten(structure, [restored.optimizer[name] for name in names])
+        state = State(jax.numpy.int32(step), restored.params, optimizer)
+        return Restored(state, restored.progress)
+
+    def restore_params(self, like: Any, step: int | None = None) -> Any:
+        """The parameters alone, in the structure of `like` (arrays or their shapes).
+
+        Raises:
+          InputError: no checkpoint, or leaves that differ from those of `like`.
+        """
+        step = self._step(step)
+        self._check_leaves(step, params=like)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_shapes(like)))
+        return self._manager.restore(step, args=args).params
+
+    def _step(self, step: int | None) -> int:
+        steps = self._manager.all_steps()
+        if not steps:
+            raise InputError(f"{self.directory} holds no checkpoint.")
+        if step is not None and step not in steps:
+            there = ", ".join(map(str, sorted(steps)))
+            raise InputError(f"{self.directory} has no checkpoint of step {step}: it has {there}.")
+        return max(steps) if step is None else step
+
+    def _check_leaves(self, step: int, **wanted: Any) -> None:
+        """Every leaf that is missing, unexpected, or of another shape or dtype, at once."""
+        saved = self._manager.item_metadata(step)
+        problems = []
+        for item, tree in wanted.items():
+            found = dict(zip(leaf_names(saved[item].tree), jax.tree.leaves(saved[item].tree)))
+            asked = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+            problems += [f"{item}.{name} is missing" for name in asked if name not in found]
+            problems += [f"{item}.{name} is unexpected" for name in found if name not in asked]
+            for name in asked.keys() & found.keys():
+                there, here = found[name], asked[name]
+                if (tuple(there.shape), there.dtype) != (here.shape, here.dtype):
+                    problems.append(
+                        f"{item}.{name} is {there.dtype}{list(there.shape)}, "
+                        f"not {here.dtype}{list(here.shape)}"
+                    )
+        if problems:
+            where = self.directory / str(step)
+            raise InputError(
+                f"The checkpoint {where} does not fit the model: {'; '.join(sorted(problems))}."
+            )
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """The path of every leaf, as `blocks.attention.query.kernel`, in the order of the leaves."""
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+
+
+def _by_name(tree: Any) -> dict[str, jax.Array]:
+    """A tree of any node types as a flat dict: optax's tuples need not be rebuilt by Orbax."""
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _shapes(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of the leaves: where and as what Orbax puts what it reads."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )

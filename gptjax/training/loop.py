@@ -1,0 +1,263 @@
+"""fit(): the loop around the step, with evaluation, logging, checkpoints and preemption."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.config import TrainConfig
+from gptjax.data.pipeline import Batch
+from gptjax.sharding import data_mesh
+from gptjax.training.checkpoint import Checkpoints, leaf_names
+from gptjax.training.losses import LossFunction
+from gptjax.training.metrics import Writer
+from gptjax.training.step import (
+    EvalStep,
+    Metrics,
+    State,
+    compile_eval_step,
+    compile_train_step,
+    init_state,
+)
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite; the message is one sentence for the user."""
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the run after its state was saved."""
+
+    def __init__(self, step: int, number: int):
+        name = signal.Signals(number).name
+        super().__init__(f"Stopped by {name}; step {step} is saved, the same command goes on.")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Progress:
+    """What the loop remembers across restarts, saved with every checkpoint."""
+
+    step: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    """The data iterator's position."""
+    best_loss: float = math.inf
+    best_step: int = 0
+    last_loss: float = math.inf
+    seconds: float = 0.0
+    """Wall time of all sessions so far, compilation included."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training reached."""
+
+    params: Any
+    """After the last step."""
+    progress: Progress
+    """Validation losses in nats a token, and the time taken."""
+    compile_seconds: float
+    """Of the training step, in this session."""
+
+
+def fit(
+    config: TrainConfig,
+    params: Any,
+    *,
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    batches: grain.DatasetIterator,
+    validation: Sequence[Batch],
+    checkpoints: Checkpoints,
+    writers: Sequence[Writer],
+    describe: Callable[[int, float], dict[str, float]],
+) -> Fit:
+    """Train from the last checkpoint, or from `params`, to `config.steps`.
+
+    The metrics of a step are fetched while the next one runs, so the device never waits for the
+    host.
+
+    Args:
+      config: how long, and how often to look.
+      params: the initial parameters; donated.
+      loss: what is minimised.
+      optimizer: what turns gradients into updates.
+      batches: the training data, with `get_state` and `set_state`.
+      validation: batches of the held-out part, all of them used by every evaluation.
+      checkpoints: where the state is kept.
+      writers: where scalars go.
+      describe: (step, tokens a second) → further scalars of a logged step.
+
+    Raises:
+      Diverged: a loss or gradient that is not finite.
+      Interrupted: SIGINT or SIGTERM, once the state is saved.
+      InputError: a checkpoint that does not fit.
+    """
+    start = time.perf_counter()
+    first_place = batches.get_state()
+    mesh = data_mesh(config.batch_size // config.accumulate)
+    state, progress = init_state(params, optimizer, mesh), Progress()
+    if checkpoints.last_step is not None:
+        state, saved = checkpoints.restore(state)
+        progress = Progress(**saved)
+        batches.set_state(progress.data)
+    seconds_before = progress.seconds
+
+    example = next(batches)
+    batches.set_state(progress.data or first_place)
+    step_function = compile_train_step(
+        loss, optimizer, state, example, mesh, seed=config.seed, accumulate=config.accumulate
+    )
+    compile_seconds = time.perf_counter() - start
+    eval_step = compile_eval_step(loss, state.params, validation[0], mesh)
+    evaluate = _evaluator(eval_step, validation)
+    logger = _Logger(config, writers, describe, tokens=example.tokens.size, params=state.params)
+
+    with _caught_signals() as caught:
+        late = None
+        while progress.step < config.steps:
+            batch = next(batches)
+            state, metrics = step_function(state, batch)
+            progress.step += 1
+            if late is not None:
+                logger.log(*late, state)
+            late = (progress.step, metrics)
+
+            ends = progress.step == config.steps
+            evaluates = ends or progress.step % config.eval_every == 0
+            saves = ends or bool(caught) or progress.step % config.checkpoint_every == 0
+            if not (evaluates or saves):
+                continue
+            validation_loss = None
+            with logger.paused():
+                logger.check(*late, state)
+                if evaluates:
+                    validation_loss = progress.last_loss = evaluate(state.params)
+                    if validation_loss < progress.best_loss:
+                        progress.best_loss, progress.best_step = validation_loss, progress.step
+                        saves = True
+                if saves:
+                    progress.data = batches.get_state()
+                    progress.seconds = seconds_before + time.perf_counter() - start
+                    checkpoints.save(state, asdict(progress), validation_loss)
+            logger.log(*late, state, validation_loss)
+            late = None
+            if caught and not ends:
+                checkpoints.wait()
+                raise Interrupted(progress.step, caught[0])
+    checkpoints.wait()
+    return Fit(state.params, progress, compile_seconds)
+
+
+def _evaluator(
+    step: EvalStep, batches: Sequence[Batch]
+) -> Callable[[Any], float]:
+    def evaluate(params: Any) -> float:
+        """Mean cross-entropy over all of `batches`, nats a token."""
+        sums = jax.device_get([step(params, batch) for batch in batches])
+        total = math.fsum(float(part.cross_entropy) for part in sums)
+        return total / math.fsum(float(part.weight) for part in sums)
+
+    return evaluate
+
+
+class _Logger:
+    """Checks every step's metrics and writes those of the logged ones."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        writers: Sequence[Writer],
+        describe: Callable[[int, float], dict[str, float]],
+        *,
+        tokens: int,
+        params: Any,
+    ):
+        self._config = config
+        self._writers = writers
+        self._describe = describe
+        self._tokens = tokens
+        self._leaf_names = leaf_names(params)
+        self._since = time.perf_counter()
+        self._steps = 0
+
+    def log(
+        self, step: int, metrics: Metrics, state: State, validation_loss: float | None = None
+    ) -> None:
+        """Check a step's metrics, and write them if it is a logged or an evaluated one."""
+        self.check(step, metrics, state)
+        self._steps += 1
+        if step % self._config.log_every and validation_loss is None:
+            return
+        now = time.perf_counter()
+        tokens_per_second = self._steps * self._tokens / (now - self._since)
+        self._since, self._steps = now, 0
+        scalars = {
+            "loss": float(metrics.loss),
+            "cross_entropy": float(metrics.cross_entropy),
+            "grad_norm": float(metrics.grad_norm),
+            "tokens_per_second": tokens_per_second,
+            **self._describe(step, tokens_per_second),
+        }
+        if validation_loss is not None:
+            scalars["validation_loss"] = validation_loss
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def check(self, step: int, metrics: Metrics, state: State) -> None:
+        """Stop the run if the loss or the gradient is not finite."""
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+            return
+        raise Diverged(
+            f"Step {step}: the loss is {float(metrics.loss)} and the gradient norm "
+            f"{float(metrics.grad_norm)}; {self._suspect(metrics, state)}"
+        )
+
+    def _suspect(self, metrics: Metrics, state: State) -> str:
+        """The leaf where it probably began; the step itself left the parameters as they were."""
+        finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), state.params)
+        for kind, leaves in (
+            ("parameter", jax.tree.leaves(finite)),
+            ("gradient", [math.isfinite(norm) for norm in jax.tree.leaves(metrics.leaf_norms)]),
+        ):
+            bad = [name for name, ok in zip(self._leaf_names, leaves, strict=True) if not ok]
+            if 0 < len(bad) < len(leaves):
+                return f"the suspect is the {kind} {', '.join(bad)}."
+        peaks = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(state.params)]
+        largest = self._leaf_names[peaks.index(max(peaks))]
+        return f"every gradient is affected; the suspect is {largest}, up to {max(peaks):.3g}."
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count in tokens per second."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """The signals (SIGINT, SIGTERM) that arrived inside; a second one acts as ever."""
+    caught: list[int] = []
+    before = {}
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,169 @@
+"""Cross-entropy, and the loss of each way of training.
+
+A loss returns sums over tokens, not means, so that a batch computed in parts adds up to the very
+value of the whole batch whatever the parts' weights.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.data.pipeline import Batch
+
+
+class LossSums(NamedTuple):
+    """Sums over the tokens of a batch."""
+
+    loss: jax.Array
+    """What is minimised: cross-entropy with smoothing and z-loss, weighted. Nats."""
+    cross_entropy: jax.Array
+    """-log p(target), weighted. Nats."""
+    weight: jax.Array
+    """The tokens' weights."""
+
+
+class LossFunction(Protocol):
+    """(params, batch, dropout key or None) → sums."""
+
+    def __call__(self, params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
+        """Sums over the batch's tokens."""
+        ...
+
+
+def causal_loss(
+    graphdef: nnx.GraphDef,
+    *,
+    chunk: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossFunction:
+    """The loss of predicting each token's successor, for a model with `hidden` and `unembedding`.
+
+    Args:
+      graphdef: the model's structure.
+      chunk: tokens whose logits exist at a time; 0 takes all at once.
+      label_smoothing: see `cross_entropy`.
+      z_loss: see `cross_entropy`.
+    """
+
+    def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
+        model = nnx.merge(graphdef, params)
+        hidden = model.hidden(batch.tokens, key=key).hidden
+        return cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.unembedding,
+            batch.targets.reshape(-1),
+            batch.weights.reshape(-1),
+            chunk=chunk,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+
+    return loss
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> LossSums:
+    """Cross-entropy of softmax(hidden · unembeddingᵀ), in chunks of tokens.
+
+    Logits and their gradient exist for one chunk at a time: the gradients with respect to `hidden`
+    and `unembedding` are formed in the forward pass, chunk by chunk, and only scaled in the
+    backward pass, so that nothing of size [tokens, V] is kept or computed twice.
+
+    Args:
+      hidden: [M, D], M tokens.
+      unembedding: [V, D].
+      targets: [M].
+      weights: [M].
+      chunk: tokens a chunk; 0 takes all M. The last chunk may be shorter.
+      label_smoothing: ε of Szegedy et al. 2016, section 7: the target gets 1 - ε, and ε is spread
+        evenly over the vocabulary, the target included.
+      z_loss: weight of log² Z, Z the softmax's denominator (PaLM, section 5).
+    """
+    tokens = targets.shape[0]
+    chunk = min(chunk or tokens, tokens)
+    padding = -tokens % chunk
+    chunked = [
+        jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1)).reshape(
+            -1, chunk, *array.shape[1:]
+        )
+        for array in (hidden, targets, weights)
+    ]
+    loss, plain = _cross_entropy(*chunked, unembedding, label_smoothing, z_loss)
+    return LossSums(loss, jax.lax.stop_gradient(plain), weights.sum())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+    """Loss and plain cross-entropy, summed over chunks: [C, M, D], [C, M], [C, M], [V, D]."""
+
+    def add_chunk(sums, chunk):
+        loss, plain, _ = _chunk_loss(*chunk, unembedding, label_smoothing, z_loss)
+        return (sums[0] + loss, sums[1] + plain), None
+
+    return _over_chunks(add_chunk, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, weights))[0]
+
+
+def _cross_entropy_forward(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+    def add_chunk(sums, chunk):
+        loss, plain, slope = _chunk_loss(*chunk, unembedding, label_smoothing, z_loss)
+        slope = slope.astype(hidden.dtype)
+        hidden_gradient = slope @ unembedding.astype(hidden.dtype)
+        table_gradient = jnp.einsum(
+            "mv,md->vd", slope, chunk[0], preferred_element_type=jnp.float32
+        )
+        return (sums[0] + loss, sums[1] + plain, sums[2] + table_gradient), hidden_gradient
+
+    start = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(unembedding.shape))
+    sums, hidden_gradient = _over_chunks(add_chunk, start, (hidden, targets, weights))
+    return sums[:2], (hidden_gradient, sums[2].astype(unembedding.dtype))
+
+
+def _cross_entropy_backward(label_smoothing, z_loss, residuals, gradients):
+    hidden_gradient, table_gradient = residuals
+    scale = gradients[0]
+    scaled = hidden_gradient * scale.astype(hidden_gradient.dtype)
+    return scaled, None, None, table_gradient * scale.astype(table_gradient.dtype)
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _over_chunks(add_chunk: Callable, start: Any, chunks: tuple[jax.Array, ...]) -> Any:
+    """Scan `add_chunk` over the leading axis; a single chunk needs no loop."""
+    if chunks[0].shape[0] > 1:
+        return jax.lax.scan(add_chunk, start, chunks)
+    sums, output = add_chunk(start, [array[0] for array in chunks])
+    return sums, jax.tree.map(lambda array: array[None], output)
+
+
+def _chunk_loss(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+    """One chunk's loss, plain cross-entropy, and the gradient of the loss by its logits [M, V]."""
+    logits = jnp.einsum(
+        "md,vd->mv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    vocab_size = logits.shape[1]
+    log_z = jax.nn.logsumexp(logits, axis=1)
+    is_target = jnp.arange(vocab_size) == targets[:, None]
+    target_logit = jnp.where(is_target, logits, 0).sum(axis=1)
+    plain = log_z - target_logit
+    expected_logit = target_logit
+    if label_smoothing:
+        expected_logit = (1 - label_smoothing) * target_logit + label_smoothing * logits.mean(1)
+    loss = log_z - expected_logit + z_loss * jnp.square(log_z)
+    probability = jnp.exp(logits - log_z[:, None])
+    wanted = jnp.where(is_target, 1 - label_smoothing, 0) + label_smoothing / vocab_size
+    slope = probability * (1 + 2 * z_loss * log_z[:, None]) - wanted
+    return (loss * weights).sum(), (plain * weights).sum(), slope * weights[:, None]

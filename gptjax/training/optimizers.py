@@ -1,0 +1,101 @@
+"""Optimizers and schedules, and the rules of which parameter gets what.
+
+The rules go by a leaf's name, not by its rank: stacked biases are matrices too.
+
+| leaf | decays | Muon |
+|---|---|---|
+| `kernel` of a block | yes | yes |
+| `table` of an embedding or the head | yes | no |
+| `scale`, `bias` | no | no |
+"""
+
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from gptjax.config import InputError, OptimizerConfig
+
+NESTEROV_BETA = 0.95
+"""Muon's momentum (Jordan 2024)."""
+
+
+def learning_rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+    """Step → learning rate: a linear warm-up to `peak`, then what `config.schedule` names.
+
+    Sources: cosine, Loshchilov & Hutter 2017; wsd (warm-up, stable, decay), Hu et al. 2024.
+
+    Raises:
+      InputError: a warm-up that leaves no step after it.
+    """
+    warmup, final = config.warmup_steps, config.final_fraction * peak
+    if warmup >= steps:
+        raise InputError(
+            f"OptimizerConfig.warmup_steps is {warmup}: it must be below train.steps {steps}."
+        )
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, steps - warmup, config.final_fraction)
+    elif config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        decay = round(config.decay_fraction * (steps - warmup))
+        after = optax.linear_schedule(peak, final, decay, steps - warmup - decay)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) with AdamW for all but matrices.
+
+    Raises:
+      InputError: a warm-up as long as the run.
+    """
+    adamw_rate = learning_rate_schedule(config, config.learning_rate, steps)
+    if config.name == "adamw":
+        update = optax.adamw(
+            adamw_rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        )
+    else:
+        update = muon(
+            learning_rate_schedule(config, config.muon_learning_rate, steps),
+            beta=NESTEROV_BETA,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=adamw_rate,
+            muon_weight_dimension_numbers=muon_dimensions,
+        )
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, update)
+
+
+def decays(params: Any) -> Any:
+    """The tree of `params` with True where weight decay applies."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "table"), params
+    )
+
+
+def muon_dimensions(params: Any) -> Any:
+    """The tree of `params` with the axes that Muon multiplies along, None where AdamW updates.
+
+    A block's kernel is [L, ...inputs, ...outputs]: L is a batch of matrices.
+    """
+
+    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        if names[0] != "blocks" or names[-1] != "kernel":
+            return None
+        if names[-2] == "output":
+            return MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3)
+        return MuonDimensionNumbers(reduction_axis=1, output_axis=tuple(range(2, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

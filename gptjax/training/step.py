@@ -1,0 +1,145 @@
+"""The step: pure functions of state and batch, compiled with the state donated."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gptjax.data.pipeline import Batch
+from gptjax.sharding import replicated, split_over_data
+from gptjax.training.losses import LossFunction, LossSums
+
+
+class State(NamedTuple):
+    """All that training changes; a checkpoint holds this and the data's position."""
+
+    step: jax.Array
+    """Steps done, int32."""
+    params: Any
+    """Nested dict of float32 arrays."""
+    optimizer: Any
+    """Optax's state."""
+
+
+class Metrics(NamedTuple):
+    """What a step says of itself."""
+
+    loss: jax.Array
+    """Mean of what is minimised, nats a token."""
+    cross_entropy: jax.Array
+    """Mean cross-entropy, nats a token."""
+    grad_norm: jax.Array
+    """Global norm of the gradient before clipping."""
+    leaf_norms: Any
+    """The same a leaf: the tree of the parameters, to name a suspect when the loss is NaN."""
+
+
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
+EvalStep = Callable[[Any, Batch], LossSums]
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """The state before the first step, on every device of `mesh`."""
+    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return jax.device_put(state, replicated(mesh))
+
+
+def train_step(
+    state: State,
+    batch: Batch,
+    *,
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> tuple[State, Metrics]:
+    """One optimizer step; its dropout key follows from `seed` and the step's number.
+
+    The batch is computed in `accumulate` parts whose sums are added before the division by their
+    weight, so that the parts give the gradient of the whole. A step whose loss or gradient is not
+    finite changes no parameter: the loop stops there with the state that led to it.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    sums, gradients = _summed_gradients(state.params, batch, key, loss, accumulate)
+    gradients = jax.tree.map(lambda gradient: gradient / sums.weight, gradients)
+
+    leaf_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.square(leaf).sum()), gradients)
+    metrics = Metrics(
+        loss=sums.loss / sums.weight,
+        cross_entropy=sums.cross_entropy / sums.weight,
+        grad_norm=optax.global_norm(leaf_norms),
+        leaf_norms=leaf_norms,
+    )
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
+    params, optimizer_state = jax.tree.map(
+        functools.partial(jnp.where, finite),
+        (params, optimizer_state),
+        (state.params, state.optimizer),
+    )
+    return State(state.step + 1, params, optimizer_state), metrics
+
+
+def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, Any]:
+    """Loss sums and the gradient of the summed loss over the parts of a batch."""
+
+    def part_gradients(part: Batch, key: jax.Array) -> tuple[LossSums, Any]:
+        def summed(params: Any) -> tuple[jax.Array, LossSums]:
+            sums = loss(params, part, key)
+            return sums.loss, sums
+
+        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(params)
+        return sums, gradients
+
+    if accumulate == 1:
+        return part_gradients(batch, key)
+
+    def add_part(total, part):
+        index, tokens = part
+        gradients = part_gradients(tokens, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, gradients), None
+
+    def in_parts(array: jax.Array) -> jax.Array:
+        """Every `accumulate`-th sequence to a part, so that each device finds its own at hand."""
+        return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(in_parts, batch)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    start = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), zero
+    return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
+
+
+def compile_train_step(
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    state: State,
+    batch: Batch,
+    mesh: Mesh,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+) -> TrainStep:
+    """`train_step`, compiled for the shapes of `state` and `batch`; the state is donated.
+
+    Each device of `mesh` holds the state and takes its share of the batch.
+    """
+    step = functools.partial(
+        train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate
+    )
+    shardings = replicated(mesh), split_over_data(mesh)
+    jitted = jax.jit(
+        step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0
+    )
+    return jitted.lower(state, batch).compile()
+
+
+def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh) -> EvalStep:
+    """(params, batch) → loss sums, without dropout."""
+    step = functools.partial(loss, key=None)
+    jitted = jax.jit(step, in_shardings=(replicated(mesh), split_over_data(mesh)))
+    return jitted.lower(params, batch).compile()
