@@ -4,11 +4,11 @@
     python experiments/benchmark.py --against torch --json figures.json
 
 For each configuration: milliseconds a step, tokens/s, achieved GFLOP/s (exact model FLOPs of
-`gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the same
-run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape with
-PyTorch's fused AdamW in turn with ours, A B A B, and prints the ratio of the medians; the machine's
-speed drifts, so the ratio is the figure to quote. Random tokens, float32, gradients clipped at norm
-1, AdamW, no dropout: what nanoGPT's benchmark does.
+`gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the
+same run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape
+with PyTorch's fused AdamW in turn with ours, A B A B, and prints the ratio of the medians; the
+machine's speed drifts, so the ratio is the figure to quote. Random tokens, float32, gradients
+clipped at norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
 """
 
 import argparse
@@ -201,19 +201,26 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     one_device_per_core()
-    print(f"{'configuration':<14}{'runner':<8}{'ms/step':>9}{'range':>16}{'tokens/s':>10}"
-          f"{'GFLOP/s':>9}{'of peak':>9}{'ratio':>7}")
+    print(
+        f"{'configuration':<14}{'runner':<8}{'ms/step':>9}{'range':>16}{'tokens/s':>10}"
+        f"{'GFLOP/s':>9}{'of peak':>9}{'ratio':>7}"
+    )
     results = []
     for name in arguments.only or CONFIGURATIONS:
         figures = measure(name, arguments.rounds, arguments.against)
         results.append(figures)
         for runner in ("gptjax", "torch"):
             if row := figures.get(runner):
-                ratio = f"{figures['ratio']:.2f}" if runner == "gptjax" and arguments.against else ""
+                ratio = (
+                    f"{figures['ratio']:.2f}" if runner == "gptjax" and arguments.against else ""
+                )
                 span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
-                print(f"{name:<14}{runner:<8}{row['milliseconds']:>9.1f}{span:>16}"
-                      f"{row['tokens_per_second']:>10,.0f}{row['gflops']:>9.1f}"
-                      f"{row['share_of_peak']:>9.1%}{ratio:>7}", flush=True)
+                print(
+                    f"{name:<14}{runner:<8}{row['milliseconds']:>9.1f}{span:>16}"
+                    f"{row['tokens_per_second']:>10,.0f}{row['gflops']:>9.1f}"
+                    f"{row['share_of_peak']:>9.1%}{ratio:>7}",
+                    flush=True,
+                )
     if arguments.json:
         content = {"configurations": results, **environment()}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")

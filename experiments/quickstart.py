@@ -10,20 +10,33 @@ needs no network and leaves all it made in runs/quickstart. Any UTF-8 text will 
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from gptjax import Decoder, Sampling, generate, ledger, plots, preset, split
 from gptjax.cli import run_experiment
-from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig, with_vocabulary
-from gptjax.data.pipeline import Corpus, bits_per_byte, evaluation_batches, tokenize, training_batches
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainConfig,
+    with_vocabulary,
+)
+from gptjax.data.pipeline import (
+    Corpus,
+    bits_per_byte,
+    evaluation_batches,
+    tokenize,
+    training_batches,
+)
 from gptjax.data.sources import read_text
 from gptjax.data.tokenizers import stream_text, train_tokenizer
 from gptjax.runs import CHECKPOINTS, RESULT, Run, environment, load_run, open_run, write_json
 from gptjax.sharding import one_device_per_core
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.losses import causal_loss
 from gptjax.training.loop import Fit, fit
+from gptjax.training.losses import causal_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
 
@@ -74,7 +87,7 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
             checkpoints=checkpoints,
             writers=writers,
             describe=lambda step, tokens_per_second: {
-                "learning_rate": float(learning_rate(step)),
+                "learning_rate": float(jnp.asarray(learning_rate(step))),
                 "mfu": tokens_per_second * cost.training_flops / peak.flops,
             },
         )
@@ -87,7 +100,9 @@ def show(run: Run, corpus: Corpus, out: Path) -> None:
     """Write the run's pictures and samples, by its best checkpoint."""
     sentence = corpus.validation[:32]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
-    weights = run.model.hidden(sentence[None], capture=("attention",)).captured["attention"]
+    weights = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",)).captured[
+        "attention"
+    ]
     plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
     plots.save(plots.attention_grid(np.array(weights[:, 0]), labels), out / "attention.png")
 

@@ -6,9 +6,16 @@
 `cpu` is nanoGPT's CPU configuration with AdamW. `fast` reaches the same loss in the fewest seconds.
 """
 
-from gptjax.cli import run_experiment
-from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from quickstart import train
+
+from gptjax.cli import run_experiment
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 
 PRESETS = {
     "cpu": ExperimentConfig(

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def run_experiment(
-    run: RunExperiment, presets: dict[str, ExperimentConfig], out: str, description: str
+    run: RunExperiment, presets: dict[str, ExperimentConfig], out: str, description: str | None
 ) -> None:
     """Parse an experiment's flags and run it.
 
@@ -173,7 +173,9 @@ def run_experiment(
     _guarded(parse_and_run)
 
 
-def _take_preset(arguments: list[str], presets: dict[str, ExperimentConfig]) -> tuple[str, list[str]]:
+def _take_preset(
+    arguments: list[str], presets: dict[str, ExperimentConfig]
+) -> tuple[str, list[str]]:
     """The value of `--preset` (the first preset without it), and the arguments without it."""
     rest, name = [], next(iter(presets))
     words = iter(arguments)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -20,7 +21,11 @@ def loss_curve(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
     axes.plot(*zip(*trained, strict=True), color="#7aa6c2", linewidth=1, label="training batch")
     if held_out:
         axes.plot(
-            *zip(*held_out, strict=True), color="#b5402c", marker="o", markersize=4, label="validation"
+            *zip(*held_out, strict=True),
+            color="#b5402c",
+            marker="o",
+            markersize=4,
+            label="validation",
         )
         step, loss = held_out[-1]
         axes.annotate(
@@ -49,7 +54,7 @@ def attention_grid(weights: np.ndarray, tokens: Sequence[str], title: str = "") 
     panels = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     image = None
     for layer, head in np.ndindex(layers, heads):
-        axes = panels[layer, head]
+        axes = cast(Axes, panels[layer, head])
         image = axes.imshow(weights[layer, head], cmap="magma_r", vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, head {head}", fontsize=8)
         axes.set_xticks(range(length), tokens, fontsize=5, family="monospace")

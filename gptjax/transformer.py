@@ -21,7 +21,7 @@ from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.layers.attention import KVCache, causal_mask
 from gptjax.layers.block import CAPTURES, Block
 from gptjax.layers.dropout import dropout, split_key
-from gptjax.layers.linear import Embedding, Linear
+from gptjax.layers.linear import Embedding
 from gptjax.layers.norms import NORMS
 from gptjax.layers.positions import rotary_angles
 

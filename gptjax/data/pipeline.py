@@ -6,7 +6,7 @@ once; each epoch has its own order.
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
@@ -14,15 +14,20 @@ import numpy as np
 from gptjax.config import DataConfig, InputError
 from gptjax.data.tokenizers import Tokenizer
 
+if TYPE_CHECKING:  # Grain's workers import this module, and must not start JAX.
+    import jax
+
+    Array = np.ndarray | jax.Array
+
 
 class Batch(NamedTuple):
     """What a step is given; the arrays are NumPy's until the step takes them."""
 
-    tokens: np.ndarray
+    tokens: "Array"
     """[B, T], int32."""
-    targets: np.ndarray
+    targets: "Array"
     """[B, T], int32: the token to be predicted at each place."""
-    weights: np.ndarray
+    weights: "Array"
     """[B, T], float32: how much each prediction counts; 0 on padding."""
 
 
@@ -103,7 +108,7 @@ def evaluation_batches(tokens: np.ndarray, *, context: int, batch_size: int) -> 
     shape = (-(-rows // batch_size), batch_size, context)
 
     def padded(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, np.prod(shape) - predictions)).reshape(shape)
+        return np.pad(values, (0, math.prod(shape) - predictions)).reshape(shape)
 
     weights = padded(np.ones(predictions, np.float32))
     parts = zip(padded(tokens[:-1]), padded(tokens[1:]), weights, strict=True)

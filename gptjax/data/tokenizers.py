@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +23,20 @@ from gptjax.config import InputError, near_names
 class Tokenizer(Protocol):
     """What the rest of gptjax asks of a tokenizer."""
 
-    name: str
-    """The spec that it was made from."""
-    vocab_size: int
-    """Tokens in the vocabulary (V)."""
-    end_token: int | None
-    """The token that ends a document; None where the vocabulary has none."""
+    @property
+    def name(self) -> str:
+        """The spec that it was made from."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary (V)."""
+        ...
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that ends a document; None where the vocabulary has none."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32.
@@ -38,7 +46,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids [T]; bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -58,7 +66,7 @@ class ByteTokenizer:
         """UTF-8 bytes [T], int32."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The text of bytes [T]."""
         return bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
 
@@ -96,7 +104,7 @@ class CharacterTokenizer:
             )
         return places.astype(np.int32)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The characters of places [T]."""
         return "".join(self.characters[token] for token in tokens)
 
@@ -170,7 +178,7 @@ class SentencePieceTokenizer:
                 tokens += self._processor.encode(part)
         return np.array(tokens, np.int32)
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """The text of piece ids [T]."""
         return self._processor.decode([int(token) for token in tokens])
 

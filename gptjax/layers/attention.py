@@ -24,7 +24,7 @@ class KVCache(NamedTuple):
     value: jax.Array
     """As `key`."""
 
-    def write(self, key: jax.Array, value: jax.Array, position: jax.Array) -> "KVCache":
+    def write(self, key: jax.Array, value: jax.Array, position: jax.Array | int) -> "KVCache":
         """The cache of one layer with `key` and `value` [B, T, N, H] at `position` onwards."""
         return KVCache(
             jax.lax.dynamic_update_slice_in_dim(self.key, key, position, axis=1),

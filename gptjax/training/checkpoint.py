@@ -72,9 +72,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; None before an evaluation."""
-        infos = {
-            step: self._manager.metrics(step) or {} for step in self._manager.all_steps()
-        }
+        infos = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
         losses = {step: info[VALIDATION_LOSS] for step, info in infos.items() if info}
         return min(losses, key=losses.__getitem__) if losses else None
 
@@ -115,9 +113,9 @@ class Checkpoints:
         )
         structure = jax.tree.structure(like.optimizer)
         names = leaf_names(like.optimizer)
-        optimizer = jax.tree.unflatten(structure, [restored.optimizer[name] for name in names])
-        state = State(jax.numpy.int32(step), restored.params, optimizer)
-        return Restored(state, restored.progress)
+        optimizer = jax.tree.unflatten(structure, [restored["optimizer"][name] for name in names])
+        state = State(jax.numpy.int32(step), restored["params"], optimizer)
+        return Restored(state, restored["progress"])
 
     def restore_params(self, like: Any, step: int | None = None) -> Any:
         """The parameters alone, in the structure of `like` (arrays or their shapes).
@@ -128,7 +126,7 @@ class Checkpoints:
         step = self._step(step)
         self._check_leaves(step, params=like)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(_shapes(like)))
-        return self._manager.restore(step, args=args).params
+        return self._manager.restore(step, args=args)["params"]
 
     def _step(self, step: int | None) -> int:
         steps = self._manager.all_steps()
@@ -144,8 +142,7 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)
         problems = []
         for item, tree in wanted.items():
-            found = dict(zip(leaf_names(saved[item].tree), jax.tree.leaves(saved[item].tree)))
-            asked = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+            found, asked = _by_name(saved[item].tree), _by_name(tree)
             problems += [f"{item}.{name} is missing" for name in asked if name not in found]
             problems += [f"{item}.{name} is unexpected" for name in found if name not in asked]
             for name in asked.keys() & found.keys():

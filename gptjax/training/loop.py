@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -158,9 +157,7 @@ def fit(
     return Fit(state.params, progress, compile_seconds)
 
 
-def _evaluator(
-    step: EvalStep, batches: Sequence[Batch]
-) -> Callable[[Any], float]:
+def _evaluator(step: EvalStep, batches: Sequence[Batch]) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
         """Mean cross-entropy over all of `batches`, nats a token."""
         sums = jax.device_get([step(params, batch) for batch in batches])

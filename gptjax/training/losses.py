@@ -4,7 +4,6 @@ A loss returns sums over tokens, not means, so that a batch computed in parts ad
 value of the whole batch whatever the parts' weights.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -56,8 +55,8 @@ def causal_loss(
         return cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             model.unembedding,
-            batch.targets.reshape(-1),
-            batch.weights.reshape(-1),
+            jnp.ravel(batch.targets),
+            jnp.ravel(batch.weights),
             chunk=chunk,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
@@ -95,40 +94,52 @@ def cross_entropy(
     tokens = targets.shape[0]
     chunk = min(chunk or tokens, tokens)
     padding = -tokens % chunk
-    chunked = [
-        jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1)).reshape(
-            -1, chunk, *array.shape[1:]
-        )
-        for array in (hidden, targets, weights)
-    ]
-    loss, plain = _cross_entropy(*chunked, unembedding, label_smoothing, z_loss)
+
+    def chunked(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
+        return padded.reshape(-1, chunk, *array.shape[1:])
+
+    chunks = _Chunk(chunked(hidden), chunked(targets), chunked(weights))
+    loss, plain = _cross_entropy(*chunks, unembedding, label_smoothing, z_loss)
     return LossSums(loss, jax.lax.stop_gradient(plain), weights.sum())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden, targets, weights, unembedding, label_smoothing, z_loss):
-    """Loss and plain cross-entropy, summed over chunks: [C, M, D], [C, M], [C, M], [V, D]."""
+class _Chunk(NamedTuple):
+    """M tokens on their way to the loss, or C chunks of them along a leading axis."""
+
+    hidden: jax.Array
+    """[M, D]."""
+    targets: jax.Array
+    """[M]."""
+    weights: jax.Array
+    """[M]."""
+
+
+def _cross_entropy_value(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+    """Loss and plain cross-entropy, summed over chunks."""
 
     def add_chunk(sums, chunk):
-        loss, plain, _ = _chunk_loss(*chunk, unembedding, label_smoothing, z_loss)
+        loss, plain, _ = _chunk_loss(chunk, unembedding, label_smoothing, z_loss)
         return (sums[0] + loss, sums[1] + plain), None
 
-    return _over_chunks(add_chunk, (jnp.zeros(()), jnp.zeros(())), (hidden, targets, weights))[0]
+    chunks = _Chunk(hidden, targets, weights)
+    return _over_chunks(add_chunk, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
 
 
 def _cross_entropy_forward(hidden, targets, weights, unembedding, label_smoothing, z_loss):
-    def add_chunk(sums, chunk):
-        loss, plain, slope = _chunk_loss(*chunk, unembedding, label_smoothing, z_loss)
-        slope = slope.astype(hidden.dtype)
-        hidden_gradient = slope @ unembedding.astype(hidden.dtype)
+    def add_chunk(sums, chunk: _Chunk):
+        loss, plain, slope = _chunk_loss(chunk, unembedding, label_smoothing, z_loss)
+        slope = slope.astype(chunk.hidden.dtype)
+        hidden_gradient = slope @ unembedding.astype(slope.dtype)
         table_gradient = jnp.einsum(
-            "mv,md->vd", slope, chunk[0], preferred_element_type=jnp.float32
+            "mv,md->vd", slope, chunk.hidden, preferred_element_type=jnp.float32
         )
         return (sums[0] + loss, sums[1] + plain, sums[2] + table_gradient), hidden_gradient
 
+    chunks = _Chunk(hidden, targets, weights)
     start = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(unembedding.shape))
-    sums, hidden_gradient = _over_chunks(add_chunk, start, (hidden, targets, weights))
-    return sums[:2], (hidden_gradient, sums[2].astype(unembedding.dtype))
+    (loss, plain, table_gradient), hidden_gradient = _over_chunks(add_chunk, start, chunks)
+    return (loss, plain), (hidden_gradient, table_gradient.astype(unembedding.dtype))
 
 
 def _cross_entropy_backward(label_smoothing, z_loss, residuals, gradients):
@@ -138,22 +149,23 @@ def _cross_entropy_backward(label_smoothing, z_loss, residuals, gradients):
     return scaled, None, None, table_gradient * scale.astype(table_gradient.dtype)
 
 
+_cross_entropy = jax.custom_vjp(_cross_entropy_value, nondiff_argnums=(4, 5))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _over_chunks(add_chunk: Callable, start: Any, chunks: tuple[jax.Array, ...]) -> Any:
-    """Scan `add_chunk` over the leading axis; a single chunk needs no loop."""
-    if chunks[0].shape[0] > 1:
+def _over_chunks(add_chunk: Callable, start: Any, chunks: _Chunk) -> tuple[Any, Any]:
+    """Scan `add_chunk` over the chunks; a single one needs no loop."""
+    if chunks.targets.shape[0] > 1:
         return jax.lax.scan(add_chunk, start, chunks)
-    sums, output = add_chunk(start, [array[0] for array in chunks])
+    sums, output = add_chunk(start, jax.tree.map(lambda array: array[0], chunks))
     return sums, jax.tree.map(lambda array: array[None], output)
 
 
-def _chunk_loss(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+def _chunk_loss(chunk: _Chunk, unembedding, label_smoothing, z_loss):
     """One chunk's loss, plain cross-entropy, and the gradient of the loss by its logits [M, V]."""
-    logits = jnp.einsum(
-        "md,vd->mv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    hidden, targets, weights = chunk
+    table = unembedding.astype(hidden.dtype)
+    logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
     vocab_size = logits.shape[1]
     log_z = jax.nn.logsumexp(logits, axis=1)
     is_target = jnp.arange(vocab_size) == targets[:, None]

@@ -1,7 +1,9 @@
 """What a run tells of itself while it trains: throughput, MFU, and the places they are written."""
 
 import contextlib
+import importlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,12 +78,17 @@ class Writer(Protocol):
 
 @contextlib.contextmanager
 def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list[Writer]]:
-    """The writers of a run of `steps` steps that goes on from `resume_step`."""
-    writers = [
+    """The writers of a run of `steps` steps that goes on from `resume_step`.
+
+    Weights & Biases is one of them where its own variable `WANDB_PROJECT` is set.
+    """
+    writers: list[Writer] = [
         ConsoleWriter(steps),
         JsonlWriter(directory / "metrics.jsonl", resume_step),
         TensorBoardWriter(directory / "tensorboard", resume_step),
     ]
+    if project := os.environ.get("WANDB_PROJECT"):
+        writers.append(WandbWriter(project, directory))
     try:
         yield writers
     finally:
@@ -130,16 +137,15 @@ class TensorBoardWriter:
 class WandbWriter:
     """Weights & Biases; resumes the run of the same directory name."""
 
-    def __init__(self, project: str, directory: Path, config: dict[str, Any]):
-        import wandb
-
-        self._run = wandb.init(
+    def __init__(self, project: str, directory: Path):
+        # By name, since the package is there only with the extra `wandb`.
+        self._run = importlib.import_module("wandb").init(
             project=project,
             name=directory.name,
             id=directory.name,
             resume="allow",
             dir=directory,
-            config=config,
+            config=json.loads((directory / "config.json").read_text()),
         )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -152,7 +158,7 @@ class WandbWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none where it is missing; a line cut short at the end is left out."""
+    """The objects of a JSONL file, if it is there, without a last line that was cut short."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)

@@ -132,9 +132,7 @@ def compile_train_step(
         train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate
     )
     shardings = replicated(mesh), split_over_data(mesh)
-    jitted = jax.jit(
-        step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0
-    )
+    jitted = jax.jit(step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)
     return jitted.lower(state, batch).compile()
 
 
