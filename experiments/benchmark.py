@@ -12,20 +12,22 @@ clipped at norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
 """
 
 import argparse
-import contextlib
 import gc
-import json
+import importlib.util
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, ledger, split
 from gptjax.data.pipeline import Batch
-from gptjax.runs import environment
+from gptjax.runs import environment, write_json
 from gptjax.sharding import data_mesh, one_device_per_core
 from gptjax.training.losses import causal_loss
 from gptjax.training.metrics import measured_matmul_flops
@@ -70,15 +72,15 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
         ),
         steps=1,
     )
-    mesh = data_mesh(len(batch.tokens))
+    mesh = data_mesh(len(batch.tokens), ledger(config).parameters)
     state = init_state(params, optimizer, mesh)
     step = compile_train_step(causal_loss(graphdef), optimizer, state, batch, mesh)
 
     def run(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
-            state, metrics = step(state, batch)
-        float(metrics.loss)
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
 
     return run
 
@@ -99,6 +101,8 @@ def torch_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     )
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -136,56 +140,75 @@ def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones)
 
 
-def timed_rounds(runners: dict[str, RunSteps], steps: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a step of each runner in each round, the runners in turn."""
-    milliseconds = {name: [] for name in runners}
-    for number in range(rounds + 1):
-        for name, run in runners.items():
-            # PyTorch's idle threads spin for a while; let them go to sleep.
-            time.sleep(0.3)
-            start = time.perf_counter()
-            run(steps)
-            if number:
-                milliseconds[name].append(1000 * (time.perf_counter() - start) / steps)
-    return milliseconds
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """No garbage collection inside."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def measure(name: str, rounds: int, against: str | None) -> dict:
-    """The figures of one configuration."""
+def serve(kind: str, name: str, connection: Connection) -> None:
+    """Run steps of one runner in this process, a round at each request, answering with seconds."""
+    one_device_per_core()
     config, batch_size, steps = CONFIGURATIONS[name]
     batch = random_batch(config, batch_size)
-    runners = {"gptjax": jax_steps(config, batch)}
-    if against == "torch":
-        runners["torch"] = torch_steps(config, batch)
-    with no_collection():
-        peak = measured_matmul_flops()
-        times = timed_rounds(runners, steps, rounds)
+    run = (torch_steps if kind == "torch" else jax_steps)(config, batch)
+    run(steps)
+    gc.disable()
+    connection.send("ready")
+    while connection.recv():
+        start = time.perf_counter()
+        run(steps)
+        connection.send((time.perf_counter() - start) / steps)
+
+
+def timed_rounds(name: str, kinds: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds a step of each runner in each round, the runners in turn.
+
+    Each lives in a process of its own, so that neither disturbs the other's threads and memory.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    connections = {}
+    for kind in kinds:
+        connections[kind], other = spawn.Pipe()
+        spawn.Process(target=serve, args=(kind, name, other), daemon=True).start()
+        assert connections[kind].recv() == "ready"
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, connection in connections.items():
+            connection.send(True)
+            seconds[kind].append(connection.recv())
+    for connection in connections.values():
+        connection.send(False)
+    return seconds
+
+
+def measure(name: str, rounds: int, against: str | None, peak: float) -> dict:
+    """The figures of one configuration."""
+    config, batch_size, _ = CONFIGURATIONS[name]
+    times = timed_rounds(name, ["gptjax", against] if against else ["gptjax"], rounds)
     figures: dict = {"configuration": name}
-    for runner, milliseconds in times.items():
-        median = statistics.median(milliseconds)
-        tokens_per_second = 1000 * batch.tokens.size / median
+    for runner, seconds in times.items():
+        median = statistics.median(seconds)
+        tokens_per_second = batch_size * config.context / median
         flops = tokens_per_second * ledger(config).training_flops
         figures[runner] = {
-            "milliseconds": median,
-            "fastest": min(milliseconds),
-            "slowest": max(milliseconds),
+            "milliseconds": 1000 * median,
+            "fastest": 1000 * min(seconds),
+            "slowest": 1000 * max(seconds),
             "tokens_per_second": tokens_per_second,
             "gflops": flops / 1e9,
             "share_of_peak": flops / peak,
         }
     if against:
         figures["ratio"] = figures["gptjax"]["milliseconds"] / figures[against]["milliseconds"]
-    figures["peak_gflops"] = peak / 1e9
     return figures
+
+
+def table_rows(figures: dict) -> Iterator[str]:
+    """A line of the table for each runner."""
+    for runner in ("gptjax", "torch"):
+        if row := figures.get(runner):
+            span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
+            ratio = f"{figures['ratio']:.2f}" if runner == "gptjax" and "ratio" in figures else ""
+            yield (
+                f"{figures['configuration']:<14}{runner:<8}{row['milliseconds']:>9.1f}{span:>16}"
+                f"{row['tokens_per_second']:>10,.0f}{row['gflops']:>9.1f}"
+                f"{row['share_of_peak']:>9.1%}{ratio:>7}"
+            )
 
 
 def main() -> None:
@@ -194,36 +217,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--against", choices=["torch"], help="time this in turn with gptjax")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each (default 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
     parser.add_argument(
         "--only", choices=CONFIGURATIONS, nargs="+", help="these configurations (default all)"
     )
     arguments = parser.parse_args()
-    one_device_per_core()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}: it must be at least 1.")
+    if arguments.against and importlib.util.find_spec("transformers") is None:
+        parser.error("--against torch needs PyTorch and transformers: pip install -e '.[torch]'.")
+
+    peak = measured_matmul_flops()
+    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s (2048 × 2048 × 2048, float32)")
     print(
         f"{'configuration':<14}{'runner':<8}{'ms/step':>9}{'range':>16}{'tokens/s':>10}"
         f"{'GFLOP/s':>9}{'of peak':>9}{'ratio':>7}"
     )
     results = []
     for name in arguments.only or CONFIGURATIONS:
-        figures = measure(name, arguments.rounds, arguments.against)
-        results.append(figures)
-        for runner in ("gptjax", "torch"):
-            if row := figures.get(runner):
-                ratio = (
-                    f"{figures['ratio']:.2f}" if runner == "gptjax" and arguments.against else ""
-                )
-                span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
-                print(
-                    f"{name:<14}{runner:<8}{row['milliseconds']:>9.1f}{span:>16}"
-                    f"{row['tokens_per_second']:>10,.0f}{row['gflops']:>9.1f}"
-                    f"{row['share_of_peak']:>9.1%}{ratio:>7}",
-                    flush=True,
-                )
+        results.append(measure(name, arguments.rounds, arguments.against, peak))
+        print(*table_rows(results[-1]), sep="\n", flush=True)
     if arguments.json:
-        content = {"configurations": results, **environment()}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(
+            arguments.json,
+            {"peak_gflops": peak / 1e9, "configurations": results, **environment()},
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
 """The command line, thin over the modules: `python -m gptjax`, and the flags of experiments.
 
-A mistake of the user's is one sentence on standard error and exit code 2.
+A mistake of the user's is one sentence on standard error and exit code 2; `--debug` shows where it
+was noticed.
 """
 
+import contextlib
 import dataclasses
+import functools
+import io
 import json
+import os
+import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -57,7 +64,13 @@ def sample(
         raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
     if max_new_tokens < 1:
         raise InputError(f"max-new-tokens is {max_new_tokens}: it must be at least 1.")
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed is {seed}: it must be at least 0 and below 2**32.")
     sampling = Sampling(temperature, top_k, top_p)
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
     loaded = load_run(run, step)
     tokens = loaded.tokenizer.encode(prompt)
     rows = generate(
@@ -131,11 +144,18 @@ COMMANDS = {"sample": sample, "params": params}
 
 def main() -> None:
     """`gptjax sample|params …`."""
-    _guarded(
-        lambda arguments: tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="gptjax", description=__doc__, args=arguments
-        )
-    )
+    commands = {name: _deferred(command) for name, command in COMMANDS.items()}
+
+    def parse_and_run(arguments: list[str]) -> None:
+        _parse(
+            tyro.extras.subcommand_cli_from_dict,
+            commands,
+            prog="gptjax",
+            description=__doc__,
+            args=arguments,
+        )()
+
+    _guarded(parse_and_run)
 
 
 def run_experiment(
@@ -146,6 +166,10 @@ def run_experiment(
     Every field of the config is a flag; the first preset gives the defaults, and `--preset NAME`
     picks another where there are several. Beside them: `--out`, `--overwrite`, `--debug`.
     """
+    help_text = f"{description}\n--debug shows the traceback of a mistake."
+    if len(presets) > 1:
+        first, *others = presets
+        help_text += f" --preset NAME sets the defaults: {first}, or {', '.join(others)}."
 
     def parse_and_run(arguments: list[str]) -> None:
         default, name = next(iter(presets.values())), next(iter(presets))
@@ -168,7 +192,7 @@ def run_experiment(
             """
             run(config, out, overwrite)
 
-        tyro.cli(experiment, args=arguments, description=description)
+        _parse(tyro.cli, _deferred(experiment), args=arguments, description=help_text)()
 
     _guarded(parse_and_run)
 
@@ -190,6 +214,56 @@ def _take_preset(
     return name, rest
 
 
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The command with the same flags, which returns what is to be run and does not run it."""
+
+    @functools.wraps(command)
+    def parsed(*arguments: Any, **flags: Any) -> Callable[[], None]:
+        return functools.partial(command, *arguments, **flags)
+
+    return parsed
+
+
+def _parse(parser: Callable[..., Callable[[], None]], *arguments: Any, **options: Any):
+    """What tyro makes of the flags; a mistake in them is a sentence instead of tyro's box.
+
+    Raises:
+      InputError: an unknown flag, or a value that is not accepted.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return parser(*arguments, **options)
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # --help was shown.
+        error = exit.__context__
+        while error is not None and not isinstance(error, InputError):
+            error = error.__context__
+        raise error or InputError(_sentence(box.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """The message in tyro's box; an unknown flag or command is followed by the near ones.
+
+    The box has parts with rules between them: a title, the message, and what tyro adds to it.
+    """
+    colourless = re.sub(r"\x1b\[[\d;]*m", "", box)
+    lines = "\n".join(line.strip(" │╭╮╰╯") for line in colourless.splitlines())
+    parts = re.split(r"^(?:─ .+ )?[─-]{3,}$", lines, flags=re.MULTILINE)
+    message, added = " ".join(parts[1].split()), "".join(parts[2:]).partition("For full help")[0]
+    kind, _, listed = message.partition("Unrecognized options: ")
+    if kind or not listed:
+        return message if message.endswith(".") else f"{message}."
+    words = listed.split(", ")
+    flags = [word for word in words if word.startswith("--")]
+    names = re.findall(r"^--[\w.-]+", added, flags=re.MULTILINE)
+    if commands := re.search(r"Available subcommands: (.*)", added):
+        names = commands[1].split(", ")
+    hint = f"did you mean {' or '.join(names)}?" if names else "see --help."
+    return f"Unknown {'flag' if flags else 'argument'} {', '.join(flags or words)}: {hint}"
+
+
 def _guarded(command: Callable[[list[str]], None]) -> None:
     """Run a command; what the user can mend is a sentence, and `--debug` shows the traceback."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
@@ -198,12 +272,17 @@ def _guarded(command: Callable[[list[str]], None]) -> None:
 
     try:
         command(arguments)
+        sys.stdout.flush()
     except InputError as error:
         _fail(str(error), 2, debug)
     except Diverged as error:
         _fail(str(error), 1, debug)
     except Interrupted as error:
         _fail(str(error), error.exit_code, debug)
+    except BrokenPipeError:
+        # The reader, say `head`, has seen enough; what Python flushes at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         _fail("Stopped.", 130, debug)
 

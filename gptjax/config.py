@@ -7,6 +7,7 @@ field is its `--help`.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -168,6 +169,7 @@ class TrainConfig:
         _check_minimum(self, 1, "steps", "batch_size", "accumulate")
         _check_minimum(self, 1, "log_every", "eval_every", "checkpoint_every")
         _check_minimum(self, 0, "seed", "z_loss", "loss_chunk")
+        _check(self, "seed", self.seed < 1 << 32, "below 2**32")
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         divides = self.batch_size % self.accumulate == 0
         _check(self, "accumulate", divides, f"a divisor of batch_size {self.batch_size}")
@@ -181,6 +183,11 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        shorter = self.optimizer.warmup_steps < self.train.steps
+        _check(self.optimizer, "warmup_steps", shorter, f"below train.steps {self.train.steps}")
 
 
 def with_vocabulary(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
@@ -250,7 +257,10 @@ def _check_minimum(config: Any, least: int, *names: str) -> None:
 
 
 def _check_types(config: Any) -> None:
-    """Each field holds a value of its annotated type; an int is taken where a float is asked."""
+    """Each field holds a value of its annotated type; an int is taken where a float is asked.
+
+    NaN and infinity are no numbers to choose.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         if typing.get_origin(hint) is Literal:
@@ -261,4 +271,7 @@ def _check_types(config: Any) -> None:
         accepted = any(
             type(value) is kind or (kind is float and type(value) is int) for kind in kinds
         )
-        _check(config, name, accepted, " or ".join(kind.__name__ for kind in kinds))
+        names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds]
+        _check(config, name, accepted, " or ".join(names))
+        if isinstance(value, float):
+            _check(config, name, math.isfinite(value), "finite")

@@ -1,6 +1,7 @@
 """Matplotlib figures of what a run measured and of what a model does."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -57,8 +58,8 @@ def attention_grid(weights: np.ndarray, tokens: Sequence[str], title: str = "") 
         axes = cast(Axes, panels[layer, head])
         image = axes.imshow(weights[layer, head], cmap="magma_r", vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, head {head}", fontsize=8)
-        axes.set_xticks(range(length), tokens, fontsize=5, family="monospace")
-        axes.set_yticks(range(length), tokens, fontsize=5, family="monospace")
+        for set_ticks in (axes.set_xticks, axes.set_yticks):
+            set_ticks(range(length), tokens, fontsize=5, family="monospace", parse_math=False)
         axes.tick_params(length=0, pad=1)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel("is looked at", fontsize=9)
@@ -69,11 +70,18 @@ def attention_grid(weights: np.ndarray, tokens: Sequence[str], title: str = "") 
 
 
 def token_label(text: str) -> str:
-    """A token's text as it can stand on an axis: white space made visible."""
-    return text.replace("\n", "↵").replace("\t", "→").replace(" ", "·").replace("$", r"\$")
+    """A token's text as it can stand on an axis: white space and control characters visible."""
+    text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def save(figure: Figure, path: Path, *, most_pixels: int = 4000) -> None:
     """Write a PNG of at most `most_pixels` a side."""
     dpi = min(160, math.floor(most_pixels / max(figure.get_size_inches())))
-    figure.savefig(path, dpi=dpi)
+    with warnings.catch_warnings():
+        # Matplotlib's own font has no Chinese, say: such a label becomes a box, which shows itself.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(path, dpi=dpi)

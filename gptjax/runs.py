@@ -62,16 +62,17 @@ def open_run(
         "tokenizer_sha256": hashlib.sha256(tokenizer.save()).hexdigest(),
     }
     try:
-        if overwrite and (directory / CONFIG).exists():
-            for name in WRITTEN:
-                path = directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
-        if (directory / CONFIG).exists():
+        if not (directory / CONFIG).exists():
+            if any(directory.iterdir()):
+                raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
+        elif not overwrite:
             _check_same(directory, wanted)
             return (directory / RESULT).exists()
-        if any(directory.iterdir()):
-            raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
+        else:
+            for name in reversed(WRITTEN):  # The config last: without it the rest is nobody's.
+                path = directory / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         save_tokenizer(tokenizer, directory)
         write_json(directory / CONFIG, wanted)
     except OSError as error:
@@ -80,8 +81,7 @@ def open_run(
 
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
-    there = _read_json(directory / CONFIG)
-    changed = differences(there, wanted)
+    changed = differences(_read_config(directory), wanted)
     if changed:
         raise InputError(
             f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
@@ -108,10 +108,7 @@ def load_config(directory: str | Path) -> ExperimentConfig:
     directory = Path(directory)
     if not (directory / CONFIG).exists():
         raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
-    saved = _read_json(directory / CONFIG)
-    if not isinstance(saved, dict) or "config" not in saved:
-        raise InputError(f"{directory / CONFIG} is not of a gptjax run: it has no field 'config'.")
-    return from_dict(ExperimentConfig, saved["config"], str(directory / CONFIG))
+    return from_dict(ExperimentConfig, _read_config(directory)["config"], str(directory / CONFIG))
 
 
 def load_run(directory: str | Path, step: int | None = None) -> Run:
@@ -121,6 +118,8 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
       InputError: no run, no checkpoint, or one that does not fit its config.
     """
     directory, config = Path(directory), load_config(directory)
+    if not (directory / CHECKPOINTS).is_dir():
+        raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
     graphdef, shapes = split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
@@ -149,12 +148,19 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
-def _read_json(path: Path) -> Any:
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
     try:
-        return json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(saved, dict) or "config" not in saved:
+        raise InputError(f"{path} is not of a gptjax run: it has no field 'config'.")
+    return saved

@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 MOST_CPU_DEVICES = 8
 """Each device holds the whole training state, so a machine of 100 cores gets this many."""
+MOST_SPLIT_PARAMETERS = 32_000_000
+"""On 2 cores 10.7 million gain from two devices and 67 million lose (experiments/benchmark.py)."""
 
 
 def one_device_per_core() -> None:
@@ -24,9 +26,15 @@ def one_device_per_core() -> None:
         jax.config.update("jax_num_cpu_devices", min(cores or 1, MOST_CPU_DEVICES))
 
 
-def data_mesh(batch_size: int) -> Mesh:
-    """A mesh with the axis `data`, over as many devices as share `batch_size` evenly."""
-    count = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+def data_mesh(batch_size: int, parameters: int) -> Mesh:
+    """A mesh with the axis `data`, over as many devices as share `batch_size` evenly.
+
+    On a CPU a model of many `parameters` gets one device, which runs on all cores: adding up its
+    gradients would cost more than splitting small operations does.
+    """
+    on_cpu = jax.devices()[0].platform == "cpu"
+    most = 1 if on_cpu and parameters > MOST_SPLIT_PARAMETERS else jax.device_count()
+    count = max(n for n in range(1, most + 1) if batch_size % n == 0)
     return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
 
 

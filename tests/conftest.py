@@ -1,6 +1,43 @@
 """What every test shares: eight virtual CPU devices, set before anything touches JAX."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of experiments/quickstart.py: characters, 4 steps.
+
+    Read it only; a test that writes takes a copy.
+    """
+    from gptjax.config import (
+        DataConfig,
+        ExperimentConfig,
+        OptimizerConfig,
+        TrainConfig,
+        TransformerConfig,
+    )
+
+    directory = tmp_path_factory.mktemp("tiny_run")
+    text = directory / "text.txt"
+    text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(60)))
+    config = ExperimentConfig(
+        model=TransformerConfig(depth=1, width=16, heads=2, context=32),
+        data=DataConfig(path=str(text), tokenizer="characters"),
+        optimizer=OptimizerConfig(warmup_steps=1, learning_rate=3e-3),
+        train=TrainConfig(steps=4, batch_size=4, log_every=1, eval_every=2, checkpoint_every=2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+        train = importlib.import_module("quickstart").train
+    train(config, directory / "run", False)
+    return directory / "run"

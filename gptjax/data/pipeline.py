@@ -68,7 +68,10 @@ def tokenize(text: str, tokenizer: Tokenizer, config: DataConfig, context: int) 
             f"The validation part (data.validation_fraction {config.validation_fraction}) has "
             f"{len(validation)} tokens; it needs at least 2."
         )
-    validation_bytes = len(tokenizer.decode(validation[1:]).encode("utf-8"))
+    # A first token that is not the text's beginning is the first byte of a longer character.
+    first = tokenizer.decode(validation[:1])
+    first_bytes = len(first.encode("utf-8")) if text.startswith(first, border) else 1
+    validation_bytes = len(text[border:].encode("utf-8")) - first_bytes
     fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
     return Corpus(train, validation, validation_bytes, fingerprint)
 

@@ -47,12 +47,19 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids [T]; bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids [T]; bytes that are not UTF-8 become U+FFFD.
+
+        So do ids past the vocabulary: a model may have more rows than the tokenizer has tokens.
+        """
         ...
 
     def save(self) -> bytes:
         """All that `load` needs, as the content of one file."""
         ...
+
+
+NO_BYTE = 0xFF
+"""Never occurs in UTF-8, so it decodes to U+FFFD."""
 
 
 class ByteTokenizer:
@@ -68,7 +75,7 @@ class ByteTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of bytes [T]."""
-        return bytes(int(token) for token in tokens).decode("utf-8", errors="replace")
+        return bytes(min(int(token), NO_BYTE) for token in tokens).decode("utf-8", "replace")
 
     def save(self) -> bytes:
         """Nothing is learnt, so nothing is kept."""
@@ -106,7 +113,8 @@ class CharacterTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The characters of places [T]."""
-        return "".join(self.characters[token] for token in tokens)
+        known = self.vocab_size
+        return "".join(self.characters[token] if token < known else "\ufffd" for token in tokens)
 
     def save(self) -> bytes:
         """The characters, as JSON."""
@@ -116,6 +124,10 @@ class CharacterTokenizer:
 # SentencePiece ends its input at NUL and writes a space as ▁ (U+2581): these two are given to it as
 # the bytes that they are.
 _RESERVED = re.compile("([\0▁])")
+
+
+FEWEST_PIECES = 3 + 256
+"""The marks <unk>, <s> and </s>, and the bytes: what every vocabulary has."""
 
 
 class SentencePieceTokenizer:
@@ -146,7 +158,8 @@ class SentencePieceTokenizer:
                 sentence_iterator=iter(lines),
                 model_writer=model,
                 model_type="bpe",
-                vocab_size=vocab_size,
+                # Sizes out of these bounds fail too, but slowly or without a reason.
+                vocab_size=min(max(vocab_size, FEWEST_PIECES), FEWEST_PIECES + 2 * len(text)),
                 character_coverage=1.0,
                 # These five keep every text exactly as it is.
                 byte_fallback=True,
@@ -159,11 +172,15 @@ class SentencePieceTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            characters = len(set(text))
+            bound = re.search(r"(vs|<=) (\d+)", str(error))
+            if bound is None:
+                raise InputError(
+                    "data.tokenizer: the text has nothing that SentencePiece can learn."
+                ) from error
+            accepted = f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}"
             raise InputError(
-                f"data.tokenizer: SentencePiece cannot make {vocab_size} pieces of this text of "
-                f"{len(text)} characters, {characters} of them distinct: "
-                f"{str(error).splitlines()[-1].split('] ')[-1].rstrip('. ')}."
+                f"data.tokenizer is 'sentencepiece:{vocab_size}': for this text the size must be "
+                f"{accepted}."
             ) from error
         return cls(model.getvalue())
 
@@ -180,24 +197,27 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of piece ids [T]."""
-        return self._processor.decode([int(token) for token in tokens])
+        unknown = self._processor.piece_to_id(f"<0x{NO_BYTE:02X}>")
+        known = self.vocab_size
+        return self._processor.decode(
+            [int(token) if token < known else unknown for token in tokens]
+        )
 
     def save(self) -> bytes:
         """The SentencePiece model file."""
         return self._model
 
 
-LONGEST_CHARACTER = 4
-"""Bytes of the longest UTF-8 character."""
-
-
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens arrive; a character is held back until all its bytes are there."""
+    """Text as its tokens arrive; a character is held back until all its bytes are there.
+
+    What ends in U+FFFD may be the beginning of a character, so it waits for the tokens after it.
+    """
     held: list[int] = []
     for token in tokens:
         held.append(token)
         text = tokenizer.decode(held)
-        if not text.endswith("\ufffd") or len(held) >= LONGEST_CHARACTER:
+        if not text.endswith("\ufffd"):
             yield text
             held = []
     if held:
@@ -242,12 +262,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     try:
         description = json.loads((directory / "tokenizer.json").read_text())
+        kind, _, _ = description["tokenizer"].partition(":")
+        fingerprint = description["sha256"]
         learnt = (directory / "tokenizer.model").read_bytes()
     except OSError as error:
         raise InputError(f"{error.filename}: no tokenizer is saved here.") from error
-    if hashlib.sha256(learnt).hexdigest() != description["sha256"]:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{directory / 'tokenizer.json'} does not name a tokenizer.") from error
+    if hashlib.sha256(learnt).hexdigest() != fingerprint:
         raise InputError(f"{directory / 'tokenizer.model'} is not the file that was saved there.")
-    kind = description["tokenizer"].partition(":")[0]
+    if kind not in KINDS:
+        path = directory / "tokenizer.json"
+        raise InputError(f"{path} names the tokenizer {kind!r}: {near_names(kind, KINDS)}")
     if kind == "sentencepiece":
         return SentencePieceTokenizer(learnt)
     return ByteTokenizer() if kind == "bytes" else CharacterTokenizer(json.loads(learnt))

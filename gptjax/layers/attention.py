@@ -52,6 +52,51 @@ def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
 
 
+@jax.custom_vjp
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """`mix(attention_weights(query, key, mask), value)`, with its backward pass written out.
+
+    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, N, H].
+      value: [B, S, N, H].
+      mask: [T, S], True where a query may look.
+
+    Returns:
+      [B, T, N, H].
+    """
+    return mix(attention_weights(query, key, mask), value)
+
+
+def _attend_forward(query, key, value, mask):
+    weights = attention_weights(query, key, mask)
+    mixture = mix(weights, value)
+    return mixture, (query, key, value, weights, mixture)
+
+
+def _attend_backward(residuals, gradient):
+    query, key, value, weights, mixture = residuals
+    weights_gradient = jnp.einsum(
+        "btnh,bsnh->bnts", gradient, value, preferred_element_type=jnp.float32
+    )
+    # Through the softmax: each row loses its mean gradient, Σ_s weights · weights_gradient, which
+    # equals Σ_h mixture · gradient and is cheaper so.
+    row_mean = jnp.einsum("btnh,btnh->bnt", mixture, gradient, preferred_element_type=jnp.float32)
+    scores_gradient = weights * (weights_gradient - row_mean[..., None])
+    scores_gradient = (scores_gradient / math.sqrt(query.shape[-1])).astype(query.dtype)
+    return (
+        jnp.einsum("bnts,bsnh->btnh", scores_gradient, key),
+        jnp.einsum("bnts,btnh->bsnh", scores_gradient, query),
+        jnp.einsum("bnts,btnh->bsnh", weights.astype(gradient.dtype), gradient),
+        None,
+    )
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with its four projections."""
 
@@ -73,7 +118,8 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         position: jax.Array | int = 0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
+        return_weights: bool = False,
+    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
         """Attend from x to x, or to the cache with x written into it.
 
         Args:
@@ -83,9 +129,10 @@ class Attention(nnx.Module):
           cache: keys and values of the earlier tokens.
           position: where x's first token belongs in the cache.
           key: dropout key; None drops nothing.
+          return_weights: whether the weights are asked for.
 
         Returns:
-          The output [B, T, D], the attention weights [B, N, T, S], and the cache with x in it.
+          The output [B, T, D], the cache with x in it, and the weights [B, N, T, S] if asked for.
         """
         queries, keys, values = self.query(x), self.key(x), self.value(x)
         if angles is not None:
@@ -93,6 +140,9 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.write(keys, values, position)
             keys, values = cache
+        drops = key is not None and self.dropout > 0
+        if not (drops or return_weights):
+            return self.output(attend(queries, keys, values, mask)), cache, None
         weights = attention_weights(queries, keys, mask)
         mixture = mix(dropout(weights, self.dropout, key), values)
-        return self.output(mixture), weights, cache
+        return self.output(mixture), cache, weights

@@ -43,13 +43,14 @@ class Block(nnx.Module):
         The arguments are those of `Attention`; `capture` is a subset of `CAPTURES`.
         """
         attention_key, attended_key, feedforward_key = split_key(key, 3)
-        attended, weights, cache = self.attention(
+        attended, cache, weights = self.attention(
             self.attention_norm(x),
             mask=mask,
             angles=angles,
             cache=cache,
             position=position,
             key=attention_key,
+            return_weights="attention" in capture,
         )
         middle = x + dropout(attended, self.dropout, attended_key)
         fed = self.feedforward(self.feedforward_norm(middle))

@@ -51,21 +51,22 @@ _CUBIC = 0.044715
 def gelu_tanh(x: jax.Array) -> jax.Array:
     """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
-    Its backward pass is written out so that the tanh is computed once and not, fused into the
-    weight gradient's product, once for every use.
+    The forward pass keeps the derivative, so that the backward pass is one product and no tanh is
+    fused into the weight gradient, once for every use.
     """
     return _gelu_tanh_forward(x)[0]
 
 
 def _gelu_tanh_forward(x):
-    tanh = jnp.tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x**3))
-    return 0.5 * x * (1 + tanh), (x, tanh)
+    square = jnp.square(x)
+    tanh = jnp.tanh(_SQRT_2_OVER_PI * x * (1 + _CUBIC * square))
+    slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)
+    derivative = 0.5 * (1 + tanh + x * (1 - jnp.square(tanh)) * slope)
+    return 0.5 * x * (1 + tanh), derivative
 
 
-def _gelu_tanh_backward(residuals, gradient):
-    x, tanh = residuals
-    slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * jnp.square(x))
-    return (gradient * 0.5 * (1 + tanh + x * (1 - jnp.square(tanh)) * slope),)
+def _gelu_tanh_backward(derivative, gradient):
+    return (gradient * derivative,)
 
 
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)

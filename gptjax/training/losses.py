@@ -167,15 +167,19 @@ def _chunk_loss(chunk: _Chunk, unembedding, label_smoothing, z_loss):
     table = unembedding.astype(hidden.dtype)
     logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
     vocab_size = logits.shape[1]
-    log_z = jax.nn.logsumexp(logits, axis=1)
-    is_target = jnp.arange(vocab_size) == targets[:, None]
-    target_logit = jnp.where(is_target, logits, 0).sum(axis=1)
+    # The exponentials are kept and summed by a product with ones, which XLA runs on all cores.
+    largest = logits.max(axis=1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    denominator = exponentials @ jnp.ones((vocab_size, 1))
+    log_z = (jnp.log(denominator) + largest)[:, 0]
+    target_logit = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     plain = log_z - target_logit
     expected_logit = target_logit
     if label_smoothing:
         expected_logit = (1 - label_smoothing) * target_logit + label_smoothing * logits.mean(1)
     loss = log_z - expected_logit + z_loss * jnp.square(log_z)
-    probability = jnp.exp(logits - log_z[:, None])
+    probability = exponentials / denominator
+    is_target = jnp.arange(vocab_size) == targets[:, None]
     wanted = jnp.where(is_target, 1 - label_smoothing, 0) + label_smoothing / vocab_size
     slope = probability * (1 + 2 * z_loss * log_z[:, None]) - wanted
     return (loss * weights).sum(), (plain * weights).sum(), slope * weights[:, None]

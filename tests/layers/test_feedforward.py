@@ -1,0 +1,28 @@
+import jax
+import numpy as np
+import pytest
+
+from gptjax.layers.feedforward import ACTIVATIONS, gelu_tanh
+
+X = jax.random.normal(jax.random.key(0), (7, 9)) * 3
+
+
+def test_gelu_tanh_and_its_backward_pass_equal_autodiff():
+    expected, expected_vjp = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), X)
+    output, vjp = jax.vjp(gelu_tanh, X)
+    np.testing.assert_allclose(output, expected, atol=1e-6)
+    np.testing.assert_allclose(vjp(X)[0], expected_vjp(X)[0], atol=1e-6 * np.abs(X).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "at_minus_one", "at_two"),
+    [
+        ("relu", 0.0, 2.0),
+        ("relu2", 0.0, 4.0),
+        ("gelu", -0.15865525, 1.9544997),
+        ("gelu_tanh", -0.15880801, 1.9545977),
+    ],
+)
+def test_activations_have_their_textbook_values(name, at_minus_one, at_two):
+    values = ACTIVATIONS[name](np.array([-1.0, 2.0], np.float32))
+    np.testing.assert_allclose(values, [at_minus_one, at_two], atol=1e-6)

@@ -1,0 +1,199 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    InputError,
+    OptimizerConfig,
+    TrainConfig,
+    TransformerConfig,
+    differences,
+    from_dict,
+    near_names,
+    to_dict,
+    with_vocabulary,
+)
+
+CUSTOM = ExperimentConfig(
+    model=TransformerConfig(vocab_size=300, depth=2, positions="rotary", bias=False, dropout=0.5),
+    data=DataConfig(path="some.txt", tokenizer="characters"),
+    optimizer=OptimizerConfig(name="muon", warmup_steps=3, learning_rate=1),
+    train=TrainConfig(steps=7, seed=4),
+)
+
+REFUSED = [
+    (TransformerConfig, {"vocab_size": -1}, "at least 0"),
+    (TransformerConfig, {"context": 0}, "at least 1"),
+    (TransformerConfig, {"depth": 0}, "at least 1"),
+    (TransformerConfig, {"width": -8}, "at least 1"),
+    (TransformerConfig, {"heads": 0}, "at least 1"),
+    (TransformerConfig, {"heads": 3}, "a divisor of width 128"),
+    (TransformerConfig, {"heads": 128, "positions": "rotary"}, "even head width (rotary), not 1"),
+    (TransformerConfig, {"hidden": -1}, "at least 0"),
+    (TransformerConfig, {"dropout": 1.0}, "at least 0 and below 1"),
+    (TransformerConfig, {"dropout": -0.1}, "at least 0 and below 1"),
+    (TransformerConfig, {"positions": "learnd"}, "one of learned, rotary, none"),
+    (TransformerConfig, {"norm": "batchnorm"}, "one of layernorm, rmsnorm"),
+    (TransformerConfig, {"feedforward": "gelu_tahn"}, "relu, relu2, gelu, gelu_tanh"),
+    (TransformerConfig, {"dtype": "float16"}, "one of float32, bfloat16"),
+    (TransformerConfig, {"depth": 2.0}, "int"),
+    (TransformerConfig, {"depth": "2"}, "int"),
+    (TransformerConfig, {"depth": None}, "int"),
+    (TransformerConfig, {"depth": True}, "int"),
+    (TransformerConfig, {"bias": 1}, "bool"),
+    (TransformerConfig, {"dropout": True}, "float"),
+    (TransformerConfig, {"dtype": ["float32"]}, "one of float32, bfloat16"),
+    (DataConfig, {"path": 3}, "str or None"),
+    (DataConfig, {"tokenizer": None}, "str"),
+    (DataConfig, {"validation_fraction": 0.0}, "between 0 and 1"),
+    (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
+    (OptimizerConfig, {"name": "sgd"}, "one of adamw, muon"),
+    (OptimizerConfig, {"schedule": "linear"}, "one of cosine, constant, wsd"),
+    (OptimizerConfig, {"learning_rate": 0.0}, "above 0"),
+    (OptimizerConfig, {"learning_rate": math.nan}, "finite"),
+    (OptimizerConfig, {"learning_rate": math.inf}, "finite"),
+    (OptimizerConfig, {"muon_learning_rate": -0.1}, "above 0"),
+    (OptimizerConfig, {"epsilon": 0.0}, "above 0"),
+    (OptimizerConfig, {"warmup_steps": -1}, "at least 0"),
+    (OptimizerConfig, {"weight_decay": -0.1}, "at least 0"),
+    (OptimizerConfig, {"weight_decay": math.inf}, "finite"),
+    (OptimizerConfig, {"clip_norm": -1.0}, "at least 0"),
+    (OptimizerConfig, {"clip_norm": math.nan}, "finite"),
+    (OptimizerConfig, {"beta1": 1.0}, "at least 0 and below 1"),
+    (OptimizerConfig, {"beta2": -0.5}, "at least 0 and below 1"),
+    (OptimizerConfig, {"decay_fraction": 1.5}, "between 0 and 1"),
+    (OptimizerConfig, {"final_fraction": -0.5}, "between 0 and 1"),
+    (TrainConfig, {"steps": 0}, "at least 1"),
+    (TrainConfig, {"batch_size": 0}, "at least 1"),
+    (TrainConfig, {"accumulate": 0}, "at least 1"),
+    (TrainConfig, {"accumulate": 3}, "a divisor of batch_size 16"),
+    (TrainConfig, {"seed": -1}, "at least 0"),
+    (TrainConfig, {"seed": 1 << 32}, "below 2**32"),
+    (TrainConfig, {"label_smoothing": 1.0}, "at least 0 and below 1"),
+    (TrainConfig, {"z_loss": -1e-4}, "at least 0"),
+    (TrainConfig, {"z_loss": math.inf}, "finite"),
+    (TrainConfig, {"loss_chunk": -1}, "at least 0"),
+    (TrainConfig, {"log_every": 0}, "at least 1"),
+    (TrainConfig, {"eval_every": 0}, "at least 1"),
+    (TrainConfig, {"checkpoint_every": 0}, "at least 1"),
+    (ExperimentConfig, {"model": {}}, "TransformerConfig"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "accepted"),
+    REFUSED,
+    ids=[f"{kind.__name__}-{values}" for kind, values, _ in REFUSED],
+)
+def test_a_wrong_value_is_one_sentence_with_field_value_and_what_is_accepted(
+    kind, values, accepted
+):
+    name, value = next(iter(values.items()))
+    with pytest.raises(InputError) as error:
+        kind(**values)
+    sentence = str(error.value)
+    assert sentence.startswith(f"{kind.__name__}.{name} is {value!r}: it must be ")
+    assert accepted in sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_every_field_with_a_rule_is_in_the_table_of_refused_values():
+    tested = {(kind, name) for kind, values, _ in REFUSED for name in values}
+    free = {  # Any value of their type will do, and the types are tested on their neighbours.
+        *((TransformerConfig, name) for name in ("tied", "scan_layers", "remat")),
+        *((ExperimentConfig, name) for name in ("data", "optimizer", "train")),
+    }
+    kinds = (TransformerConfig, DataConfig, OptimizerConfig, TrainConfig, ExperimentConfig)
+    fields = {(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}
+    assert tested | free == fields
+
+
+def test_a_warmup_as_long_as_the_run_is_refused_before_anything_is_written():
+    with pytest.raises(InputError, match=r"warmup_steps is 20: it must be below train.steps 20\."):
+        ExperimentConfig(optimizer=OptimizerConfig(warmup_steps=20), train=TrainConfig(steps=20))
+    ExperimentConfig(optimizer=OptimizerConfig(warmup_steps=19), train=TrainConfig(steps=20))
+
+
+def test_an_int_is_taken_where_a_float_is_asked():
+    assert OptimizerConfig(learning_rate=1).learning_rate == 1
+
+
+def test_a_config_cannot_be_changed_once_made():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TransformerConfig().depth = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_widths_left_open_follow_from_the_width():
+    config = TransformerConfig(width=48, heads=3)
+    assert (config.head_width, config.hidden_width) == (16, 192)
+    assert TransformerConfig(width=48, heads=3, hidden=10).hidden_width == 10
+
+
+@pytest.mark.parametrize("config", [ExperimentConfig(), CUSTOM])
+def test_a_config_survives_json(config):
+    assert from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_fields_that_a_saved_config_lacks_take_their_defaults():
+    assert from_dict(ExperimentConfig, {"model": {"depth": 2}}) == ExperimentConfig(
+        model=TransformerConfig(depth=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"modle": {}}, "config.json has an unknown field 'modle': did you mean model?"),
+        (
+            {"train": {"step": 3}},
+            "config.json: train has an unknown field 'step': did you mean steps?",
+        ),
+        ({"model": 3}, "config.json: model holds 3 where the fields of TransformerConfig belong."),
+        ([], "config.json holds [] where the fields of ExperimentConfig belong."),
+        ({"train": {"steps": 0}}, "TrainConfig.steps is 0: it must be at least 1."),
+    ],
+)
+def test_a_saved_config_that_does_not_fit_is_one_sentence(values, sentence):
+    with pytest.raises(InputError) as error:
+        from_dict(ExperimentConfig, values)
+    assert str(error.value) == sentence
+
+
+def test_an_unknown_name_lists_the_near_ones_or_else_all():
+    known = ["gpt2", "gpt2-xl", "bert"]
+    assert near_names("gpt2-x", known) == "did you mean gpt2-xl or gpt2?"
+    assert near_names("llama", known) == "known are bert, gpt2, gpt2-xl."
+
+
+def test_differences_name_each_differing_field_with_both_values():
+    first, second = to_dict(CUSTOM), to_dict(CUSTOM)
+    assert differences(first, second) == []
+    second["model"]["depth"] = 6
+    second["data"]["path"] = None
+    del second["train"]["seed"]
+    second["new"] = 1
+    assert differences(first, second) == [
+        "model.depth: 2 -> 6",
+        "data.path: some.txt -> None",
+        "train.seed: 4 -> None",
+        "new: None -> 1",
+    ]
+
+
+def test_an_open_vocabulary_takes_the_tokenizers_and_a_larger_one_stays():
+    assert with_vocabulary(ExperimentConfig(), 65).model.vocab_size == 65
+    assert with_vocabulary(CUSTOM, 300) == CUSTOM
+    assert with_vocabulary(CUSTOM, 65) == CUSTOM
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+    with pytest.raises(InputError) as error:
+        with_vocabulary(CUSTOM, 301)
+    assert str(error.value) == (
+        "TransformerConfig.vocab_size is 300: it must be at least the tokenizer's 301."
+    )

@@ -1,0 +1,221 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from gptjax.config import ExperimentConfig, InputError, TransformerConfig, from_dict, to_dict
+from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
+from gptjax.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    RESULT,
+    WRITTEN,
+    load_config,
+    load_run,
+    open_run,
+    write_json,
+)
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.transformer import Decoder, split
+
+CONFIGURED = ExperimentConfig(model=TransformerConfig(vocab_size=256))
+OTHER = ExperimentConfig(model=TransformerConfig(vocab_size=256, depth=5, bias=False))
+
+
+def _open(directory: Path, config: ExperimentConfig = CONFIGURED, **options) -> bool:
+    return open_run(directory, config, ByteTokenizer(), "fingerprint", **options)
+
+
+def _content(directory: Path) -> dict[str, bytes]:
+    """Every file under `directory`."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path / "copied"))
+
+
+def test_a_new_directory_gets_the_config_and_the_tokenizer(tmp_path):
+    directory = tmp_path / "deep" / "run"
+    assert _open(directory) is False
+    assert sorted(_content(directory)) == ["config.json", "tokenizer.json", "tokenizer.model"]
+    assert load_config(directory) == CONFIGURED
+    assert load_tokenizer(directory).name == "bytes"
+
+
+def test_the_same_config_goes_on_where_it_stopped_and_tells_when_it_is_finished(tmp_path):
+    _open(tmp_path)
+    before = _content(tmp_path)
+    assert _open(tmp_path) is False
+    assert _content(tmp_path) == before
+    write_json(tmp_path / RESULT, {})
+    assert _open(tmp_path) is True
+
+
+def test_another_config_is_refused_with_the_differing_fields(tmp_path):
+    _open(tmp_path)
+    before = _content(tmp_path)
+    with pytest.raises(InputError) as error:
+        _open(tmp_path, OTHER)
+    assert str(error.value) == (
+        f"{tmp_path} holds a run with another config (config.model.depth: 4 -> 5, "
+        "config.model.bias: True -> False): choose another --out, or --overwrite to delete it."
+    )
+    assert _content(tmp_path) == before
+
+
+def test_another_text_or_tokenizer_is_refused(tmp_path):
+    _open(tmp_path)
+    with pytest.raises(InputError, match=r"\(data_sha256: fingerprint -> other\)"):
+        open_run(tmp_path, CONFIGURED, ByteTokenizer(), "other")
+    with pytest.raises(InputError, match=r"\(tokenizer_sha256: \w+ -> \w+\)"):
+        open_run(tmp_path, CONFIGURED, CharacterTokenizer("ab"), "fingerprint")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_directory_with_files_of_others_is_refused(overwrite, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError) as error:
+        _open(tmp_path, overwrite=overwrite)
+    assert str(error.value) == f"{tmp_path} holds files but no config.json: choose another --out."
+    assert _content(tmp_path) == {"thesis.tex": b"precious"}
+    assert (tmp_path / "checkpoints").exists()
+
+
+def test_overwrite_deletes_all_that_a_run_writes_and_nothing_else(tiny_run, copied_run):
+    assert {path.name for path in tiny_run.iterdir()} <= set(WRITTEN)
+    (copied_run / "notes.txt").write_text("precious")
+    (copied_run / "figures").mkdir()
+    (copied_run / "figures" / "loss.png").write_text("precious")
+    assert _open(copied_run, overwrite=True) is False
+    assert sorted(_content(copied_run)) == [
+        "config.json",
+        "figures/loss.png",
+        "notes.txt",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
+    assert load_config(copied_run) == CONFIGURED
+
+
+def test_an_overwrite_cut_short_leaves_a_directory_that_can_be_overwritten(copied_run, monkeypatch):
+    def stop(path, *_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(InputError, match=r"--out: cannot write .*: Input/output error\."):
+            _open(copied_run, overwrite=True)
+    assert (copied_run / CONFIG).exists()
+    assert _open(copied_run, overwrite=True) is False
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(InputError, match=r"^--out: cannot write .*/file/run: Not a directory\.$"):
+        _open(tmp_path / "file" / "run")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=r"^--out: cannot write .*/new: Permission denied\.$"):
+        _open(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is not JSON: "),
+        ("[]", "is not of a gptjax run: it has no field 'config'."),
+        ('{"model_type": "gpt2"}', "is not of a gptjax run: it has no field 'config'."),
+    ],
+)
+def test_a_config_of_another_program_is_one_sentence(content, sentence, tmp_path):
+    (tmp_path / CONFIG).write_text(content)
+    for read in (load_config, load_run, _open):
+        with pytest.raises(InputError) as error:
+            read(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / CONFIG} {sentence}")
+        assert "\n" not in str(error.value)
+    assert _content(tmp_path) == {CONFIG: content.encode()}
+
+
+def test_a_run_with_an_unknown_field_is_refused_with_its_file(tmp_path):
+    _open(tmp_path)
+    saved = json.loads((tmp_path / CONFIG).read_text())
+    saved["config"]["model"]["moe"] = 4
+    (tmp_path / CONFIG).write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=r"config\.json: model has an unknown field 'moe'"):
+        load_config(tmp_path)
+
+
+def test_a_loaded_run_is_the_trained_model(tiny_run):
+    run = load_run(tiny_run)
+    result = json.loads((tiny_run / RESULT).read_text())
+    assert run.step == result["best_step"]
+    assert run.config.model == run.model.config
+    assert run.tokenizer.name == "characters"
+    initial = Decoder(run.model.config, rngs=nnx.Rngs(run.config.train.seed))
+    moved = jax.tree.map(
+        lambda trained, before: not jnp.array_equal(trained, before),
+        split(run.model)[1],
+        split(initial)[1],
+    )
+    assert all(jax.tree.leaves(moved))
+
+
+def test_a_step_without_checkpoint_is_refused_with_those_there(tiny_run):
+    with pytest.raises(InputError, match=r"has no checkpoint of step 3: it has 4\.$"):
+        load_run(tiny_run, 3)
+
+
+def test_a_run_without_checkpoints_is_refused_and_gets_none(tmp_path):
+    _open(tmp_path)
+    with pytest.raises(InputError, match=r" holds no checkpoints yet\.$"):
+        load_run(tmp_path)
+    assert not (tmp_path / CHECKPOINTS).exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_every_leaf(copied_run):
+    saved = json.loads((copied_run / CONFIG).read_text())
+    config = from_dict(ExperimentConfig, saved["config"])
+    model = dataclasses.replace(config.model, width=8, bias=False, tied=False)
+    saved["config"] = to_dict(dataclasses.replace(config, model=model))
+    (copied_run / CONFIG).write_text(json.dumps(saved))
+    with pytest.raises(InputError) as error:
+        load_run(copied_run)
+    sentence = str(error.value)
+    assert "does not fit the model: " in sentence
+    assert "params.head.table is missing" in sentence
+    assert "params.blocks.attention.query.bias is unexpected" in sentence
+    assert "params.norm.scale is float32[16], not float32[8]" in sentence
+    assert "\n" not in sentence
+
+
+def test_leaves_missing_extra_of_another_shape_and_of_another_dtype_are_listed_at_once(tiny_run):
+    _, params = split(load_run(tiny_run).model)
+    del params["norm"]["bias"]
+    params["added"] = jnp.zeros(3)
+    params["norm"]["scale"] = jnp.zeros((4, 4))
+    params["positions"]["table"] = params["positions"]["table"].astype(jnp.bfloat16)
+    with (
+        Checkpoints(tiny_run / CHECKPOINTS) as checkpoints,
+        pytest.raises(InputError) as error,
+    ):
+        checkpoints.restore_params(params)
+    assert str(error.value) == (
+        f"The checkpoint {tiny_run.resolve() / CHECKPOINTS / '4'} does not fit the model: "
+        "params.added is missing; "
+        "params.norm.bias is unexpected; "
+        "params.norm.scale is float32[16], not float32[4, 4]; "
+        "params.positions.table is float32[32, 16], not bfloat16[32, 16]."
+    )

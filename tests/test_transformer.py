@@ -1,0 +1,181 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import Decoder, InputError, TransformerConfig, preset, split
+from gptjax.layers.block import CAPTURES
+
+TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
+TOKENS = jnp.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
+
+
+@functools.cache
+def decoder(**changes) -> Decoder:
+    """One model for all tests that ask for it; none of them changes it."""
+    return Decoder(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(graphdef, params, tokens, key):
+    return nnx.merge(graphdef, params)(tokens, key=key)
+
+
+def logits_of(model: Decoder, tokens: jax.Array = TOKENS, key: jax.Array | None = None):
+    return np.asarray(run(*split(model), tokens, key))
+
+
+def loss_and_gradient(model: Decoder, key: jax.Array | None = None):
+    graphdef, params = split(model)
+
+    def loss(params):
+        return nnx.merge(graphdef, params)(TOKENS, key=key).var()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_same(first, second, rtol: float = 1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), first, second)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
+def test_a_later_token_moves_no_earlier_logit(positions):
+    model = decoder(positions=positions)
+    logits = logits_of(model)
+    for place in range(TINY.context):
+        other = TOKENS.at[0, place].set((TOKENS[0, place] + 1) % TINY.vocab_size)
+        changed = np.abs((logits_of(model, other) - logits)[0]).max(axis=-1) > 0
+        assert not changed[:place].any()
+        assert changed[place]
+
+
+def test_the_gradient_of_a_logit_by_later_embeddings_is_zero():
+    graphdef, params = split(decoder(tied=False))
+
+    @jax.jit
+    @jax.grad
+    def gradient(offset, place):
+        moved = nnx.merge(graphdef, params)
+        moved.embedding = lambda tokens: params["embedding"]["table"][tokens] + offset
+        return moved(TOKENS[:1])[0, place].sum()
+
+    offset = jnp.zeros((1, TINY.context, TINY.width))
+    for place in (0, 3, TINY.context - 1):
+        moved = np.abs(gradient(offset, place))[0].max(axis=-1)
+        assert (moved[: place + 1] > 0).all()
+        assert (moved[place + 1 :] == 0).all()
+
+
+def test_scanned_layers_equal_unrolled_ones():
+    assert_same(loss_and_gradient(decoder(scan_layers=True)), loss_and_gradient(decoder()))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_remat_changes_no_value(scan_layers):
+    plain = loss_and_gradient(decoder(scan_layers=scan_layers))
+    assert_same(loss_and_gradient(decoder(scan_layers=scan_layers, remat=True)), plain)
+
+
+def test_remat_recomputes():
+    def flops(model):
+        graphdef, params = split(model)
+        gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(TOKENS).sum())
+        return jax.jit(gradient).lower(params).cost_analysis()["flops"]
+
+    assert flops(decoder(remat=True)) > 1.2 * flops(decoder())
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_dropout_needs_a_key_and_follows_it(scan_layers):
+    model = decoder(dropout=0.3, scan_layers=scan_layers)
+    assert_same(logits_of(model), logits_of(decoder()))
+    first = logits_of(model, key=jax.random.key(1))
+    assert_same(logits_of(model, key=jax.random.key(1)), first)
+    assert not np.allclose(logits_of(model, key=jax.random.key(2)), first)
+    assert not np.allclose(logits_of(model), first)
+
+
+def test_dropout_is_the_same_scanned_and_unrolled():
+    key = jax.random.key(1)
+    scanned = loss_and_gradient(decoder(dropout=0.3, scan_layers=True), key)
+    assert_same(loss_and_gradient(decoder(dropout=0.3), key), scanned)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_captured_intermediates_are_those_of_the_model(scan_layers):
+    model = decoder(scan_layers=scan_layers)
+    plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=CAPTURES)
+    assert plain.captured == {}
+    assert_same(plain.hidden, output.hidden)
+    batch, length = TOKENS.shape
+    stream = (TINY.depth, batch, length, TINY.width)
+    assert output.captured["residual"].shape == stream
+    assert output.captured["feedforward"].shape == stream
+    attention = output.captured["attention"]
+    assert attention.shape == (TINY.depth, batch, TINY.heads, length, length)
+    np.testing.assert_allclose(attention.sum(axis=-1), 1, rtol=1e-6)
+    assert (np.triu(attention, 1) == 0).all()
+    embedded = model.embedding(TOKENS) + model.positions(jnp.arange(length))
+    assert_same(output.captured["residual"][0], embedded)
+
+
+def test_asking_for_nothing_is_the_program_of_training():
+    model = decoder()
+    graphdef, params = split(model)
+
+    def program(**how) -> str:
+        forward = jax.jit(lambda params: nnx.merge(graphdef, params).hidden(TOKENS, **how).hidden)
+        return forward.lower(params).as_text()
+
+    assert program() == program(capture=())
+    assert program() != program(capture=("attention",))
+
+
+def test_gpt2_has_its_published_parameters():
+    _, shapes = split(nnx.eval_shape(lambda: Decoder(preset("gpt2"), rngs=nnx.Rngs(0))))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
+
+
+def test_initialisation_is_gpt2s():
+    model = Decoder(
+        TransformerConfig(vocab_size=500, context=64, depth=8, width=128, heads=4),
+        rngs=nnx.Rngs(0),
+    )
+    block = split(model)[1]["blocks"]
+    for kernel in (block["attention"]["query"], block["feedforward"]["up"]):
+        assert np.std(kernel["kernel"]) == pytest.approx(0.02, rel=0.02)
+        assert (kernel["bias"] == 0).all()
+    for kernel in (block["attention"]["output"], block["feedforward"]["down"]):
+        assert np.std(kernel["kernel"]) == pytest.approx(0.02 / 4, rel=0.02)
+    assert np.std(model.embedding.table[...]) == pytest.approx(0.02, rel=0.02)
+    layers = block["attention"]["query"]["kernel"]
+    assert not np.allclose(layers[0], layers[1])
+
+
+def test_an_untied_head_has_a_table_of_its_own():
+    model = decoder(tied=False)
+    assert model.unembedding is not model.embedding.table[...]
+    assert split(model)[1]["head"]["table"].shape == (TINY.vocab_size, TINY.width)
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
+    model = decoder(dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(split(model)[1])} == {np.dtype("float32")}
+    logits = logits_of(model)
+    assert logits.dtype == np.float32
+    # bfloat16 keeps 8 bits: 3 blocks of rounding at 2^-8 each, on logits of about 0.1.
+    np.testing.assert_allclose(logits, logits_of(decoder()), atol=0.01)
+    assert not np.array_equal(logits, logits_of(decoder()))
+
+
+def test_bad_calls_are_refused():
+    with pytest.raises(InputError, match="9 tokens; context allows 8"):
+        decoder()(jnp.zeros((1, 9), jnp.int32))
+    with pytest.raises(InputError, match="Unknown intermediate 'atention': did you mean attention"):
+        decoder().hidden(TOKENS, capture=("atention",))
+    with pytest.raises(InputError, match="vocab_size is 0"):
+        decoder(vocab_size=0)

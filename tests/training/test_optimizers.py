@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import Decoder, InputError, OptimizerConfig, TransformerConfig, split
+from gptjax.training.checkpoint import leaf_names
+from gptjax.training.optimizers import (
+    build_optimizer,
+    decays,
+    learning_rate_schedule,
+    muon_dimensions,
+)
+
+CONFIG = TransformerConfig(vocab_size=5, context=4, depth=2, width=8, heads=2, tied=False)
+PARAMS = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1]
+KERNELS = {
+    f"blocks.{kernel}.kernel"
+    for kernel in (
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "attention.output",
+        "feedforward.up",
+        "feedforward.down",
+    )
+}
+TABLES = {"embedding.table", "positions.table", "head.table"}
+STEADY = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0}
+
+
+def test_kernels_and_tables_decay_and_nothing_else():
+    decaying = dict(zip(leaf_names(PARAMS), jax.tree.leaves(decays(PARAMS)), strict=True))
+    assert {name for name, yes in decaying.items() if yes} == KERNELS | TABLES
+    assert len(decaying) == len(KERNELS) + len(TABLES) + 6 + 6
+
+
+def test_weight_decay_moves_just_the_leaves_that_decay():
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **STEADY)
+    transformation = build_optimizer(config, steps=10)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = transformation.update(zero, transformation.init(ones), ones)
+    for name, update in zip(leaf_names(updates), jax.tree.leaves(updates), strict=True):
+        np.testing.assert_allclose(update, -0.05 if name in KERNELS | TABLES else 0.0)
+
+
+def test_muon_takes_the_blocks_kernels_along_their_own_axes():
+    is_leaf = lambda node: node is None or hasattr(node, "output_axis")  # noqa: E731
+    dimensions = jax.tree.leaves(muon_dimensions(PARAMS), is_leaf=is_leaf)
+    taken = {
+        name: (axes.reduction_axis, axes.output_axis)
+        for name, axes in zip(leaf_names(PARAMS), dimensions, strict=True)
+        if axes is not None
+    }
+    assert taken == {
+        "blocks.attention.query.kernel": (1, (2, 3)),
+        "blocks.attention.key.kernel": (1, (2, 3)),
+        "blocks.attention.value.kernel": (1, (2, 3)),
+        "blocks.attention.output.kernel": ((1, 2), 3),
+        "blocks.feedforward.up.kernel": (1, (2,)),
+        "blocks.feedforward.down.kernel": (1, (2,)),
+    }
+
+
+def test_muon_orthogonalises_each_layers_matrix():
+    config = OptimizerConfig(name="muon", muon_learning_rate=1.0, weight_decay=0.0, **STEADY)
+    transformation = build_optimizer(config, steps=10)
+    keys = jax.random.split(jax.random.key(0), len(jax.tree.leaves(PARAMS)))
+    gradients = jax.tree.unflatten(
+        jax.tree.structure(PARAMS),
+        [
+            jax.random.normal(key, leaf.shape)
+            for key, leaf in zip(keys, jax.tree.leaves(PARAMS), strict=True)
+        ],
+    )
+    updates, _ = transformation.update(gradients, transformation.init(PARAMS), PARAMS)
+    for layer in range(CONFIG.depth):
+        update = updates["blocks"]["attention"]["query"]["kernel"][layer].reshape(8, 8)
+        values = np.linalg.svd(update, compute_uv=False)
+        # Five Newton-Schulz steps bring singular values near 1, not onto it (Jordan 2024); the
+        # smallest of a random matrix may lag behind.
+        assert values.max() < 1.3
+        assert np.median(values) > 0.6
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        # steps:    0    5     10   60     85      110
+        ("cosine", [0.0, 0.5, 1.0, 0.55, 0.231802, 0.1]),
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("wsd", [0.0, 0.5, 1.0, 1.0, 0.775, 0.1]),
+    ],
+)
+def test_schedules_have_their_shapes(name, values):
+    config = OptimizerConfig(schedule=name, warmup_steps=10, decay_fraction=1 / 3)
+    if name == "wsd":
+        config = OptimizerConfig(schedule=name, warmup_steps=10, decay_fraction=0.333333)
+    rate = learning_rate_schedule(config, 1.0, 110)
+    got = [float(jnp.asarray(rate(step))) for step in (0, 5, 10, 60, 85, 110)]
+    if name == "wsd":
+        values[4] = 1 - 0.9 * (85 - 77) / 33
+    np.testing.assert_allclose(got, values, atol=1e-5)
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(InputError, match="warmup_steps is 100: it must be below train.steps 100"):
+        build_optimizer(OptimizerConfig(warmup_steps=100), steps=100)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(clip_norm=1.0, schedule="constant", warmup_steps=0, epsilon=1e6)
+    transformation = build_optimizer(config, steps=1)
+    state = transformation.init(PARAMS)
+    small = jax.tree.map(lambda leaf: jnp.full_like(leaf, 10.0), PARAMS)
+    large = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e4), PARAMS)
+    first, second = (transformation.update(g, state, PARAMS)[0] for g in (small, large))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, second)
