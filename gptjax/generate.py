@@ -35,7 +35,7 @@ class Sampling:
     """Choose among the most likely tokens that together reach this probability."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}: it must be at least 0.")
         if self.top_k < 0:
             raise InputError(f"top-k is {self.top_k}: it must be at least 0.")
@@ -92,19 +92,21 @@ def generate(
         raise InputError(
             f"The prompt has {tokens.shape[1]} tokens; the model's context is {config.context}."
         )
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+    unknown = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+    if unknown.size:
         raise InputError(
-            f"The prompt has token {tokens.max()}; the vocabulary has {config.vocab_size}."
+            f"The prompt has token {unknown[0]}; the vocabulary has {config.vocab_size}."
         )
     graphdef, params = split(model)
     next_tokens = functools.partial(_next_tokens, graphdef, sampling)
     ended = np.zeros(len(tokens), bool)
     cache, position, unread = empty_cache(config, len(tokens)), 0, tokens
-    for key in jax.random.split(jax.random.key(seed), max_new_tokens):
+    for index in range(max_new_tokens):
         if position + unread.shape[1] > config.context:
             if not sliding_window:
                 return
             position, unread = 0, tokens[:, -(config.context // 2) :]
+        key = jax.random.fold_in(jax.random.key(seed), index)
         chosen, cache = next_tokens(params, cache, unread, position, key)
         position += unread.shape[1]
         chosen = np.where(ended, end_token, chosen) if end_token is not None else np.array(chosen)

@@ -125,7 +125,7 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
     )
-    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         step = checkpoints.best_step if step is None else step
         params = checkpoints.restore_params(shapes, step)
         step = checkpoints.last_step if step is None else step

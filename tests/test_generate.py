@@ -56,7 +56,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(positions, sc
 
 def test_greedy_takes_the_most_likely_token_of_the_full_forward():
     tokens = [[1, 2, 3]]
-    for chosen in tokens_of(tokens)[0]:
+    for chosen in tokens_of(tokens, sampling=GREEDY)[0]:
         assert chosen == decoder()(jnp.array(tokens))[0, -1].argmax()
         tokens[0].append(int(chosen))
 

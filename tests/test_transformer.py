@@ -128,7 +128,7 @@ def test_asking_for_nothing_is_the_program_of_training():
     graphdef, params = split(model)
 
     def program(**how) -> str:
-        forward = jax.jit(lambda params: nnx.merge(graphdef, params).hidden(TOKENS, **how).hidden)
+        forward = jax.jit(lambda params: nnx.merge(graphdef, params).hidden(TOKENS, **how))
         return forward.lower(params).as_text()
 
     assert program() == program(capture=())

@@ -30,17 +30,24 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in a directory; a context manager that waits for the last write."""
+    """The checkpoints in a directory; a context manager that waits for the last write.
 
-    def __init__(self, directory: Path):
+    With `read_only` nothing there is touched, not even what a live run has half written.
+    """
+
+    def __init__(self, directory: Path, *, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.resolve()
+
+        def validation_loss(metrics: dict[str, float]) -> float:
+            return metrics[VALIDATION_LOSS]
+
         keep = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(1),
                 preservation_policy.BestN(
                     n=1,
-                    get_metric_fn=lambda metrics: metrics[VALIDATION_LOSS],
+                    get_metric_fn=validation_loss,
                     reverse=True,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -49,7 +56,12 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, cleanup_tmp_directories=True
+                preservation_policy=keep,
+                best_fn=validation_loss,  # Without it Orbax keeps no metrics on disk.
+                best_mode="min",
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
@@ -72,9 +84,7 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Step of the checkpoint with the lowest validation loss; None before an evaluation."""
-        infos = {step: self._manager.metrics(step) or {} for step in self._manager.all_steps()}
-        losses = {step: info[VALIDATION_LOSS] for step, info in infos.items() if info}
-        return min(losses, key=losses.__getitem__) if losses else None
+        return self._manager.best_step()
 
     def save(
         self, state: State, progress: dict[str, Any], validation_loss: float | None = None
@@ -100,22 +110,13 @@ class Checkpoints:
         Raises:
           InputError: no checkpoint, or leaves that differ from those of `like`.
         """
-        step = self._step(step)
-        optimizer = _by_name(like.optimizer)
-        self._check_leaves(step, params=like.params, optimizer=optimizer)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_shapes(like.params)),
-                optimizer=ocp.args.StandardRestore(_shapes(optimizer)),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        structure = jax.tree.structure(like.optimizer)
-        names = leaf_names(like.optimizer)
+        step, optimizer = self._step(step), _by_name(like.optimizer)
+        restored = self._read(step, params=like.params, optimizer=optimizer)
+        structure, names = jax.tree.structure(like.optimizer), leaf_names(like.optimizer)
         optimizer = jax.tree.unflatten(structure, [restored["optimizer"][name] for name in names])
-        state = State(jax.numpy.int32(step), restored["params"], optimizer)
-        return Restored(state, restored["progress"])
+        return Restored(
+            State(jax.numpy.int32(step), restored["params"], optimizer), restored["progress"]
+        )
 
     def restore_params(self, like: Any, step: int | None = None) -> Any:
         """The parameters alone, in the structure of `like` (arrays or their shapes).
@@ -123,10 +124,20 @@ class Checkpoints:
         Raises:
           InputError: no checkpoint, or leaves that differ from those of `like`.
         """
-        step = self._step(step)
-        self._check_leaves(step, params=like)
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_shapes(like)))
-        return self._manager.restore(step, args=args)["params"]
+        return self._read(self._step(step), params=like)["params"]
+
+    def _read(self, step: int, **wanted: Any) -> Any:
+        """The items `wanted`, each like the tree given, and the loop's progress."""
+        items = {name: ocp.args.StandardRestore(_shapes(tree)) for name, tree in wanted.items()}
+        args = ocp.args.Composite(progress=ocp.args.JsonRestore(), **items)
+        try:
+            self._check_leaves(step, wanted)
+            return self._manager.restore(step, args=args)
+        except (KeyError, ValueError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            where = self.directory / str(step)
+            raise InputError(f"The checkpoint {where} is damaged and cannot be read.") from error
 
     def _step(self, step: int | None) -> int:
         steps = self._manager.all_steps()
@@ -137,7 +148,7 @@ class Checkpoints:
             raise InputError(f"{self.directory} has no checkpoint of step {step}: it has {there}.")
         return max(steps) if step is None else step
 
-    def _check_leaves(self, step: int, **wanted: Any) -> None:
+    def _check_leaves(self, step: int, wanted: dict[str, Any]) -> None:
         """Every leaf that is missing, unexpected, or of another shape or dtype, at once."""
         saved = self._manager.item_metadata(step)
         problems = []

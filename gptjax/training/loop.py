@@ -120,7 +120,14 @@ def fit(
     compile_seconds = time.perf_counter() - start
     eval_step = compile_eval_step(loss, state.params, validation[0], mesh)
     evaluate = _evaluator(eval_step, validation)
-    logger = _Logger(config, writers, describe, tokens=example.tokens.size, params=state.params)
+    logger = _Logger(
+        config,
+        writers,
+        describe,
+        checkpoints=checkpoints,
+        tokens=example.tokens.size,
+        params=state.params,
+    )
 
     with _caught_signals() as caught:
         late = None
@@ -177,12 +184,14 @@ class _Logger:
         writers: Sequence[Writer],
         describe: Callable[[int, float], dict[str, float]],
         *,
+        checkpoints: Checkpoints,
         tokens: int,
         params: Any,
     ):
         self._config = config
         self._writers = writers
         self._describe = describe
+        self._checkpoints = checkpoints
         self._tokens = tokens
         self._leaf_names = leaf_names(params)
         self._since = time.perf_counter()
@@ -215,9 +224,11 @@ class _Logger:
         """Stop the run if the loss or the gradient is not finite."""
         if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
             return
+        last = self._checkpoints.last_step
+        known = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last}"
         raise Diverged(
             f"Step {step}: the loss is {float(metrics.loss)} and the gradient norm "
-            f"{float(metrics.grad_norm)}; {self._suspect(metrics, state)}"
+            f"{float(metrics.grad_norm)}; {self._suspect(metrics, state)}; {known}."
         )
 
     def _suspect(self, metrics: Metrics, state: State) -> str:
@@ -229,10 +240,10 @@ class _Logger:
         ):
             bad = [name for name, ok in zip(self._leaf_names, leaves, strict=True) if not ok]
             if 0 < len(bad) < len(leaves):
-                return f"the suspect is the {kind} {', '.join(bad)}."
+                return f"the suspect is the {kind} {', '.join(bad)}"
         peaks = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(state.params)]
         largest = self._leaf_names[peaks.index(max(peaks))]
-        return f"every gradient is affected; the suspect is {largest}, up to {max(peaks):.3g}."
+        return f"every gradient is affected; the suspect is {largest}, up to {max(peaks):.3g}"
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ def train_step(
     metrics = Metrics(
         loss=sums.loss / sums.weight,
         cross_entropy=sums.cross_entropy / sums.weight,
-        grad_norm=optax.global_norm(leaf_norms),
+        grad_norm=optax.tree.norm(leaf_norms),
         leaf_norms=leaf_norms,
     )
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)

@@ -1,0 +1,170 @@
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptjax import Decoder, OptimizerConfig, TrainConfig, TransformerConfig, split
+from gptjax.data.pipeline import evaluation_batches, training_batches
+from gptjax.training import loop
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.loop import Diverged, Fit, Interrupted, fit
+from gptjax.training.losses import causal_loss
+from gptjax.training.metrics import JsonlWriter, read_jsonl
+from gptjax.training.optimizers import build_optimizer
+
+MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
+TRAIN = TrainConfig(
+    steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3
+)
+TOKENS = (np.arange(400) ** 2 % 7).astype(np.int32)
+
+
+class Recorder:
+    """A writer that keeps what it is given, and can act at a step."""
+
+    def __init__(self, at: int = 0, act=None):
+        self.lines: list[tuple[int, dict[str, float]]] = []
+        self._at, self._act = at, act
+
+    def write(self, step, scalars):
+        self.lines.append((step, scalars))
+        if self._act and step == self._at:
+            self._act()
+
+    def close(self):
+        pass
+
+
+def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params) -> Fit:
+    graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(train.seed)))
+    sizes = {"context": MODEL.context, "batch_size": train.batch_size}
+    with Checkpoints(directory) as checkpoints:
+        return fit(
+            train,
+            change(params),
+            loss=causal_loss(graphdef),
+            optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
+            batches=training_batches(TOKENS[:300], seed=train.seed, **sizes),
+            validation=evaluation_batches(TOKENS[300:], **sizes),
+            checkpoints=checkpoints,
+            writers=[writer or Recorder()],
+            describe=lambda step, tokens_per_second: {},
+        )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    writer = Recorder()
+    return run(tmp_path_factory.mktemp("whole"), writer), writer.lines
+
+
+def losses(lines) -> dict[int, tuple]:
+    names = ("loss", "grad_norm", "validation_loss")
+    return {step: tuple(scalars.get(name) for name in names) for step, scalars in lines}
+
+
+def test_logged_and_evaluated_steps_are_written(uninterrupted):
+    fitted, lines = uninterrupted
+    assert [step for step, _ in lines] == [2, 4, 6, 8, 10, 12]
+    evaluated = {step: scalars["validation_loss"] for step, scalars in lines if step % 4 == 0}
+    assert list(evaluated) == [4, 8, 12]
+    assert fitted.progress.last_loss == evaluated[12]
+    assert fitted.progress.best_loss == min(evaluated.values())
+
+
+def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
+    # Evaluated at 4, 8 and 12; stopped and resumed in between, the best must still be known.
+    train = dataclasses.replace(TRAIN, eval_every=4, checkpoint_every=3)
+    losses = iter([2.0, 1.0, 3.0])
+    monkeypatch.setattr(loop, "_evaluator", lambda *_: lambda params: next(losses))
+    with pytest.raises(Interrupted):
+        run(tmp_path, Recorder(8, lambda: os.kill(os.getpid(), signal.SIGTERM)), train)
+    fitted = run(tmp_path, train=train)
+    assert (fitted.progress.best_step, fitted.progress.best_loss) == (8, 1.0)
+    assert fitted.progress.last_loss == 3.0
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.best_step, checkpoints.last_step) == (8, 12)
+    assert {int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()} == {8, 12}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [2, 6, 8])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, uninterrupted, number, step):
+    before = Recorder(step, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=f"Stopped by {number.name}") as stopped:
+        run(tmp_path, before)
+    assert stopped.value.exit_code == 128 + number
+    after = Recorder()
+    fitted = run(tmp_path, after)
+    expected, lines = uninterrupted
+    jax.tree.map(np.testing.assert_array_equal, fitted.params, expected.params)
+    assert {**losses(before.lines), **losses(after.lines)} == losses(lines)
+    assert fitted.progress.best_loss == expected.progress.best_loss
+    assert fitted.progress.data == expected.progress.data
+
+
+def test_a_finished_run_trains_no_more(tmp_path, uninterrupted):
+    run(tmp_path)
+    again = Recorder()
+    fitted = run(tmp_path, again)
+    assert again.lines == []
+    jax.tree.map(np.testing.assert_array_equal, fitted.params, uninterrupted[0].params)
+
+
+def poisoned(params):
+    params["blocks"]["feedforward"]["up"]["bias"] *= math.nan
+    return params
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_suspect(tmp_path):
+    with pytest.raises(Diverged) as stopped:
+        run(tmp_path, change=poisoned)
+    message = str(stopped.value)
+    assert message.startswith("Step 1: the loss is nan")
+    assert "the suspect is the parameter blocks.feedforward.up.bias" in message
+    assert "there is no checkpoint yet" in message
+    assert not any(path.name.isdigit() for path in tmp_path.iterdir())
+
+
+def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, Recorder(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(0)))
+    sizes = {"context": MODEL.context, "batch_size": 4}
+    sums = causal_loss(graphdef)
+
+    def broken(params, batch, key):
+        value = sums(params, batch, key)
+        return value._replace(loss=value.loss * math.nan)
+
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(Diverged) as stopped:
+        fit(
+            TRAIN,
+            params,
+            loss=broken,
+            optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
+            batches=training_batches(TOKENS[:300], seed=3, **sizes),
+            validation=evaluation_batches(TOKENS[300:], **sizes),
+            checkpoints=checkpoints,
+            writers=[],
+            describe=lambda step, tokens_per_second: {},
+        )
+    assert "the last good checkpoint is step 7" in str(stopped.value)
+
+
+def test_scalars_after_the_resumed_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    assert [line["step"] for line in read_jsonl(path)] == [1, 2]
+    writer = JsonlWriter(path, resume_step=1)
+    writer.write(2, {"loss": 2.5})
+    writer.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
