@@ -78,8 +78,12 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
 
     def run(steps: int) -> None:
         nonlocal state
+        late = None
         for _ in range(steps):
-            state, _ = step(state, batch)
+            state, metrics = step(state, batch)
+            if late is not None:
+                float(late.loss)
+            late = metrics
         jax.block_until_ready(state)
 
     return run

@@ -3,9 +3,10 @@
 import os
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
+DATA = "data"
+"""The mesh axis over which a batch is split."""
 MOST_CPU_DEVICES = 8
 """Each device holds the whole training state, so a machine of 100 cores gets this many."""
 MOST_SPLIT_PARAMETERS = 32_000_000
@@ -35,14 +36,4 @@ def data_mesh(batch_size: int, parameters: int) -> Mesh:
     on_cpu = jax.devices()[0].platform == "cpu"
     most = 1 if on_cpu and parameters > MOST_SPLIT_PARAMETERS else jax.device_count()
     count = max(n for n in range(1, most + 1) if batch_size % n == 0)
-    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
-    return NamedSharding(mesh, P())
-
-
-def split_over_data(mesh: Mesh) -> NamedSharding:
-    """Each device holds its part of the leading axis."""
-    return NamedSharding(mesh, P("data"))
+    return jax.make_mesh((count,), (DATA,), (AxisType.Auto,), devices=jax.devices()[:count])

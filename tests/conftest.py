@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+# A program that two tests share, or two runs of the tests, is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="session")

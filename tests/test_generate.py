@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ GREEDY = Sampling(temperature=0)
 
 
 @functools.cache
-def decoder(positions: str = "learned", scan_layers: bool = False) -> Decoder:
+def decoder(positions: Any = "learned", scan_layers: bool = False) -> Decoder:
     config = TransformerConfig(
         vocab_size=VOCABULARY,
         context=CONTEXT,

@@ -167,10 +167,17 @@ def fit(
 
 def _evaluator(step: EvalStep, batches: Sequence[Batch]) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
-        """Mean cross-entropy over all of `batches`, nats a token."""
-        sums = jax.device_get([step(params, batch) for batch in batches])
-        total = math.fsum(float(part.cross_entropy) for part in sums)
-        return total / math.fsum(float(part.weight) for part in sums)
+        """Mean cross-entropy over all of `batches`, nats a token.
+
+        As in training, a batch is fetched while the next one runs, and no more than two run.
+        """
+        total, weight, late = 0.0, 0.0, None
+        for batch in [*batches, None]:
+            running = None if batch is None else step(params, batch)
+            if late is not None:
+                total, weight = total + float(late.cross_entropy), weight + float(late.weight)
+            late = running
+        return total / weight
 
     return evaluate
 
@@ -225,7 +232,11 @@ class _Logger:
         if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
             return
         last = self._checkpoints.last_step
-        known = "there is no checkpoint yet" if last is None else f"the last good checkpoint is step {last}"
+        known = (
+            "there is no checkpoint yet"
+            if last is None
+            else f"the last good checkpoint is step {last}"
+        )
         raise Diverged(
             f"Step {step}: the loss is {float(metrics.loss)} and the gradient norm "
             f"{float(metrics.grad_norm)}; {self._suspect(metrics, state)}; {known}."

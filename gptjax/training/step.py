@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptjax.data.pipeline import Batch
-from gptjax.sharding import replicated, split_over_data
+from gptjax.sharding import DATA
 from gptjax.training.losses import LossFunction, LossSums
 
 
@@ -45,7 +47,7 @@ EvalStep = Callable[[Any, Batch], LossSums]
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state before the first step, on every device of `mesh`."""
     state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    return jax.device_put(state, replicated(mesh))
+    return jax.device_put(state, NamedSharding(mesh, P()))
 
 
 def train_step(
@@ -56,15 +58,21 @@ def train_step(
     optimizer: optax.GradientTransformation,
     seed: int = 0,
     accumulate: int = 1,
+    axis: str | None = None,
 ) -> tuple[State, Metrics]:
     """One optimizer step; its dropout key follows from `seed` and the step's number.
+
+    With `axis`, the batch is one device's share, and sums are taken over that mesh axis.
 
     The batch is computed in `accumulate` parts whose sums are added before the division by their
     weight, so that the parts give the gradient of the whole. A step whose loss or gradient is not
     finite changes no parameter: the loop stops there with the state that led to it.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    sums, gradients = _summed_gradients(state.params, batch, key, loss, accumulate)
+    if axis is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    local = _summed_gradients(state.params, batch, key, loss, accumulate)
+    sums, gradients = sum_over_devices(local, axis)
     gradients = jax.tree.map(lambda gradient: gradient / sums.weight, gradients)
 
     leaf_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.square(leaf).sum()), gradients)
@@ -104,14 +112,24 @@ def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, A
         gradients = part_gradients(tokens, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, gradients), None
 
-    def in_parts(array: jax.Array) -> jax.Array:
-        """Every `accumulate`-th sequence to a part, so that each device finds its own at hand."""
-        return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
-
-    parts = jax.tree.map(in_parts, batch)
+    parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
     zero = jax.tree.map(jnp.zeros_like, params)
     start = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), zero
     return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
+
+
+def sum_over_devices(tree: Any, axis: str | None) -> Any:
+    """Each leaf summed over the devices of a mesh axis, all in one collective operation.
+
+    One, because XLA's CPU devices share a pool of as many threads, and each collective holds a
+    thread until every device has joined it: several at a time can leave none for the device that
+    is waited for, and the program then stands still. For the same reason at most two steps may be
+    in flight: fetch the metrics of one before starting the one after next.
+    """
+    if axis is None:
+        return tree
+    flat, unravel = jax.flatten_util.ravel_pytree(tree)
+    return unravel(jax.lax.psum(flat, axis))
 
 
 def compile_train_step(
@@ -129,15 +147,27 @@ def compile_train_step(
     Each device of `mesh` holds the state and takes its share of the batch.
     """
     step = functools.partial(
-        train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate
+        train_step,
+        loss=loss,
+        optimizer=optimizer,
+        seed=seed,
+        accumulate=accumulate,
+        axis=DATA,
     )
-    shardings = replicated(mesh), split_over_data(mesh)
-    jitted = jax.jit(step, in_shardings=shardings, out_shardings=replicated(mesh), donate_argnums=0)
-    return jitted.lower(state, batch).compile()
+    return _compile_on_shares(step, mesh, state, batch, donate_argnums=0)
 
 
 def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh) -> EvalStep:
     """(params, batch) → loss sums, without dropout."""
-    step = functools.partial(loss, key=None)
-    jitted = jax.jit(step, in_shardings=(replicated(mesh), split_over_data(mesh)))
-    return jitted.lower(params, batch).compile()
+
+    def step(params: Any, batch: Batch) -> LossSums:
+        return sum_over_devices(loss(params, batch, None), DATA)
+
+    return _compile_on_shares(step, mesh, params, batch)
+
+
+def _compile_on_shares(step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any) -> Any:
+    """`step(whole, batch)`, each device of `mesh` with all of `whole` and its share of `batch`."""
+    shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
+    shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA))
+    return jax.jit(shared, in_shardings=shardings, **options).lower(whole, batch).compile()

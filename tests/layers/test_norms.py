@@ -39,7 +39,9 @@ def test_norm_and_its_backward_pass_equal_autodiff(ours, plain, arguments):
         np.testing.assert_allclose(gradient, wanted, atol=1e-6 * float(jnp.abs(wanted).max() + 1))
 
 
-@pytest.mark.parametrize("norm", [lambda x: layer_norm(x, SCALE, BIAS), lambda x: rms_norm(x, SCALE)])
+@pytest.mark.parametrize(
+    "norm", [lambda x: layer_norm(x, SCALE, BIAS), lambda x: rms_norm(x, SCALE)]
+)
 def test_bfloat16_goes_in_and_out_with_float32_inside(norm):
     output = norm(X.astype(jnp.bfloat16))
     assert output.dtype == jnp.bfloat16

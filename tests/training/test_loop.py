@@ -20,9 +20,7 @@ from gptjax.training.metrics import JsonlWriter, read_jsonl
 from gptjax.training.optimizers import build_optimizer
 
 MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
-TRAIN = TrainConfig(
-    steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3
-)
+TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3)
 TOKENS = (np.arange(400) ** 2 % 7).astype(np.int32)
 
 

@@ -25,9 +25,7 @@ def batch_of(rows: int = 8) -> Batch:
 
 
 def mesh(devices: int) -> jax.sharding.Mesh:
-    return jax.make_mesh(
-        (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+    return jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def stepped(steps: int = 1, devices: int = 1, config=CONFIG, optimizer=OPTIMIZER, **how):
@@ -45,9 +43,7 @@ def stepped(steps: int = 1, devices: int = 1, config=CONFIG, optimizer=OPTIMIZER
 
 
 def assert_same(first, second, rtol=1e-5, atol=1e-6):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), first, second
-    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol), first, second)
 
 
 @functools.cache

@@ -1,0 +1,161 @@
+"""Every file of experiments/ runs two tiny steps, as its user would start it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EXPERIMENTS, ROOT
+
+from gptjax.training.metrics import read_jsonl
+
+SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
+TINY = [
+    "--model.depth=1",
+    "--model.width=16",
+    "--model.heads=2",
+    "--model.context=16",
+    "--train.batch-size=4",
+    "--train.log-every=1",
+    "--optimizer.warmup-steps=1",
+]
+
+
+def start(name: str, *flags: str, **how) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    return subprocess.Popen(
+        [sys.executable, str(EXPERIMENTS / name), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **how,
+    )
+
+
+def output_of(process: subprocess.Popen) -> str:
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def quickstart(out: Path, *flags: str) -> subprocess.Popen:
+    return start("quickstart.py", *TINY, f"--out={out}", *flags)
+
+
+def test_quickstart_leaves_everything_it_promises(tmp_path):
+    out = tmp_path / "run"
+    printed = output_of(quickstart(out, "--train.steps=20", "--optimizer.learning-rate=0.01"))
+    assert "MFU = tokens/s" in printed
+    assert "python -m gptjax sample" in printed
+    assert {path.name for path in out.iterdir()} == {
+        "attention.png", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
+        "result.json", "samples.txt", "tensorboard", "tokenizer.json", "tokenizer.model",
+    }  # fmt: skip
+    lines = read_jsonl(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    names = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+    assert all(names <= line.keys() for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+
+    result = json.loads((out / "result.json").read_text())
+    assert result["final_validation_loss"] == lines[-1]["validation_loss"]
+    assert result["parameters"] == 256 * 16 + 16 * 16 + 12 * 16**2 + 13 * 16 + 2 * 16
+    assert result["tokens_seen"] == 20 * 4 * 16
+    assert result["final_bits_per_byte"] == pytest.approx(
+        result["final_validation_loss"] / np.log(2)
+    )
+    assert {"jax", "flax", "optax", "python"} <= result["versions"].keys()
+    assert result["wall_seconds"] > result["compile_seconds"] > 0
+    assert any((out / "tensorboard").iterdir())
+
+    assert "finished run" in output_of(
+        quickstart(out, "--train.steps=20", "--optimizer.learning-rate=0.01")
+    )
+
+
+@pytest.mark.parametrize("name", ["shakespeare_char.py"])
+def test_other_experiments_run_two_steps(name, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 40)
+    flags = [*TINY, "--train.steps=2", f"--data.path={text}", f"--out={tmp_path / 'run'}"]
+    output_of(start(name, *flags))
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_every_experiment_is_run_by_a_test():
+    tested = {"quickstart.py", "shakespeare_char.py", "benchmark.py"}
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested
+
+
+def test_benchmark_prints_and_writes_its_figures(tmp_path):
+    file = tmp_path / "figures.json"
+    printed = output_of(
+        start("benchmark.py", "--only", "nanogpt-cpu", "--rounds", "1", "--json", str(file))
+    )
+    assert "nanogpt-cpu" in printed
+    figures = json.loads(file.read_text())
+    row = figures["configurations"][0]["gptjax"]
+    assert row["tokens_per_second"] == pytest.approx(1000 * 12 * 64 / row["milliseconds"])
+    assert row["share_of_peak"] == pytest.approx(row["gflops"] / figures["peak_gflops"])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    flags = [
+        "--train.steps=40",
+        "--train.checkpoint-every=7",
+        "--train.eval-every=20",
+        "--model.dropout=0.1",
+    ]
+    output_of(quickstart(tmp_path / "whole", *flags))
+    generator = np.random.default_rng()
+    kill_at = int(generator.integers(8, 39))
+    process = quickstart(tmp_path / "killed", *flags)
+    deadline = time.monotonic() + 120
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while not any(line["step"] >= kill_at for line in read_jsonl(metrics)):
+        assert process.poll() is None, f"finished before step {kill_at}"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    output_of(quickstart(tmp_path / "killed", *flags))
+
+    def trained(name: str) -> list[tuple]:
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+    assert trained("killed") == trained("whole"), f"killed at step {kill_at}"
+    samples = [(tmp_path / name / "samples.txt").read_bytes() for name in ("killed", "whole")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_sentence(tmp_path, number, code):
+    process = quickstart(tmp_path / "run", "--train.steps=100000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not read_jsonl(metrics):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"Stopped by {number.name}" in errors
+    assert "Traceback" not in errors
+    assert any((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="shared/ (real data) is not there")
+def test_shakespeare_reaches_its_vocabulary_and_learns(tmp_path):
+    flags = ["--train.steps=60", "--optimizer.warmup-steps=10", f"--data.path={SHAKESPEARE}"]
+    output_of(start("shakespeare_char.py", *flags, f"--out={tmp_path / 'run'}"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["model"]["vocab_size"] == 65
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["validation_loss"] < 2.7
