@@ -43,8 +43,8 @@ from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
     data=DataConfig(),
-    optimizer=OptimizerConfig(learning_rate=2e-3),
-    train=TrainConfig(steps=1500, batch_size=16),
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    train=TrainConfig(steps=1000, batch_size=16),
 )
 
 

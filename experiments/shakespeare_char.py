@@ -3,7 +3,12 @@
     python experiments/shakespeare_char.py --preset cpu --data.path .../tinyshakespeare/input.txt
     python experiments/shakespeare_char.py --preset fast --data.path .../tinyshakespeare/input.txt
 
-`cpu` is nanoGPT's CPU configuration with AdamW. `fast` reaches the same loss in the fewest seconds.
+First 90% of the characters train, the last 10% validate, all of them at every evaluation.
+
+`cpu` is nanoGPT's CPU shape, batch and 2,000 steps with AdamW: validation loss 1.750 in 66 s.
+`fast` stops near nanoGPT's loss of 1.88: 1.835, 1.855 and 1.866 (seeds 0, 1, 2) in 8 s each.
+Seconds are the whole run's, 2 to 3 of them compilation, both on the same 2 cores (Intel Xeon,
+Python 3.11, jax 0.10.2); experiments/README.md has what was tried on the way.
 """
 
 from quickstart import train
@@ -21,8 +26,31 @@ PRESETS = {
     "cpu": ExperimentConfig(
         model=TransformerConfig(context=64, depth=4, width=128, heads=4, bias=False),
         data=DataConfig(tokenizer="characters"),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, beta2=0.99),
-        train=TrainConfig(steps=2000, batch_size=12),
+        # nanoGPT's rate of 1e-3 ends at 1.90 here.
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        train=TrainConfig(steps=2000, batch_size=12, eval_every=500, checkpoint_every=500),
+    ),
+    "fast": ExperimentConfig(
+        model=TransformerConfig(
+            context=64,
+            depth=2,
+            width=64,
+            heads=4,
+            positions="rotary",
+            norm="rmsnorm",
+            bias=False,
+        ),
+        data=DataConfig(tokenizer="characters"),
+        optimizer=OptimizerConfig(
+            name="muon",
+            learning_rate=1e-2,
+            muon_learning_rate=0.03,
+            schedule="wsd",
+            warmup_steps=10,
+            decay_fraction=1.0,
+            final_fraction=0.0,
+        ),
+        train=TrainConfig(steps=450, batch_size=16, eval_every=450, checkpoint_every=450),
     ),
 }
 

@@ -50,7 +50,8 @@ def quickstart(out: Path, *flags: str) -> subprocess.Popen:
 
 def test_quickstart_leaves_everything_it_promises(tmp_path):
     out = tmp_path / "run"
-    printed = output_of(quickstart(out, "--train.steps=20", "--optimizer.learning-rate=0.01"))
+    flags = ["--train.steps=20", "--optimizer.learning-rate=0.01"]
+    printed = output_of(quickstart(out, *flags))
     assert "MFU = tokens/s" in printed
     assert "python -m gptjax sample" in printed
     assert {path.name for path in out.iterdir()} == {
@@ -74,9 +75,7 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     assert result["wall_seconds"] > result["compile_seconds"] > 0
     assert any((out / "tensorboard").iterdir())
 
-    assert "finished run" in output_of(
-        quickstart(out, "--train.steps=20", "--optimizer.learning-rate=0.01")
-    )
+    assert "finished run" in output_of(quickstart(out, *flags))
 
 
 @pytest.mark.parametrize("name", ["shakespeare_char.py"])

@@ -152,7 +152,7 @@ def compile_train_step(
         optimizer=optimizer,
         seed=seed,
         accumulate=accumulate,
-        axis=DATA,
+        axis=_axis(mesh),
     )
     return _compile_on_shares(step, mesh, state, batch, donate_argnums=0)
 
@@ -161,9 +161,14 @@ def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh)
     """(params, batch) → loss sums, without dropout."""
 
     def step(params: Any, batch: Batch) -> LossSums:
-        return sum_over_devices(loss(params, batch, None), DATA)
+        return sum_over_devices(loss(params, batch, None), _axis(mesh))
 
     return _compile_on_shares(step, mesh, params, batch)
+
+
+def _axis(mesh: Mesh) -> str | None:
+    """The axis to sum over; None on a single device, where the sum would only copy."""
+    return DATA if mesh.size > 1 else None
 
 
 def _compile_on_shares(step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any) -> Any:

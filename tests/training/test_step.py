@@ -37,8 +37,9 @@ def stepped(steps: int = 1, devices: int = 1, config=CONFIG, optimizer=OPTIMIZER
     step = compile_train_step(
         causal_loss(graphdef), transformation, state, batch, mesh(devices), **how
     )
-    for _ in range(steps):
-        state, metrics = step(state, batch)
+    state, metrics = step(state, batch)
+    for _ in range(steps - 1):
+        state, metrics = jax.block_until_ready(step(state, batch))
     return jax.device_get((state, metrics))
 
 
