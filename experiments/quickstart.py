@@ -98,11 +98,11 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
 
 def show(run: Run, corpus: Corpus, out: Path) -> None:
     """Write the run's pictures and samples, by its best checkpoint."""
-    sentence = corpus.validation[:32]
+    line = first_line(run.tokenizer.decode(corpus.validation))
+    sentence = run.tokenizer.encode(line)[: min(40, run.config.model.context)]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
-    weights = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",)).captured[
-        "attention"
-    ]
+    output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
+    weights = output.captured["attention"]
     plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
     plots.save(plots.attention_grid(np.array(weights[:, 0]), labels), out / "attention.png")
 
@@ -118,6 +118,12 @@ def show(run: Run, corpus: Corpus, out: Path) -> None:
     samples = np.concatenate([prompts, np.stack(list(tokens), axis=1)], axis=1)
     texts = ["".join(stream_text(run.tokenizer, sample)) for sample in samples]
     (out / "samples.txt").write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def first_line(text: str, least: int = 24, most: int = 40) -> str:
+    """The beginning of the first line of at least `least` characters, or else of the text."""
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if len(line) >= least), text)[:most]
 
 
 def result(config: ExperimentConfig, corpus: Corpus, fitted: Fit) -> dict:
