@@ -91,11 +91,11 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
 
 def torch_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
     """The same for a Hugging Face GPT-2 on PyTorch, eager, as its users run it."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    # By name, since these are there only with the extra `torch`.
+    torch, transformers = map(importlib.import_module, ("torch", "transformers"))
 
-    model = GPT2LMHeadModel(
-        GPT2Config(
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context,
             n_embd=config.width,
