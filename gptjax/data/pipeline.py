@@ -1,7 +1,7 @@
 """Tokens to batches: the batch at step n follows from the tokens, the sizes, the seed and n alone.
 
-Text is cut into windows of `context` tokens that do not overlap, so that an epoch sees every token
-once; each epoch has its own order.
+Text is cut into windows of `context` tokens that do not overlap, so that an epoch predicts every
+token once, but for a rest shorter than a window; each epoch has its own order.
 """
 
 import hashlib

@@ -49,7 +49,9 @@ def test_weight_decay_moves_just_the_leaves_that_decay():
 
 
 def test_muon_takes_the_blocks_kernels_along_their_own_axes():
-    is_leaf = lambda node: node is None or hasattr(node, "output_axis")  # noqa: E731
+    def is_leaf(node: Any) -> bool:
+        return node is None or hasattr(node, "output_axis")
+
     dimensions = jax.tree.leaves(muon_dimensions(PARAMS), is_leaf=is_leaf)
     taken = {
         name: (axes.reduction_axis, axes.output_axis)
