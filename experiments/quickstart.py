@@ -33,7 +33,7 @@ from gptjax.data.pipeline import (
 from gptjax.data.sources import read_text
 from gptjax.data.tokenizers import stream_text, train_tokenizer
 from gptjax.runs import CHECKPOINTS, RESULT, Run, environment, load_run, open_run, write_json
-from gptjax.sharding import one_device_per_core
+from gptjax.sharding import configure_cpu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import causal_loss
@@ -50,7 +50,6 @@ DEFAULTS = ExperimentConfig(
 
 def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """From a config to a directory with a trained model in it."""
-    one_device_per_core()
     text = read_text(config.data.path)
     tokenizer = train_tokenizer(config.data.tokenizer, text)
     config = with_vocabulary(config, tokenizer.vocab_size)
@@ -59,7 +58,9 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
         print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
         return
 
-    cost, peak = ledger(config.model), peak_flops()
+    cost = ledger(config.model)
+    configure_cpu(cost.parameters)
+    peak = peak_flops()
     print(f"{cost.parameters:,} parameters, {len(corpus.train):,} training tokens.")
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
 

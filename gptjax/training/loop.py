@@ -103,8 +103,7 @@ def fit(
     """
     start = time.perf_counter()
     first_place = batches.get_state()
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
-    mesh = data_mesh(config.batch_size // config.accumulate, parameters)
+    mesh = data_mesh(config.batch_size // config.accumulate)
     state, progress = init_state(params, optimizer, mesh), Progress()
     if checkpoints.last_step is not None:
         state, saved = checkpoints.restore(state)

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from gptjax.config import InputError
 from gptjax.training.console import ConsoleWriter
 
 MFU_FORMULA = "MFU = tokens/s × training FLOPs a token / peak FLOP/s"
@@ -82,13 +84,14 @@ def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list
 
     Weights & Biases is one of them where its own variable `WANDB_PROJECT` is set.
     """
-    writers: list[Writer] = [
-        ConsoleWriter(steps),
-        JsonlWriter(directory / "metrics.jsonl", resume_step),
-        TensorBoardWriter(directory / "tensorboard", resume_step),
-    ]
+    writers: list[Writer] = []
     if project := os.environ.get("WANDB_PROJECT"):
         writers.append(WandbWriter(project, directory))
+    writers += [
+        JsonlWriter(directory / "metrics.jsonl", resume_step),
+        TensorBoardWriter(directory / "tensorboard", resume_step),
+        ConsoleWriter(steps),
+    ]
     try:
         yield writers
     finally:
@@ -135,14 +138,29 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; resumes the run of the same directory name."""
+    """Weights & Biases; a run that goes on in its directory goes on there too.
+
+    Raises:
+      InputError: wandb is not installed.
+    """
 
     def __init__(self, project: str, directory: Path):
-        # By name, since the package is there only with the extra `wandb`.
-        self._run = importlib.import_module("wandb").init(
+        try:
+            # By name, since the package is there only with the extra `wandb`.
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise InputError(
+                "WANDB_PROJECT is set, but the package wandb is not installed: "
+                "pip install -e '.[wandb]', or unset it."
+            ) from error
+        identity = directory / "wandb" / "run_id"
+        if not identity.exists():
+            identity.parent.mkdir(exist_ok=True)
+            identity.write_text(uuid.uuid4().hex)
+        self._run = wandb.init(
             project=project,
             name=directory.name,
-            id=directory.name,
+            id=identity.read_text(),
             resume="allow",
             dir=directory,
             config=json.loads((directory / "config.json").read_text()),

@@ -82,13 +82,15 @@ def train_step(
         grad_norm=optax.tree.norm(leaf_norms),
         leaf_norms=leaf_norms,
     )
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
-    params, optimizer_state = jax.tree.map(
-        functools.partial(jnp.where, finite),
-        (params, optimizer_state),
-        (state.params, state.optimizer),
+
+    def update(params: Any, optimizer_state: Any) -> tuple[Any, Any]:
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state
+
+    # A condition, not a select a leaf, which costs XLA a copy of every moment on a CPU.
+    params, optimizer_state = jax.lax.cond(
+        finite, update, lambda *unchanged: unchanged, state.params, state.optimizer
     )
     return State(state.step + 1, params, optimizer_state), metrics
 

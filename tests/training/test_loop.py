@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -16,7 +15,6 @@ from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Diverged, Fit, Interrupted, fit
 from gptjax.training.losses import causal_loss
-from gptjax.training.metrics import JsonlWriter, read_jsonl
 from gptjax.training.optimizers import build_optimizer
 
 MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
@@ -155,14 +153,3 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
             describe=lambda step, tokens_per_second: {},
         )
     assert "the last good checkpoint is step 7" in str(stopped.value)
-
-
-def test_scalars_after_the_resumed_step_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
-    assert [line["step"] for line in read_jsonl(path)] == [1, 2]
-    writer = JsonlWriter(path, resume_step=1)
-    writer.write(2, {"loss": 2.5})
-    writer.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
