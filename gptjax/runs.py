@@ -23,7 +23,8 @@ from flax import nnx
 from gptjax.config import ExperimentConfig, InputError, differences, from_dict, to_dict
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.transformer import Decoder, split
+from gptjax.training.step import State
+from gptjax.transformer import LanguageModel, build, split
 
 CONFIG, RESULT = "config.json", "result.json"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +94,7 @@ class Run(NamedTuple):
     """A trained run, read back."""
 
     config: ExperimentConfig
-    model: Decoder
+    model: LanguageModel
     tokenizer: Tokenizer
     step: int
     """Of the checkpoint that the model is from."""
@@ -117,10 +118,23 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     Raises:
       InputError: no run, no checkpoint, or one that does not fit its config.
     """
+    directory = Path(directory)
+    config, model, step = load_model(directory, step)
+    return Run(config, model, load_tokenizer(directory), step)
+
+
+def load_model(
+    directory: str | Path, step: int | None = None
+) -> tuple[ExperimentConfig, LanguageModel, int]:
+    """The config, the model and the step of a run, which may lack a tokenizer.
+
+    Raises:
+      InputError: no run, no checkpoint, or one that does not fit its config.
+    """
     directory, config = Path(directory), load_config(directory)
     if not (directory / CHECKPOINTS).is_dir():
         raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
-    graphdef, shapes = split(nnx.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
@@ -130,7 +144,21 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
         params = checkpoints.restore_params(shapes, step)
         step = checkpoints.last_step if step is None else step
     assert step is not None
-    return Run(config, nnx.merge(graphdef, params), load_tokenizer(directory), step)
+    return config, nnx.merge(graphdef, params), step
+
+
+def save_model(directory: str | Path, model: LanguageModel) -> None:
+    """A run's directory for a model that was not trained here: its config, and a checkpoint.
+
+    It has no tokenizer and no optimizer state, so `load_model` reads it and no run resumes it.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = State(jax.numpy.int32(0), split(model)[1], {"none": jax.numpy.zeros(1)})
+    with Checkpoints(directory / CHECKPOINTS) as checkpoints:
+        checkpoints.save(state, {})
+        checkpoints.wait()
+    write_json(directory / CONFIG, {"config": to_dict(ExperimentConfig(model=model.config))})
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""A Hugging Face `config.json` as a `TransformerConfig`, and back: exactly, or not at all.
+
+Fields that no table of families.py has do not change what a model computes. Dropout is one rate
+here; of their several the first is read, and all are written.
+"""
+
+from typing import Any
+
+from gptjax.config import InputError, TransformerConfig, differences, near_names, to_dict
+from gptjax.huggingface.families import TRANSLATIONS
+from gptjax.huggingface.particulars import HuggingFaceConfig, pattern, refusal
+
+
+def config_from_huggingface(
+    given: HuggingFaceConfig, where: str = "config.json"
+) -> TransformerConfig:
+    """The config of a model whose `config.json`, at `where`, holds `given`.
+
+    Raises:
+      InputError: another family, a missing size, or a field with a value that gptjax does not
+        compute.
+    """
+    model_type = str(given.get("model_type"))
+    if model_type not in TRANSLATIONS:
+        near = near_names(model_type, TRANSLATIONS)
+        raise InputError(f"{where}: model_type is {model_type!r}, which gptjax lacks; {near}")
+    try:
+        return _read(given, model_type)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise InputError(f"{where} holds a field of another kind than {model_type}'s.") from error
+
+
+def _read(given: HuggingFaceConfig, model_type: str) -> TransformerConfig:
+    family = TRANSLATIONS[model_type]
+    for name, value in family.constant.items():
+        if given.get(name, value) != value:
+            raise refusal(name, given[name], repr(value))
+    ours = dict(family.ours)
+    for name, our_name in family.sizes.items():
+        size = given.get(name)
+        if type(size) is not int or size < 1:
+            raise InputError(f"{name} is {size!r}: it must be a size, as in every {model_type}.")
+        ours[our_name] = size
+    for name, (our_name, default) in family.optional.items():
+        value = given.get(name)
+        value = default if value is None else value
+        ours[our_name] = 0 if value is None else value
+    name, known, default = family.activation
+    activation = given.get(name, default)
+    if activation not in known:
+        raise refusal(name, activation, " or ".join(map(repr, known)))
+    ours["feedforward"] = known[activation]
+    ours["dropout"] = float(given.get(family.dropouts[0]) or 0)
+    return TransformerConfig(**(ours | family.read(given)))
+
+
+def config_to_huggingface(config: TransformerConfig) -> dict[str, Any]:
+    """The `config.json` of the first family that computes exactly what `config` says.
+
+    Raises:
+      InputError: none does; the sentence has the nearest and what it would change.
+    """
+    misfits = {}
+    for model_type in TRANSLATIONS:
+        given = _written(config, model_type)
+        try:
+            changed = differences(_resolved(config), _resolved(config_from_huggingface(given)))
+        except InputError:
+            continue  # Not even a model of that family.
+        if not changed:
+            return given
+        misfits[model_type] = changed
+    if not misfits:
+        raise InputError("No family of Hugging Face's computes a model of these sizes.")
+    nearest = min(misfits, key=lambda model_type: len(misfits[model_type]))
+    raise InputError(
+        f"No family of Hugging Face's computes this model; the nearest, {nearest}, would change "
+        f"{', '.join(misfits[nearest])}."
+    )
+
+
+def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
+    """The config of that family which is nearest to ours."""
+    family, ours = TRANSLATIONS[model_type], _resolved(config)
+    activation, known, default = family.activation
+    names = {our_name: name for name, our_name in reversed(list(known.items()))}
+    return {
+        "model_type": model_type,
+        "architectures": [family.architecture],
+        **{name: ours[our_name] for name, our_name in family.sizes.items()},
+        **{name: ours[our_name] for name, (our_name, _) in family.optional.items()},
+        activation: names.get(config.feedforward, default),
+        **dict.fromkeys(family.dropouts, config.dropout),
+        **family.constant,
+        # Which tokens they are, a model of ours does not know; theirs would be other models'.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **family.write(config),
+    }
+
+
+def _resolved(config: TransformerConfig) -> dict[str, Any]:
+    """What of a config changes what a model computes, its defaults spelt out."""
+    resolved = to_dict(config)
+    for name in ("dropout", "dtype", "scan_layers", "remat", "capacity_factor"):
+        del resolved[name]
+    rotary = config.positions == "rotary"
+    resolved |= {
+        "kv_heads": config.key_value_heads,
+        "head_size": config.head_width,
+        "hidden": config.hidden_width,
+        "query_bias": config.bias if config.query_bias is None else config.query_bias,
+        "output_bias": config.bias if config.output_bias is None else config.output_bias,
+        "encoder_depth": config.encoder_depth or config.depth,
+        "attention": pattern((config.attention_pattern * config.depth)[: config.depth]),
+        "rotary_fraction": config.rotary_width / config.head_width if rotary else None,
+        "rotary_base": float(config.rotary_base) if rotary else None,
+    }
+    if config.positions not in ("rotary", "sinusoidal"):
+        del resolved["pairing"]
+    if not config.experts:
+        del resolved["experts_per_token"]
+    if "compressed" not in config.attention_pattern:
+        del resolved["compression"]
+    return resolved

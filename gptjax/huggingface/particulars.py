@@ -1,0 +1,229 @@
+"""What of a Hugging Face config a table of fields cannot say: rotary positions, who looks where.
+
+A `read` function gives further fields of ours from theirs, a `write` function the other way.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gptjax.config import InputError, TransformerConfig
+
+HuggingFaceConfig = Mapping[str, Any]
+
+
+def refusal(name: str, value: Any, accepted: str) -> InputError:
+    """The error for a field with a value that gptjax does not compute."""
+    return InputError(f"{name} is {value!r}: gptjax computes {accepted} alone.")
+
+
+def pattern(kinds: Sequence[str]) -> str:
+    """The shortest pattern that, repeated, gives the kinds of attention of all layers."""
+    length = next(
+        length
+        for length in range(1, len(kinds) + 1)
+        if list(kinds) == list(kinds[:length]) * (len(kinds) // length)
+    )
+    return ",".join(kinds[:length])
+
+
+def turns(config: TransformerConfig, names: Mapping[str, str]) -> list[str]:
+    """Their name of each layer's attention; one that they lack is full."""
+    pattern = config.attention_pattern
+    turns = (pattern[layer % len(pattern)] for layer in range(config.depth))
+    return [names.get(kind, names["full"]) for kind in turns]
+
+
+def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
+    """Rotary positions, in the fields of transformers 5 or of those before."""
+    parameters: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        found = given.get(name) or {}
+        kind = found.get("rope_type", found.get("type", "default"))
+        if kind != "default" or any(isinstance(value, dict) for value in found.values()):
+            raise refusal(name, found, "unscaled rotary positions")
+        parameters |= found
+    base = given.get("rope_theta", given.get("rotary_emb_base", 10_000.0))
+    fraction = given.get("partial_rotary_factor", given.get("rotary_pct", fraction))
+    return {
+        "rotary_base": float(parameters.get("rope_theta", base)),
+        "rotary_fraction": float(parameters.get("partial_rotary_factor", fraction)),
+    }
+
+
+def read_neo(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Global and local attention in turn."""
+    types = given.get("attention_types") or [[["global", "local"], given["num_layers"] // 2]]
+    layers = given.get("attention_layers") or [
+        kind for kinds, times in types for kind in list(kinds) * times
+    ]
+    names = {"global": "full", "local": "local"}
+    if len(layers) != given["num_layers"] or not set(layers) <= set(names):
+        accepted = f"global or local of each of num_layers {given['num_layers']}"
+        raise refusal("attention_layers", layers, accepted)
+    window = given.get("window_size", 256) if "local" in layers else 0
+    return {"attention": pattern([names[kind] for kind in layers]), "window": window}
+
+
+def write_neo(config: TransformerConfig) -> dict[str, Any]:
+    """Global and local attention in turn."""
+    layers = turns(config, {"full": "global", "local": "local"})
+    turn = pattern(layers).split(",")
+    return {
+        "attention_types": [[turn, config.depth // len(turn)]],
+        "window_size": config.window or 256,
+    }
+
+
+def read_gptj(given: HuggingFaceConfig) -> dict[str, Any]:
+    """The number of channels that turn."""
+    head_width = given["n_embd"] // given["n_head"]
+    turning = given.get("rotary_dim", 64)
+    if not isinstance(turning, int) or turning % 2 or not 0 < turning <= head_width:
+        accepted = f"an even number of at most {head_width} (n_embd / n_head)"
+        raise refusal("rotary_dim", turning, accepted)
+    fraction = turning / head_width
+    if int(fraction * head_width) < turning:  # Rounded down.
+        fraction = math.nextafter(fraction, 1)
+    return {"rotary_fraction": fraction}
+
+
+def read_neox(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Rotary positions, the biases of attention, and whether both layers run side by side."""
+    rope = _rope(given, 0.25)
+    head_width = given["hidden_size"] // given["num_attention_heads"]
+    if int(rope["rotary_fraction"] * head_width) % 2:
+        accepted = f"an even number of the {head_width} channels of a head"
+        raise refusal("partial_rotary_factor", rope["rotary_fraction"], accepted)
+    bias = given.get("attention_bias", True)
+    return {
+        **rope,
+        "norm_placement": "parallel" if given.get("use_parallel_residual", True) else "pre",
+        "query_bias": bias,
+        "output_bias": bias,
+    }
+
+
+def write_neox(config: TransformerConfig) -> dict[str, Any]:
+    """The rotary fields of transformers 5 and of those before."""
+    fraction = config.rotary_fraction if config.positions == "rotary" else 1.0
+    return {
+        "use_parallel_residual": config.norm_placement != "pre",
+        "attention_bias": config.bias if config.query_bias is None else config.query_bias,
+        "rotary_pct": fraction,
+        "rotary_emb_base": config.rotary_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_base,
+            "partial_rotary_factor": fraction,
+        },
+    }
+
+
+def read_llama(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Rotary positions of all channels, and the biases of attention."""
+    rope = _rope(given, 1.0)
+    if rope["rotary_fraction"] != 1:
+        raise refusal("partial_rotary_factor", rope["rotary_fraction"], "1.0")
+    attention_bias = given.get("attention_bias", False)
+    return {**rope, "query_bias": attention_bias, "output_bias": attention_bias}
+
+
+def write_llama(config: TransformerConfig) -> dict[str, Any]:
+    """The rotary fields of transformers 5 and of those before."""
+    return {
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_width,
+        "attention_bias": config.bias if config.query_bias is None else config.query_bias,
+        "rope_theta": config.rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+    }
+
+
+def read_mistral(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Llama's, with a window in every layer."""
+    window = given.get("sliding_window", 4096)
+    return {
+        **read_llama(given),
+        "attention": "local" if window else "full",
+        "window": window or 0,
+    }
+
+
+def write_mistral(config: TransformerConfig) -> dict[str, Any]:
+    """Llama's, with a window in every layer."""
+    return write_llama(config) | {"attention_bias": False, "sliding_window": config.window or None}
+
+
+def read_qwen2(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Llama's, with biases of query, key and value, and a window in some layers."""
+    depth = given["num_hidden_layers"]
+    window = given.get("sliding_window", 4096) if given.get("use_sliding_window") else None
+    first = given.get("max_window_layers", 28) if window else depth
+    layers = given.get("layer_types") or [
+        "full_attention" if layer < first else "sliding_attention" for layer in range(depth)
+    ]
+    names = {"full_attention": "full", "sliding_attention": "local"}
+    if len(layers) != depth or not set(layers) <= set(names):
+        accepted = f"full_attention or sliding_attention of each of {depth} layers"
+        raise refusal("layer_types", layers, accepted)
+    sliding = "sliding_attention" in layers and window is not None
+    return {
+        **read_llama(given),
+        "query_bias": True,
+        "output_bias": False,
+        "attention": pattern([names[kind] for kind in layers]) if sliding else "full",
+        "window": window if sliding else 0,
+    }
+
+
+def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
+    """Llama's, with a window in some layers."""
+    layers = turns(config, {"full": "full_attention", "local": "sliding_attention"})
+    return write_llama(config) | {
+        "use_sliding_window": config.window > 0,
+        "sliding_window": config.window or None,
+        "max_window_layers": layers.count("full_attention"),
+        "layer_types": layers,
+    }
+
+
+def read_bert(given: HuggingFaceConfig) -> dict[str, Any]:
+    """A bare encoder has no heads; its pooler is not read, as nothing here reads from it."""
+    heads = "BertModel" not in (given.get("architectures") or [])
+    activation = given.get("hidden_act", "gelu")
+    if heads and activation != "gelu":
+        raise refusal("hidden_act", activation, "'gelu' before BERT's heads")
+    return {"head_bias": heads, "pretraining_heads": heads}
+
+
+def write_bert(config: TransformerConfig) -> dict[str, Any]:
+    """A bare encoder has no heads."""
+    bare = not config.pretraining_heads
+    return {"architectures": ["BertModel"]} if bare else {}
+
+
+def read_marian(given: HuggingFaceConfig) -> dict[str, Any]:
+    """Both sides must be of one size, as they are in ours."""
+    for name, other in (
+        ("decoder_vocab_size", "vocab_size"),
+        ("encoder_attention_heads", "decoder_attention_heads"),
+        ("encoder_ffn_dim", "decoder_ffn_dim"),
+    ):
+        if (given.get(name) or given[other]) != given[other]:
+            raise refusal(name, given[name], f"the {given[other]} of {other}")
+    return {}
+
+
+def write_marian(config: TransformerConfig) -> dict[str, Any]:
+    """The same sizes for both sides."""
+    return {
+        "decoder_vocab_size": config.vocab_size,
+        "encoder_layers": config.encoder_depth or config.depth,
+        "encoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.hidden_width,
+        "decoder_ffn_dim": config.hidden_width,
+        "is_encoder_decoder": True,
+        "decoder_start_token_id": 0,
+        "forced_eos_token_id": None,
+    }

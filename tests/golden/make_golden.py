@@ -1,0 +1,93 @@
+"""Write the golden models: tiny ones of transformers with random parameters, and their logits.
+
+    python tests/golden/make_golden.py
+
+Needs the extra `parity`. tests/test_huggingface.py reads what it writes, without PyTorch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+HERE = Path(__file__).parent
+VOCABULARY, CONTEXT = 17, 8
+
+GPT = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": 8, "n_layer": 2, "n_head": 2}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 20,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+GOLDEN = {
+    "gpt2": ("GPT2LMHeadModel", GPT),
+    "openai-gpt": ("OpenAIGPTLMHeadModel", GPT),
+    "gpt_neo": (
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": CONTEXT,
+            "hidden_size": 8,
+            "num_layers": 2,
+            "num_heads": 2,
+            "window_size": 3,
+            "attention_types": [[["global", "local"], 1]],
+        },
+    ),
+    "gptj": ("GPTJForCausalLM", {**GPT, "rotary_dim": 2}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**SIZES, "rotary_pct": 0.5}),
+    "bert": ("BertForPreTraining", {**SIZES, "hidden_size": 8, "num_attention_heads": 2}),
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": 3}),
+    "qwen2": ("Qwen2ForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "marian": (
+        "MarianMTModel",
+        {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": CONTEXT,
+            "d_model": 8,
+            "encoder_layers": 1,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 12,
+            "decoder_ffn_dim": 12,
+            "activation_function": "swish",
+            "scale_embedding": True,
+            "pad_token_id": VOCABULARY - 1,
+            "decoder_start_token_id": VOCABULARY - 1,
+        },
+    ),
+}
+
+
+def write(name: str) -> None:
+    """One directory: config.json, model.safetensors, expected.npz (tokens [2, T], logits)."""
+    class_name, fields = GOLDEN[name]
+    torch.manual_seed(0)
+    kind = getattr(transformers, class_name)
+    model = kind(kind.config_class(**fields)).eval()
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, (2, CONTEXT))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        given = {"input_ids": torch.tensor(tokens)}
+        if name == "marian":
+            model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
+            given["decoder_input_ids"] = torch.tensor(tokens[:, ::-1].copy())
+        output = model(**given)
+    logits = output.prediction_logits if name == "bert" else output.logits
+    model.save_pretrained(HERE / name)
+    (HERE / name / "generation_config.json").unlink(missing_ok=True)
+    np.savez(HERE / name / "expected.npz", tokens=tokens, logits=logits.numpy())
+
+
+if __name__ == "__main__":
+    for name in GOLDEN:
+        write(name)

