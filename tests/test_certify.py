@@ -1,0 +1,372 @@
+import dataclasses
+import math
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import cli, equivalence
+from gptjax.certify import (
+    BASE,
+    COMPANIONS,
+    OUTSIDE,
+    SETTINGS,
+    Cell,
+    axis_values,
+    certify,
+    checked,
+    failures,
+    page,
+    shrunk,
+    variants,
+)
+from gptjax.config import InputError, TransformerConfig
+from gptjax.equivalence import PROPERTIES, Case, difference, product_flops
+from gptjax.layers import attention, linear, stack
+from gptjax.presets import PRESETS, preset
+from gptjax.training import losses, step
+from gptjax.training.checkpoint import Checkpoints
+
+FIELDS = typing.get_type_hints(TransformerConfig)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_quickly() -> Iterator[None]:
+    """What a program computes is asked here, not how fast: compiling is nearly all of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _once(configs: dict[str, TransformerConfig]) -> dict[str, TransformerConfig]:
+    """The first name of each different tiny config."""
+    first: dict[TransformerConfig, str] = {}
+    for name, config in configs.items():
+        first.setdefault(shrunk(config), name)
+    return {name: configs[name] for name in first.values()}
+
+
+AXIS_VALUES = _once(axis_values())
+OTHER_PRESETS = {
+    name: config
+    for name, config in _once({**AXIS_VALUES, **PRESETS}).items()
+    if name not in AXIS_VALUES
+}
+
+
+@pytest.mark.parametrize("name", AXIS_VALUES)
+def test_every_axis_value_passes(name):
+    assert failures({name: certify(AXIS_VALUES[name])}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_PRESETS)
+def test_every_preset_passes(name):
+    assert failures({name: certify(OTHER_PRESETS[name])}) == []
+
+
+def test_a_dash_has_its_reason():
+    encoder, recurrent = axis_values()["family=encoder"], axis_values()["family=recurrent"]
+    (cached,) = checked(Case(encoder, encoder), ["cached"]).values()
+    (attended,) = checked(Case(recurrent, recurrent), ["attention"]).values()
+    assert (str(cached), cached.reason) == ("–", "an encoder predicts no next token")
+    assert (str(attended), attended.reason) == ("–", "an LSTM has no attention")
+
+
+class Broken(NamedTuple):
+    """A fault, and the property that must notice it."""
+
+    noticed_by: str
+    of: Any
+    """What has the broken attribute."""
+    attribute: str
+    broken: Callable[[Any], Any]
+    """The attribute → a wrong one."""
+    changes: Mapping[str, Any] = MappingProxyType({})
+
+
+def _scaled(run: Callable, field: str) -> Callable:
+    """`run_layers` with a stream that enters 1% too large where the config's `field` is on."""
+
+    def wrong(layer, stacks, x, *, config, **named):
+        return run(layer, stacks, 1.01 * x if getattr(config, field) else x, config=config, **named)
+
+    return wrong
+
+
+def _steeper(attend: Callable) -> Callable:
+    """The same values, a gradient that is 0.1% too large."""
+
+    def wrong(*arguments: Any) -> jax.Array:
+        mixture = attend(*arguments)
+        return mixture + 0.001 * (mixture - jax.lax.stop_gradient(mixture))
+
+    return wrong
+
+
+def _means_of_means(summed: Callable) -> Callable:
+    def wrong(params, batch, key, loss, accumulate):
+        sums, gradients = summed(params, batch, key, loss, accumulate)
+        return sums._replace(weight=sums.weight * accumulate), gradients
+
+    return wrong
+
+
+def _rounded(save: Callable) -> Callable:
+    def wrong(self, state, *arguments):
+        rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(leaf.dtype), state)
+        save(self, rounded._replace(step=state.step), *arguments)
+
+    return wrong
+
+
+def _without_last(over: Callable) -> Callable:
+    def wrong(add_chunk, start, chunks):
+        count = max(1, len(chunks.targets) - 1)
+        sums, output = over(add_chunk, start, jax.tree.map(lambda leaf: leaf[:count], chunks))
+        return sums, jnp.pad(output, ((0, len(chunks.targets) - count), (0, 0), (0, 0)))
+
+    return wrong
+
+
+def _mask(**changes: Any) -> Callable:
+    return lambda mask: lambda distance, **named: mask(distance, **{**named, **changes})
+
+
+FAULTS = {
+    "sees later tokens": Broken("mask", stack, "attention_mask", _mask(causal=False)),
+    "an encoder that looks back only": Broken(
+        "mask", stack, "attention_mask", _mask(causal=True), {"family": "encoder"}
+    ),
+    "an encoder that sees padding": Broken(
+        "mask", stack, "attention_mask", _mask(valid=None), {"family": "encoder"}
+    ),
+    "another loop when scanned": Broken(
+        "scanned",
+        stack,
+        "run_layers",
+        lambda run: _scaled(run, "scan_layers"),
+    ),
+    "another block when recomputed": Broken(
+        "remat",
+        stack,
+        "run_layers",
+        lambda run: _scaled(run, "remat"),
+    ),
+    "the cache written a place late": Broken(
+        "cached",
+        attention.KVCache,
+        "write",
+        lambda write: lambda self, new, start: write(self, new, start + 1),
+    ),
+    "attention's gradient scaled": Broken("attention", attention, "attend", _steeper),
+    "a chunk left out": Broken("chunked", losses, "_over_chunks", _without_last),
+    "parts averaged twice": Broken("accumulated", step, "_summed_gradients", _means_of_means),
+    "devices not added up": Broken(
+        "sharded", step, "sum_over_devices", lambda _: lambda tree, axis: tree
+    ),
+    "bfloat16 products too large": Broken(
+        "bfloat16",
+        linear.Linear,
+        "__call__",
+        lambda call: lambda self, x: call(self, x) * (1.3 if x.dtype == jnp.bfloat16 else 1),
+    ),
+    "parameters saved in bfloat16": Broken("restored", Checkpoints, "save", _rounded),
+    "a parameter too many": Broken(
+        "parameters",
+        equivalence,
+        "ledger",
+        lambda ledger: lambda config: ledger(dataclasses.replace(config, vocab_size=8)),
+    ),
+    "a FLOP too many": Broken(
+        "flops",
+        equivalence,
+        "ledger",
+        lambda ledger: (
+            lambda config: dataclasses.replace(
+                ledger(config), attention_flops=ledger(config).attention_flops + 1
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_a_broken_model_fails(fault, monkeypatch):
+    # A vocabulary of its own, so that no program compiled of the whole model is met again.
+    config = dataclasses.replace(BASE, vocab_size=7, **fault.changes)
+    sound = getattr(fault.of, fault.attribute)
+    monkeypatch.setattr(fault.of, fault.attribute, fault.broken(sound))
+    cell = checked(Case(config, config), [fault.noticed_by])[fault.noticed_by]
+    assert not cell.reason
+    assert not cell.passed
+    assert cell.error > 10 * cell.tolerance or fault.noticed_by == "bfloat16"
+
+
+def test_every_property_is_seen_to_fail():
+    assert {fault.noticed_by for fault in FAULTS.values()} == set(PROPERTIES)
+
+
+def test_a_check_that_breaks_is_a_cell_that_fails(monkeypatch):
+    def none_there(config):
+        raise KeyError(config.family)
+
+    monkeypatch.setattr(equivalence, "ledger", none_there)
+    row = checked(Case(BASE, BASE), ["parameters"])
+    assert not row["parameters"].passed
+    (sentence,) = failures({"base": row})
+    assert "KeyError: 'decoder'" in sentence
+
+
+def test_a_difference_is_relative_and_not_finite_is_infinite():
+    expected = {"a": np.array([4.0, 0.0]), "b": np.array([1.0])}
+    assert difference({"a": np.array([4.0, 0.0]), "b": np.array([1.5])}, expected) == 0.125
+    assert difference(np.array([math.nan]), np.array([math.nan])) == math.inf
+    assert difference((np.float32(1.5), np.array([9.0])), (np.float32(1), np.array([9.0]))) == 0.5
+
+
+def test_every_field_is_an_axis_or_left_out_for_a_reason():
+    axes = {name.partition("=")[0] for name in axis_values()}
+    assert axes | OUTSIDE.keys() == FIELDS.keys()
+    assert not axes & OUTSIDE.keys()
+    assert axes >= SETTINGS.keys()
+    assert {name.partition("=")[0] for name in COMPANIONS} <= axes
+
+
+def test_every_value_of_a_literal_is_in_the_grid_without_a_line_of_its_own():
+    names = axis_values()
+    for field, hint in FIELDS.items():
+        if typing.get_origin(hint) is Literal and field not in OUTSIDE:
+            for value in typing.get_args(hint):
+                assert getattr(names[f"{field}={value}"], field) == value
+
+
+def test_a_field_of_unknown_values_is_told():
+    with pytest.raises(InputError, match="has no values for the field 'layers'"):
+        sys.modules["gptjax.certify"]._values("layers", int)
+
+
+KEPT = FIELDS.keys() - OUTSIDE.keys() - SETTINGS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_shrunk_preset_keeps_its_architecture(name):
+    real, tiny = preset(name), shrunk(preset(name))
+    assert {field: getattr(tiny, field) for field in KEPT} == {
+        field: getattr(real, field) for field in KEPT
+    }
+    for field in ("attention", "rotary_fraction", "segments", "norm_epsilon", "compression"):
+        assert getattr(tiny, field) == getattr(real, field)
+    for field in SETTINGS.keys() - {"kv_heads", "head_size"} | {"window", "experts"}:
+        assert bool(getattr(tiny, field)) == bool(getattr(real, field))
+    assert (tiny.heads == tiny.key_value_heads) == (real.heads == real.key_value_heads)
+    assert (tiny.key_value_heads == 1) == (real.key_value_heads == 1)
+    assert (tiny.heads & tiny.heads - 1 == 0) == (real.heads & real.heads - 1 == 0)
+    filled = [config.heads * config.head_width == config.width for config in (tiny, real)]
+    assert filled[0] == filled[1]
+    assert tiny.width <= 64
+    assert tiny.depth == 2 * len(real.attention_pattern)
+
+
+def test_an_unknown_variant_lists_the_near_ones():
+    assert list(variants(["gpt2", "positions=alibi"])) == ["gpt2", "positions=alibi"]
+    assert variants().keys() == axis_values().keys() | PRESETS.keys()
+    with pytest.raises(InputError, match=r"'positions=alibbi': did you mean positions=alibi"):
+        variants(["positions=alibbi"])
+
+
+def test_grouped_products_are_counted_by_row():
+    def loss(x, kernels):
+        return jax.lax.ragged_dot(x, kernels, jnp.array([1, 4, 2])).sum()
+
+    shapes = jnp.zeros((7, 5)), jnp.zeros((3, 5, 4))
+    assert product_flops(jax.make_jaxpr(loss)(*shapes).jaxpr) == 2 * 7 * 5 * 4
+    gradient = jax.grad(loss, argnums=(0, 1))
+    assert product_flops(jax.make_jaxpr(gradient)(*shapes).jaxpr) == 3 * 2 * 7 * 5 * 4
+
+
+def test_the_page_shows_what_fails():
+    good = {name: Cell(0.0, each.tolerance) for name, each in PROPERTIES.items()}
+    dash = {**good, "cached": Cell(math.nan, 1e-5, "an encoder predicts no next token")}
+    bad = {**good, "mask": Cell(0.25, 1e-5)}
+    passing = page({"a": good, "b": dash}, "certify")
+    assert f"2 variants, {2 * len(good) - 1} checks, all pass" in passing
+    assert "A dash: an encoder predicts no next token." in passing
+    failing = page({"a": good, "c": bad}, "certify")
+    assert "**1 fail**" in failing
+    assert "| `c` | **2e-01** | 0 |" in failing
+    assert "- c: a causal model sees no later token" in failing
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m gptjax certify` with these arguments: exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gptjax", "certify", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def only_counts(monkeypatch):
+    """A grid of the two cheapest columns."""
+    for module in ("gptjax.certify", "gptjax.equivalence"):
+        kept = {name: PROPERTIES[name] for name in ("parameters", "flops")}
+        monkeypatch.setattr(f"{module}.PROPERTIES", kept)
+    monkeypatch.setattr(
+        "gptjax.certify._tiny_row", sys.modules["gptjax.certify"]._tiny_row.__wrapped__
+    )
+
+
+@pytest.mark.usefixtures("only_counts")
+def test_the_command_prints_a_line_a_variant(command):
+    code, out, err = command("gpt2", "positions=alibi")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["parameters", "flops"]
+    assert [line.split() for line in lines[2:]] == [
+        ["gpt2", "0", "0"],
+        ["positions=alibi", "0", "0"],
+    ]
+
+
+@pytest.mark.usefixtures("only_counts")
+def test_the_command_prints_the_page(command):
+    code, out, err = command("gpt2", "--markdown")
+    assert code == 0
+    assert out.startswith("# Certificate\n\n`python -m gptjax certify gpt2 --markdown`: 1 variants")
+    assert err.splitlines()[-1].split() == ["gpt2", "0", "0"]
+
+
+@pytest.mark.usefixtures("only_counts")
+def test_the_command_fails_with_a_sentence(command, monkeypatch):
+    monkeypatch.setattr(equivalence, "product_flops", lambda jaxpr: 1)
+    code, out, _ = command("gpt2")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("gpt2: the ledger's FLOPs = the traced products': error")
+
+
+@pytest.mark.parametrize("arguments", [(), ("gpt2", "--all")])
+def test_the_command_takes_names_or_all(command, arguments):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err == "certify takes names, such as gpt2 or positions=alibi, or else --all.\n"
+
+
+def test_the_command_lists_the_near_names(command):
+    code, out, err = command("gtp2")
+    assert (code, out) == (2, "")
+    assert err.startswith("Unknown variant 'gtp2': did you mean gpt2")
