@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py
     python experiments/benchmark.py --against torch --json figures.json
+    python experiments/benchmark.py --decode --against torch
 
 For each configuration: milliseconds a step, tokens/s, achieved GFLOP/s (exact model FLOPs of
 `gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the
@@ -10,9 +11,15 @@ with PyTorch's fused AdamW in turn with ours, A B A B, and prints our median ove
 machine's speed drifts, so the ratio is the figure to quote. `--against lean-torch` does the same
 with the leanest GPT-2 that eager PyTorch allows. Random tokens, float32, gradients clipped at
 norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
+
+`--decode` times greedy decoding of a preset (gpt2 unless named) instead, one sequence, a token at a
+time after the first, random weights. Each token reads all weights but the tables that are only
+looked up, so the memory sets a bound: the time of a compiled sum over an array of as many bytes, on
+all cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its cache.
 """
 
 import argparse
+import functools
 import gc
 import importlib.util
 import multiprocessing
@@ -23,14 +30,35 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from torch_baselines import (
+    BETAS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    RunSteps,
+    huggingface_decoding,
+    huggingface_steps,
+    lean_steps,
+)
 
-from gptjax import Decoder, OptimizerConfig, TransformerConfig, ledger, split
+from gptjax import (
+    PRESETS,
+    Decoder,
+    OptimizerConfig,
+    Sampling,
+    TransformerConfig,
+    build,
+    generate,
+    ledger,
+    preset,
+    split,
+)
 from gptjax.data.pipeline import Batch
 from gptjax.runs import environment, write_json
 from gptjax.sharding import configure_cpu, data_mesh
-from gptjax.training.losses import causal_loss
+from gptjax.training.losses import token_loss
 from gptjax.training.metrics import measured_matmul_flops
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state
@@ -53,9 +81,7 @@ CONFIGURATIONS = {
         1,
     ),
 }
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
-
-RunSteps = Callable[[int], None]
+TOKENS_A_ROUND = 48
 
 
 def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
@@ -75,7 +101,7 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
     )
     mesh = data_mesh(len(batch.tokens))
     state = init_state(params, optimizer, mesh)
-    step = compile_train_step(causal_loss(graphdef), optimizer, state, batch, mesh)
+    step = compile_train_step(token_loss(graphdef), optimizer, state, batch, mesh)
 
     def run(steps: int) -> None:
         nonlocal state
@@ -86,105 +112,6 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
                 float(late.loss)
             late = metrics
         jax.block_until_ready(state)
-
-    return run
-
-
-def huggingface_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """The same for a Hugging Face GPT-2 on PyTorch, eager, as its users run it."""
-    # By name, since torch and transformers are there only with the extra `torch`.
-    transformers = importlib.import_module("transformers")
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.context,
-            n_embd=config.width,
-            n_layer=config.depth,
-            n_head=config.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-    return torch_steps(lambda tokens: model(tokens).logits, list(model.parameters()), batch)
-
-
-def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """The same for as lean a GPT-2 as eager PyTorch allows, what nanoGPT trains.
-
-    No biases, one product for query, key and value, PyTorch's own attention kernel.
-    """
-    torch = importlib.import_module("torch")
-    functional, width = torch.nn.functional, config.width
-
-    def matrix(*shape: int):
-        return (0.02 * torch.randn(shape)).requires_grad_()
-
-    def norm(x, scale):
-        return functional.layer_norm(x, (width,), scale)
-
-    blocks = [
-        {
-            "attention_norm": torch.ones(width, requires_grad=True),
-            "query_key_value": matrix(3 * width, width),
-            "output": matrix(width, width),
-            "feedforward_norm": torch.ones(width, requires_grad=True),
-            "up": matrix(4 * width, width),
-            "down": matrix(width, 4 * width),
-        }
-        for _ in range(config.depth)
-    ]
-    embedding, positions = matrix(config.vocab_size, width), matrix(config.context, width)
-    last_norm = torch.ones(width, requires_grad=True)
-
-    def logits(tokens):
-        x = functional.embedding(tokens, embedding) + positions
-        for block in blocks:
-            projected = functional.linear(
-                norm(x, block["attention_norm"]), block["query_key_value"]
-            )
-            query, key, value = (
-                part.unflatten(2, (config.heads, -1)).transpose(1, 2)
-                for part in projected.split(width, dim=2)
-            )
-            mixture = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x = x + functional.linear(mixture.transpose(1, 2).flatten(2), block["output"])
-            up = functional.linear(norm(x, block["feedforward_norm"]), block["up"])
-            x = x + functional.linear(functional.gelu(up), block["down"])
-        return functional.linear(norm(x, last_norm), embedding)
-
-    leaves = [leaf for block in blocks for leaf in block.values()]
-    return torch_steps(logits, [embedding, positions, last_norm, *leaves], batch)
-
-
-def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
-    """A function that runs a number of training steps of a PyTorch model."""
-    torch = importlib.import_module("torch")
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=LEARNING_RATE,
-        betas=BETAS,
-        fused=True,
-    )
-    tokens = torch.from_numpy(batch.tokens).long()
-    targets = torch.from_numpy(batch.targets).long().flatten()
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            loss = torch.nn.functional.cross_entropy(logits(tokens).flatten(0, 1), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            loss.item()
 
     return run
 
@@ -200,13 +127,49 @@ def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
 RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_steps}
 
 
-def serve(kind: str, name: str, connection: Connection) -> None:
+def jax_decoding(config: TransformerConfig) -> RunSteps:
+    """A function that decodes a number of tokens with gptjax."""
+    model, greedy = build(config, rngs=nnx.Rngs(0)), Sampling(temperature=0)
+    tokens = iter(())
+
+    def run(steps: int) -> None:
+        nonlocal tokens
+        for _ in range(steps):
+            if next(tokens, None) is None:
+                tokens = generate(model, [[0]], max_new_tokens=config.context, sampling=greedy)
+                next(tokens)
+
+    return run
+
+
+def memory_reads(config: TransformerConfig) -> RunSteps:
+    """The bound of both: so many readings of as many bytes as a token needs of the weights."""
+    numbers = jnp.ones(decoding_bytes(config) // 4)
+    total = jax.jit(jnp.sum)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            total(numbers).block_until_ready()
+
+    return run
+
+
+def decoding_bytes(config: TransformerConfig) -> int:
+    """Bytes of the float32 weights that a decoded token reads, looked-up tables left out."""
+    looked_up = config.context if config.positions == "learned" else 0
+    looked_up += 0 if config.tied else config.vocab_size
+    return 4 * (ledger(config).parameters - looked_up * config.width)
+
+
+DECODERS = {"gptjax": jax_decoding, "memory": memory_reads, "torch": huggingface_decoding}
+
+
+def serve(
+    runner: Callable[[], RunSteps], parameters: int, steps: int, connection: Connection
+) -> None:
     """Run steps of one runner in this process, a round at each request, answering with seconds."""
-    config, batch_size, steps = CONFIGURATIONS[name]
-    if kind == "gptjax":
-        configure_cpu(ledger(config).parameters)
-    batch = random_batch(config, batch_size)
-    run = RUNNERS[kind](config, batch)
+    configure_cpu(parameters)
+    run = runner()
     run(steps)
     gc.disable()
     connection.send("ready")
@@ -216,31 +179,78 @@ def serve(kind: str, name: str, connection: Connection) -> None:
         connection.send((time.perf_counter() - start) / steps)
 
 
-def timed_rounds(name: str, kinds: list[str], rounds: int) -> dict[str, list[float]]:
+def timed_rounds(
+    runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
+) -> dict[str, list[float]]:
     """Seconds a step of each runner in each round, the runners in turn.
 
     Each lives in a process of its own, so that neither disturbs the other's threads and memory.
     """
     spawn = multiprocessing.get_context("spawn")
     connections = {}
-    for kind in kinds:
-        connections[kind], other = spawn.Pipe()
-        spawn.Process(target=serve, args=(kind, name, other), daemon=True).start()
-        assert connections[kind].recv() == "ready"
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for name, runner in runners.items():
+        connections[name], other = spawn.Pipe()
+        # PyTorch stands as its users run it.
+        own = 0 if "torch" in name else parameters
+        spawn.Process(target=serve, args=(runner, own, steps, other), daemon=True).start()
+        assert connections[name].recv() == "ready"
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
-        for kind, connection in connections.items():
+        for name, connection in connections.items():
             connection.send(True)
-            seconds[kind].append(connection.recv())
+            seconds[name].append(connection.recv())
     for connection in connections.values():
         connection.send(False)
     return seconds
 
 
+def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
+    """The figures of decoding with the preset `name`."""
+    config = preset(name)
+    runners = {
+        runner: functools.partial(DECODERS[runner], config)
+        for runner in ("gptjax", "memory", *against)
+    }
+    parameters = ledger(config).parameters
+    times = timed_rounds(runners, parameters, TOKENS_A_ROUND, rounds)
+    bound = statistics.median(times["memory"])
+    figures: dict = {"preset": name, "weight_bytes": decoding_bytes(config)}
+    for runner, seconds in times.items():
+        median = statistics.median(seconds)
+        figures[runner] = {
+            "milliseconds": 1000 * median,
+            "fastest": 1000 * min(seconds),
+            "slowest": 1000 * max(seconds),
+            "gigabytes_per_second": decoding_bytes(config) / median / 1e9,
+            "share_of_bound": bound / median,
+            "gptjax_over_this": statistics.median(times["gptjax"]) / median,
+        }
+    return figures
+
+
+def print_decoding(figures: dict) -> None:
+    """A table of what `measure_decoding` found."""
+    megabytes = figures["weight_bytes"] / 1e6
+    print(f"{figures['preset']}: a token reads {megabytes:.1f} MB of weights, float32")
+    print(f"{'runner':<12}{'ms/token':>9}{'range':>16}{'GB/s':>8}{'of bound':>10}{'ratio':>7}")
+    for runner in DECODERS:
+        if row := figures.get(runner):
+            span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
+            print(
+                f"{runner:<12}{row['milliseconds']:>9.1f}{span:>16}"
+                f"{row['gigabytes_per_second']:>8.1f}{row['share_of_bound']:>10.1%}"
+                f"{row['gptjax_over_this']:>7.2f}"
+            )
+
+
 def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
     """The figures of one configuration."""
-    config, batch_size, _ = CONFIGURATIONS[name]
-    times = timed_rounds(name, ["gptjax", *against], rounds)
+    config, batch_size, steps = CONFIGURATIONS[name]
+    batch = random_batch(config, batch_size)
+    runners = {
+        runner: functools.partial(RUNNERS[runner], config, batch) for runner in ("gptjax", *against)
+    }
+    times = timed_rounds(runners, ledger(config).parameters, steps, rounds)
     figures: dict = {"configuration": name}
     for runner, seconds in times.items():
         median = statistics.median(seconds)
@@ -290,11 +300,27 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=CONFIGURATIONS, nargs="+", help="these configurations (default all)"
     )
+    parser.add_argument(
+        "--decode",
+        choices=PRESETS,
+        nargs="?",
+        const="gpt2",
+        metavar="PRESET",
+        help="time decoding with a preset (default gpt2)",
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}: it must be at least 1.")
     if arguments.against and importlib.util.find_spec("transformers") is None:
         parser.error("--against needs PyTorch and transformers: pip install -e '.[torch]'.")
+    if arguments.decode:
+        if "lean-torch" in arguments.against:
+            parser.error("--decode is timed against torch only.")
+        figures = measure_decoding(arguments.decode, arguments.rounds, arguments.against)
+        print_decoding(figures)
+        if arguments.json:
+            write_json(arguments.json, {"decoding": figures, **environment()})
+        return
 
     peak = measured_matmul_flops()
     print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s (2048 × 2048 × 2048, float32)")

@@ -1,11 +1,12 @@
-"""Decoding with a key-value cache: a token at a time, greedy or sampled, for a batch of sequences.
+"""Decoding with a cache: a token at a time, greedy or sampled, for a batch of sequences.
 
 Sources: temperature, Ackley et al. 1985; top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al.
-2020. The filters act in that order on the same logits, as in Hugging Face transformers.
+2020; min-p, Nguyen et al. 2024; repetition penalty, CTRL (Keskar et al. 2019, section 4.1). They
+act in this order, the penalty first, as in Hugging Face transformers.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 from flax import nnx
 
 from gptjax.config import InputError
-from gptjax.layers.attention import KVCache
-from gptjax.transformer import Decoder, empty_cache, split
+from gptjax.transformer import LanguageModel, Params, split
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Sampling:
     """Choose among this many of the most likely tokens; 0 takes all."""
     top_p: float = 1.0
     """Choose among the most likely tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Choose among tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that occurred, and multiplies negative ones."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -41,10 +45,16 @@ class Sampling:
             raise InputError(f"top-k is {self.top_k}: it must be at least 0.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top-p is {self.top_p}: it must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min-p is {self.min_p}: it must be at least 0 and at most 1.")
+        if not self.repetition_penalty > 0:
+            raise InputError(
+                f"repetition-penalty is {self.repetition_penalty}: it must be above 0."
+            )
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] over the temperature, -inf where top-k or top-p leave a token out."""
+    """Logits [B, V] over the temperature, -inf where top-k, top-p or min-p leave a token out."""
     logits /= sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -55,7 +65,15 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         before = jnp.cumsum(probability, axis=-1) - probability
         kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
         logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
+    if sampling.min_p:
+        least = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def penalised_logits(logits: jax.Array, occurred: jax.Array, penalty: float) -> jax.Array:
+    """Logits [B, V] with those of the tokens that `occurred` [B, V] made less likely."""
+    return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
@@ -66,70 +84,227 @@ def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
 
 
 def generate(
-    model: Decoder,
-    prompt: np.ndarray,
+    model: LanguageModel,
+    prompt: np.ndarray | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     seed: int = 0,
     end_token: int | None = None,
     sliding_window: bool = False,
+    source: np.ndarray | Sequence[Sequence[int]] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continue each row of `prompt` [B, T], yielding the next tokens [B] one place at a time.
+    """Continue each row of `prompt`, yielding the next tokens [B] one place at a time.
 
-    A row that has reached `end_token` repeats it; decoding stops when all have, or when the context
-    is full. With `sliding_window` a full context is cut to its second half, which is read again,
-    and decoding goes on: what was cut is forgotten.
+    Rows may differ in length; each decodes as it would alone. A row that has reached `end_token`
+    repeats it; decoding stops when all have, or when the longest row fills the context. With
+    `sliding_window` rows are then cut to their last half context, which is read again, and decoding
+    goes on: what was cut is forgotten.
+
+    Args:
+      model: a decoder, a recurrent model, or an encoder-decoder.
+      prompt: tokens, B rows.
+      max_new_tokens: places to decode at most.
+      sampling: how tokens are chosen; None samples from the softmax.
+      seed: of the choices.
+      end_token: the token after which a row says nothing more.
+      sliding_window: whether to go on past the context's end.
+      source: what an encoder-decoder reads, B rows.
 
     Raises:
       InputError: an empty prompt, one longer than the context, or a token out of the vocabulary.
     """
-    config, sampling = model.config, sampling or Sampling()
-    tokens = np.asarray(prompt, np.int32)
-    if tokens.shape[1] == 0:
-        raise InputError("The prompt is empty: it needs at least one token.")
-    if tokens.shape[1] > config.context:
-        raise InputError(
-            f"The prompt has {tokens.shape[1]} tokens; the model's context is {config.context}."
-        )
-    unknown = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
-    if unknown.size:
-        raise InputError(
-            f"The prompt has token {unknown[0]}; the vocabulary has {config.vocab_size}."
-        )
-    graphdef, params = split(model)
-    next_tokens = functools.partial(_next_tokens, graphdef, sampling)
-    ended = np.zeros(len(tokens), bool)
-    cache, position, unread = empty_cache(config, len(tokens)), 0, tokens
+    sampling, context = sampling or Sampling(), model.config.context
+    rows = checked_rows(model, prompt, "prompt")
+    decoding = Decoding(model, len(rows), source)
+    choose_next = functools.partial(_choose_next, sampling)
+    occurred = None
+    if sampling.repetition_penalty != 1:
+        occurred = np.zeros((len(rows), model.config.vocab_size), bool)
+        for row, tokens in enumerate(rows):
+            occurred[row, tokens] = True
+    ended = np.zeros(len(rows), bool)
+    unread, starts = rows, np.zeros(len(rows), np.int32)
     for index in range(max_new_tokens):
-        if position + unread.shape[1] > config.context:
+        if max(map(len, rows)) > context:
             if not sliding_window:
                 return
-            position, unread = 0, tokens[:, -(config.context // 2) :]
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        chosen, cache = next_tokens(params, cache, unread, position, key)
-        position += unread.shape[1]
+            rows = [row[-max(1, context // 2) :] for row in rows]
+            unread, starts = rows, np.zeros(len(rows), np.int32)
+            decoding.forget()
+        logits = decoding.read(unread, starts)
+        starts = starts + np.array([len(row) for row in unread], np.int32)
+        chosen, occurred = choose_next(logits, occurred, np.uint32(seed % 2**32), index)
         chosen = np.where(ended, end_token, chosen) if end_token is not None else np.array(chosen)
         yield chosen
-        unread = chosen[:, None].astype(np.int32)
-        tokens = np.concatenate([tokens, unread], axis=1)
+        unread = [[int(token)] for token in chosen]
+        rows = [[*row, int(token)] for row, token in zip(rows, chosen, strict=True)]
         if end_token is not None:
             ended |= chosen == end_token
             if ended.all():
                 return
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _next_tokens(
-    graphdef: nnx.GraphDef,
+class Decoding:
+    """A model and its cache for a batch of sequences that are read bit by bit."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        batch_size: int,
+        source: np.ndarray | Sequence[Sequence[int]] | None = None,
+    ):
+        sources = checked_sources(model, source, batch_size)
+        graphdef, self._params = split(model)
+        self._read = compiled_read(graphdef)
+        self._scanned = model.config.scan_layers
+        self._context = model.config.context
+        # Unrolled blocks would be cut out of their stack, and so copied, at every step.
+        self._layers = None
+        if not self._scanned:
+            self._layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
+        self._source_valid = None
+        if sources is None:
+            self._empty_cache = functools.partial(model.empty_cache, batch_size)
+        else:
+            length = _few(max(map(len, sources)), self._context)
+            tokens, self._source_valid = padded(sources, length)
+            self._empty_cache = functools.partial(model.empty_cache, tokens, self._source_valid)
+        self._cache = self._empty_cache()
+
+    def forget(self) -> None:
+        """Begin anew, with nothing read; a recurrent state would go on otherwise."""
+        self._cache = self._empty_cache()
+
+    def read(self, rows: Sequence[Sequence[int]], starts: np.ndarray) -> jax.Array:
+        """Read `rows`, each from its place in `starts` [B], and return the next logits [B, V]."""
+        length = _few(max(map(len, rows)), self._context - int(starts.max()))
+        tokens, valid = padded(rows, length)
+        logits, self._cache = self._read(
+            self._params,
+            self._layers,
+            self._cache,
+            tokens,
+            valid,
+            starts,
+            self._source_valid,
+        )
+        return logits
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Let sequence i go on from what sequence order[i] has read."""
+        self._cache = _reordered(self._cache, np.array(order, np.int32), int(self._scanned))
+
+
+def _few(length: int, most: int) -> int:
+    """The power of two that `length` is padded to, so that few lengths are compiled."""
+    return min(1 << (length - 1).bit_length(), most)
+
+
+def checked_rows(
+    model: LanguageModel, rows: np.ndarray | Sequence[Sequence[int]], name: str
+) -> list[list[int]]:
+    """Rows of tokens as lists.
+
+    Raises:
+      InputError: no rows, an empty row, one longer than the context, or an unknown token.
+    """
+    config, lists = model.config, [[int(token) for token in row] for row in rows]
+    if not lists or not all(lists):
+        raise InputError(f"The {name} is empty: it needs at least one token.")
+    for row in lists:
+        if len(row) > config.context:
+            raise InputError(
+                f"The {name} has {len(row)} tokens; the model's context is {config.context}."
+            )
+        for token in row:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(
+                    f"The {name} has token {token}; the vocabulary has {config.vocab_size}."
+                )
+    return lists
+
+
+def checked_sources(
+    model: LanguageModel, source: np.ndarray | Sequence[Sequence[int]] | None, rows: int
+) -> list[list[int]] | None:
+    """The source of each of `rows` prompts, for a model that reads one.
+
+    Raises:
+      InputError: a family that does not generate, a source too few or too many, or a wrong one.
+    """
+    family = model.config.family
+    if family == "encoder":
+        raise InputError("The family encoder does not generate: it sees what follows.")
+    if family != "encoder_decoder":
+        if source is not None:
+            raise InputError(f"The family {family} reads no source.")
+        return None
+    if source is None:
+        raise InputError(f"The family {family} reads a source: it needs one for each prompt.")
+    sources = checked_rows(model, source, "source")
+    if len(sources) != rows:
+        raise InputError(f"The source has {len(sources)} rows and the prompt {rows}.")
+    return sources
+
+
+def padded(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as tokens [B, length], zeros after their ends, and where there is a token."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    valid = np.zeros((len(rows), length), bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        valid[index, : len(row)] = True
+    return tokens, valid
+
+
+@functools.cache
+def compiled_read(graphdef: nnx.GraphDef) -> Any:
+    """The compiled step of models of one structure.
+
+    As an argument the structure would be hashed at every step, for a GPT-2 a tenth of its time.
+    """
+
+    def read(
+        params: Params,
+        layers: list[Params] | None,
+        cache: Any,
+        tokens: jax.Array,
+        valid: jax.Array,
+        starts: jax.Array,
+        source_valid: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after each row's last valid token, and the cache after it."""
+        model = nnx.merge(graphdef, params)
+        reads = {} if source_valid is None else {"source_valid": source_valid}
+        output = model.hidden(
+            tokens, valid=valid, cache=cache, start=starts, layers=layers, **reads
+        )
+        last = valid.sum(axis=1)[:, None, None] - 1
+        hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
+        return model.unembed(hidden), output.cache
+
+    return jax.jit(read, donate_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _reordered(cache: Any, order: jax.Array, axis: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=axis), cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _choose_next(
     sampling: Sampling,
-    params: Any,
-    cache: KVCache,
-    tokens: jax.Array,
-    position: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, KVCache]:
-    """Read `tokens` [B, T] into the cache and choose the tokens [B] that follow."""
-    model = nnx.merge(graphdef, params)
-    output = model.hidden(tokens, cache=cache, position=position)
-    return choose(model.unembed(output.hidden[:, -1]), sampling, key), output.cache
+    logits: jax.Array,
+    occurred: jax.Array | None,
+    seed: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Tokens [B] that follow, and the tokens that have occurred with them."""
+    if occurred is not None:
+        logits = penalised_logits(logits, occurred, sampling.repetition_penalty)
+    # A key as an argument would leave the fast path of jit's calls.
+    chosen = choose(logits, sampling, jax.random.fold_in(jax.random.key(seed), index))
+    if occurred is not None:
+        occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
+    return chosen, occurred
