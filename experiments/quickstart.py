@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax import Decoder, Sampling, generate, ledger, plots, preset, split
+from gptjax import Sampling, build, generate, ledger, plots, preset, split
 from gptjax.cli import run_experiment
 from gptjax.config import (
     DataConfig,
     ExperimentConfig,
+    InputError,
     OptimizerConfig,
     TrainConfig,
     with_vocabulary,
@@ -36,10 +37,11 @@ from gptjax.runs import CHECKPOINTS, RESULT, Run, environment, load_run, open_ru
 from gptjax.sharding import configure_cpu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
-from gptjax.training.losses import causal_loss
+from gptjax.training.losses import token_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
 
+FAMILIES = ("decoder", "recurrent")
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
     data=DataConfig(),
@@ -50,6 +52,11 @@ DEFAULTS = ExperimentConfig(
 
 def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """From a config to a directory with a trained model in it."""
+    if config.model.family not in FAMILIES:
+        raise InputError(
+            f"TransformerConfig.family is {config.model.family!r}: "
+            f"this experiment predicts the next token, with {' or '.join(FAMILIES)}."
+        )
     text = read_text(config.data.path)
     tokenizer = train_tokenizer(config.data.tokenizer, text)
     config = with_vocabulary(config, tokenizer.vocab_size)
@@ -64,7 +71,7 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     print(f"{cost.parameters:,} parameters, {len(corpus.train):,} training tokens.")
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
 
-    graphdef, params = split(Decoder(config.model, rngs=nnx.Rngs(config.train.seed)))
+    graphdef, params = split(build(config.model, rngs=nnx.Rngs(config.train.seed)))
     learning_rate = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
@@ -76,11 +83,13 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
         fitted = fit(
             config.train,
             params,
-            loss=causal_loss(
+            loss=token_loss(
                 graphdef,
                 chunk=config.train.loss_chunk,
                 label_smoothing=config.train.label_smoothing,
                 z_loss=config.train.z_loss,
+                balance_loss=config.train.balance_loss,
+                router_z_loss=config.train.router_z_loss,
             ),
             optimizer=build_optimizer(config.optimizer, config.train.steps),
             batches=training_batches(corpus.train, seed=config.train.seed, **sizes),
@@ -102,10 +111,11 @@ def show(run: Run, corpus: Corpus, out: Path) -> None:
     line = first_line(run.tokenizer.decode(corpus.validation))
     sentence = run.tokenizer.encode(line)[: min(40, run.config.model.context)]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
-    output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
-    weights = output.captured["attention"]
     plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
-    plots.save(plots.attention_grid(np.array(weights[:, 0]), labels), out / "attention.png")
+    if run.config.model.family == "decoder":
+        output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
+        weights = np.array(output.captured["attention"][:, 0])
+        plots.save(plots.attention_grid(weights, labels), out / "attention.png")
 
     prompts = np.tile(sentence, (4, 1))
     tokens = generate(

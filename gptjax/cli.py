@@ -5,10 +5,8 @@ was noticed.
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
-import json
 import os
 import re
 import signal
@@ -20,130 +18,14 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
+from gptjax.commands import COMMANDS
 from gptjax.config import ExperimentConfig, InputError, near_names
-from gptjax.ledger import Ledger, ledger
-from gptjax.presets import PRESETS, preset
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
 
-def sample(
-    run: Annotated[str, tyro.conf.Positional],
-    /,
-    prompt: str = "\n",
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    num_samples: int = 1,
-    sliding_window: bool = False,
-    step: int | None = None,
-) -> None:
-    """Continue a prompt with a trained run, printing the text as it comes.
-
-    Args:
-      run: Directory of the run, such as runs/quickstart.
-      prompt: Text to continue.
-      max_new_tokens: Tokens to add; fewer at the end token or at the context's end.
-      temperature: Divides the logits; 0 takes the most likely token.
-      top_k: Choose among this many of the most likely tokens; 0 takes all.
-      top_p: Choose among the most likely tokens that together reach this probability.
-      seed: Seed of the choices.
-      num_samples: Continuations, decoded as one batch; more than one are printed when all end.
-      sliding_window: Past the context's end, go on from its second half.
-      step: Checkpoint to load; the best by default.
-    """
-    import numpy as np
-
-    from gptjax.data.tokenizers import stream_text
-    from gptjax.generate import Sampling, generate
-    from gptjax.runs import load_run
-
-    if num_samples < 1:
-        raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
-    if max_new_tokens < 1:
-        raise InputError(f"max-new-tokens is {max_new_tokens}: it must be at least 1.")
-    if not 0 <= seed < 1 << 32:
-        raise InputError(f"seed is {seed}: it must be at least 0 and below 2**32.")
-    sampling = Sampling(temperature, top_k, top_p)
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
-    loaded = load_run(run, step)
-    tokens = loaded.tokenizer.encode(prompt)
-    rows = generate(
-        loaded.model,
-        np.tile(tokens, (num_samples, 1)),
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        end_token=loaded.tokenizer.end_token,
-        sliding_window=sliding_window,
-    )
-    if num_samples == 1:
-        for text in stream_text(loaded.tokenizer, (row[0] for row in rows)):
-            print(text, end="", flush=True)
-        print()
-        return
-    for number, column in enumerate(np.stack(list(rows), axis=1)):
-        print(f"--- sample {number + 1}")
-        print("".join(stream_text(loaded.tokenizer, column)))
-
-
-def params(
-    name: Annotated[str, tyro.conf.Positional],
-    /,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-) -> None:
-    """Print what a model is made of and what a token costs.
-
-    Args:
-      name: A preset's name, or the directory of a run.
-      as_json: Print JSON for machines.
-    """
-    from gptjax.runs import CONFIG, load_config
-
-    is_run = name not in PRESETS and (Path(name) / CONFIG).exists()
-    counted = ledger(load_config(name).model if is_run else preset(name))
-    print(json.dumps(_ledger_json(counted), indent=2) if as_json else _ledger_table(name, counted))
-
-
-def _ledger_json(counted: Ledger) -> dict:
-    return {
-        "parts": [dataclasses.asdict(part) for part in counted.parts],
-        "parameters": counted.parameters,
-        "forward_flops_per_token": counted.forward_flops,
-        "attention_flops_per_token": counted.attention_flops,
-        "training_flops_per_token": counted.training_flops,
-        "state_bytes": counted.state_bytes,
-    }
-
-
-def _ledger_table(name: str, counted: Ledger) -> str:
-    lines = [f"{name}", f"  {'part':<14}{'matrices':>10}{'parameters':>16}{'share':>8}"]
-    for part in counted.parts:
-        share = part.parameters / counted.parameters
-        lines.append(f"  {part.name:<14}{part.matrices:>10,}{part.parameters:>16,}{share:>8.1%}")
-    lines += [
-        f"  {'total':<24}{counted.parameters:>16,}",
-        "FLOPs a token, at full context",
-        f"  {'forward':<24}{counted.forward_flops:>16,}",
-        f"  {'  of it attention':<24}{counted.attention_flops:>16,}",
-        f"  {'training':<24}{counted.training_flops:>16,}",
-        "bytes of training state, float32",
-        *(f"  {kind:<24}{size:>16,}" for kind, size in counted.state_bytes.items()),
-        f"  {'total':<24}{sum(counted.state_bytes.values()):>16,}",
-    ]
-    return "\n".join(lines)
-
-
-COMMANDS = {"sample": sample, "params": params}
-
-
 def main() -> None:
-    """`gptjax sample|params …`."""
+    """`gptjax sample|params|certify|convert …`."""
     commands = {name: _deferred(command) for name, command in COMMANDS.items()}
 
     def parse_and_run(arguments: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""The assemblies: embeddings, a stack of blocks, a head.
+"""The assemblies: embeddings, stacks of blocks, a head.
 
 Models are Flax NNX modules that are used functionally:
 
-    model = Decoder(config, rngs=nnx.Rngs(0))
+    model = build(config, rngs=nnx.Rngs(0))
     graphdef, params = split(model)
     logits = nnx.merge(graphdef, params)(tokens)
 
@@ -10,33 +10,31 @@ Models are Flax NNX modules that are used functionally:
 """
 
 import functools
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import InputError, TransformerConfig, near_names
-from gptjax.layers.attention import KVCache, causal_mask
-from gptjax.layers.block import CAPTURES, Block
-from gptjax.layers.dropout import dropout, split_key
-from gptjax.layers.linear import Embedding
-from gptjax.layers.norms import NORMS
-from gptjax.layers.positions import rotary_angles
+from gptjax.config import TransformerConfig
+from gptjax.language_model import LanguageModel
+from gptjax.layers.block import CROSS_CAPTURES
+from gptjax.layers.dropout import split_key
+from gptjax.layers.feedforward import gelu
+from gptjax.layers.linear import Linear
+from gptjax.layers.norms import LayerNorm, build_norm
+from gptjax.layers.recurrent import LSTM, empty_state
+from gptjax.layers.stack import (
+    BlockStack,
+    StackOutput,
+    run_layers,
+    stacked,
+    stacked_caches,
+    unstacked,
+)
 
 Params = dict[str, Any]
-
-
-class Output(NamedTuple):
-    """What a stack of blocks returns."""
-
-    hidden: jax.Array
-    """[B, T, D], normalised: what the head reads."""
-    cache: KVCache | None
-    """The cache with these tokens in it, where one was given."""
-    captured: dict[str, jax.Array]
-    """The intermediates asked for, stacked over layers: [L, ...]."""
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -45,134 +43,272 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-class Decoder(nnx.Module):
-    """A decoder-only Transformer: GPT (Radford et al. 2018, 2019).
-
-    Raises:
-      InputError: a config without a vocabulary size.
-    """
+class Decoder(LanguageModel):
+    """A decoder-only Transformer: GPT (Radford et al. 2018, 2019)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        if config.vocab_size == 0:
-            raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
-
-        @nnx.split_rngs(splits=config.depth)
-        @nnx.vmap
-        def stacked_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs=rngs)
-
-        self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
-        if config.positions == "learned":
-            self.positions = Embedding(config.context, config.width, rngs=rngs)
-        self.blocks = stacked_blocks(rngs)
-        self.norm = NORMS[config.norm](config.width, bias=config.bias, rngs=rngs)
-        if not config.tied:
-            self.head = Embedding(config.vocab_size, config.width, rngs=rngs)
-
-    def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        """Tokens [B, T] → logits [B, T, V] of the token that follows each."""
-        return self.unembed(self.hidden(tokens, key=key).hidden)
-
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] → logits [..., V], float32."""
-        table = self.unembedding.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-
-    @property
-    def unembedding(self) -> jax.Array:
-        """The head's matrix [V, D]; the token embedding itself when tied (Press & Wolf 2017)."""
-        return (self.embedding if self.config.tied else self.head).table[...]
+        super().__init__(config, rngs=rngs)
+        self.decoder = BlockStack(config, depth=config.depth, causal=True, rngs=rngs)
 
     def hidden(
         self,
         tokens: jax.Array,
         *,
-        cache: KVCache | None = None,
-        position: jax.Array | int = 0,
+        valid: jax.Array | None = None,
+        cache: Any = None,
+        start: jax.Array | int = 0,
         key: jax.Array | None = None,
         capture: Collection[str] = (),
-    ) -> Output:
+        layers: Sequence[Any] | None = None,
+    ) -> StackOutput:
         """Everything before the head.
 
         Args:
           tokens: [B, T].
+          valid: [B, T], False at padding, which no token looks at; not with a cache, where places
+            after a query are hidden anyway.
           cache: from `empty_cache`, for decoding; None attends within `tokens` alone.
-          position: of the first token in the sequence.
+          start: the place of the first token in its sequence, a number or [B].
           key: dropout key; None drops nothing.
           capture: intermediates to return, from `CAPTURES`; those not named are never kept.
+          layers: see `BlockStack`.
 
         Raises:
           InputError: more tokens than `context`, or an unknown name in `capture`.
         """
-        config, length = self.config, tokens.shape[1]
-        if length > config.context:
-            raise InputError(f"The sequence has {length} tokens; context allows {config.context}.")
-        for name in capture:
-            if name not in CAPTURES:
-                raise InputError(f"Unknown intermediate {name!r}: {near_names(name, CAPTURES)}")
-
-        embedding_key, blocks_key = split_key(key, 2)
-        positions = position + jnp.arange(length)
-        x = self.embedding(tokens)
-        if config.positions == "learned":
-            x += self.positions(positions)
-        x = dropout(x.astype(config.dtype), config.dropout, embedding_key)
-
-        rotary = config.positions == "rotary"
-        key_positions = jnp.arange(length if cache is None else cache.key.shape[2])
-        run_block = functools.partial(
-            _run_block,
-            mask=causal_mask(positions, key_positions),
-            angles=rotary_angles(positions, config.head_width) if rotary else None,
-            position=position,
+        self._check(tokens, capture)
+        embedding_key, stack_key = split_key(key, 2)
+        return self.decoder(
+            self.embed(tokens, start=start, key=embedding_key),
+            valid=valid if cache is None else None,
+            cache=cache,
+            start=start,
+            key=stack_key,
             capture=capture,
+            layers=layers,
         )
-        x, cache, captured = self._run_blocks(run_block, x, cache, blocks_key)
-        return Output(self.norm(x), cache, captured)
 
-    def _run_blocks(self, run_block, x, cache, key):
-        """Thread x through the stack, scanned or unrolled: the same code, the same parameters."""
-        graphdef, params = split(self.blocks)
-        run_block = functools.partial(run_block, graphdef)
-        if self.config.remat:
-            run_block = jax.checkpoint(run_block)
-        keys = None if key is None else jax.random.split(key, self.config.depth)
-        layers = (params, cache, keys)
-        if self.config.scan_layers:
-            x, (cache, captured) = jax.lax.scan(run_block, x, layers)
-            return x, cache, captured
-        outputs = []
-        for layer in _unstack(layers, self.config.depth):
-            x, output = run_block(x, layer)
-            outputs.append(output)
-        cache, captured = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-        return x, cache, captured
+    def decoding_layers(self) -> list[Any]:
+        """The parameters of each block that decoding runs through, not stacked."""
+        return self.decoder.layers()
+
+    def empty_cache(self, batch_size: int) -> Any:
+        """A cache for `batch_size` sequences of up to `context` tokens."""
+        return self.decoder.empty_cache(batch_size)
 
 
-def _run_block(graphdef, x, layer, *, mask, angles, position, capture):
-    """One layer of the stack, in the form that `jax.lax.scan` asks for."""
-    params, cache, key = layer
-    block = nnx.merge(graphdef, params)
-    x, cache, captured = block(
-        x, mask=mask, angles=angles, cache=cache, position=position, key=key, capture=capture
-    )
-    return x, (cache, captured)
+class Encoder(LanguageModel):
+    """A bidirectional encoder: BERT (Devlin et al. 2018)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        width = (config.width,)
+        self.encoder = BlockStack(config, depth=config.depth, causal=False, rngs=rngs)
+        if config.pretraining_heads:
+            self.pooler = Linear(width, width, bias=True, rngs=rngs)
+            self.masked_lm = Linear(width, width, bias=True, rngs=rngs)
+            self.masked_lm_norm = LayerNorm(config.width, epsilon=config.norm_epsilon, bias=True)
+            self.next_sentence = Linear(width, (2,), bias=True, rngs=rngs)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+        capture: Collection[str] = (),
+    ) -> StackOutput:
+        """Everything before the heads.
+
+        Args:
+          tokens: [B, T].
+          valid: [B, T], False at padding, which no token looks at.
+          segments: [B, T], which segment each token is of; None is the first.
+          key: dropout key; None drops nothing.
+          capture: intermediates to return, from `CAPTURES`.
+
+        Raises:
+          InputError: more tokens than `context`, or an unknown name in `capture`.
+        """
+        self._check(tokens, capture)
+        embedding_key, stack_key = split_key(key, 2)
+        x = self.embed(tokens, segments=segments, key=embedding_key)
+        return self.encoder(x, valid=valid, key=stack_key, capture=capture)
+
+    def readout(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → [..., D]: what BERT does before its masked-LM head (its released code)."""
+        if not self.config.pretraining_heads:
+            return hidden
+        return self.masked_lm_norm(gelu(self.masked_lm(hidden)))
+
+    def pooled(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, D]: tanh of a linear layer of the first token."""
+        return jnp.tanh(self.pooler(hidden[:, 0]))
+
+    def next_sentence_logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, 2], float32: the second segment follows the first, or does not."""
+        return self.next_sentence(self.pooled(hidden)).astype(jnp.float32)
 
 
-def _unstack(tree: Any, length: int) -> list[Any]:
-    """A tree of [L, ...] arrays as L trees.
+class EncoderDecoder(LanguageModel):
+    """The Transformer of Vaswani et al. 2017; one embedding for both sides and the head."""
 
-    `jax.lax.split` has a concatenation for its gradient; indexing would add up L padded arrays.
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        depth = config.encoder_depth or config.depth
+        self.encoder = BlockStack(config, depth=depth, causal=False, rngs=rngs)
+        self.decoder = BlockStack(config, depth=config.depth, causal=True, cross=True, rngs=rngs)
+
+    def encode(
+        self,
+        source: jax.Array,
+        *,
+        source_valid: jax.Array | None = None,
+        key: jax.Array | None = None,
+        capture: Collection[str] = (),
+    ) -> StackOutput:
+        """Source tokens [B, S], `source_valid` False at padding → the encoder's output."""
+        self._check(source, capture)
+        embedding_key, stack_key = split_key(key, 2)
+        x = self.embed(source, key=embedding_key)
+        return self.encoder(x, valid=source_valid, key=stack_key, capture=capture)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        source: jax.Array | None = None,
+        source_valid: jax.Array | None = None,
+        valid: jax.Array | None = None,
+        cache: Any = None,
+        start: jax.Array | int = 0,
+        key: jax.Array | None = None,
+        capture: Collection[str] = (),
+        layers: Sequence[Any] | None = None,
+    ) -> StackOutput:
+        """Everything before the head; `captured` is the decoder's.
+
+        Args:
+          tokens: [B, T], of the target.
+          source: [B, S]; not needed with a cache, which holds what is read of it.
+          source_valid: [B, S], False at padding.
+          valid, cache, start, key, capture, layers: as `Decoder.hidden`.
+
+        Raises:
+          InputError: more tokens than `context`, or an unknown name in `capture`.
+        """
+        self._check(tokens, capture, CROSS_CAPTURES)
+        encoder_key, embedding_key, stack_key = split_key(key, 3)
+        memory = None
+        if cache is None:
+            assert source is not None
+            memory = self.encode(source, source_valid=source_valid, key=encoder_key).hidden
+        return self.decoder(
+            self.embed(tokens, start=start, key=embedding_key),
+            valid=valid if cache is None else None,
+            memory=memory,
+            memory_valid=source_valid,
+            cache=cache,
+            start=start,
+            key=stack_key,
+            capture=capture,
+            layers=layers,
+        )
+
+    def decoding_layers(self) -> list[Any]:
+        """The parameters of each block that decoding runs through, not stacked."""
+        return self.decoder.layers()
+
+    def empty_cache(self, source: jax.Array, source_valid: jax.Array | None = None) -> Any:
+        """A cache for one target of up to `context` tokens for each row of `source` [B, S]."""
+        memory = self.encode(source, source_valid=source_valid).hidden
+        return self.decoder.empty_cache(len(source), memory)
+
+
+class Recurrent(LanguageModel):
+    """A stack of LSTMs between the same embedding and head (Zaremba et al. 2014)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.layers = stacked(functools.partial(_build_lstm, config), config.depth, rngs)
+        self.norm = build_norm(config) if config.final_norm else None
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        cache: Any = None,
+        start: jax.Array | int = 0,
+        key: jax.Array | None = None,
+        capture: Collection[str] = (),
+        layers: Sequence[Any] | None = None,
+    ) -> StackOutput:
+        """Everything before the head.
+
+        Args:
+          tokens: [B, T].
+          valid: [B, T], False at padding, which leaves the state as it is.
+          cache: the state after the tokens before; None begins anew.
+          start: taken for the other decoders' sake; a recurrent state knows no places.
+          key: dropout key; None drops nothing.
+          capture: `residual` or nothing.
+          layers: see `BlockStack`.
+
+        Raises:
+          InputError: more tokens than `context`, or an unknown name in `capture`.
+        """
+        config = self.config
+        self._check(tokens, capture, ("residual",))
+        embedding_key, layers_key = split_key(key, 2)
+        x = self.embed(tokens, key=embedding_key)
+        graphdef, params = nnx.split(self.layers, nnx.Param)
+
+        def run(_: int, params: Any, x: jax.Array, state: Any, key: jax.Array | None):
+            after, state = nnx.merge(graphdef, params)(x, state, valid=valid, key=key)
+            return after, state, {"residual": x} if "residual" in capture else {}
+
+        states = self.empty_cache(len(tokens)) if cache is None else cache
+        x, states, captured = run_layers(
+            run,
+            [params],
+            x,
+            config=config,
+            depth=config.depth,
+            cache=states,
+            key=layers_key,
+            layers=layers,
+        )
+        hidden = x if self.norm is None else self.norm(x)
+        return StackOutput(hidden, None if cache is None else states, captured, None)
+
+    def decoding_layers(self) -> list[Any]:
+        """The parameters of each LSTM."""
+        return unstacked([nnx.state(self.layers, nnx.Param)], self.config.depth)
+
+    def empty_cache(self, batch_size: int) -> Any:
+        """The state of `batch_size` sequences before their first token."""
+        states = [empty_state(self.config, batch_size) for _ in range(self.config.depth)]
+        return stacked_caches(self.config, states)
+
+
+def _build_lstm(config: TransformerConfig, rngs: nnx.Rngs) -> LSTM:
+    return LSTM(config, rngs=rngs)
+
+
+FAMILIES: dict[str, type[LanguageModel]] = {
+    "decoder": Decoder,
+    "encoder": Encoder,
+    "encoder_decoder": EncoderDecoder,
+    "recurrent": Recurrent,
+}
+
+
+def build(config: TransformerConfig, *, rngs: nnx.Rngs) -> Any:
+    """A model of the family that `config` names, newly initialised.
+
+    Raises:
+      InputError: a config without a vocabulary size.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    slices = [
-        [part.squeeze(0) for part in jax.lax.split(leaf, [1] * length, axis=0)] for leaf in leaves
-    ]
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*slices, strict=True)]
-
-
-def empty_cache(config: TransformerConfig, batch_size: int) -> KVCache:
-    """A cache [L, B, S, N, H] for `batch_size` sequences of up to `context` tokens."""
-    shape = (config.depth, batch_size, config.context, config.heads, config.head_width)
-    return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    return FAMILIES[config.family](config, rngs=rngs)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gptjax import cli
+from gptjax import beam_search, cli
 from gptjax.config import ExperimentConfig, OptimizerConfig, TrainConfig, to_dict
 from gptjax.ledger import ledger
 from gptjax.presets import preset
@@ -111,7 +111,7 @@ BAD_FLAGS = {
     "no choice": (
         ["--model.positions", "learnd"],
         "invalid choice 'learnd' for argument '--model.positions'. "
-        "Expected one of ('learned', 'rotary', 'none').",
+        "Expected one of ('learned', 'sinusoidal', 'rotary', 'alibi', 'relative', 'none').",
     ),
     "tokenizer": (
         ["--data.tokenizer", "byte"],
@@ -217,6 +217,17 @@ BAD_SAMPLES = {
     "temperature": (["--temperature", "-1"], "temperature is -1.0: it must be at least 0."),
     "top-k": (["--top-k", "-1"], "top-k is -1: it must be at least 0."),
     "top-p": (["--top-p", "0"], "top-p is 0.0: it must be above 0 and at most 1."),
+    "min-p": (["--min-p", "2"], "min-p is 2.0: it must be at least 0 and at most 1."),
+    "penalty": (["--repetition-penalty", "0"], "repetition-penalty is 0.0: it must be above 0."),
+    "beams": (["--beams", "-1"], "beams is -1: it must be at least 1."),
+    "beams and top-k": (
+        ["--beams", "2", "--top-k", "3"],
+        "--top-k is for sampling: it cannot go with --beams.",
+    ),
+    "beams and samples": (
+        ["--beams", "2", "--num-samples", "3"],
+        "--num-samples is for sampling: it cannot go with --beams.",
+    ),
     "samples": (["--num-samples", "0"], "num-samples is 0: it must be at least 1."),
     "tokens": (["--max-new-tokens", "0"], "max-new-tokens is 0: it must be at least 1."),
     "seed": (["--seed", "-1"], "seed is -1: it must be at least 0 and below 2**32."),
@@ -292,6 +303,27 @@ def test_a_sample_ends_with_the_context_unless_the_window_slides(gptjax, tiny_ru
     assert len(slides.out) == 40 + 1
 
 
+def test_beams_print_the_best_continuation(gptjax, tiny_run):
+    flags = ["--prompt", "7 and ", "--max-new-tokens", 4]
+    greedy = gptjax("sample", tiny_run, *flags, "--temperature", 0)
+    assert gptjax("sample", tiny_run, *flags, "--beams", 1) == greedy
+    loaded = load_run(tiny_run)
+    ((best, *_),) = beam_search(
+        loaded.model, loaded.tokenizer.encode("7 and ")[None], max_new_tokens=4, beams=3
+    )
+    ended = gptjax("sample", tiny_run, *flags, "--beams", 3)
+    assert ended == (0, loaded.tokenizer.decode(best.tokens) + "\n", "")
+
+
+def test_min_p_and_the_penalty_reach_the_choice(gptjax, tiny_run):
+    flags = ["sample", tiny_run, "--prompt", "aaaa", "--max-new-tokens", 8, "--seed", 3]
+    greedy = gptjax(*flags, "--temperature", 0)
+    assert gptjax(*flags, "--min-p", 1) == greedy
+    assert gptjax(*flags) != greedy
+    penalised = gptjax(*flags, "--temperature", 0, "--repetition-penalty", 100)
+    assert len(set(penalised.out.strip("\n"))) > len(set(greedy.out.strip("\n")))
+
+
 def test_params_prints_a_table_that_adds_up(gptjax):
     ended = gptjax("params", "quickstart")
     assert (ended.code, ended.err) == (0, "")
@@ -299,7 +331,7 @@ def test_params_prints_a_table_that_adds_up(gptjax):
     total = re.search(r"^  total +([\d,]+)$", ended.out, re.MULTILINE)
     assert total is not None
     assert total[1] == f"{counted.parameters:,}"
-    parts = ended.out[: total.start()].splitlines()[2:]
+    parts = ended.out[: total.start()].splitlines()[2:-1]
     numbers = [int(line.split()[2].replace(",", "")) for line in parts]
     assert sum(numbers) == counted.parameters
     assert [line.split()[0] for line in parts] == [part.name for part in counted.parts]
@@ -326,7 +358,7 @@ def test_params_of_a_run_are_those_that_its_result_states(gptjax, tiny_run):
 def test_params_of_an_unknown_model_lists_the_near_ones(gptjax):
     _assert_one_sentence(gptjax("params", "gpt2-xll"), "Unknown preset 'gpt2-xll': did you mean ")
     assert "gpt2-xl" in gptjax("params", "gpt2-xll").err
-    _assert_one_sentence(gptjax("params", "llama"), "known are gpt2, gpt2-large")
+    _assert_one_sentence(gptjax("params", "zephyr"), "known are alibi, bert-base, ")
     _assert_one_sentence(gptjax("params"), "A preset's name, or the directory of a run.")
 
 

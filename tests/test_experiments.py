@@ -89,7 +89,8 @@ def test_other_experiments_run_two_steps(name, tmp_path):
 
 def test_every_experiment_is_run_by_a_test():
     tested = {"quickstart.py", "shakespeare_char.py", "benchmark.py"}
-    assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested
+    of_benchmark = {"torch_baselines.py"}
+    assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested | of_benchmark
 
 
 def test_benchmark_prints_and_writes_its_figures(tmp_path):
@@ -102,6 +103,17 @@ def test_benchmark_prints_and_writes_its_figures(tmp_path):
     row = figures["configurations"][0]["gptjax"]
     assert row["tokens_per_second"] == pytest.approx(1000 * 12 * 64 / row["milliseconds"])
     assert row["share_of_peak"] == pytest.approx(row["gflops"] / figures["peak_gflops"])
+
+
+def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
+    file = tmp_path / "figures.json"
+    flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]
+    assert "quickstart: a token reads 3.3 MB of weights" in output_of(start("benchmark.py", *flags))
+    figures = json.loads(file.read_text())["decoding"]
+    ours, memory = figures["gptjax"], figures["memory"]
+    # All parameters but the 128 positions are read; the embedding is the head.
+    assert figures["weight_bytes"] == 4 * (12 * 4 * 128**2 + 256 * 128 + 4 * 13 * 128 + 2 * 128)
+    assert ours["share_of_bound"] == pytest.approx(memory["milliseconds"] / ours["milliseconds"])
 
 
 @pytest.mark.slow

@@ -1,19 +1,18 @@
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from gptjax.config import TransformerConfig
+from gptjax.equivalence import product_flops
 from gptjax.ledger import ledger
-from gptjax.presets import preset
+from gptjax.presets import PRESETS, preset
 from gptjax.training.checkpoint import leaf_names
-from gptjax.transformer import Decoder, split
+from gptjax.transformer import build, split
 
 SMALL = TransformerConfig(vocab_size=37, context=6, depth=3, width=8, heads=2)
 GRID = {
@@ -30,45 +29,139 @@ GRID = {
     "all": dataclasses.replace(
         SMALL, bias=False, tied=False, positions="none", norm="rmsnorm", hidden=12
     ),
+    "sinusoidal": dataclasses.replace(SMALL, positions="sinusoidal"),
+    "alibi": dataclasses.replace(SMALL, positions="alibi", embedding_norm=True),
+    "relative": dataclasses.replace(SMALL, positions="relative"),
+    "post": dataclasses.replace(SMALL, norm_placement="post", final_norm=False),
+    "sandwich": dataclasses.replace(SMALL, norm_placement="sandwich"),
+    "parallel": dataclasses.replace(SMALL, norm_placement="parallel", head_bias=True, tied=False),
+    "one norm": dataclasses.replace(SMALL, norm_placement="parallel_shared", query_bias=False),
+    "grouped": dataclasses.replace(SMALL, kv_heads=1, head_size=6, output_bias=False),
+    "alternating": dataclasses.replace(SMALL, depth=4, attention="full,local", window=2),
+    "compressed": dataclasses.replace(SMALL, depth=4, attention="local,compressed", window=2),
+    "normed queries": dataclasses.replace(SMALL, qk_norm=True, attention_cap=5.0),
+    "gated": dataclasses.replace(SMALL, feedforward="swiglu"),
+    "experts": dataclasses.replace(SMALL, experts=4, feedforward="swiglu"),
+    "plain experts": dataclasses.replace(SMALL, experts=3, experts_per_token=1),
+    "encoder": dataclasses.replace(SMALL, family="encoder", segments=2),
+    "bert": dataclasses.replace(
+        SMALL, family="encoder", segments=2, pretraining_heads=True, head_bias=True
+    ),
+    "encoder-decoder": dataclasses.replace(SMALL, family="encoder_decoder", encoder_depth=2),
+    "relative encoder-decoder": dataclasses.replace(
+        SMALL, family="encoder_decoder", norm_placement="sandwich", positions="relative"
+    ),
+    "lstm": dataclasses.replace(SMALL, family="recurrent", positions="none", final_norm=False),
 }
 EVERY_CONFIG = pytest.mark.parametrize("config", GRID.values(), ids=GRID.keys())
 
 
 def _leaves(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The model's parameters by name, as shapes: nothing is computed."""
-    _, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    _, params = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     return dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
 
 
-def _part(name: str) -> str:
+def _part(name: str, config: TransformerConfig) -> str:
     """The ledger's name for the leaf called `name`."""
+    if name == "bias":
+        return "head bias"
     *modules, kind = name.split(".")
-    if modules[-1].endswith("norm"):
+    module = modules[-1]
+    heads = {"pooler": "pooler", "next_sentence": "next-sentence head"}
+    heads |= dict.fromkeys(("masked_lm", "masked_lm_norm"), "masked-LM head")
+    if module in heads:
+        return heads[module]
+    if module.endswith(("norm", "norm_after")):
         return "norms"
     if kind == "bias":
         return "biases"
-    return {"head": "unembedding"}.get(modules[-1], modules[-1])
+    if "cross_attention" in modules:
+        return f"cross {module}"
+    if config.experts and module in ("up", "gate", "down"):
+        return f"expert {module}"
+    if modules[0] == "layers":
+        return f"{module} gates"
+    if module.startswith("compress_"):
+        return "compression"
+    return {"head": "unembedding", "relative": "relative positions"}.get(module, module)
+
+
+def _matrices(name: str, leaf: jax.ShapeDtypeStruct) -> int:
+    """How many layers' (and experts') matrices or vectors a leaf holds."""
+    layered = ".blocks." in name or name.startswith("layers.")
+    per_layer = leaf.shape[1] if leaf.ndim == 4 and ".feedforward." in name else 1
+    return leaf.shape[0] * per_layer if layered else 1
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
+        ("gpt1", 116_534_784),
         ("gpt2", 124_439_808),
         ("gpt2-medium", 354_823_168),
         ("gpt2-large", 774_030_080),
         ("gpt2-xl", 1_557_611_200),
+        # The counts of Hugging Face's models from the released configurations.
+        ("bert-base", 110_106_428),
+        ("gpt-j-6b", 6_050_882_784),
+        ("gpt-neox-20b", 20_554_567_680),
+        ("pythia-160m", 162_322_944),
+        ("smollm-135m", 134_515_008),
     ],
 )
-def test_gpt2_has_the_published_number_of_parameters(name, parameters):
+def test_a_preset_has_the_published_number_of_parameters(name, parameters):
     assert ledger(preset(name)).parameters == parameters
-    assert sum(math.prod(leaf.shape) for leaf in _leaves(preset(name)).values()) == parameters
+
+
+def test_bert_base_without_its_pretraining_heads_has_the_published_number():
+    parts = {part.name: part.parameters for part in ledger(preset("bert-base")).parts}
+    for head in ("masked-LM head", "next-sentence head", "head bias"):
+        del parts[head]
+    assert sum(parts.values()) == 109_482_240
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("gpt3-125m", 0.125),
+        ("gpt3-350m", 0.350),
+        ("gpt3-760m", 0.760),
+        ("gpt3-1.3b", 1.3),
+        ("gpt3-2.7b", 2.7),
+        ("gpt3-6.7b", 6.7),
+        ("gpt3-13b", 13.0),
+        ("gpt3-175b", 174.6),
+    ],
+)
+def test_gpt3_has_the_papers_sizes(name, billions):
+    # Table 2.1 rounds to two or three digits.
+    assert ledger(preset(name)).parameters / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_the_parameters_that_are_built(name):
+    built = sum(math.prod(leaf.shape) for leaf in _leaves(preset(name)).values())
+    assert ledger(preset(name)).parameters == built
+
+
+def test_active_parameters_of_a_mixture_are_those_of_the_chosen_experts():
+    config = GRID["experts"]
+    one = dataclasses.replace(config, experts=0)
+    router = config.depth * config.width * config.experts
+    biases = config.depth * (2 * config.hidden_width + config.width)
+    expert = config.depth * 3 * config.width * config.hidden_width
+    counted = ledger(config)
+    assert counted.active_parameters == ledger(one).parameters - biases + router + expert
+    assert ledger(one).active_parameters == ledger(one).parameters
 
 
 @EVERY_CONFIG
 def test_parameters_by_part_are_the_leaves_of_the_model(config):
     counted: dict[str, int] = {}
     for name, leaf in _leaves(config).items():
-        counted[_part(name)] = counted.get(_part(name), 0) + math.prod(leaf.shape)
+        part = _part(name, config)
+        counted[part] = counted.get(part, 0) + math.prod(leaf.shape)
     assert {part.name: part.parameters for part in ledger(config).parts} == counted
     assert ledger(config).parameters == sum(counted.values())
 
@@ -77,28 +170,9 @@ def test_parameters_by_part_are_the_leaves_of_the_model(config):
 def test_matrices_by_part_are_the_leaves_of_the_model(config):
     counted: dict[str, int] = {}
     for name, leaf in _leaves(config).items():
-        layers = leaf.shape[0] if name.startswith("blocks.") else 1
-        counted[_part(name)] = counted.get(_part(name), 0) + layers
+        part = _part(name, config)
+        counted[part] = counted.get(part, 0) + _matrices(name, leaf)
     assert {part.name: part.matrices for part in ledger(config).parts} == counted
-
-
-def _product_flops(jaxpr: Jaxpr) -> int:
-    """Two operations a multiply-add of every matrix product in `jaxpr`, sub-programs included.
-
-    An inner product row by row, [B, D] · [B, D] → [B], is none: it costs what a norm costs.
-    """
-    total = 0
-    equations: list[Any] = jaxpr.eqns
-    for equation in equations:
-        if equation.primitive.name == "dot_general":
-            left, right = (variable.aval.shape for variable in equation.invars)
-            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
-            if min(len(left), len(right)) > len(contracted) + len(batch):
-                multiplied = math.prod(left[axis] for axis in contracted)
-                total += 2 * multiplied * math.prod(equation.outvars[0].aval.shape)
-        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += repeats * sum(map(_product_flops, jaxprs_in_params(equation.params)))
-    return total
 
 
 def test_products_are_counted_within_batches_scans_and_custom_derivatives():
@@ -113,44 +187,47 @@ def test_products_are_counted_within_batches_scans_and_custom_derivatives():
         return jax.lax.scan(lambda carry, _: (step(carry, carry), None), x, length=5)[0]
 
     x = jnp.zeros((7, 3, 3))
-    assert _product_flops(jax.make_jaxpr(repeated)(x).jaxpr) == 5 * 7 * 2 * 3 * 3 * 3
+    assert product_flops(jax.make_jaxpr(repeated)(x).jaxpr) == 5 * 7 * 2 * 3 * 3 * 3
     row_by_row = jax.make_jaxpr(lambda x: jnp.einsum("bd,bd->b", x, x))(jnp.zeros((4, 3)))
-    assert _product_flops(row_by_row.jaxpr) == 0
+    assert product_flops(row_by_row.jaxpr) == 0
 
 
 @EVERY_CONFIG
 def test_forward_flops_are_those_of_every_product_at_full_context(config):
-    graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    graphdef, params = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
     forward = jax.make_jaxpr(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
-    products = _product_flops(forward(params, tokens).jaxpr)
+    products = product_flops(forward(params, tokens).jaxpr)
     assert products == tokens.size * ledger(config).forward_flops
 
 
 @EVERY_CONFIG
 def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(config):
     unrecomputed = dataclasses.replace(config, remat=False)
-    graphdef, params = split(nnx.eval_shape(lambda: Decoder(unrecomputed, rngs=nnx.Rngs(0))))
+    graphdef, params = split(nnx.eval_shape(lambda: build(unrecomputed, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
     gradient = jax.make_jaxpr(
         jax.grad(lambda params, tokens: nnx.merge(graphdef, params)(tokens).sum())
     )
-    products = _product_flops(gradient(params, tokens).jaxpr)
+    products = product_flops(gradient(params, tokens).jaxpr)
     assert products == tokens.size * ledger(config).training_flops
 
 
 @EVERY_CONFIG
 def test_the_attention_term_is_what_grows_with_the_context(config):
-    longer = ledger(dataclasses.replace(config, context=2 * config.context))
-    counted = ledger(config)
-    assert longer.attention_flops == 2 * counted.attention_flops
-    assert longer.matrix_flops == counted.matrix_flops
-    assert counted.forward_flops == counted.matrix_flops + counted.attention_flops
+    once, twice, thrice = (
+        ledger(dataclasses.replace(config, context=times * config.context)) for times in (1, 2, 3)
+    )
+    growth = twice.attention_flops - once.attention_flops
+    assert thrice.attention_flops - twice.attention_flops == growth
+    assert (growth > 0) == (config.family != "recurrent")
+    assert twice.matrix_flops == once.matrix_flops
+    assert once.forward_flops == once.matrix_flops + once.attention_flops
 
 
 @EVERY_CONFIG
 def test_bytes_are_those_of_the_training_state(config):
-    _, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    _, params = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     adamw = jax.tree.leaves(jax.eval_shape(optax.adamw(1e-3).init, params))
     moments = [leaf for leaf in adamw if leaf.ndim]  # The other is the count of steps.
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

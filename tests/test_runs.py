@@ -196,16 +196,16 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_leaf(copied_run):
     sentence = str(error.value)
     assert "does not fit the model: " in sentence
     assert "params.head.table is missing" in sentence
-    assert "params.blocks.attention.query.bias is unexpected" in sentence
-    assert "params.norm.scale is float32[16], not float32[8]" in sentence
+    assert "params.decoder.blocks.attention.query.bias is unexpected" in sentence
+    assert "params.decoder.norm.scale is float32[16], not float32[8]" in sentence
     assert "\n" not in sentence
 
 
 def test_leaves_missing_extra_of_another_shape_and_of_another_dtype_are_listed_at_once(tiny_run):
     _, params = split(load_run(tiny_run).model)
-    del params["norm"]["bias"]
+    del params["decoder"]["norm"]["bias"]
     params["added"] = jnp.zeros(3)
-    params["norm"]["scale"] = jnp.zeros((4, 4))
+    params["decoder"]["norm"]["scale"] = jnp.zeros((4, 4))
     params["positions"]["table"] = params["positions"]["table"].astype(jnp.bfloat16)
     with (
         Checkpoints(tiny_run / CHECKPOINTS) as checkpoints,
@@ -215,7 +215,7 @@ def test_leaves_missing_extra_of_another_shape_and_of_another_dtype_are_listed_a
     assert str(error.value) == (
         f"The checkpoint {tiny_run.resolve() / CHECKPOINTS / '4'} does not fit the model: "
         "params.added is missing; "
-        "params.norm.bias is unexpected; "
-        "params.norm.scale is float32[16], not float32[4, 4]; "
+        "params.decoder.norm.bias is unexpected; "
+        "params.decoder.norm.scale is float32[16], not float32[4, 4]; "
         "params.positions.table is float32[32, 16], not bfloat16[32, 16]."
     )

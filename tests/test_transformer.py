@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import Decoder, InputError, TransformerConfig, preset, split
-from gptjax.layers.block import CAPTURES
+from gptjax import Decoder, InputError, TransformerConfig, build, preset, split
+from gptjax.layers.block import CAPTURES, CROSS_CAPTURES
+from gptjax.layers.experts import Experts
 
 TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
 TOKENS = jnp.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
@@ -147,7 +148,7 @@ def test_initialisation_is_gpt2s():
         TransformerConfig(vocab_size=500, context=64, depth=8, width=128, heads=4),
         rngs=nnx.Rngs(0),
     )
-    block = split(model)[1]["blocks"]
+    block = split(model)[1]["decoder"]["blocks"]
     for kernel in (block["attention"]["query"], block["feedforward"]["up"]):
         assert np.std(kernel["kernel"]) == pytest.approx(0.02, rel=0.02)
         assert (kernel["bias"] == 0).all()
@@ -181,3 +182,110 @@ def test_bad_calls_are_refused():
         decoder().hidden(TOKENS, capture=("atention",))
     with pytest.raises(InputError, match="vocab_size is 0"):
         decoder(vocab_size=0)
+
+
+@pytest.mark.parametrize("token", [-1, 11])
+def test_a_token_outside_the_vocabulary_is_refused_or_nan_but_never_another(token):
+    tokens = TOKENS.at[1, 3].set(token)
+    with pytest.raises(InputError, match=f"The sequence has token {token}; the vocabulary has 11"):
+        decoder()(tokens)
+    logits = logits_of(decoder(), tokens)
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1, 3:]).all()
+
+
+def test_an_encoder_looks_both_ways_and_not_at_padding():
+    config = dataclasses.replace(TINY, family="encoder", segments=2)
+    model = build(config, rngs=nnx.Rngs(0))
+    valid = jnp.array([[True] * 6 + [False] * 2, [True] * 8])
+    logits = model(TOKENS, valid=valid)
+    last = model(TOKENS.at[:, 7].set(8), valid=valid)
+    np.testing.assert_array_equal(last[0, :6], logits[0, :6])
+    assert (np.abs(last[1] - logits[1]).max(axis=-1) > 0).all()
+
+
+def test_a_segment_is_an_embedding_more():
+    config = dataclasses.replace(TINY, family="encoder", segments=2)
+    model = build(config, rngs=nnx.Rngs(0))
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    np.testing.assert_array_equal(model(TOKENS), model(TOKENS, segments=jnp.zeros_like(segments)))
+    difference = model.embed(TOKENS, segments=segments) - model.embed(TOKENS)
+    table = model.segments.table[...]
+    np.testing.assert_allclose(difference[0, 3], table[1] - table[0], atol=1e-6)
+    assert (difference[:, :3] == 0).all()
+
+
+def test_a_decoder_reads_the_source_but_not_its_padding():
+    config = dataclasses.replace(TINY, family="encoder_decoder", encoder_depth=2)
+    model = build(config, rngs=nnx.Rngs(0))
+    source = jnp.array([[4, 3, 2, 1, 0], [1, 2, 3, 4, 5]])
+    valid = jnp.array([[True, True, True, False, False], [True] * 5])
+    logits = model(TOKENS, source=source, source_valid=valid)
+    changed = model(TOKENS, source=source.at[:, 4].set(9), source_valid=valid)
+    np.testing.assert_array_equal(changed[0], logits[0])
+    assert (np.abs(changed[1] - logits[1]).max(axis=-1) > 0).all()
+    shorter = model(TOKENS[:1], source=source[:1, :3])
+    np.testing.assert_allclose(shorter, logits[:1], atol=1e-6)
+
+
+def test_cross_attention_is_captured_where_there_is_any():
+    config = dataclasses.replace(TINY, family="encoder_decoder", encoder_depth=2)
+    model = build(config, rngs=nnx.Rngs(0))
+    source = jnp.array([[4, 3, 2, 1, 0]] * 2)
+    captured = model.hidden(TOKENS, source=source, capture=CROSS_CAPTURES).captured
+    weights = captured["cross_attention"]
+    assert weights.shape == (TINY.depth, 2, TINY.heads, 8, 5)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+    with pytest.raises(InputError, match="Unknown intermediate 'cross_attention'"):
+        decoder().hidden(TOKENS, capture=CROSS_CAPTURES)
+
+
+def test_layers_of_different_kinds_are_captured_together():
+    config = dataclasses.replace(TINY, depth=4, attention="local,compressed", window=3)
+    model = build(config, rngs=nnx.Rngs(0))
+    weights = model.hidden(TOKENS, capture=("attention",)).captured["attention"]
+    assert weights.shape == (4, 2, TINY.heads, 8, 8)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
+    local, compressed = weights[2, 0, 0], weights[3, 0, 0]
+    assert (local[6, 4:7] > 0).all()
+    assert (local[6, :4] == 0).all()
+    # The empty key, the groups of places 0 to 2 and 3 to 5; the third group is not whole.
+    assert (compressed[6, :3] > 0).all()
+    assert (compressed[:, 3:] == 0).all()
+    assert (compressed[:2, 0] == 1).all()
+
+
+def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
+    config = dataclasses.replace(TINY, experts=4, experts_per_token=1, capacity_factor=0.5)
+    block = Experts(config, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 8, TINY.width))
+    all_taken, _ = block(x, training=False)
+    some_taken, _ = block(x, training=True)
+    chosen = block.router(x).argmax(axis=-1).ravel()
+    capacity = 2  # Half of the 16 tokens' even share of 4.
+    taken = [int((chosen[:place] == chosen[place]).sum()) < capacity for place in range(16)]
+    assert not all(taken)
+    flat = np.asarray(some_taken).reshape(16, -1)
+    np.testing.assert_array_equal((flat != 0).any(axis=1), taken)
+    np.testing.assert_array_equal(flat[taken], np.asarray(all_taken).reshape(16, -1)[taken])
+
+
+def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts():
+    config = dataclasses.replace(TINY, experts=4, feedforward="swiglu")
+    block: Any = Experts(config, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 3, TINY.width))
+    mixed, losses = block(x, training=False)
+    probability = jax.nn.softmax(block.router(x))[0]
+    for place, row in enumerate(np.asarray(probability)):
+        best = np.argsort(-row)[:2]
+        expected = 0
+        for expert in best:
+            up, gate, down = (part.kernel[expert] for part in (block.up, block.gate, block.down))
+            fed = (jax.nn.silu(x[0, place] @ gate) * (x[0, place] @ up)) @ down
+            expected += row[expert] / row[best].sum() * fed
+        np.testing.assert_allclose(mixed[0, place], expected, rtol=1e-4, atol=1e-7)
+    share = np.bincount(np.argsort(-probability, axis=-1)[:, :2].ravel(), minlength=4) / 6
+    balance = 4 * (share * probability.mean(axis=0)).sum()
+    np.testing.assert_allclose(losses.balance[0], balance, rtol=1e-5)
+    z = np.square(jax.nn.logsumexp(block.router(x)[0], axis=-1)).mean()
+    np.testing.assert_allclose(losses.z[0], z, rtol=1e-5)

@@ -1,10 +1,18 @@
 """Attention: who may look where (masks), how much (weights), and what is then read (mixture).
 
-Source: Vaswani et al. 2017, section 3.2. Masks are boolean, True where a query may look.
+| `attention` | a query sees | source |
+|---|---|---|
+| full | every key, or every earlier one where it is causal | Vaswani et al. 2017, section 3.2 |
+| local | the keys of a window that ends at (or, if not causal, surrounds) it | Child et al. 2019 |
+| compressed | joined groups of earlier keys | Liu et al. 2018, section 4.2.3 (DMCA) |
+
+Masks are boolean, True where a query may look. With fewer key heads than query heads (K < N), each
+key head serves N / K queries (Shazeer 2019; Ainslie et al. 2023).
 """
 
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,136 +21,307 @@ from flax import nnx
 from gptjax.config import TransformerConfig
 from gptjax.layers.dropout import dropout
 from gptjax.layers.linear import DEFAULT_STD, Linear
+from gptjax.layers.norms import RMSNorm
 from gptjax.layers.positions import rotate
+
+MASKED = -1e30
+"""A score that no softmax sees; finite, so that a query without any key yields no NaN."""
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, for decoding a token at a time."""
+    """Keys and values that queries look at; in decoding, those of the tokens seen so far."""
 
     key: jax.Array
-    """[B, S, N, H], or [L, B, S, N, H] for a stack of layers."""
+    """[B, S, K, H], or [L, B, S, K, H] for a stack of layers."""
     value: jax.Array
     """As `key`."""
 
-    def write(self, key: jax.Array, value: jax.Array, position: jax.Array | int) -> "KVCache":
-        """The cache of one layer with `key` and `value` [B, T, N, H] at `position` onwards."""
-        return KVCache(
-            jax.lax.dynamic_update_slice_in_dim(self.key, key, position, axis=1),
-            jax.lax.dynamic_update_slice_in_dim(self.value, value, position, axis=1),
-        )
+    def write(self, new: "KVCache", start: jax.Array | int) -> "KVCache":
+        """The cache of one layer with `new` [B, T, K, H] from place `start` (a row: [B]) on."""
+        batch, _, heads, _ = self.key.shape
+        starts = jnp.repeat(jnp.broadcast_to(start, batch), heads)
+
+        def write_rows(places: jax.Array, new: jax.Array) -> jax.Array:
+            # Batch and heads as one axis are what XLA multiplies; with two, it would write the
+            # whole cache once more for its products on a CPU.
+            places, new = (
+                x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (places, new)
+            )
+            update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+            written = jax.vmap(update)(places, new, starts)
+            return written.reshape(batch, heads, *written.shape[1:]).swapaxes(1, 2)
+
+        return KVCache(write_rows(self.key, new.key), write_rows(self.value, new.value))
+
+    def swapped(self) -> "KVCache":
+        """Places and heads exchanged: [B, S, K, H] ↔ [B, K, S, H]."""
+        return KVCache(self.key.swapaxes(1, 2), self.value.swapaxes(1, 2))
 
 
-def causal_mask(query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
-    """[T] and [S] → [T, S]: a query sees the keys at its own position and before."""
-    return query_positions[:, None] >= key_positions[None, :]
+def attention_mask(
+    distance: jax.Array, *, causal: bool, window: int = 0, valid: jax.Array | None = None
+) -> jax.Array:
+    """Who may look where, [B or 1, T, S].
 
-
-def attention_weights(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
-    """softmax(Q Kᵀ / √H): query [B, T, N, H], key [B, S, N, H], mask [T, S] → [B, N, T, S] float32.
-
-    Equation 1 of the paper without its last product; what `capture="attention"` shows.
+    Args:
+      distance: [B or 1, T, S], position of the query less position of the key.
+      causal: whether later keys are hidden.
+      window: distances of this and more are hidden; 0 hides none.
+      valid: [B, S], False at keys that are padding.
     """
-    scores = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
-    scores /= math.sqrt(query.shape[-1])
-    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    if window:
+        mask &= jnp.abs(distance) < window
+    return mask if valid is None else mask & valid[:, None]
 
 
-def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Each query's mixture of values: [B, N, T, S] and [B, S, N, H] → [B, T, N, H]."""
-    return jnp.einsum("bnts,bsnh->btnh", weights.astype(value.dtype), value)
+def compressed_mask(positions: jax.Array, keys: int, compression: int) -> jax.Array:
+    """Queries at `positions` [B or 1, T] see the groups that end at or before them.
+
+    Of `keys` places, each `compression` are a group; an empty key that all may see comes first, so
+    that the first queries have something to look at. [B or 1, T, 1 + keys // compression].
+    """
+    last = jnp.arange(keys // compression) * compression + compression - 1
+    last = jnp.concatenate([jnp.full(1, -1), last])
+    return positions[..., None] >= last
 
 
-@jax.custom_vjp
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """`mix(attention_weights(query, key, mask), value)`, with its backward pass written out.
+def attention_scores(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
+    """scale · Q Kᵀ: query [B, T, N, H], key [B, S, K, H] → [B, N, T, S], float32."""
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    return scale * scores.reshape(query.shape[0], query.shape[2], *scores.shape[3:])
 
-    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
+
+def attention_weights(
+    query: jax.Array,
+    key: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float = 0.0,
+) -> jax.Array:
+    """softmax(Q Kᵀ / √H): equation 1 of the paper without its last product.
 
     Args:
       query: [B, T, N, H].
-      key: [B, S, N, H].
-      value: [B, S, N, H].
-      mask: [T, S], True where a query may look.
+      key: [B, S, K, H].
+      mask: [B or 1, T, S]; None hides nothing.
+      bias: [B or 1, N, T, S], added to the scores.
+      scale: of the scores; None is 1 / √H.
+      cap: scores are bounded by cap · tanh(score / cap) (Gemma 2, 2024); 0 does not.
 
     Returns:
-      [B, T, N, H].
+      [B, N, T, S], float32; what `capture="attention"` shows.
     """
-    return mix(attention_weights(query, key, mask), value)
+    scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    return _weights(scores, mask, bias, cap)
 
 
-def _attend_forward(query, key, value, mask):
-    weights = attention_weights(query, key, mask)
+def _weights(scores, mask, bias, cap):
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
+    if bias is not None:
+        scores += bias
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, MASKED)
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Each query's mixture of values: [B, N, T, S] and [B, S, K, H] → [B, T, N, H]."""
+    batch, heads, queries, keys = weights.shape
+    grouped = weights.astype(value.dtype).reshape(batch, value.shape[2], -1, queries, keys)
+    # With the queries before the heads at once, XLA would transpose the values instead.
+    mixture = jnp.einsum("bkgts,bskh->bkgth", grouped, value)
+    return jnp.moveaxis(mixture, 3, 1).reshape(batch, queries, heads, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+    cap: float,
+) -> jax.Array:
+    """`mix(attention_weights(…), value)` [B, T, N, H], with its backward pass written out.
+
+    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
+    The arguments are those of `attention_weights`.
+    """
+    return mix(attention_weights(query, key, mask, bias, scale=scale, cap=cap), value)
+
+
+def _attend_forward(query, key, value, mask, bias, scale, cap):
+    scores = attention_scores(query, key, scale)
+    slope = 1 - jnp.square(jnp.tanh(scores / cap)) if cap else None
+    weights = _weights(scores, mask, bias, cap)
     mixture = mix(weights, value)
-    return mixture, (query, key, value, weights, mixture)
+    return mixture, (query, key, value, bias, weights, slope, mixture)
 
 
-def _attend_backward(residuals, gradient):
-    query, key, value, weights, mixture = residuals
+def _attend_backward(scale, cap, residuals, gradient):
+    query, key, value, bias, weights, slope, mixture = residuals
+    batch, queries, heads, width = query.shape
+    groups = (key.shape[2], heads // key.shape[2])
+    by_group = gradient.reshape(batch, queries, *groups, width)
     weights_gradient = jnp.einsum(
-        "btnh,bsnh->bnts", gradient, value, preferred_element_type=jnp.float32
-    )
+        "btkgh,bskh->bkgts", by_group, value, preferred_element_type=jnp.float32
+    ).reshape(weights.shape)
     # Through the softmax: each row loses its mean gradient, Σ_s weights · weights_gradient, which
     # equals Σ_h mixture · gradient and is cheaper so.
     row_mean = jnp.einsum("btnh,btnh->bnt", mixture, gradient, preferred_element_type=jnp.float32)
     scores_gradient = weights * (weights_gradient - row_mean[..., None])
-    scores_gradient = (scores_gradient / math.sqrt(query.shape[-1])).astype(query.dtype)
+    bias_gradient = None
+    if bias is not None:
+        shared = bias.shape[0] == 1 < batch
+        bias_gradient = scores_gradient.sum(0, keepdims=True) if shared else scores_gradient
+    if cap:
+        scores_gradient = scores_gradient * slope
+    keys = scores_gradient.shape[-1]
+    by_group_scores = (scale * scores_gradient).astype(query.dtype)
+    by_group_scores = by_group_scores.reshape(batch, *groups, queries, keys)
+    by_group_weights = weights.astype(gradient.dtype).reshape(by_group_scores.shape)
+    by_group_query = query.reshape(batch, queries, *groups, width)
     return (
-        jnp.einsum("bnts,bsnh->btnh", scores_gradient, key),
-        jnp.einsum("bnts,btnh->bsnh", scores_gradient, query),
-        jnp.einsum("bnts,btnh->bsnh", weights.astype(gradient.dtype), gradient),
+        jnp.einsum("bkgts,bskh->btkgh", by_group_scores, key).reshape(query.shape),
+        jnp.einsum("bkgts,btkgh->bskh", by_group_scores, by_group_query),
+        jnp.einsum("bkgts,btkgh->bskh", by_group_weights, by_group),
         None,
+        bias_gradient,
     )
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
+NEAREST = 128
+"""The fewest places of a cache that attention looks at, of which only so many are filled."""
+
+
+def attend_within(
+    reach: jax.Array,
+    query: jax.Array,
+    seen: KVCache,
+    mask: jax.Array,
+    bias: jax.Array | None,
+    scale: float,
+    cap: float,
+) -> jax.Array:
+    """`attend` to a cache of which the first `reach` places are filled, [B, T, N, H].
+
+    It looks at 128, 256 … or all S places, whichever are enough: while a text is short, a step of
+    decoding reads little beside the weights. One program holds all the cases.
+    """
+    places = seen.key.shape[1]
+    sizes = [NEAREST << n for n in range(places.bit_length()) if NEAREST << n < places] + [places]
+    by_head = seen.swapped()  # As it is stored; the other way round it would be copied.
+
+    def attend_to(size: int) -> jax.Array:
+        near = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
+        near_bias = None if bias is None else bias[..., :size]
+        return attend(query, near.key, near.value, mask[..., :size], near_bias, scale, cap)
+
+    case = (reach > jnp.array(sizes[:-1], jnp.int32)).sum()
+    return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])
+
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with its four projections."""
+    """Multi-head attention with its projections, from x to x or from x to another sequence."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, compressed: bool = False, rngs: nnx.Rngs):
         width, heads = (config.width,), (config.heads, config.head_width)
+        kv_heads = (config.key_value_heads, config.head_width)
+        bias = config.bias if config.query_bias is None else config.query_bias
+        output_bias = config.bias if config.output_bias is None else config.output_bias
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
-        self.query = Linear(width, heads, bias=config.bias, rngs=rngs)
-        self.key = Linear(width, heads, bias=config.bias, rngs=rngs)
-        self.value = Linear(width, heads, bias=config.bias, rngs=rngs)
-        self.output = Linear(heads, width, bias=config.bias, std=residual_std, rngs=rngs)
-        self.dropout = config.dropout
+        self.query = Linear(width, heads, bias=bias, rngs=rngs)
+        self.key = Linear(width, kv_heads, bias=bias, rngs=rngs)
+        self.value = Linear(width, kv_heads, bias=bias, rngs=rngs)
+        self.output = Linear(heads, width, bias=output_bias, std=residual_std, rngs=rngs)
+        if config.qk_norm:
+            self.query_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
+            self.key_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
+        if compressed:
+            group = (config.compression, *kv_heads)
+            self.compress_key = Linear(group, kv_heads, bias=bias, rngs=rngs)
+            self.compress_value = Linear(group, kv_heads, bias=bias, rngs=rngs)
+        self.config = config
+        self.compressed = compressed
+
+    def keys_values(self, x: jax.Array, angles: jax.Array | None = None) -> KVCache:
+        """What others see of x [B, S, D]; `angles` [B or 1, S, R / 2] are the rotary ones."""
+        keys, values = self.key(x), self.value(x)
+        if self.config.qk_norm:
+            keys = self.key_norm(keys)
+        if angles is not None:
+            keys = rotate(keys, angles, self.config.pairing)
+        return KVCache(keys, values)
 
     def __call__(
         self,
         x: jax.Array,
+        seen: KVCache,
         *,
-        mask: jax.Array,
+        mask: jax.Array | None,
+        bias: jax.Array | None = None,
         angles: jax.Array | None = None,
-        cache: KVCache | None = None,
-        position: jax.Array | int = 0,
+        reach: jax.Array | None = None,
         key: jax.Array | None = None,
         return_weights: bool = False,
-    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
-        """Attend from x to x, or to the cache with x written into it.
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Look from x at `seen`.
 
         Args:
           x: [B, T, D].
-          mask: [T, S], True where a query may look; S is T, or the cache's length.
-          angles: [T, H / 2], the rotary angles of x's positions; None rotates nothing.
-          cache: keys and values of the earlier tokens.
-          position: where x's first token belongs in the cache.
+          seen: keys and values [B, S, K, H].
+          mask: [B or 1, T, S]; of compressed attention, `compressed_mask`'s.
+          bias: [B or 1, N, T, S], added to the scores.
+          angles: [B or 1, T, R / 2], the rotary angles of x's positions; None rotates nothing.
+          reach: places of `seen` that are filled, where it is a cache; None is all.
           key: dropout key; None drops nothing.
           return_weights: whether the weights are asked for.
 
         Returns:
-          The output [B, T, D], the cache with x in it, and the weights [B, N, T, S] if asked for.
+          The output [B, T, D], and the weights [B, N, T, S] if asked for; those of compressed
+          attention stand in the first 1 + S // c columns, the others are 0.
         """
-        queries, keys, values = self.query(x), self.key(x), self.value(x)
+        config = self.config
+        queries = self.query(x)
+        if config.qk_norm:
+            queries = self.query_norm(queries)
         if angles is not None:
-            queries, keys = rotate(queries, angles), rotate(keys, angles)
-        if cache is not None:
-            cache = cache.write(keys, values, position)
-            keys, values = cache
-        drops = key is not None and self.dropout > 0
+            queries = rotate(queries, angles, config.pairing)
+        keys, values = self._compress(seen) if self.compressed else seen
+        scale = config.head_width**-0.5 if config.attention_scaled else 1.0
+        drops = key is not None and config.dropout > 0
         if not (drops or return_weights):
-            return self.output(attend(queries, keys, values, mask)), cache, None
-        weights = attention_weights(queries, keys, mask)
-        mixture = mix(dropout(weights, self.dropout, key), values)
-        return self.output(mixture), cache, weights
+            cap = config.attention_cap
+            mixture: Any
+            if reach is None or self.compressed or mask is None:
+                mixture = attend(queries, keys, values, mask, bias, scale, cap)
+            else:
+                mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
+            return self.output(mixture), None
+        weights = attention_weights(
+            queries, keys, mask, bias, scale=scale, cap=config.attention_cap
+        )
+        output = self.output(mix(dropout(weights, config.dropout, key), values))
+        # Layers are stacked in what is captured, so that compressed ones are as wide as others.
+        places = max(seen.key.shape[1], weights.shape[-1])
+        return output, jnp.pad(weights, ((0, 0),) * 3 + ((0, places - weights.shape[-1]),))
+
+    def _compress(self, seen: KVCache) -> KVCache:
+        """[B, S, K, H] → [B, 1 + S // c, K, H]: an empty key, then a convolution of stride c."""
+
+        def joined(places: jax.Array, convolution: Linear) -> jax.Array:
+            batch, length, *head = places.shape
+            stride = self.config.compression
+            groups = places[:, : length // stride * stride].reshape(batch, -1, stride, *head)
+            empty = jnp.zeros((batch, 1, *head), places.dtype)
+            return jnp.concatenate([empty, convolution(groups)], axis=1)
+
+        return KVCache(joined(seen.key, self.compress_key), joined(seen.value, self.compress_value))

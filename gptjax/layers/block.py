@@ -1,59 +1,175 @@
-"""One Transformer block: attention and a feed-forward layer, each added to the residual stream."""
+"""One Transformer block: attention and a feed-forward layer, each added to the residual stream.
+
+| `norm_placement` | the stream after a layer f | source |
+|---|---|---|
+| pre | x + f(norm(x)) | GPT-2 (Radford et al. 2019, section 2.3) |
+| post | norm(x + f(x)) | Vaswani et al. 2017, section 3.1; BERT, GPT-1 |
+| sandwich | x + norm(f(norm(x))) | CogView (Ding et al. 2021); Gemma 2 |
+| parallel | x + attention(norm(x)) + feedforward(norm'(x)) | GPT-NeoX (Black et al. 2022) |
+| parallel_shared | x + attention(norm(x)) + feedforward(norm(x)) | GPT-J (Wang 2021) |
+"""
 
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.attention import Attention, KVCache
 from gptjax.layers.dropout import dropout, split_key
+from gptjax.layers.experts import Experts, RouterLosses
 from gptjax.layers.feedforward import FeedForward
-from gptjax.layers.norms import NORMS
+from gptjax.layers.norms import build_norm
 
 CAPTURES = ("residual", "attention", "feedforward")
 """What a block can return: the stream that enters it [B, T, D], its attention weights
 [B, N, T, S], and what its feed-forward layer adds [B, T, D]."""
+CROSS_CAPTURES = (*CAPTURES, "cross_attention")
+"""With cross-attention, its weights [B, N, T, S'] too."""
+
+
+class View(NamedTuple):
+    """What attention is told beside its inputs, the same for all blocks of a kind."""
+
+    mask: jax.Array
+    """[B or 1, T, S], True where a query may look."""
+    bias: jax.Array | None
+    """[B or 1, N, T, S], added to the scores."""
+    angles: jax.Array | None
+    """[B or 1, T, R / 2], the rotary angles of the queries."""
+    memory_mask: jax.Array | None
+    """[B or 1, 1, S'], True at the tokens of the other sequence that exist."""
+
+
+class BlockCache(NamedTuple):
+    """What a block keeps between steps of decoding.
+
+    Heads come before places, [B, K, S, H], as products read them: they copy nothing.
+    """
+
+    own: KVCache
+    """Of the sequence itself."""
+    memory: KVCache | None
+    """Of the other sequence that cross-attention looks at; it never changes."""
 
 
 class Block(nnx.Module):
-    """Pre-norm block (GPT-2, Radford et al. 2019, section 2.3): x + attend(norm(x)), then MLP."""
+    """Attention, in a decoder with an encoder cross-attention, and the feed-forward layer."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        norm = NORMS[config.norm]
-        self.attention_norm = norm(config.width, bias=config.bias, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.feedforward_norm = norm(config.width, bias=config.bias, rngs=rngs)
-        self.feedforward = FeedForward(config, rngs=rngs)
-        self.dropout = config.dropout
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        attention: str = "full",
+        cross: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        sandwich = config.norm_placement == "sandwich"
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config, compressed=attention == "compressed", rngs=rngs)
+        self.attention_norm_after = build_norm(config) if sandwich else None
+        self.cross_norm = build_norm(config) if cross else None
+        self.cross_attention = Attention(config, rngs=rngs) if cross else None
+        self.cross_norm_after = build_norm(config) if cross and sandwich else None
+        shared = config.norm_placement == "parallel_shared"
+        self.feedforward_norm = None if shared else build_norm(config)
+        self.feedforward = (Experts if config.experts else FeedForward)(config, rngs=rngs)
+        self.feedforward_norm_after = build_norm(config) if sandwich else None
+        self.config = config
 
     def __call__(
         self,
         x: jax.Array,
+        view: View,
         *,
-        mask: jax.Array,
-        angles: jax.Array | None = None,
-        cache: KVCache | None = None,
-        position: jax.Array | int = 0,
+        memory: jax.Array | None = None,
+        cache: BlockCache | None = None,
+        start: jax.Array | int = 0,
         key: jax.Array | None = None,
         capture: Collection[str] = (),
-    ) -> tuple[jax.Array, KVCache | None, dict[str, jax.Array]]:
-        """[B, T, D] → the stream after the block, its cache, and what `capture` names.
+    ) -> tuple[jax.Array, BlockCache | None, dict[str, jax.Array], RouterLosses | None]:
+        """One layer of the stack.
 
-        The arguments are those of `Attention`; `capture` is a subset of `CAPTURES`.
+        Args:
+          x: [B, T, D].
+          view: masks, biases and angles.
+          memory: [B, S', D], the encoder's output; with a cache, its keys and values are there.
+          cache: of the tokens before x's.
+          start: where x's first token belongs in the cache, a number or [B].
+          key: dropout key; None drops nothing.
+          capture: a subset of `CAPTURES`.
+
+        Returns:
+          The stream after the block [B, T, D], the cache with x in it, what `capture` names, and
+          the losses of the router of a mixture of experts.
         """
-        attention_key, attended_key, feedforward_key = split_key(key, 3)
-        attended, cache, weights = self.attention(
-            self.attention_norm(x),
-            mask=mask,
-            angles=angles,
-            cache=cache,
-            position=position,
-            key=attention_key,
+        keys = split_key(key, 5)
+        rate, parallel = self.config.dropout, "parallel" in self.config.norm_placement
+        captured: dict[str, Any] = {"residual": x}
+
+        normed = self._before(self.attention_norm, x)
+        seen, reach = self.attention.keys_values(normed, view.angles), None
+        if cache is not None:
+            reach = jnp.max(start) + x.shape[1]
+            seen = cache.own.swapped().write(seen, start)
+            cache = cache._replace(own=seen.swapped())
+        attended, captured["attention"] = self.attention(
+            normed,
+            seen,
+            mask=view.mask,
+            bias=view.bias,
+            angles=view.angles,
+            reach=reach,
+            key=keys[0],
             return_weights="attention" in capture,
         )
-        middle = x + dropout(attended, self.dropout, attended_key)
-        fed = self.feedforward(self.feedforward_norm(middle))
-        captured = {"residual": x, "attention": weights, "feedforward": fed}
-        after = middle + dropout(fed, self.dropout, feedforward_key)
-        return after, cache, {name: captured[name] for name in capture}
+        attended = dropout(attended, rate, keys[1])
+        if parallel:
+            middle = x
+        else:
+            middle = self._after(self.attention_norm, self.attention_norm_after, x, attended)
+
+        if self.cross_attention is not None:
+            normed = self._before(self.cross_norm, middle)
+            if cache is not None and cache.memory is not None:
+                seen = cache.memory.swapped()
+            else:
+                assert memory is not None
+                seen = self.cross_attention.keys_values(memory)
+            crossed, captured["cross_attention"] = self.cross_attention(
+                normed,
+                seen,
+                mask=view.memory_mask,
+                key=keys[2],
+                return_weights="cross_attention" in capture,
+            )
+            crossed = dropout(crossed, rate, keys[3])
+            middle = self._after(self.cross_norm, self.cross_norm_after, middle, crossed)
+
+        if self.feedforward_norm is not None:
+            normed = self._before(self.feedforward_norm, middle)
+        fed, losses = self._feed(normed, training=key is not None)
+        captured["feedforward"] = fed
+        fed = dropout(fed, rate, keys[4])
+        if parallel:
+            after = x + attended + fed
+        else:
+            after = self._after(self.feedforward_norm, self.feedforward_norm_after, middle, fed)
+        return after, cache, {name: captured[name] for name in capture}, losses
+
+    def _feed(self, x: jax.Array, *, training: bool) -> tuple[jax.Array, RouterLosses | None]:
+        if isinstance(self.feedforward, Experts):
+            return self.feedforward(x, training=training)
+        return self.feedforward(x), None
+
+    def _before(self, norm, x: jax.Array) -> jax.Array:
+        """What a layer reads of the stream."""
+        return x if self.config.norm_placement == "post" else norm(x)
+
+    def _after(self, norm, norm_after, x: jax.Array, added: jax.Array) -> jax.Array:
+        """The stream with what a layer adds."""
+        if self.config.norm_placement == "post":
+            return norm(x + added)
+        return x + (added if norm_after is None else norm_after(added))

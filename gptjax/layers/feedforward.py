@@ -6,6 +6,10 @@
 | relu2 | max(0, x)² | Primer (So et al. 2021) |
 | gelu | x Φ(x), exact | Hendrycks & Gimpel 2016; BERT |
 | gelu_tanh | the tanh approximation of it | GPT-1, GPT-2 |
+| silu | x σ(x) | Hendrycks & Gimpel 2016 |
+| swiglu, geglu, geglu_tanh | silu, gelu or gelu_tanh of a gate, times up | Shazeer 2020 |
+
+With `experts`, each token goes to some of E such layers: experts.py.
 """
 
 import math
@@ -19,18 +23,31 @@ from gptjax.layers.linear import DEFAULT_STD, Linear
 
 
 class FeedForward(nnx.Module):
-    """down(activation(up(x))), token by token."""
+    """down(activation(up(x))), or down(activation(gate(x)) · up(x)), token by token."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width, hidden = (config.width,), (config.hidden_width,)
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
         self.up = Linear(width, hidden, bias=config.bias, rngs=rngs)
+        self.gate = (
+            Linear(width, hidden, bias=config.bias, rngs=rngs)
+            if config.feedforward in GATES
+            else None
+        )
         self.down = Linear(hidden, width, bias=config.bias, std=residual_std, rngs=rngs)
         self.activation = config.feedforward
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(activate(self.activation, self.up(x), gate))
+
+
+def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The activation called `name` of `up` [..., F], or of `gate` [..., F] times `up`."""
+    if gate is None:
+        return ACTIVATIONS[name](up)
+    return ACTIVATIONS[GATES[name]](gate) * up
 
 
 def relu2(x: jax.Array) -> jax.Array:
@@ -71,4 +88,11 @@ def _gelu_tanh_backward(derivative, gradient):
 
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
-ACTIVATIONS = {"relu": jax.nn.relu, "relu2": relu2, "gelu": gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "relu2": relu2,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": jax.nn.silu,
+}
+GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}

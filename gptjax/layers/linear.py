@@ -50,5 +50,6 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
 
     def __call__(self, indices: jax.Array) -> jax.Array:
-        """[...] → [..., D], float32."""
-        return jnp.take(self.table[...], indices, axis=0)
+        """[...] → [..., D], float32; an index outside the table yields NaN."""
+        known = jnp.where(indices < 0, self.table.shape[0], indices)
+        return jnp.take(self.table[...], known, axis=0)

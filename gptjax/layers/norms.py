@@ -9,57 +9,65 @@ Both run in float32. Their backward passes are written out because XLA, left to 
 row statistics into the neighbouring matrix products on a CPU and computes them again and again.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-EPSILON = 1e-5
-"""Added to the variance; GPT-2's value."""
+from gptjax.config import TransformerConfig
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis."""
 
-    def __init__(self, width: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, epsilon: float, bias: bool):
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width)) if bias else None
+        self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""
-        return layer_norm(x, self.scale[...], None if self.bias is None else self.bias[...])
+        bias = None if self.bias is None else self.bias[...]
+        return layer_norm(x, self.scale[...], bias, self.epsilon)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis; it has no bias."""
 
-    def __init__(self, width: int, *, bias: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, *, epsilon: float):
         self.scale = nnx.Param(jnp.ones(width))
+        self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., D]."""
-        return rms_norm(x, self.scale[...])
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+def build_norm(config: TransformerConfig) -> LayerNorm | RMSNorm:
+    """The norm that `config` names, over its residual stream."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, epsilon=config.norm_epsilon)
+    return LayerNorm(config.width, epsilon=config.norm_epsilon, bias=config.bias)
 
 
-@jax.custom_vjp
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
     """[..., D] with scale and bias [D] → [..., D]."""
-    return _layer_norm_forward(x, scale, bias)[0]
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
 
-def _layer_norm_forward(x, scale, bias):
+def _layer_norm_forward(x, scale, bias, epsilon):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(axis=-1, keepdims=True) + EPSILON)
+    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(axis=-1, keepdims=True) + epsilon)
     y = (x32 - mean) * inverse * scale
     if bias is not None:
         y += bias
     return y.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
-def _layer_norm_backward(residuals, gradient):
+def _layer_norm_backward(_, residuals, gradient):
     x, scale, bias, mean, inverse = residuals
     gradient = gradient.astype(jnp.float32)
     normalised = (x.astype(jnp.float32) - mean) * inverse
@@ -77,19 +85,19 @@ def _layer_norm_backward(residuals, gradient):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@jax.custom_vjp
-def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """[..., D] with scale [D] → [..., D]."""
-    return _rms_norm_forward(x, scale)[0]
+    return _rms_norm_forward(x, scale, epsilon)[0]
 
 
-def _rms_norm_forward(x, scale):
+def _rms_norm_forward(x, scale, epsilon):
     x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + EPSILON)
+    inverse = jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + epsilon)
     return (x32 * inverse * scale).astype(x.dtype), (x, scale, inverse)
 
 
-def _rms_norm_backward(residuals, gradient):
+def _rms_norm_backward(_, residuals, gradient):
     x, scale, inverse = residuals
     gradient = gradient.astype(jnp.float32)
     normalised = x.astype(jnp.float32) * inverse

@@ -33,34 +33,49 @@ class LossFunction(Protocol):
         ...
 
 
-def causal_loss(
+def token_loss(
     graphdef: nnx.GraphDef,
     *,
     chunk: int = 0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
 ) -> LossFunction:
-    """The loss of predicting each token's successor, for a model with `hidden` and `unembedding`.
+    """The loss of predicting `batch.targets`, whatever the family and the objective.
+
+    A decoder's targets are the tokens' successors (causal), an encoder's the tokens that were
+    masked, an encoder-decoder's the target sentence (teacher forcing): the batch says which.
 
     Args:
       graphdef: the model's structure.
       chunk: tokens whose logits exist at a time; 0 takes all at once.
       label_smoothing: see `cross_entropy`.
       z_loss: see `cross_entropy`.
+      balance_loss: weight of the balancing loss of a mixture of experts.
+      router_z_loss: weight of its router's z-loss.
     """
 
     def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
         model = nnx.merge(graphdef, params)
-        hidden = model.hidden(batch.tokens, key=key).hidden
-        return cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
+        output = model.hidden(batch.tokens, key=key, **batch.inputs())
+        features = model.readout(output.hidden)
+        sums = cross_entropy(
+            features.reshape(-1, features.shape[-1]),
             model.unembedding,
             jnp.ravel(batch.targets),
             jnp.ravel(batch.weights),
+            bias=model.unembedding_bias,
+            logit_cap=model.config.logit_cap,
             chunk=chunk,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
+        if output.router_losses is None:
+            return sums
+        router = output.router_losses
+        each = balance_loss * router.balance + router_z_loss * router.z
+        return sums._replace(loss=sums.loss + (each * batch.weights.sum(axis=1)).sum())
 
     return loss
 
@@ -71,11 +86,13 @@ def cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     *,
+    bias: jax.Array | None = None,
+    logit_cap: float = 0.0,
     chunk: int = 0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> LossSums:
-    """Cross-entropy of softmax(hidden · unembeddingᵀ), in chunks of tokens.
+    """Cross-entropy of softmax(hidden · unembeddingᵀ + bias), in chunks of tokens.
 
     Logits and their gradient exist for one chunk at a time: the gradients with respect to `hidden`
     and `unembedding` are formed in the forward pass, chunk by chunk, and only scaled in the
@@ -86,6 +103,8 @@ def cross_entropy(
       unembedding: [V, D].
       targets: [M].
       weights: [M].
+      bias: [V], or None.
+      logit_cap: logits are bounded by cap · tanh(logit / cap); 0 does not.
       chunk: tokens a chunk; 0 takes all M. The last chunk may be shorter.
       label_smoothing: ε of Szegedy et al. 2016, section 7: the target gets 1 - ε, and ε is spread
         evenly over the vocabulary, the target included.
@@ -99,9 +118,18 @@ def cross_entropy(
         padded = jnp.pad(array, ((0, padding),) + ((0, 0),) * (array.ndim - 1))
         return padded.reshape(-1, chunk, *array.shape[1:])
 
-    chunks = _Chunk(chunked(hidden), chunked(targets), chunked(weights))
-    loss, plain = _cross_entropy(*chunks, unembedding, label_smoothing, z_loss)
+    chunks = (chunked(hidden), chunked(targets), chunked(weights))
+    options = _Options(logit_cap, label_smoothing, z_loss)
+    loss, plain = _cross_entropy(chunks, unembedding, bias, options)
     return LossSums(loss, jax.lax.stop_gradient(plain), weights.sum())
+
+
+class _Options(NamedTuple):
+    """What `cross_entropy` is told."""
+
+    logit_cap: float
+    label_smoothing: float
+    z_loss: float
 
 
 class _Chunk(NamedTuple):
@@ -115,41 +143,47 @@ class _Chunk(NamedTuple):
     """[M]."""
 
 
-def _cross_entropy_value(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+def _cross_entropy_value(chunks, unembedding, bias, options):
     """Loss and plain cross-entropy, summed over chunks."""
 
     def add_chunk(sums, chunk):
-        loss, plain, _ = _chunk_loss(chunk, unembedding, label_smoothing, z_loss)
+        loss, plain, _ = _chunk_loss(chunk, unembedding, bias, options)
         return (sums[0] + loss, sums[1] + plain), None
 
-    chunks = _Chunk(hidden, targets, weights)
-    return _over_chunks(add_chunk, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
+    return _over_chunks(add_chunk, (jnp.zeros(()), jnp.zeros(())), _Chunk(*chunks))[0]
 
 
-def _cross_entropy_forward(hidden, targets, weights, unembedding, label_smoothing, z_loss):
+def _cross_entropy_forward(chunks, unembedding, bias, options):
     def add_chunk(sums, chunk: _Chunk):
-        loss, plain, slope = _chunk_loss(chunk, unembedding, label_smoothing, z_loss)
+        loss, plain, slope = _chunk_loss(chunk, unembedding, bias, options)
+        bias_gradient = None if bias is None else slope.sum(axis=0)
         slope = slope.astype(chunk.hidden.dtype)
         hidden_gradient = slope @ unembedding.astype(slope.dtype)
         table_gradient = jnp.einsum(
             "mv,md->vd", slope, chunk.hidden, preferred_element_type=jnp.float32
         )
-        return (sums[0] + loss, sums[1] + plain, sums[2] + table_gradient), hidden_gradient
+        added = (loss, plain, table_gradient, bias_gradient)
+        return jax.tree.map(jnp.add, sums, added), hidden_gradient
 
-    chunks = _Chunk(hidden, targets, weights)
-    start = (jnp.zeros(()), jnp.zeros(()), jnp.zeros(unembedding.shape))
-    (loss, plain, table_gradient), hidden_gradient = _over_chunks(add_chunk, start, chunks)
-    return (loss, plain), (hidden_gradient, table_gradient.astype(unembedding.dtype))
+    start = (
+        jnp.zeros(()),
+        jnp.zeros(()),
+        jnp.zeros(unembedding.shape),
+        None if bias is None else jnp.zeros(bias.shape),
+    )
+    sums, hidden_gradient = _over_chunks(add_chunk, start, _Chunk(*chunks))
+    loss, plain, table_gradient, bias_gradient = sums
+    table_gradient = table_gradient.astype(unembedding.dtype)
+    return (loss, plain), (hidden_gradient, table_gradient, bias_gradient)
 
 
-def _cross_entropy_backward(label_smoothing, z_loss, residuals, gradients):
-    hidden_gradient, table_gradient = residuals
-    scale = gradients[0]
-    scaled = hidden_gradient * scale.astype(hidden_gradient.dtype)
-    return scaled, None, None, table_gradient * scale.astype(table_gradient.dtype)
+def _cross_entropy_backward(_, residuals, gradients):
+    scaled = jax.tree.map(lambda leaf: leaf * gradients[0].astype(leaf.dtype), residuals)
+    hidden_gradient, table_gradient, bias_gradient = scaled
+    return (hidden_gradient, None, None), table_gradient, bias_gradient
 
 
-_cross_entropy = jax.custom_vjp(_cross_entropy_value, nondiff_argnums=(4, 5))
+_cross_entropy = jax.custom_vjp(_cross_entropy_value, nondiff_argnums=(3,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
@@ -161,11 +195,16 @@ def _over_chunks(add_chunk: Callable, start: Any, chunks: _Chunk) -> tuple[Any, 
     return sums, jax.tree.map(lambda array: array[None], output)
 
 
-def _chunk_loss(chunk: _Chunk, unembedding, label_smoothing, z_loss):
+def _chunk_loss(chunk: _Chunk, unembedding, bias, options: _Options):
     """One chunk's loss, plain cross-entropy, and the gradient of the loss by its logits [M, V]."""
     hidden, targets, weights = chunk
+    logit_cap, label_smoothing, z_loss = options
     table = unembedding.astype(hidden.dtype)
     logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias
+    if logit_cap:
+        logits = logit_cap * jnp.tanh(logits / logit_cap)
     vocab_size = logits.shape[1]
     # The exponentials are kept and summed by a product with ones, which XLA runs on all cores.
     largest = logits.max(axis=1, keepdims=True)
@@ -182,4 +221,6 @@ def _chunk_loss(chunk: _Chunk, unembedding, label_smoothing, z_loss):
     is_target = jnp.arange(vocab_size) == targets[:, None]
     wanted = jnp.where(is_target, 1 - label_smoothing, 0) + label_smoothing / vocab_size
     slope = probability * (1 + 2 * z_loss * log_z[:, None]) - wanted
+    if logit_cap:
+        slope *= 1 - jnp.square(logits / logit_cap)
     return (loss * weights).sum(), (plain * weights).sum(), slope * weights[:, None]

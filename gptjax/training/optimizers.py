@@ -4,7 +4,8 @@ The rules go by a leaf's name, not by its rank: stacked biases are matrices too.
 
 | leaf | decays | Muon |
 |---|---|---|
-| `kernel` of a block | yes | yes |
+| `kernel` of a block or an LSTM | yes | yes, but the router's |
+| `kernel` elsewhere | yes | no |
 | `table` of an embedding or the head | yes | no |
 | `scale`, `bias` | no | no |
 """
@@ -17,6 +18,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from gptjax.config import InputError, OptimizerConfig
 
+INPUT_AXES = {"output": 2, "compress_key": 3, "compress_value": 3}
+"""Of the kernels with more than one axis of inputs, how many they have."""
 NESTEROV_BETA = 0.95
 """Muon's momentum (Jordan 2024)."""
 
@@ -87,15 +90,19 @@ def decays(params: Any) -> Any:
 def muon_dimensions(params: Any) -> Any:
     """The tree of `params` with the axes that Muon multiplies along, None where AdamW updates.
 
-    A block's kernel is [L, ...inputs, ...outputs]: L is a batch of matrices.
+    A layer's kernel is [L, ...inputs, ...outputs], an expert's [L, E, input, output]: L and E count
+    matrices.
     """
 
     def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
         names = [key.key for key in path]
-        if names[0] != "blocks" or names[-1] != "kernel":
+        layered = "blocks" in names or "layers" in names
+        if not layered or names[-1] != "kernel" or "router" in names:
             return None
-        if names[-2] == "output":
-            return MuonDimensionNumbers(reduction_axis=(1, 2), output_axis=3)
-        return MuonDimensionNumbers(reduction_axis=1, output_axis=tuple(range(2, leaf.ndim)))
+        if names[-2] in INPUT_AXES:
+            inputs = tuple(range(1, 1 + INPUT_AXES[names[-2]]))
+        else:
+            inputs = (leaf.ndim - 2,) if "feedforward" in names else (1,)
+        return MuonDimensionNumbers(inputs, tuple(range(inputs[-1] + 1, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.layers.norms import EPSILON, layer_norm, rms_norm
+from gptjax.layers.norms import layer_norm, rms_norm
+
+EPSILON = 1e-3
 
 KEYS = jax.random.split(jax.random.key(0), 4)
 X = 3 * jax.random.normal(KEYS[0], (2, 5, 8)) + 1
@@ -23,10 +25,10 @@ def plain_rms_norm(x, scale):
 @pytest.mark.parametrize(
     ("ours", "plain", "arguments"),
     [
-        (layer_norm, plain_layer_norm, (X, SCALE, BIAS)),
-        (lambda x, scale: layer_norm(x, scale, None), lambda x, s: plain_layer_norm(x, s, 0.0),
-         (X, SCALE)),
-        (rms_norm, plain_rms_norm, (X, SCALE)),
+        (lambda *a: layer_norm(*a, EPSILON), plain_layer_norm, (X, SCALE, BIAS)),
+        (lambda x, scale: layer_norm(x, scale, None, EPSILON),
+         lambda x, s: plain_layer_norm(x, s, 0.0), (X, SCALE)),
+        (lambda *a: rms_norm(*a, EPSILON), plain_rms_norm, (X, SCALE)),
     ],
     ids=["layernorm", "layernorm without bias", "rmsnorm"],
 )  # fmt: skip
@@ -40,7 +42,7 @@ def test_norm_and_its_backward_pass_equal_autodiff(ours, plain, arguments):
 
 
 @pytest.mark.parametrize(
-    "norm", [lambda x: layer_norm(x, SCALE, BIAS), lambda x: rms_norm(x, SCALE)]
+    "norm", [lambda x: layer_norm(x, SCALE, BIAS, EPSILON), lambda x: rms_norm(x, SCALE, EPSILON)]
 )
 def test_bfloat16_goes_in_and_out_with_float32_inside(norm):
     output = norm(X.astype(jnp.bfloat16))

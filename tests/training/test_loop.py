@@ -14,7 +14,7 @@ from gptjax.data.pipeline import evaluation_batches, training_batches
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Diverged, Fit, Interrupted, fit
-from gptjax.training.losses import causal_loss
+from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 
 MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
@@ -45,7 +45,7 @@ def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params)
         return fit(
             train,
             change(params),
-            loss=causal_loss(graphdef),
+            loss=token_loss(graphdef),
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
             batches=training_batches(TOKENS[:300], seed=train.seed, **sizes),
             validation=evaluation_batches(TOKENS[300:], **sizes),
@@ -115,7 +115,7 @@ def test_a_finished_run_trains_no_more(tmp_path, uninterrupted):
 
 
 def poisoned(params):
-    params["blocks"]["feedforward"]["up"]["bias"] *= math.nan
+    params["decoder"]["blocks"]["feedforward"]["up"]["bias"] *= math.nan
     return params
 
 
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_suspect(tmp_path)
         run(tmp_path, change=poisoned)
     message = str(stopped.value)
     assert message.startswith("Step 1: the loss is nan")
-    assert "the suspect is the parameter blocks.feedforward.up.bias" in message
+    assert "the suspect is the parameter decoder.blocks.feedforward.up.bias" in message
     assert "there is no checkpoint yet" in message
     assert not any(path.name.isdigit() for path in tmp_path.iterdir())
 
@@ -134,7 +134,7 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
         run(tmp_path, Recorder(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(0)))
     sizes = {"context": MODEL.context, "batch_size": 4}
-    sums = causal_loss(graphdef)
+    sums = token_loss(graphdef)
 
     def broken(params, batch, key):
         value = sums(params, batch, key)

@@ -13,9 +13,11 @@ TARGETS = jax.random.randint(KEYS[2], (TOKENS,), 0, VOCABULARY)
 WEIGHTS = jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 1.0])
 
 
-def textbook(hidden, table, label_smoothing, z_loss):
+def textbook(hidden, table, label_smoothing, z_loss, bias=0.0, logit_cap=0.0):
     """The definition, left to autodiff."""
-    logits = hidden @ table.T
+    logits = hidden @ table.T + bias
+    if logit_cap:
+        logits = logit_cap * jnp.tanh(logits / logit_cap)
     log_probability = jax.nn.log_softmax(logits)
     wanted = (1 - label_smoothing) * jax.nn.one_hot(TARGETS, VOCABULARY)
     wanted += label_smoothing / VOCABULARY
@@ -41,6 +43,28 @@ def test_cross_entropy_and_its_gradient_are_the_textbooks(chunk, label_smoothing
     for gradient, want in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ours(HIDDEN, TABLE), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize("logit_cap", [0.0, 1.5])
+def test_a_bias_and_a_cap_are_the_textbooks_too(chunk, logit_cap):
+    bias = jax.random.normal(jax.random.key(5), (VOCABULARY,))
+
+    def ours(hidden, table, bias):
+        return cross_entropy(
+            hidden, table, TARGETS, WEIGHTS,
+            bias=bias, logit_cap=logit_cap, chunk=chunk, label_smoothing=0.1, z_loss=0.01,
+        ).loss  # fmt: skip
+
+    def plain(hidden, table, bias):
+        return textbook(hidden, table, 0.1, 0.01, bias, logit_cap)
+
+    arguments = (HIDDEN, TABLE, bias)
+    value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*arguments)
+    expected, wanted = jax.value_and_grad(plain, argnums=(0, 1, 2))(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_are_weighted_and_the_plain_cross_entropy_is_reported():

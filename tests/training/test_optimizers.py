@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import Decoder, InputError, OptimizerConfig, TransformerConfig, split
+from gptjax import Decoder, InputError, OptimizerConfig, TransformerConfig, build, split
 from gptjax.training.checkpoint import leaf_names
 from gptjax.training.optimizers import (
     build_optimizer,
@@ -18,7 +19,7 @@ from gptjax.training.optimizers import (
 CONFIG = TransformerConfig(vocab_size=5, context=4, depth=2, width=8, heads=2, tied=False)
 PARAMS = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1]
 KERNELS = {
-    f"blocks.{kernel}.kernel"
+    f"decoder.blocks.{kernel}.kernel"
     for kernel in (
         "attention.query",
         "attention.key",
@@ -48,24 +49,63 @@ def test_weight_decay_moves_just_the_leaves_that_decay():
         np.testing.assert_allclose(update, -0.05 if name in KERNELS | TABLES else 0.0)
 
 
-def test_muon_takes_the_blocks_kernels_along_their_own_axes():
+def muon_axes(params) -> dict[str, tuple]:
+    """The axes that Muon multiplies along, by leaf."""
+
     def is_leaf(node: Any) -> bool:
         return node is None or hasattr(node, "output_axis")
 
-    dimensions = jax.tree.leaves(muon_dimensions(PARAMS), is_leaf=is_leaf)
-    taken = {
+    dimensions = jax.tree.leaves(muon_dimensions(params), is_leaf=is_leaf)
+    return {
         name: (axes.reduction_axis, axes.output_axis)
-        for name, axes in zip(leaf_names(PARAMS), dimensions, strict=True)
+        for name, axes in zip(leaf_names(params), dimensions, strict=True)
         if axes is not None
     }
-    assert taken == {
-        "blocks.attention.query.kernel": (1, (2, 3)),
-        "blocks.attention.key.kernel": (1, (2, 3)),
-        "blocks.attention.value.kernel": (1, (2, 3)),
-        "blocks.attention.output.kernel": ((1, 2), 3),
-        "blocks.feedforward.up.kernel": (1, (2,)),
-        "blocks.feedforward.down.kernel": (1, (2,)),
+
+
+def test_muon_takes_the_blocks_kernels_along_their_own_axes():
+    assert muon_axes(PARAMS) == {
+        "decoder.blocks.attention.query.kernel": ((1,), (2, 3)),
+        "decoder.blocks.attention.key.kernel": ((1,), (2, 3)),
+        "decoder.blocks.attention.value.kernel": ((1,), (2, 3)),
+        "decoder.blocks.attention.output.kernel": ((1, 2), (3,)),
+        "decoder.blocks.feedforward.up.kernel": ((1,), (2,)),
+        "decoder.blocks.feedforward.down.kernel": ((1,), (2,)),
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"experts": 4, "feedforward": "swiglu"},
+            {
+                "decoder.blocks.feedforward.up.kernel": ((2,), (3,)),
+                "decoder.blocks.feedforward.gate.kernel": ((2,), (3,)),
+                "decoder.blocks.feedforward.down.kernel": ((2,), (3,)),
+            },
+        ),
+        (
+            {"attention": "full,compressed"},
+            {
+                "decoder.blocks.1.attention.compress_key.kernel": ((1, 2, 3), (4, 5)),
+                "decoder.blocks.0.attention.output.kernel": ((1, 2), (3,)),
+            },
+        ),
+        (
+            {"family": "recurrent", "positions": "none"},
+            {"layers.recurrent.kernel": ((1,), (2, 3)), "layers.input.kernel": ((1,), (2, 3))},
+        ),
+        ({"family": "encoder", "pretraining_heads": True}, {}),
+    ],
+)
+def test_muon_takes_other_families_kernels_and_neither_routers_nor_heads(changes, expected):
+    config = dataclasses.replace(CONFIG, **changes)
+    axes = muon_axes(split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[1])
+    assert expected.items() <= axes.items()
+    for name in axes:
+        assert "router" not in name
+        assert ".blocks." in name or name.startswith("layers.")
 
 
 def test_muon_orthogonalises_each_layers_matrix():
@@ -81,7 +121,7 @@ def test_muon_orthogonalises_each_layers_matrix():
     )
     updates: Any = transformation.update(gradients, transformation.init(PARAMS), PARAMS)[0]
     for layer in range(CONFIG.depth):
-        update = updates["blocks"]["attention"]["query"]["kernel"][layer].reshape(8, 8)
+        update = updates["decoder"]["blocks"]["attention"]["query"]["kernel"][layer].reshape(8, 8)
         values = np.linalg.svd(update, compute_uv=False)
         # Five Newton-Schulz steps bring singular values near 1, not onto it (Jordan 2024); the
         # smallest of a random matrix may lag behind.

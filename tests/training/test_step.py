@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, split
 from gptjax.data.pipeline import Batch
-from gptjax.training.losses import causal_loss
+from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state, train_step
 
@@ -35,7 +35,7 @@ def stepped(steps: int = 1, devices: int = 1, config=CONFIG, optimizer=OPTIMIZER
     state = init_state(params, transformation, mesh(devices))
     batch = batch_of()
     step = compile_train_step(
-        causal_loss(graphdef), transformation, state, batch, mesh(devices), **how
+        token_loss(graphdef), transformation, state, batch, mesh(devices), **how
     )
     state, metrics = step(state, batch)
     for _ in range(steps - 1):
@@ -97,7 +97,7 @@ def test_dropout_follows_the_seed_and_the_step():
     transformation = build_optimizer(OPTIMIZER, steps=10)
     state = init_state(params, transformation, mesh(1))
     step = jax.jit(
-        functools.partial(train_step, loss=causal_loss(graphdef), optimizer=transformation),
+        functools.partial(train_step, loss=token_loss(graphdef), optimizer=transformation),
         static_argnames="seed",
     )
     loss = float(step(state, batch_of(), seed=0)[1].loss)
@@ -113,7 +113,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter():
     state = init_state(params, transformation, mesh(1))
     broken = batch_of()._replace(weights=np.full((8, 8), np.nan, np.float32))
     after, metrics = jax.jit(
-        functools.partial(train_step, loss=causal_loss(graphdef), optimizer=transformation)
+        functools.partial(train_step, loss=token_loss(graphdef), optimizer=transformation)
     )(state, broken)
     assert not np.isfinite(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
@@ -124,5 +124,5 @@ def test_only_predictions_with_weight_count():
     batch = batch_of()
     other = batch._replace(targets=np.where(batch.weights == 0, 3, batch.targets))
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    gradient = jax.jit(jax.grad(lambda p, b: causal_loss(graphdef)(p, b, None).loss))
+    gradient = jax.jit(jax.grad(lambda p, b: token_loss(graphdef)(p, b, None).loss))
     assert_same(gradient(params, batch), gradient(params, jax.tree.map(jnp.asarray, other)))

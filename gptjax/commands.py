@@ -1,0 +1,258 @@
+"""What `python -m gptjax` can do: one function a command, thin over the modules.
+
+The parameters are the flags, and the docstring is their help.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gptjax.config import InputError
+from gptjax.ledger import Ledger, ledger
+from gptjax.presets import PRESETS, preset
+
+
+def sample(
+    run: Annotated[str, tyro.conf.Positional],
+    /,
+    prompt: str = "\n",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    beams: int = 0,
+    seed: int = 0,
+    num_samples: int = 1,
+    sliding_window: bool = False,
+    step: int | None = None,
+) -> None:
+    """Continue a prompt with a trained run, printing the text as it comes.
+
+    Args:
+      run: Directory of the run, such as runs/quickstart.
+      prompt: Text to continue.
+      max_new_tokens: Tokens to add; fewer at the end token or at the context's end.
+      temperature: Divides the logits; 0 takes the most likely token.
+      top_k: Choose among this many of the most likely tokens; 0 takes all.
+      top_p: Choose among the most likely tokens that together reach this probability.
+      min_p: Choose among tokens at least this times as likely as the most likely one.
+      repetition_penalty: Above 1, tokens that occurred become less likely.
+      beams: Print the best that a beam search of this width finds, and sample nothing.
+      seed: Seed of the choices.
+      num_samples: Continuations, decoded as one batch; more than one are printed when all end.
+      sliding_window: Past the context's end, go on from its second half.
+      step: Checkpoint to load; the best by default.
+    """
+    import numpy as np
+
+    from gptjax.beam_search import beam_search
+    from gptjax.data.tokenizers import stream_text
+    from gptjax.generate import Sampling, generate
+    from gptjax.runs import load_run
+
+    if num_samples < 1:
+        raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
+    if max_new_tokens < 1:
+        raise InputError(f"max-new-tokens is {max_new_tokens}: it must be at least 1.")
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed is {seed}: it must be at least 0 and below 2**32.")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if beams:
+        _check_unset(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            num_samples=num_samples,
+            sliding_window=sliding_window,
+        )
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
+    loaded = load_run(run, step)
+    tokens = loaded.tokenizer.encode(prompt)
+    if beams:
+        ((best, *_),) = beam_search(
+            loaded.model,
+            tokens[None],
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            end_token=loaded.tokenizer.end_token,
+        )
+        print("".join(stream_text(loaded.tokenizer, best.tokens)))
+        return
+    rows = generate(
+        loaded.model,
+        np.tile(tokens, (num_samples, 1)),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        end_token=loaded.tokenizer.end_token,
+        sliding_window=sliding_window,
+    )
+    if num_samples == 1:
+        for text in stream_text(loaded.tokenizer, (row[0] for row in rows)):
+            print(text, end="", flush=True)
+        print()
+        return
+    for number, column in enumerate(np.stack(list(rows), axis=1)):
+        print(f"--- sample {number + 1}")
+        print("".join(stream_text(loaded.tokenizer, column)))
+
+
+def _check_unset(**flags: object) -> None:
+    """Flags of `sample` that beam search does not know stand at their defaults.
+
+    Raises:
+      InputError: one that does not.
+    """
+    defaults = inspect.signature(sample).parameters
+    for name, value in flags.items():
+        if value != defaults[name].default:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is for sampling: it cannot go with --beams.")
+
+
+def params(
+    name: Annotated[str, tyro.conf.Positional],
+    /,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Print what a model is made of and what a token costs.
+
+    Args:
+      name: A preset's name, or the directory of a run.
+      as_json: Print JSON for machines.
+    """
+    from gptjax.runs import CONFIG, load_config
+
+    is_run = name not in PRESETS and (Path(name) / CONFIG).exists()
+    counted = ledger(load_config(name).model if is_run else preset(name))
+    print(json.dumps(_ledger_json(counted), indent=2) if as_json else _ledger_table(name, counted))
+
+
+def _ledger_json(counted: Ledger) -> dict:
+    return {
+        "parts": [dataclasses.asdict(part) for part in counted.parts],
+        "parameters": counted.parameters,
+        "active_parameters": counted.active_parameters,
+        "weight_bytes": {"float32": 4 * counted.parameters, "bfloat16": 2 * counted.parameters},
+        "forward_flops_per_token": counted.forward_flops,
+        "attention_flops_per_token": counted.attention_flops,
+        "training_flops_per_token": counted.training_flops,
+        "state_bytes": counted.state_bytes,
+    }
+
+
+def _ledger_table(name: str, counted: Ledger) -> str:
+    columns = f"{'matrices':>10}{'parameters':>18}{'share':>8}{'FLOPs a token':>18}"
+    lines = [name, f"  {'part':<20}{columns}"]
+    for part in counted.parts:
+        share = part.parameters / counted.parameters
+        lines.append(
+            f"  {part.name:<20}{part.matrices:>10,}{part.parameters:>18,}{share:>8.1%}"
+            f"{part.flops:>18,}"
+        )
+    rows = {"total": counted.parameters}
+    if counted.active_parameters < counted.parameters:
+        rows["active for a token"] = counted.active_parameters
+    sections = {
+        "parameters": rows,
+        "FLOPs a token, at full context": {
+            "head": counted.unembedding_flops,
+            "attention": counted.attention_flops,
+            "forward": counted.forward_flops,
+            "training": counted.training_flops,
+        },
+        "bytes of the weights": {
+            "float32": 4 * counted.parameters,
+            "bfloat16": 2 * counted.parameters,
+        },
+        "bytes of training state, float32": {
+            **counted.state_bytes,
+            "total": sum(counted.state_bytes.values()),
+        },
+    }
+    for title, numbers in sections.items():
+        lines.append(title)
+        lines += [f"  {row:<28}{number:>20,}" for row, number in numbers.items()]
+    return "\n".join(lines)
+
+
+def certify(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    every: Annotated[bool, tyro.conf.arg(name="all")] = False,
+    markdown: bool = False,
+) -> None:
+    """Check that every way of running a variant gives the same; exit code 1 if one does not.
+
+    Args:
+      names: Presets, or values of an axis such as positions=alibi.
+      every: Take every preset and every value of every axis.
+      markdown: Print the page experiments/certificate.md; the progress goes to standard error.
+    """
+    import jax
+
+    from gptjax.certify import certify, failures, heading, line, page, variants
+
+    if every == bool(names):
+        raise InputError("certify takes names, such as gpt2 or positions=alibi, or else --all.")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", 8)
+    progress = sys.stderr if markdown else sys.stdout
+    chosen, rows = variants(names), {}
+    print(heading(), file=progress)
+    for name, config in chosen.items():
+        rows[name] = certify(config)
+        print(line(name, rows[name]), file=progress, flush=True)
+    failed = failures(rows)
+    if markdown:
+        print(page(rows, f"python -m gptjax certify {' '.join(names) or '--all'} --markdown"))
+    else:
+        print(*failed, sep="\n", end="\n" * bool(failed))
+    if failed:
+        raise SystemExit(1)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    destination: Annotated[Path, tyro.conf.Positional],
+    /,
+    step: int | None = None,
+) -> None:
+    """Write a run as a Hugging Face directory, or a Hugging Face model as a run.
+
+    Args:
+      source: Directory of a run or of Hugging Face's, or a name on its hub.
+      destination: New or empty directory; nothing is overwritten.
+      step: Checkpoint of the run to take; the best by default.
+    """
+    from gptjax.huggingface import from_huggingface, to_huggingface
+    from gptjax.huggingface.files import check_unused
+    from gptjax.runs import CHECKPOINTS, load_model, save_model
+
+    check_unused(destination)
+    if (Path(source) / CHECKPOINTS).is_dir():
+        _, model, step = load_model(source, step)
+        to_huggingface(model, destination)
+        print(f"{destination} is step {step} of {source}, without its tokenizer.")
+        return
+    if step is not None:
+        raise InputError(f"step is {step}: {source} is no run, and has no checkpoints.")
+    save_model(destination, from_huggingface(source))
+    print(f"{destination} is {source} as a run, without a tokenizer.")
+
+
+COMMANDS = {"sample": sample, "params": params, "certify": certify, "convert": convert}

@@ -1,0 +1,138 @@
+"""What every family of models shares: tokens' embeddings on the way in, the head on the way out."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from gptjax.config import InputError, TransformerConfig, near_names
+from gptjax.layers.block import CAPTURES
+from gptjax.layers.dropout import dropout
+from gptjax.layers.linear import Embedding
+from gptjax.layers.norms import build_norm
+from gptjax.layers.positions import sinusoidal
+from gptjax.layers.stack import StackOutput
+
+
+class LanguageModel(nnx.Module):
+    """What all families share: the embedding of tokens on the way in, the head on the way out.
+
+    Raises:
+      InputError: a config without a vocabulary size.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size == 0:
+            raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
+        if config.positions == "learned":
+            self.positions = Embedding(config.context, config.width, rngs=rngs)
+        if config.segments:
+            self.segments = Embedding(config.segments, config.width, rngs=rngs)
+        self.embedding_norm = build_norm(config) if config.embedding_norm else None
+        if not config.tied:
+            self.head = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size)) if config.head_bias else None
+
+    def __call__(
+        self, tokens: jax.Array, *, key: jax.Array | None = None, **inputs: Any
+    ) -> jax.Array:
+        """Tokens [B, T] → logits [B, T, V], float32.
+
+        Of the token that follows each; of an encoder, of the token at each place. The family's
+        `hidden` says what `inputs` may be.
+        """
+        return self.unembed(self.readout(self.hidden(tokens, key=key, **inputs).hidden))
+
+    def hidden(self, *args: Any, **inputs: Any) -> StackOutput:
+        """Everything before the head; each family says what it is given."""
+        raise NotImplementedError
+
+    def empty_cache(self, *args: Any, **inputs: Any) -> Any:
+        """What decoding keeps between tokens; each family says of what.
+
+        Raises:
+          InputError: a family that does not decode.
+        """
+        raise InputError(f"A model of the family {self.config.family} does not decode.")
+
+    def decoding_layers(self) -> list[Any]:
+        """The parameters of each layer that decoding runs through, not stacked.
+
+        Raises:
+          InputError: a family that does not decode.
+        """
+        raise InputError(f"A model of the family {self.config.family} does not decode.")
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        *,
+        start: jax.Array | int = 0,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens [B, T], the first at place `start` of its sequence → [B, T, D]."""
+        config = self.config
+        positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
+        x = self.embedding(tokens)
+        if config.embedding_scaled:
+            x *= math.sqrt(config.width)
+        if config.positions == "learned":
+            x += self.positions(positions)
+        if config.positions == "sinusoidal":
+            x += sinusoidal(positions, config.width, config.pairing)
+        if config.segments:
+            x += self.segments(jnp.zeros_like(tokens) if segments is None else segments)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return dropout(x.astype(config.dtype), config.dropout, key)
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → logits [..., V], float32."""
+        table = self.unembedding.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if self.unembedding_bias is not None:
+            logits += self.unembedding_bias
+        cap = self.config.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    @property
+    def unembedding(self) -> jax.Array:
+        """The head's matrix [V, D]; the token embedding itself when tied (Press & Wolf 2017)."""
+        return (self.embedding if self.config.tied else self.head).table[...]
+
+    @property
+    def unembedding_bias(self) -> jax.Array | None:
+        """The head's bias [V], where it has one."""
+        return None if self.bias is None else self.bias[...]
+
+    def readout(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → what the head reads [..., D]; only BERT's differs from `hidden`."""
+        return hidden
+
+    def _check(
+        self, tokens: jax.Array, capture: Collection[str], known: Collection[str] = CAPTURES
+    ) -> None:
+        length, context = tokens.shape[1], self.config.context
+        if length > context:
+            raise InputError(f"The sequence has {length} tokens; context allows {context}.")
+        if not isinstance(tokens, Tracer):
+            self._check_vocabulary(np.asarray(tokens))
+        for name in capture:
+            if name not in known:
+                raise InputError(f"Unknown intermediate {name!r}: {near_names(name, known)}")
+
+    def _check_vocabulary(self, tokens: np.ndarray) -> None:
+        """A compiled program cannot refuse: there an unknown token's logits are NaN."""
+        unknown = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if unknown.size:
+            raise InputError(
+                f"The sequence has token {unknown[0]}; the vocabulary has {self.config.vocab_size}."
+            )

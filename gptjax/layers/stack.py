@@ -1,0 +1,279 @@
+"""Layers one after another, scanned or unrolled: the same code, the same parameters.
+
+The parameters of L equal layers are stacked along a leading axis. Where layers of p kinds take
+turns (`attention="full,local"`), there are p stacks of L / p layers.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptjax.config import TransformerConfig
+from gptjax.layers.attention import KVCache, attention_mask, compressed_mask
+from gptjax.layers.block import Block, BlockCache, View
+from gptjax.layers.experts import RouterLosses
+from gptjax.layers.linear import Embedding
+from gptjax.layers.norms import build_norm
+from gptjax.layers.positions import (
+    RELATIVE_BUCKETS,
+    alibi_bias,
+    relative_buckets,
+    rotary_angles,
+)
+
+RunLayer = Callable[[int, Any, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any, Any]]
+"""(kind, the layer's parameters, x, its cache, its key) → (x, its cache, its other outputs)."""
+
+
+class StackOutput(NamedTuple):
+    """What a stack of blocks returns."""
+
+    hidden: jax.Array
+    """[B, T, D], normalised by the final norm where there is one."""
+    cache: Any
+    """The cache with these tokens in it, where one was given."""
+    captured: dict[str, jax.Array]
+    """The intermediates asked for, stacked over layers: [L, ...]."""
+    router_losses: RouterLosses | None
+    """Of a mixture of experts, summed over layers."""
+
+
+def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` modules with parameters of their own, as one whose leaves are [count, ...]."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap
+    def built(rngs: nnx.Rngs) -> nnx.Module:
+        return build(rngs)
+
+    return built(rngs)
+
+
+def unstacked(stacks: Sequence[Any], depth: int) -> list[Any]:
+    """The `depth` layers' trees of p stacks of [L / p, ...] arrays, in order.
+
+    `jax.lax.split` has a concatenation for its gradient; indexing would add up L padded arrays.
+    """
+    count = depth // len(stacks)
+    by_kind = []
+    for stack in stacks:
+        leaves, structure = jax.tree.flatten(stack)
+        slices = [
+            [part.squeeze(0) for part in jax.lax.split(leaf, [1] * count, axis=0)]
+            for leaf in leaves
+        ]
+        by_kind.append(
+            [jax.tree.unflatten(structure, layer) for layer in zip(*slices, strict=True)]
+        )
+    return [layer for turn in zip(*by_kind, strict=True) for layer in turn]
+
+
+def run_layers(
+    run: RunLayer,
+    stacks: Sequence[Any],
+    x: jax.Array,
+    *,
+    config: TransformerConfig,
+    depth: int,
+    cache: Any,
+    key: jax.Array | None,
+    layers: Sequence[Any] | None = None,
+) -> tuple[jax.Array, Any, Any]:
+    """Thread x through `depth` layers, scanned, recomputed or not as `config` says.
+
+    Args:
+      run: one layer.
+      stacks: the parameters [L / p, ...] of each of the p kinds.
+      x: what enters the first layer.
+      config: its `scan_layers` and `remat` count here.
+      depth: L.
+      cache: of each layer: a tree of [L, ...] arrays if scanned, else a list of L trees; or None.
+      key: dropout key, from which each layer gets its own.
+      layers: the parameters as `unstacked` gives them, where the caller has them so; a loop over
+        the layers does not use them.
+
+    Returns:
+      What leaves the last layer, the cache in the form in which it came, and the other outputs,
+      [L, ...].
+    """
+    if config.remat:
+        run = jax.checkpoint(run, static_argnums=0)
+    kinds = len(stacks)
+    keys = None if key is None else jax.random.split(key, depth)
+    if config.scan_layers:
+
+        def turn(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
+            params, inputs = given
+            outputs = []
+            for kind in range(kinds):
+                own_cache, own_key = jax.tree.map(lambda leaf, kind=kind: leaf[kind], inputs)
+                x, *output = run(kind, params[kind], x, own_cache, own_key)
+                outputs.append(output)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+        by_turn = jax.tree.map(lambda leaf: leaf.reshape(-1, kinds, *leaf.shape[1:]), (cache, keys))
+        x, outputs = jax.lax.scan(turn, x, (list(stacks), by_turn))
+        cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+        return x, cache, outputs
+
+    layers = unstacked(stacks, depth) if layers is None else layers
+    caches, outputs = [], []
+    for index, params in enumerate(layers):
+        own_cache = None if cache is None else cache[index]
+        own_key = None if keys is None else keys[index]
+        x, own_cache, output = run(index % kinds, params, x, own_cache, own_key)
+        caches.append(own_cache)
+        outputs.append(output)
+    outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return x, None if cache is None else caches, outputs
+
+
+def stacked_caches(config: TransformerConfig, caches: Sequence[Any]) -> Any:
+    """The caches of L layers in the form that `run_layers` takes."""
+    if config.scan_layers:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
+    return list(caches)
+
+
+class BlockStack(nnx.Module):
+    """The blocks of a decoder or an encoder, and what they share."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        depth: int,
+        causal: bool,
+        cross: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        pattern = config.attention_pattern
+        stacks = [
+            stacked(
+                functools.partial(_build_block, config, kind, cross), depth // len(pattern), rngs
+            )
+            for kind in pattern
+        ]
+        self.blocks = stacks[0] if len(pattern) == 1 else nnx.List(stacks)
+        self.norm = build_norm(config) if config.final_norm else None
+        if config.positions == "relative":
+            self.relative = Embedding(RELATIVE_BUCKETS, config.heads, rngs=rngs)
+        self.config = config
+        self.depth = depth
+        self.causal = causal
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        memory: jax.Array | None = None,
+        memory_valid: jax.Array | None = None,
+        cache: Any = None,
+        start: jax.Array | int = 0,
+        key: jax.Array | None = None,
+        capture: Collection[str] = (),
+        layers: Sequence[Any] | None = None,
+    ) -> StackOutput:
+        """Run the blocks.
+
+        Args:
+          x: [B, T, D].
+          valid: [B, S], False at keys that are padding; S is T, or the cache's length.
+          memory: [B, S', D], what cross-attention looks at.
+          memory_valid: [B, S'], False at its padding.
+          cache: from `empty_cache`; None attends within x alone.
+          start: the place of x's first token in its sequence, a number or [B].
+          key: dropout key; None drops nothing.
+          capture: intermediates to return, from `CAPTURES`.
+          layers: the blocks' parameters as `unstacked` gives them, where a caller that runs many
+            times has them so; unrolled only.
+        """
+        config = self.config
+        keys = x.shape[1] if cache is None else _cache_length(cache)
+        positions = jnp.atleast_1d(start)[:, None] + jnp.arange(x.shape[1])
+        views = self._views(positions, keys, valid, memory_valid)
+        graphdefs, params = self._split()
+
+        def run(kind: int, params: Any, x: jax.Array, cache: Any, key: jax.Array | None):
+            x, cache, captured, losses = nnx.merge(graphdefs[kind], params)(
+                x,
+                views[config.attention_pattern[kind]],
+                memory=memory,
+                cache=cache,
+                start=start,
+                key=key,
+                capture=capture,
+            )
+            return x, cache, (captured, losses)
+
+        x, cache, (captured, losses) = run_layers(
+            run, params, x, config=config, depth=self.depth, cache=cache, key=key, layers=layers
+        )
+        losses = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
+        hidden = x if self.norm is None else self.norm(x)
+        return StackOutput(hidden, cache, captured, losses)
+
+    def empty_cache(self, batch_size: int, memory: jax.Array | None = None) -> Any:
+        """A cache of `context` places for each block, with what it will read of `memory`."""
+        config = self.config
+        shape = (batch_size, config.key_value_heads, config.context, config.head_width)
+
+        def block_cache(block: Block) -> BlockCache:
+            own = KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            if memory is None or block.cross_attention is None:
+                return BlockCache(own, None)
+            return BlockCache(own, block.cross_attention.keys_values(memory).swapped())
+
+        graphdefs, params = self._split()
+        caches = [
+            block_cache(nnx.merge(graphdefs[index % len(graphdefs)], layer))
+            for index, layer in enumerate(unstacked(params, self.depth))
+        ]
+        return stacked_caches(config, caches)
+
+    def layers(self) -> list[Any]:
+        """The parameters of each block, for callers that run the stack many times."""
+        return unstacked(self._split()[1], self.depth)
+
+    def _split(self) -> tuple[list[nnx.GraphDef], list[Any]]:
+        """Structure and parameters of each kind's stack."""
+        blocks = self.blocks
+        stacks = list(blocks) if isinstance(blocks, nnx.List) else [blocks]
+        parts = [nnx.split(stack, nnx.Param) for stack in stacks]
+        return [graphdef for graphdef, _ in parts], [params for _, params in parts]
+
+    def _views(self, positions, keys, valid, memory_valid) -> dict[str, View]:
+        """What each kind of attention is told."""
+        config = self.config
+        distance = positions[..., None] - jnp.arange(keys)
+        bias = angles = None
+        if config.positions == "alibi":
+            bias = alibi_bias(distance, config.heads)
+        if config.positions == "relative":
+            buckets = relative_buckets(distance, bidirectional=not self.causal)
+            bias = jnp.moveaxis(self.relative(buckets), -1, 1)
+        if config.positions == "rotary":
+            angles = rotary_angles(positions, config.rotary_width, config.rotary_base)
+        memory_mask = None if memory_valid is None else memory_valid[:, None]
+        views = {}
+        for kind in config.attention_pattern:
+            if kind == "compressed":
+                mask = compressed_mask(positions, keys, config.compression)
+            else:
+                window = config.window if kind == "local" else 0
+                mask = attention_mask(distance, causal=self.causal, window=window, valid=valid)
+            views[kind] = View(mask, bias, angles, memory_mask)
+        return views
+
+
+def _build_block(config: TransformerConfig, kind: str, cross: bool, rngs: nnx.Rngs) -> Block:
+    return Block(config, attention=kind, cross=cross, rngs=rngs)
+
+
+def _cache_length(cache: Any) -> int:
+    return jax.tree.leaves(cache)[0].shape[-2]
