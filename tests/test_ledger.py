@@ -87,6 +87,11 @@ def _part(name: str, config: TransformerConfig) -> str:
     return {"head": "unembedding", "relative": "relative positions"}.get(module, module)
 
 
+def _inputs(config: TransformerConfig, tokens: jax.Array) -> dict[str, jax.Array]:
+    """What the family is given beside the tokens: a source as long as they are."""
+    return {"source": tokens} if config.family == "encoder_decoder" else {}
+
+
 def _matrices(name: str, leaf: jax.ShapeDtypeStruct) -> int:
     """How many layers' (and experts') matrices or vectors a leaf holds."""
     layered = ".blocks." in name or name.startswith("layers.")
@@ -196,8 +201,11 @@ def test_products_are_counted_within_batches_scans_and_custom_derivatives():
 def test_forward_flops_are_those_of_every_product_at_full_context(config):
     graphdef, params = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
-    forward = jax.make_jaxpr(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
-    products = product_flops(forward(params, tokens).jaxpr)
+
+    def forward(params, tokens):
+        return nnx.merge(graphdef, params)(tokens, **_inputs(config, tokens))
+
+    products = product_flops(jax.make_jaxpr(forward)(params, tokens).jaxpr)
     assert products == tokens.size * ledger(config).forward_flops
 
 
@@ -206,9 +214,11 @@ def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(c
     unrecomputed = dataclasses.replace(config, remat=False)
     graphdef, params = split(nnx.eval_shape(lambda: build(unrecomputed, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
-    gradient = jax.make_jaxpr(
-        jax.grad(lambda params, tokens: nnx.merge(graphdef, params)(tokens).sum())
-    )
+
+    def summed(params, tokens):
+        return nnx.merge(graphdef, params)(tokens, **_inputs(config, tokens)).sum()
+
+    gradient = jax.make_jaxpr(jax.grad(summed))
     products = product_flops(gradient(params, tokens).jaxpr)
     assert products == tokens.size * ledger(config).training_flops
 

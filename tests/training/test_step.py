@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -85,7 +86,9 @@ def test_parts_on_many_devices_are_one_large_batch():
 
 
 def test_training_overfits_one_batch():
-    _, metrics = stepped(steps=300)
+    # At the other tests' 1e-2 AdamW leaps away now and then when it has long arrived.
+    slower = dataclasses.replace(OPTIMIZER, learning_rate=3e-3)
+    _, metrics = stepped(steps=300, optimizer=slower)
     assert metrics.cross_entropy < 0.05
 
 
