@@ -157,10 +157,11 @@ def result(config: ExperimentConfig, corpus: Corpus, fitted: Fit) -> dict:
 def summary(config: ExperimentConfig, corpus: Corpus, fitted: Fit, out: Path) -> str:
     """What was reached, where it lies, and what to do next."""
     best = fitted.progress.best_loss
+    pictures = "loss.png, attention.png" if config.model.family == "decoder" else "loss.png"
     return (
         f"Validation loss {best:.4f} nats a token, {bits_per_byte(corpus, best):.3f} bits a byte, "
         f"at step {fitted.progress.best_step}; {fitted.progress.seconds:.0f} s.\n"
-        f"In {out}: loss.png, attention.png, samples.txt, result.json, metrics.jsonl, "
+        f"In {out}: {pictures}, samples.txt, result.json, metrics.jsonl, "
         f"tensorboard/, checkpoints/.\n"
         f'Next: python -m gptjax sample {out} --prompt "The "'
     )

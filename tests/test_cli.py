@@ -125,6 +125,10 @@ BAD_FLAGS = {
         ["--model.context", "100000"],
         "tokens; a context of 100000 needs at least 100001.\n",
     ),
+    "another objective's family": (
+        ["--model.family", "encoder"],
+        "TransformerConfig.family is 'encoder': this experiment predicts the next token, with ",
+    ),
     "vocabulary smaller than the characters need": (
         ["--model.vocab-size", "20"],
         "TransformerConfig.vocab_size is 20: it must be at least the tokenizer's ",
