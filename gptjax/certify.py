@@ -45,7 +45,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "query_bias=True": {"bias": False},
     "output_bias=True": {"bias": False},
     "segments": {"family": "encoder"},
-    "pretraining_heads": {"family": "encoder"},
+    "encoder_heads": {"family": "encoder"},
     "encoder_depth": {"family": "encoder_decoder"},
 }
 """What an axis, or one value of it, has no effect without."""

@@ -105,8 +105,8 @@ class TransformerConfig:
     """Multiply token embeddings by the root of the width."""
     segments: int = 0
     """encoder: kinds of segments that have an embedding (BERT: 2)."""
-    pretraining_heads: bool = False
-    """encoder: BERT's pooler, masked-LM transformation and next-sentence head."""
+    encoder_heads: Literal["none", "pooler", "masked_lm", "pretraining"] = "none"
+    """encoder: BERT's pooler, its masked-LM transformation, or both and next sentence."""
     dropout: float = 0.0
     """Share of activations dropped in training: after the embedding, in attention, in residuals."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -195,8 +195,10 @@ class TransformerConfig:
         else:
             _check(self, "encoder_depth", not self.encoder_depth, f"0 in the family {self.family}")
         if self.family != "encoder":
-            for name in ("segments", "pretraining_heads"):
-                _check(self, name, not getattr(self, name), f"off in the family {self.family}")
+            for name, only in (("segments", 0), ("encoder_heads", "none")):
+                _check(
+                    self, name, getattr(self, name) == only, f"{only} in the family {self.family}"
+                )
         if self.family == "recurrent":
             for name, only in (("positions", "none"), ("attention", "full"), ("experts", 0)):
                 _check(self, name, getattr(self, name) == only, f"{only} in the family recurrent")

@@ -120,18 +120,21 @@ def _parts(config: TransformerConfig) -> Iterator[Count]:
             yield from _stack(config, config.encoder_depth or config.depth, cross=False)
         yield from _stack(config, config.depth, cross=config.family == "encoder_decoder")
     yield from _norms(config, config.embedding_norm + config.final_norm * _stacks(config))
-    if config.pretraining_heads:
-        yield from _pretraining_heads(config.width)
+    yield from _encoder_heads(config)
     if not config.tied:
         yield "unembedding", 1, vocabulary, 0
     yield "head bias", int(config.head_bias), config.head_bias * config.vocab_size, 0
 
 
-def _pretraining_heads(width: int) -> Iterator[Count]:
+def _encoder_heads(config: TransformerConfig) -> Iterator[Count]:
     """BERT's, each with its biases and norm; pooler and next sentence see one token a sequence."""
-    yield "pooler", 2, width * width + width, 0
-    yield "masked-LM head", 4, width * width + 3 * width, 2 * width * width
-    yield "next-sentence head", 2, 2 * width + 2, 0
+    width, heads = config.width, config.encoder_heads
+    if heads in ("pooler", "pretraining"):
+        yield "pooler", 2, width * width + width, 0
+    if heads in ("masked_lm", "pretraining"):
+        yield "masked-LM head", 4, width * width + 3 * width, 2 * width * width
+    if heads == "pretraining":
+        yield "next-sentence head", 2, 2 * width + 2, 0
 
 
 def _stacks(config: TransformerConfig) -> int:

@@ -65,7 +65,7 @@ def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
         final_norm=False,
         feedforward="gelu",
         head_bias=True,
-        pretraining_heads=True,
+        encoder_heads="pretraining",
         dropout=0.1,
     )
 

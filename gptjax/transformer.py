@@ -104,10 +104,12 @@ class Encoder(LanguageModel):
         super().__init__(config, rngs=rngs)
         width = (config.width,)
         self.encoder = BlockStack(config, depth=config.depth, causal=False, rngs=rngs)
-        if config.pretraining_heads:
+        if config.encoder_heads in ("pooler", "pretraining"):
             self.pooler = Linear(width, width, bias=True, rngs=rngs)
+        if config.encoder_heads in ("masked_lm", "pretraining"):
             self.masked_lm = Linear(width, width, bias=True, rngs=rngs)
             self.masked_lm_norm = LayerNorm(config.width, epsilon=config.norm_epsilon, bias=True)
+        if config.encoder_heads == "pretraining":
             self.next_sentence = Linear(width, (2,), bias=True, rngs=rngs)
 
     def hidden(
@@ -138,7 +140,7 @@ class Encoder(LanguageModel):
 
     def readout(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → [..., D]: what BERT does before its masked-LM head (its released code)."""
-        if not self.config.pretraining_heads:
+        if self.config.encoder_heads not in ("masked_lm", "pretraining"):
             return hidden
         return self.masked_lm_norm(gelu(self.masked_lm(hidden)))
 

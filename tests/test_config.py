@@ -90,7 +90,7 @@ REFUSED = [
     (TransformerConfig, {"output_bias": 0}, "bool or None"),
     (TransformerConfig, {"segments": 2}, "off in the family decoder"),
     (TransformerConfig, {"segments": -2, "family": "encoder"}, "at least 0"),
-    (TransformerConfig, {"pretraining_heads": True}, "off in the family decoder"),
+    (TransformerConfig, {"encoder_heads": "pooler"}, "none in the family decoder"),
     (TransformerConfig, {"dtype": "float16"}, "one of float32, bfloat16"),
     (TransformerConfig, {"depth": 2.0}, "int"),
     (TransformerConfig, {"depth": "2"}, "int"),

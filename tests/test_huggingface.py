@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax import InputError, TransformerConfig, build, from_huggingface, split, to_huggingface
 from gptjax.cli import main
 from gptjax.commands import convert
+from gptjax.generate import Decoding
 from gptjax.huggingface import config_from_huggingface, config_to_huggingface, files
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.tensors import Row
@@ -24,6 +25,7 @@ from gptjax.presets import PRESETS, preset
 from gptjax.runs import load_config, load_model
 
 GOLDEN = ROOT / "tests" / "golden"
+VOCABULARY = 17
 
 
 @pytest.fixture
@@ -50,6 +52,23 @@ def test_logits_are_those_of_transformers(name):
     tokens = expected["tokens"]
     logits = model(tokens[:, ::-1], source=tokens) if name == "marian" else model(tokens)
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted(TRANSLATIONS.keys() - {"bert", "openai-gpt"}))
+def test_prompts_of_two_lengths_go_on_as_left_padded_ones_in_transformers(name):
+    expected = np.load(GOLDEN / name / "expected.npz")
+    rows = [expected["tokens"][0, :2], expected["tokens"][1, :5]]
+    source = None
+    if name == "marian":
+        source, rows = rows, [[VOCABULARY - 1]] * 2
+    decoding, starts = Decoding(from_huggingface(GOLDEN / name), 2, source), np.zeros(2, np.int32)
+    for place in range(expected["chosen"].shape[1]):
+        logits = decoding.read(rows, starts)
+        np.testing.assert_allclose(
+            logits, expected["chosen_logits"][:, place], atol=1e-5, rtol=0, err_msg=str(place)
+        )
+        starts = starts + np.array([len(row) for row in rows], np.int32)
+        rows = expected["chosen"][:, [place]]
 
 
 @pytest.mark.parametrize("name", TRANSLATIONS)

@@ -91,6 +91,7 @@ CASES = {
     ),
     "neox-no-attention-bias": ("GPTNeoXForCausalLM", {**SIZES, "attention_bias": False}),
     "bert": ("BertForPreTraining", SIZES),
+    "bert-masked-lm": ("BertForMaskedLM", SIZES),
     "bert-segments": ("BertForPreTraining", {**SIZES, "type_vocab_size": 3}),
     "llama": ("LlamaForCausalLM", GROUPED),
     "llama-biases-tied": (
@@ -157,14 +158,11 @@ def _differences(ours, theirs) -> dict[str, float]:
         segments = (np.arange(CONTEXT) >= 2) * np.ones_like(tokens)
         output = theirs(**given, token_type_ids=torch.tensor(segments), **asked)
         hidden = ours.hidden(tokens, valid=valid, segments=segments, capture=capture)
-        found = {
-            "logits": _worst(
-                ours(tokens, valid=valid, segments=segments), output.prediction_logits, valid
-            ),
-            "next sentence": _worst(
-                ours.next_sentence_logits(hidden.hidden), output.seq_relationship_logits, ...
-            ),
-        }
+        wanted = output.get("prediction_logits", output.get("logits"))
+        found = {"logits": _worst(ours(tokens, valid=valid, segments=segments), wanted, valid)}
+        if "seq_relationship_logits" in output:
+            next_sentence = ours.next_sentence_logits(hidden.hidden)
+            found["next sentence"] = _worst(next_sentence, output.seq_relationship_logits, ...)
     else:
         output = theirs(**given, **asked)
         hidden = ours.hidden(tokens, valid=valid, capture=capture)
@@ -262,10 +260,32 @@ def test_a_checkpoint_without_heads_is_read(name, class_name, tmp_path):
     body.save_pretrained(tmp_path / "body")
     ours = from_huggingface(tmp_path / "body")
     tokens, valid = _inputs()
-    wanted = body(
-        input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid).long()
-    ).last_hidden_state
-    assert _worst(ours.hidden(tokens, valid=valid).hidden, wanted, valid) < TOLERANCE
+    wanted = body(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid).long())
+    hidden = ours.hidden(tokens, valid=valid).hidden
+    assert _worst(hidden, wanted.last_hidden_state, valid) < TOLERANCE
+    to_huggingface(ours, tmp_path / "written")
+    again, report = transformers.AutoModel.from_pretrained(
+        tmp_path / "written", output_loading_info=True
+    )
+    assert type(again) is type(body)
+    assert not any(report.values()), report
+    if name == "bert":
+        assert ours.config.encoder_heads == "pooler"
+        assert _worst(ours.pooled(hidden), wanted.pooler_output, ...) < TOLERANCE
+
+
+def test_a_bert_without_a_pooler_is_read_and_written(tmp_path):
+    model = _their_model("bert-masked-lm").base_model
+    model.save_pretrained(tmp_path / "body")
+    ours = from_huggingface(tmp_path / "body")
+    assert ours.config.encoder_heads == "none"
+    to_huggingface(ours, tmp_path / "written")
+    again, report = transformers.AutoModel.from_pretrained(
+        tmp_path / "written", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    for key, parameter in model.state_dict().items():
+        assert torch.equal(parameter, again.state_dict()[key]), key
 
 
 def test_shards_are_read_and_types_are_cast(tmp_path):

@@ -25,6 +25,7 @@ from gptjax.config import InputError, TransformerConfig
 from gptjax.huggingface import files
 from gptjax.huggingface.configs import config_from_huggingface, config_to_huggingface
 from gptjax.huggingface.gguf_files import GGUFWeights
+from gptjax.huggingface.particulars import stored_bert_heads
 from gptjax.huggingface.tensors import BUFFERS, TABLES, Entry, Tables, entries
 from gptjax.transformer import build, split
 
@@ -67,8 +68,7 @@ def from_huggingface(
     given = files.read_json(directory / files.CONFIG)
     weights = files.Weights(directory)
     if given.get("model_type") == "bert":
-        heads = any(name.startswith("cls.") for name in weights.names)
-        given["architectures"] = ["BertForPreTraining" if heads else "BertModel"]
+        given |= stored_bert_heads(weights.names)
     config = config_from_huggingface(given, str(directory / files.CONFIG))
     return _load(config, TABLES[given["model_type"]], weights, dtype, sharding)
 
@@ -201,9 +201,10 @@ def _check(
             first, second = (weights.read(stored[each]).ravel() for each in (name, original))
             if not np.array_equal(first, second):
                 problems.append(f"{name} differs from {original}, though config.json ties the two")
-    ignored = {*tables.copies, *tables.unread}
     problems += [
-        f"{stored[name]} is unexpected" for name in stored if name not in {*expected, *ignored}
+        f"{stored[name]} is unexpected"
+        for name in stored
+        if name not in expected and name not in tables.copies
     ]
     for name in expected.keys() & stored.keys():
         found = weights.shape(stored[name])

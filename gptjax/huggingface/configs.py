@@ -117,6 +117,8 @@ def _resolved(config: TransformerConfig) -> dict[str, Any]:
         "rotary_fraction": config.rotary_width / config.head_width if rotary else None,
         "rotary_base": float(config.rotary_base) if rotary else None,
     }
+    if config.encoder_heads == "pooler":
+        resolved["encoder_heads"] = "none"  # A pooler changes nothing of the tokens.
     if config.positions not in ("rotary", "sinusoidal"):
         del resolved["pairing"]
     if not config.experts:

@@ -193,7 +193,7 @@ TRANSLATIONS: dict[str, Translation] = {
         **_LLAMA,
     ),
     "bert": Translation(
-        architecture="BertForPreTraining",
+        architecture="BertModel",
         sizes={**_SIZES, "intermediate_size": "hidden"},
         optional={
             "type_vocab_size": ("segments", 2),

@@ -188,19 +188,37 @@ def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
+_BERT_HEADS = {
+    "pretraining": "BertForPreTraining",
+    "masked_lm": "BertForMaskedLM",
+    "pooler": "BertModel",
+    "none": "BertModel",
+}
+
+
 def read_bert(given: HuggingFaceConfig) -> dict[str, Any]:
-    """A bare encoder has no heads; its pooler is not read, as nothing here reads from it."""
-    heads = "BertModel" not in (given.get("architectures") or [])
+    """The heads of the class of transformers that `given` names; a bare one's pooler may lack."""
+    named = (given.get("architectures") or [_BERT_HEADS["pretraining"]])[0]
+    bare = "pooler" if given.get("add_pooling_layer", True) else "none"
+    heads = {"BertForPreTraining": "pretraining", "BertForMaskedLM": "masked_lm"}.get(named, bare)
+    predicts = heads in ("masked_lm", "pretraining")
     activation = given.get("hidden_act", "gelu")
-    if heads and activation != "gelu":
+    if predicts and activation != "gelu":
         raise refusal("hidden_act", activation, "'gelu' before BERT's heads")
-    return {"head_bias": heads, "pretraining_heads": heads}
+    return {"head_bias": predicts, "encoder_heads": heads}
 
 
 def write_bert(config: TransformerConfig) -> dict[str, Any]:
-    """A bare encoder has no heads."""
-    bare = not config.pretraining_heads
-    return {"architectures": ["BertModel"]} if bare else {}
+    """The class of transformers that has the heads."""
+    return {"architectures": [_BERT_HEADS[config.encoder_heads]]}
+
+
+def stored_bert_heads(names: Sequence[str]) -> dict[str, Any]:
+    """What `read_bert` needs, of the tensors called `names`: configs name any class."""
+    of = {"cls.seq_relationship": "pretraining", "cls.predictions": "masked_lm", "pooler": "pooler"}
+    held = [heads for part, heads in of.items() if any(part in name for name in names)]
+    architecture = _BERT_HEADS[held[0] if held else "none"]
+    return {"architectures": [architecture], "add_pooling_layer": "pooler" in held}
 
 
 def read_marian(given: HuggingFaceConfig) -> dict[str, Any]:

@@ -84,8 +84,6 @@ class Tables:
     """The names that never carry the prefix begin so."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensors that some checkpoints hold twice: the second name → the first."""
-    unread: tuple[str, ...] = ()
-    """Tensors without a place in a model that lacks the heads."""
 
 
 QUERY, KEY, OUTPUT = "DNH -> NH D", "DKH -> KH D", "NHD -> D NH"
@@ -279,7 +277,6 @@ TABLES: dict[str, Tables] = {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
-        ("bert.pooler.dense.weight", "bert.pooler.dense.bias"),
     ),
     "marian": Tables(
         _MARIAN,

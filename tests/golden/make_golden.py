@@ -69,6 +69,36 @@ GOLDEN = {
 }
 
 
+LENGTHS, NEW_TOKENS = (2, 5), 3
+"""Of the prompts that are continued, or of a translator's sources, and how far."""
+
+
+def continued(model, name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What `transformers.generate` decodes with its cache: chosen [2, 3], chosen_logits [2, 3, V].
+
+    Prompts stand at the right of their rows, as transformers wants them, and sources at the left.
+    """
+    longest = max(LENGTHS)
+    rows = np.zeros((len(LENGTHS), longest), int)
+    valid = np.zeros_like(rows)
+    for row, length in enumerate(LENGTHS):
+        places = slice(length) if name == "marian" else slice(longest - length, None)
+        rows[row, places], valid[row, places] = tokens[row, :length], 1
+    output = model.generate(
+        torch.tensor(rows),
+        attention_mask=torch.tensor(valid),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        pad_token_id=VOCABULARY - 1,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = np.stack([each.numpy() for each in output.logits], axis=1)
+    return {"chosen": output.sequences[:, -NEW_TOKENS:].numpy(), "chosen_logits": logits}
+
+
 def write(name: str) -> None:
     """One directory: config.json, model.safetensors, expected.npz (tokens [2, T], logits)."""
     class_name, fields = GOLDEN[name]
@@ -85,10 +115,12 @@ def write(name: str) -> None:
             model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
             given["decoder_input_ids"] = torch.tensor(tokens[:, ::-1].copy())
         output = model(**given)
+        # An encoder continues nothing; the GPT-1 of transformers has no cache, and sees padding.
+        more = {} if name in ("bert", "openai-gpt") else continued(model, name, tokens)
     logits = output.prediction_logits if name == "bert" else output.logits
     model.save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
-    np.savez(HERE / name / "expected.npz", tokens=tokens, logits=logits.numpy())
+    np.savez(HERE / name / "expected.npz", tokens=tokens, logits=logits.numpy(), **more)
 
 
 if __name__ == "__main__":

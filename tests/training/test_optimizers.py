@@ -96,7 +96,7 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
             {"family": "recurrent", "positions": "none"},
             {"layers.recurrent.kernel": ((1,), (2, 3)), "layers.input.kernel": ((1,), (2, 3))},
         ),
-        ({"family": "encoder", "pretraining_heads": True}, {}),
+        ({"family": "encoder", "encoder_heads": "pretraining"}, {}),
     ],
 )
 def test_muon_takes_other_families_kernels_and_neither_routers_nor_heads(changes, expected):
