@@ -124,25 +124,26 @@ def generate(
         for row, tokens in enumerate(rows):
             occurred[row, tokens] = True
     ended = np.zeros(len(rows), bool)
-    unread, starts = rows, np.zeros(len(rows), np.int32)
+    logits, lengths = decoding.read(rows), _lengths(rows)
     for index in range(max_new_tokens):
-        if max(map(len, rows)) > context:
-            if not sliding_window:
-                return
-            rows = [row[-max(1, context // 2) :] for row in rows]
-            unread, starts = rows, np.zeros(len(rows), np.int32)
-            decoding.forget()
-        logits = decoding.read(unread, starts)
-        starts = starts + np.array([len(row) for row in unread], np.int32)
         chosen, occurred = choose_next(logits, occurred, np.uint32(seed % 2**32), index)
-        chosen = np.where(ended, end_token, chosen) if end_token is not None else np.array(chosen)
-        yield chosen
-        unread = [[int(token)] for token in chosen]
-        rows = [[*row, int(token)] for row, token in zip(rows, chosen, strict=True)]
+        last, full = index == max_new_tokens - 1, lengths.max() == context
+        if not (last or full):
+            # Before these tokens are fetched, so that the device does not wait for the host.
+            logits = decoding.read_chosen(chosen, lengths)
+        tokens = np.asarray(chosen)[:, 0]
+        tokens = tokens.copy() if end_token is None else np.where(ended, end_token, tokens)
+        yield tokens
         if end_token is not None:
-            ended |= chosen == end_token
-            if ended.all():
-                return
+            ended |= tokens == end_token
+        if last or ended.all() or (full and not sliding_window):
+            return
+        rows = [[*row, int(token)] for row, token in zip(rows, tokens, strict=True)]
+        lengths = lengths + 1
+        if full:
+            rows = [row[-max(1, context // 2) :] for row in rows]
+            decoding.forget()
+            logits, lengths = decoding.read(rows), _lengths(rows)
 
 
 class Decoding:
@@ -176,10 +177,18 @@ class Decoding:
         """Begin anew, with nothing read; a recurrent state would go on otherwise."""
         self._cache = self._empty_cache()
 
-    def read(self, rows: Sequence[Sequence[int]], starts: np.ndarray) -> jax.Array:
-        """Read `rows`, each from its place in `starts` [B], and return the next logits [B, V]."""
+    def read(self, rows: Sequence[Sequence[int]], starts: np.ndarray | None = None) -> jax.Array:
+        """Read `rows`, each from `starts` [B] on, and return the next logits [B, V]."""
+        starts = np.zeros(len(rows), np.int32) if starts is None else starts
         length = _few(max(map(len, rows)), self._context - int(starts.max()))
         tokens, valid = padded(rows, length)
+        return self._step(jnp.asarray(tokens), valid, starts)
+
+    def read_chosen(self, chosen: jax.Array, starts: np.ndarray) -> jax.Array:
+        """As `read`, of one token a row, [B, 1], which may not have been computed yet."""
+        return self._step(chosen, np.ones(chosen.shape, bool), starts)
+
+    def _step(self, tokens: jax.Array, valid: np.ndarray, starts: np.ndarray) -> jax.Array:
         logits, self._cache = self._read(
             self._params,
             self._layers,
@@ -194,6 +203,11 @@ class Decoding:
     def reorder(self, order: Sequence[int]) -> None:
         """Let sequence i go on from what sequence order[i] has read."""
         self._cache = _reordered(self._cache, np.array(order, np.int32), int(self._scanned))
+
+
+def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tokens of each row, [B]."""
+    return np.array([len(row) for row in rows], np.int32)
 
 
 def _few(length: int, most: int) -> int:
@@ -300,11 +314,11 @@ def _choose_next(
     seed: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens [B] that follow, and the tokens that have occurred with them."""
+    """Tokens [B, 1] that follow, and the tokens that have occurred with them."""
     if occurred is not None:
         logits = penalised_logits(logits, occurred, sampling.repetition_penalty)
     # A key as an argument would leave the fast path of jit's calls.
     chosen = choose(logits, sampling, jax.random.fold_in(jax.random.key(seed), index))
     if occurred is not None:
         occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
-    return chosen, occurred
+    return chosen[:, None], occurred

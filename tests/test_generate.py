@@ -89,16 +89,16 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_la
         np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
 
 
-@pytest.mark.parametrize("reach", [3, 128, 129, 256, 257, 300])
+@pytest.mark.parametrize("reach", [3, 128, 129, 256, 257, 1100])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
     keys = jax.random.split(jax.random.key(0), 4)
     query = jax.random.normal(keys[0], (2, 2, 4, 8))
-    key, value = (jax.random.normal(k, (2, 300, 2, 8)) for k in keys[1:3])
-    mask = (jnp.arange(300) < jnp.array([[reach - 1], [reach]]))[None]
-    bias = jax.random.normal(keys[3], (1, 4, 2, 300)) if biased else None
+    key, value = (jax.random.normal(k, (2, 1100, 2, 8)) for k in keys[1:3])
+    mask = (jnp.arange(1100) < jnp.array([[reach - 1], [reach]]))[None]
+    bias = jax.random.normal(keys[3], (1, 4, 2, 1100)) if biased else None
     expected: Any = attend(query, key, value, mask, bias, 0.3, 0.0)
-    enough = next(size for size in (128, 256, 300) if size >= reach)
+    enough = next(size for size in (128, 256, 1100) if size >= reach)
     unread = KVCache(*(places.at[:, enough:].set(jnp.nan) for places in (key, value)))
     got = jax.jit(attend_within, static_argnums=(5, 6))(
         jnp.int32(reach), query, unread, mask, bias, 0.3, 0.0
@@ -107,7 +107,7 @@ def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
 
 
 def test_decoding_past_the_first_places_of_a_long_context():
-    fields = {**vars(CONFIG), "context": 300, "positions": "alibi"}
+    fields = {**vars(CONFIG), "context": 1100, "positions": "alibi"}
     long = build(TransformerConfig(**fields), rngs=nnx.Rngs(0))
     rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 260)).tolist()
     decoding, full = Decoding(long, 2), long(np.array(rows))

@@ -213,11 +213,13 @@ def attend_within(
 ) -> jax.Array:
     """`attend` to a cache of which the first `reach` places are filled, [B, T, N, H].
 
-    It looks at 128, 256 … or all S places, whichever are enough: while a text is short, a step of
-    decoding reads little beside the weights. One program holds all the cases.
+    It looks at 128, 256 … S / 4 or all S places, whichever are enough: while a text is short, a
+    step of decoding reads little beside the weights. Parts are copied before they are multiplied,
+    which for more than a quarter takes longer than all. One program holds all the cases.
     """
     places = seen.key.shape[1]
-    sizes = [NEAREST << n for n in range(places.bit_length()) if NEAREST << n < places] + [places]
+    sizes = [NEAREST << n for n in range(places.bit_length()) if NEAREST << n <= places // 4]
+    sizes.append(places)
     by_head = seen.swapped()  # As it is stored; the other way round it would be copied.
 
     def attend_to(size: int) -> jax.Array:
