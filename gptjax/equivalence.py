@@ -2,8 +2,9 @@
 
 A model is run in tiny shapes with random parameters and a batch whose rows weigh differently. An
 error is the largest difference over the largest value of what is compared. Gradients are computed
-operation by operation, so that models share what is compiled; `accumulated` and `sharded` are
-the compiled train step and `cached` is `gptjax.generate`'s compiled decoding, held against them.
+operation by operation, so that models share what is compiled; `scanned`, `accumulated` and
+`sharded` are the compiled train step, and `cached` is `gptjax.generate`'s compiled decoding, held
+against them.
 """
 
 import contextlib
@@ -97,21 +98,30 @@ class Case:
         """`gradients` unrolled, nothing recomputed, all tokens' logits at once, one device."""
         return self.gradients()
 
-    def step(self, *, devices: int = 1, accumulate: int = 1) -> Any:
-        """The loss and the gradient of the compiled train step."""
+    def step(self, *, devices: int = 1, accumulate: int = 1, **changes: Any) -> Any:
+        """The loss and the gradient of the compiled train step; `changes` of the config."""
         mesh = data_mesh(devices)
         keep_gradient = optax.trace(decay=0.0)
         state = init_state(jax.device_get(self.params), keep_gradient, mesh)
         step = compile_train_step(
-            self.loss(), keep_gradient, state, self.batch, mesh, accumulate=accumulate
+            self.loss(**changes), keep_gradient, state, self.batch, mesh, accumulate=accumulate
         )
         state, metrics = jax.block_until_ready(step(state, self.batch))
         return metrics.loss, state.optimizer.trace
 
     @functools.cached_property
-    def divided(self) -> float:
-        """The error of a step in two parts on each device, one program for two properties."""
-        return difference(self.step(devices=ROWS, accumulate=2), self.plain)
+    def together(self) -> float:
+        """The error of a scanned step in two parts on each device: three properties at once.
+
+        To compile a program for each would take most of the grid's time.
+        """
+        return difference(self.step(devices=ROWS, accumulate=2, scan_layers=True), self.plain)
+
+    def alone(self, check: Callable[[], Any]) -> float:
+        """The error of one of the properties of `together`; where that errs, its own."""
+        if self.together <= ROUNDING:
+            return self.together
+        return difference(check(), self.plain)
 
     def logits(self, batch: Batch) -> np.ndarray:
         """[B, T, V]."""
@@ -194,7 +204,7 @@ def _moves(case, batch, changed, *, unmoved, moved, of="tokens") -> float:
 
 
 def _scanned(case: Case) -> float:
-    return difference(case.gradients(scan_layers=True), case.plain)
+    return case.alone(lambda: case.gradients(scan_layers=True))
 
 
 def _remat(case: Case) -> float:
@@ -202,15 +212,14 @@ def _remat(case: Case) -> float:
 
 
 def _cached(case: Case) -> float:
-    """Rows read a token at a time, unrolled and scanned, and rows of unequal beginnings."""
+    """Rows read a token at a time, unrolled, and rows of unequal beginnings, scanned."""
     if case.config.family == "encoder":
         raise NotApplicable("an encoder predicts no next token")
     expected = case.logits(case.batch)
     alike, unlike = np.ones(ROWS, int), 1 + np.arange(ROWS) % 4
     return max(
         _decoded(case, alike, expected),
-        _decoded(case, unlike, expected),
-        _decoded(case, alike, expected, scan_layers=True),
+        _decoded(case, unlike, expected, scan_layers=True),
     )
 
 
@@ -262,16 +271,13 @@ def _chunked(case: Case) -> float:
 
 
 def _accumulated(case: Case) -> float:
-    """As a part of `_sharded`; where that errs, alone, to tell the two apart."""
-    if case.divided <= ROUNDING:
-        return case.divided
-    return difference(case.step(accumulate=2), case.plain)
+    return case.alone(lambda: case.step(accumulate=2))
 
 
 def _sharded(case: Case) -> float:
     if jax.device_count() == 1:
         raise NotApplicable("there is one device")
-    return case.divided
+    return case.alone(lambda: case.step(devices=ROWS))
 
 
 def _bfloat16(case: Case) -> float:

@@ -1,6 +1,7 @@
 """What every test shares: eight virtual CPU devices, set before anything touches JAX."""
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -12,10 +13,17 @@ EXPERIMENTS = ROOT / "experiments"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-# A program that two tests share, or two runs of the tests, is compiled once.
+# A program that two tests share, or two runs of the tests, is compiled once; to write down what is
+# compiled in a moment would take longer.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# What a program computes is asked here, not how fast, and compiling is most of the time: XLA
+# optimises the same, and less is done for its machine code. Experiments run as users run them.
+QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
+    QUICK_COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+os.environ.update(QUICK_COMPILATION)
 
 
 @pytest.fixture(scope="session")

@@ -37,11 +37,8 @@ FIELDS = typing.get_type_hints(TransformerConfig)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compiled_quickly() -> Iterator[None]:
-    """What a program computes is asked here, not how fast: compiling is nearly all of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def _no_programs_kept() -> Iterator[None]:
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

@@ -88,7 +88,7 @@ REFUSED = [
     (TransformerConfig, {"capacity_factor": -1.0}, "at least 0"),
     (TransformerConfig, {"query_bias": 1}, "bool or None"),
     (TransformerConfig, {"output_bias": 0}, "bool or None"),
-    (TransformerConfig, {"segments": 2}, "off in the family decoder"),
+    (TransformerConfig, {"segments": 2}, "0 in the family decoder"),
     (TransformerConfig, {"segments": -2, "family": "encoder"}, "at least 0"),
     (TransformerConfig, {"encoder_heads": "pooler"}, "none in the family decoder"),
     (TransformerConfig, {"dtype": "float16"}, "one of float32, bfloat16"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS, ROOT
+from conftest import EXPERIMENTS, QUICK_COMPILATION, ROOT
 
 from gptjax.training.metrics import read_jsonl
 
@@ -28,6 +28,8 @@ TINY = [
 
 def start(name: str, *flags: str, **how) -> subprocess.Popen:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    for variable in QUICK_COMPILATION:
+        del environment[variable]
     return subprocess.Popen(
         [sys.executable, str(EXPERIMENTS / name), *flags],
         stdout=subprocess.PIPE,
