@@ -8,6 +8,7 @@ tests/test_huggingface.py reads what it writes, without PyTorch.
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ LENGTHS, NEW_TOKENS = (2, 5), 3
 """Of the prompts that are continued, or of a translator's sources, and how far."""
 
 
-def continued(model, name: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def continued(model, name: str, tokens: np.ndarray) -> dict[str, Any]:
     """What `transformers.generate` decodes with its cache: chosen [2, 3], chosen_logits [2, 3, V].
 
     Prompts stand at the right of their rows, as transformers wants them, and sources at the left.
@@ -116,7 +117,9 @@ def write(name: str) -> None:
             given["decoder_input_ids"] = torch.tensor(tokens[:, ::-1].copy())
         output = model(**given)
         # An encoder continues nothing; the GPT-1 of transformers has no cache, and sees padding.
-        more = {} if name in ("bert", "openai-gpt") else continued(model, name, tokens)
+        more: dict[str, Any] = (
+            {} if name in ("bert", "openai-gpt") else continued(model, name, tokens)
+        )
     logits = output.prediction_logits if name == "bert" else output.logits
     model.save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
