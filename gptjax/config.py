@@ -211,7 +211,8 @@ class DataConfig:
     path: str | None = None
     """A UTF-8 text file; none takes the language reference that every Python carries."""
     tokenizer: str = "bytes"
-    """bytes, characters, or sentencepiece:SIZE (trained on the text)."""
+    """bytes or characters; learnt from the text: sentencepiece:SIZE, unigram:SIZE, bpe:SIZE; read:
+    gpt2:PATH, gpt1:PATH, wordpiece:PATH, huggingface:PATH, sentencepiece:FILE.model."""
     validation_fraction: float = 0.1
     """The last part of the text, never trained on."""
 

@@ -9,7 +9,6 @@
 | result.json | written last: a directory that has it holds a finished run |
 """
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -60,7 +59,7 @@ def open_run(
     wanted = {
         "config": to_dict(config),
         "data_sha256": fingerprint,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.save()).hexdigest(),
+        "tokenizer_sha256": tokenizer.fingerprint,
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ ALLOWED = {
     ],
 }
 
-HEAVY = ("orbax", "grain", "matplotlib", "tensorboardX", "tyro", "sentencepiece")
+HEAVY = ("orbax", "grain", "matplotlib", "tensorboardX", "tyro", "sentencepiece", "tokenizers")
 """Packages that `import gptjax` does not wait for."""
 
 

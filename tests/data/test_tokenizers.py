@@ -1,7 +1,11 @@
+import hashlib
+import io
 import json
 
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizer_texts import NASTY, TRAINED_ON
 
 from gptjax.config import InputError
 from gptjax.data.tokenizers import (
@@ -14,37 +18,9 @@ from gptjax.data.tokenizers import (
     train_tokenizer,
 )
 
-TRAINED_ON = (
-    "The quick brown fox jumps over the lazy dog.\n"
-    "\tif indented:\n        return 'four  spaces'\r\n"
-    "Zürich, naïve, 中文和汉字, 👍.\n"
-) * 20
-
-NASTY = {
-    "empty": "",
-    "NUL": "\0",
-    "NUL within": "before\0after\0",
-    "line ends": "\r\n\n\r\r\n",
-    "tabs": "\ta\t\tb\t",
-    "runs of spaces": "  two   three    four ",
-    "only spaces": " " * 7,
-    "leading space": " leading",
-    "trailing space": "trailing ",
-    "no-break space": "a\u00a0b\u3000c\u200b",
-    "other line ends": "\x0b\x0c\x1c\x85\u2028\u2029",
-    "emoji with joiners": "👩\u200d👩\u200d👧\u200d👦 🏳️\u200d🌈",
-    "Chinese": "床前明月光，疑是地上霜。",
-    "combining marks": "e\u0301 \u0301 a\u0308\u0323",
-    "SentencePiece's space": "▁a▁▁b▁",
-    "replacement character": "\ufffd a\ufffd\ufffd中",
-    "a piece's name": "<0x41>",
-    "mark of the end": "</s>",
-    "other marks": "<s><unk><pad>",
-    "sign of the unknown": " ⁇ ",
-    "byte order mark": "\ufefftext",
-    "highest character": "\U0010ffff",
-    "never seen in training": "Ωμέγα ქართული 🦆 %^&*",
-}
+KNOWN = (
+    "known are bpe, bytes, characters, gpt1, gpt2, huggingface, sentencepiece, unigram, wordpiece."
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +98,11 @@ def test_bytes_that_are_not_utf8_decode_to_the_replacement_character():
 @pytest.mark.parametrize(
     ("size", "accepted"),
     [
-        (1, "at least 291"),
-        (259, "at least 291"),
-        (290, "at least 291"),
-        (400, "at most 361"),
-        (10**15, "at most 361"),
+        (1, "at least 293"),
+        (261, "at least 293"),
+        (292, "at least 293"),
+        (400, "at most 363"),
+        (10**15, "at most 363"),
     ],
 )
 def test_a_sentencepiece_size_that_the_text_cannot_satisfy_is_one_sentence(size, accepted):
@@ -151,15 +127,21 @@ def test_a_text_without_anything_to_learn_is_one_sentence(text):
     [
         ("byte", "did you mean bytes?"),
         ("charcters", "did you mean characters?"),
-        ("bpe", "known are bytes, characters, sentencepiece."),
-        ("", "known are bytes, characters, sentencepiece."),
-        ("bytes:3", "did you mean bytes?"),
-        ("sentencepiece", "as in sentencepiece:4096."),
-        ("sentencepiece:", "as in sentencepiece:4096."),
-        ("sentencepiece:0", "as in sentencepiece:4096."),
-        ("sentencepiece:-5", "as in sentencepiece:4096."),
-        ("sentencepiece:4k", "as in sentencepiece:4096."),
-        ("sentencepiece:4:4", "as in sentencepiece:4096."),
+        ("gpt3", "did you mean gpt2 or gpt1?"),
+        ("", KNOWN),
+        ("tiktoken:o200k", KNOWN),
+        ("bytes:3", "bytes stands alone."),
+        ("characters:", "characters stands alone."),
+        ("sentencepiece", "as in sentencepiece:4096 or sentencepiece:FILE.model."),
+        ("sentencepiece:4k", "as in sentencepiece:4096 or sentencepiece:FILE.model."),
+        ("unigram", "as in unigram:4096."),
+        ("unigram:pieces.model", "as in unigram:4096."),
+        ("bpe:", "as in bpe:4096."),
+        ("bpe:0", "as in bpe:4096."),
+        ("bpe:-5", "as in bpe:4096."),
+        ("bpe:4:4", "as in bpe:4096."),
+        ("gpt2", "a path belongs behind it, as in gpt2:PATH."),
+        ("wordpiece:", "a path belongs behind it, as in wordpiece:PATH."),
     ],
 )
 def test_a_spec_of_another_form_is_one_sentence(spec, end):
@@ -171,20 +153,39 @@ def test_a_spec_of_another_form_is_one_sentence(spec, end):
     assert "\n" not in sentence
 
 
-@pytest.mark.parametrize("spec", ["bytes", "characters", "sentencepiece:360"])
+@pytest.mark.parametrize(
+    "spec", ["bytes", "characters", "sentencepiece:360", "unigram:305", "bpe:350"]
+)
 def test_a_saved_tokenizer_gives_the_same_ids(spec, tmp_path):
     tokenizer = train_tokenizer(spec, TRAINED_ON)
     save_tokenizer(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.name == tokenizer.name == spec
     assert loaded.vocab_size == tokenizer.vocab_size
-    assert loaded.end_token == tokenizer.end_token
+    assert loaded.special == tokenizer.special
+    assert loaded.fingerprint == tokenizer.fingerprint
     np.testing.assert_array_equal(loaded.encode(TRAINED_ON), tokenizer.encode(TRAINED_ON))
 
 
-def test_training_sentencepiece_twice_gives_the_same_model():
-    first, second = (SentencePieceTokenizer.train(TRAINED_ON, 340).save() for _ in range(2))
+@pytest.mark.parametrize("spec", ["sentencepiece:340", "unigram:305", "bpe:340"])
+def test_training_twice_gives_the_same_fingerprint(spec):
+    first, second = (train_tokenizer(spec, TRAINED_ON).fingerprint for _ in range(2))
     assert first == second
+    assert first != train_tokenizer(spec, TRAINED_ON + "Another text." * 30).fingerprint
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unigram"])
+def test_sentencepiece_has_the_special_tokens_that_objectives_need(kind):
+    tokenizer = SentencePieceTokenizer.train(TRAINED_ON, 305, kind)
+    assert tokenizer.special == {"unknown": 0, "begin": 1, "end": 2, "pad": 3, "mask": 4}
+    dog = tokenizer.encode("dog").tolist()
+    assert tokenizer.decode([1, *dog, 2, 3, 0, *dog, 4]) == "dog\ufffddog"
+
+
+def test_tokenizers_without_learning_have_no_special_tokens():
+    for tokenizer in (ByteTokenizer(), CharacterTokenizer("ab")):
+        assert tokenizer.special == {}
+        assert tokenizer.end_token is None
 
 
 def test_a_damaged_tokenizer_is_refused(sentencepiece, tmp_path):
@@ -216,8 +217,25 @@ def test_a_description_without_a_tokenizer_is_refused(content, tmp_path):
 def test_a_tokenizer_of_an_unknown_kind_is_refused(tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path)
     description = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "tokenizer": "gpt2"}))
-    with pytest.raises(InputError, match="names the tokenizer 'gpt2': known are bytes"):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "tokenizer": "gpt5"}))
+    with pytest.raises(InputError, match="names the tokenizer 'gpt5': did you mean gpt2 or gpt1"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("characters", "does not hold the characters of a tokenizer"),
+        ("unigram:305", "is not a SentencePiece model"),
+        ("gpt2", "is not a tokenizer of the tokenizers library: .+"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"model": 3}'])
+def test_a_file_of_another_kind_is_refused(tmp_path, name, sentence, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    description = {"tokenizer": name, "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=rf"tokenizer\.model {sentence}\.$"):
         load_tokenizer(tmp_path)
 
 
@@ -246,3 +264,52 @@ def test_streamed_bytes_that_are_no_text_add_up_to_what_decode_gives():
     tokens = [0x80, 0x80, 0x80, *"中".encode(), 0xFF, 97, 0xE4, 0xB8]
     parts = list(stream_text(ByteTokenizer(), tokens))
     assert "".join(parts) == ByteTokenizer().decode(tokens)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory) -> str:
+    """A SentencePiece model file as others train it: it normalises, and puts a space first."""
+    path = tmp_path_factory.mktemp("foreign") / "pieces.model"
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINED_ON.splitlines()),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+def test_a_sentencepiece_file_encodes_as_its_own_library_does(foreign):
+    tokenizer = train_tokenizer(f"sentencepiece:{foreign}", "")
+    text = "The lazy  dog ｊumps▁over"
+    reference = SentencePieceProcessor(model_file=foreign)
+    assert tokenizer.encode(text).tolist() == reference.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == "The lazy dog jumps over"
+    assert tokenizer.special == {"unknown": 0, "begin": 1, "end": 2}
+    assert "".join(stream_text(tokenizer, tokenizer.encode(text))) == "The lazy dog jumps over"
+    assert tokenizer.decode([*tokenizer.encode("dog"), 0, 999]) == "dog\ufffd\ufffd"
+
+
+def test_our_own_sentencepiece_file_stays_lossless(sentencepiece, tmp_path):
+    path = tmp_path / "pieces.model"
+    path.write_bytes(sentencepiece.save())
+    read = train_tokenizer(f"sentencepiece:{path}", "")
+    assert read.fingerprint == sentencepiece.fingerprint
+    for text in NASTY.values():
+        assert read.decode(read.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "cannot read .*: No such file"), (b"", "is not a"), (b"\xffmodel", "is not a")],
+)
+def test_a_missing_or_damaged_sentencepiece_file_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "pieces.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^data.tokenizer: .*{sentence}.*\.$"):
+        train_tokenizer(f"sentencepiece:{path}", "")

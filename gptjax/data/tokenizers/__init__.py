@@ -1,0 +1,147 @@
+"""Text to token ids and back, behind one small protocol (protocol.py).
+
+| `data.tokenizer` | a token is | vocabulary | lossless |
+|---|---|---|---|
+| bytes | a byte of UTF-8 | 256 | yes |
+| characters | a character of the training text | as many as the text has | yes, no others |
+| sentencepiece:SIZE | a piece learnt by BPE, or a byte where no piece fits | SIZE | yes |
+| unigram:SIZE | a piece of SentencePiece's unigram model, or a byte | SIZE | yes |
+| bpe:SIZE | bytes joined by BPE within GPT-2's words | SIZE | yes |
+| sentencepiece:FILE.model | a piece of that SentencePiece model | the model's | as the model |
+| gpt2:PATH | GPT-2's, of encoder.json and vocab.bpe | 50,257 | yes |
+| gpt1:PATH | GPT-1's, of encoder_bpe_40000.json and vocab_40000.bpe | 40,478 | no |
+| wordpiece:PATH | uncased BERT's, of vocab.txt | 30,522 | no |
+| huggingface:PATH | what the tokenizer.json there describes | the file's | as the file |
+
+GPT-1's and BERT's keep neither capital letters, accents nor the spaces between words; what they
+decode, they encode to the same tokens, but for unknown ones. A size learns from the training text.
+What `save_tokenizer` writes is the whole tokenizer: `load_tokenizer` reads none of these paths.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from gptjax.config import InputError, near_names
+from gptjax.data.tokenizers.files import (
+    read_gpt1,
+    read_gpt2,
+    read_huggingface,
+    read_sentencepiece,
+    read_wordpiece,
+)
+from gptjax.data.tokenizers.pieces import MODEL_TYPES, SentencePieceTokenizer
+from gptjax.data.tokenizers.plain import ByteTokenizer, CharacterTokenizer
+from gptjax.data.tokenizers.protocol import Tokenizer, stream_text
+from gptjax.data.tokenizers.subwords import SubwordTokenizer
+
+__all__ = [
+    "ByteTokenizer",
+    "CharacterTokenizer",
+    "SentencePieceTokenizer",
+    "SubwordTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "save_tokenizer",
+    "stream_text",
+    "train_tokenizer",
+]
+
+FILES = {
+    "gpt2": read_gpt2,
+    "gpt1": read_gpt1,
+    "wordpiece": read_wordpiece,
+    "huggingface": read_huggingface,
+}
+"""Kinds that are read, from the path behind their colon."""
+
+LEARNT = (*MODEL_TYPES, "bpe")
+"""Kinds that are learnt from the text, with the size behind their colon."""
+
+KINDS = ("bytes", "characters", *LEARNT, *FILES)
+
+MODEL_FILE = ".model"
+"""How the path of a SentencePiece model ends, which tells it from a size."""
+
+
+def train_tokenizer(spec: str, text: str) -> Tokenizer:
+    """The tokenizer that `spec` (see the module's table) describes, learnt from `text` or read.
+
+    Raises:
+      InputError: a spec of another form, one that the text cannot satisfy, or files that are
+        missing or damaged.
+    """
+    kind, colon, argument = spec.partition(":")
+    if kind in FILES:
+        if not argument:
+            raise InputError(
+                f"data.tokenizer is {spec!r}: a path belongs behind it, as in {kind}:PATH."
+            )
+        return FILES[kind](Path(argument))
+    if kind == "sentencepiece" and argument.endswith(MODEL_FILE):
+        return read_sentencepiece(Path(argument))
+    if kind in LEARNT:
+        if not argument.isdecimal() or int(argument) == 0:
+            file = f" or {kind}:FILE{MODEL_FILE}" if kind == "sentencepiece" else ""
+            raise InputError(
+                f"data.tokenizer is {spec!r}: a size belongs behind it, as in {kind}:4096{file}."
+            )
+        size = int(argument)
+        if kind == "bpe":
+            return SubwordTokenizer.train(text, size)
+        return SentencePieceTokenizer.train(text, size, kind)
+    if kind not in KINDS:
+        raise InputError(f"data.tokenizer is {spec!r}: {near_names(kind, KINDS)}")
+    if colon:
+        raise InputError(f"data.tokenizer is {spec!r}: {kind} stands alone.")
+    return ByteTokenizer() if kind == "bytes" else CharacterTokenizer.train(text)
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `tokenizer.json` (its name and fingerprint) and `tokenizer.model` (what it learnt)."""
+    description = {"tokenizer": tokenizer.name, "sha256": tokenizer.fingerprint}
+    (directory / "tokenizer.model").write_bytes(tokenizer.save())
+    (directory / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer saved in `directory`.
+
+    Raises:
+      InputError: files that are missing, or that do not belong together.
+    """
+    description_path, path = directory / "tokenizer.json", directory / "tokenizer.model"
+    try:
+        description = json.loads(description_path.read_text())
+        name, fingerprint = description["tokenizer"], description["sha256"]
+        kind, _, _ = name.partition(":")
+        learnt = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{error.filename}: no tokenizer is saved here.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{description_path} does not name a tokenizer.") from error
+    if kind not in KINDS:
+        raise InputError(
+            f"{description_path} names the tokenizer {kind!r}: {near_names(kind, KINDS)}"
+        )
+    if hashlib.sha256(learnt).hexdigest() != fingerprint:
+        raise InputError(f"{path} is not the file that was saved there.")
+    try:
+        return _restored(name, kind, learnt)
+    except ValueError as error:
+        raise InputError(f"{path} {error}.") from error
+
+
+def _restored(name: str, kind: str, learnt: bytes) -> Tokenizer:
+    """The tokenizer of a name and of what its `save` gave.
+
+    Raises:
+      ValueError: it does not save that.
+    """
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "characters":
+        return CharacterTokenizer.from_saved(learnt)
+    if kind in MODEL_TYPES:
+        return SentencePieceTokenizer(learnt, kind)
+    return SubwordTokenizer(learnt, name)

@@ -1,0 +1,137 @@
+"""SentencePiece (Kudo & Richardson 2018): pieces of raw text, by BPE or by a unigram model.
+
+The unigram model (Kudo 2018) starts from many pieces and drops those that the text's likelihood
+misses least; BPE (Sennrich et al. 2016) starts from characters and joins the most frequent pair.
+"""
+
+import io
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from gptjax.config import InputError
+from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+
+MODEL_TYPES = {"sentencepiece": "bpe", "unigram": "unigram"}
+"""What the kinds of `data.tokenizer` are called in SentencePiece."""
+
+FEWEST_PIECES = 5 + 256
+"""The marks <unk>, <s>, </s>, <pad> and <mask>, and the bytes: what every vocabulary has."""
+
+# SentencePiece ends its input at NUL and writes a space as ▁ (U+2581): these two are given to it as
+# the bytes that they are.
+_RESERVED = re.compile("([\0▁])")
+
+# Full-width, doubled and leading characters, of which other models than ours change some.
+_PROBE = " ａ  b"
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model: one trained here is lossless, by falling back to bytes.
+
+    A model from elsewhere does what it was trained to do: most normalise the text and put a space
+    before it.
+    """
+
+    def __init__(self, model: bytes, kind: str = "sentencepiece"):
+        """Take the content of a model file.
+
+        Raises:
+          ValueError: another content.
+        """
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model or b"\0")
+        except RuntimeError as error:
+            raise ValueError("is not a SentencePiece model") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.name = f"{kind}:{self.vocab_size}"
+        ids = {
+            "begin": self._processor.bos_id(),
+            "end": self._processor.eos_id(),
+            "pad": self._processor.pad_id(),
+            "mask": self._processor.piece_to_id("<mask>"),
+            "unknown": self._processor.unk_id(),
+        }
+        if not self._processor.is_control(ids["mask"]):
+            ids["mask"] = -1
+        self.special = {name: token for name, token in ids.items() if token >= 0}
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        self._pieces = list(pieces)
+        # A piece that no vocabulary has is decoded to itself.
+        self._pieces[ids["unknown"]] = REPLACEMENT
+        as_it_is = self._processor.normalize(_PROBE) == _PROBE.replace(" ", "▁")
+        self._lossless = as_it_is and "<0x00>" in self._pieces
+
+    @classmethod
+    def train(
+        cls, text: str, vocab_size: int, kind: str = "sentencepiece"
+    ) -> "SentencePieceTokenizer":
+        """Learn `vocab_size` pieces from `text`; `kind` is sentencepiece (BPE) or unigram.
+
+        Raises:
+          InputError: a size that the text is too short for, or too small for its characters.
+        """
+        from sentencepiece import SentencePieceTrainer
+
+        lines = _RESERVED.sub("", text).splitlines(keepends=True)
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type=MODEL_TYPES[kind],
+                # Sizes out of these bounds fail too, but slowly or without a reason.
+                vocab_size=min(max(vocab_size, FEWEST_PIECES), FEWEST_PIECES + 2 * len(text)),
+                character_coverage=1.0,
+                pad_id=3,
+                control_symbols=["<mask>"],
+                # These five keep every text exactly as it is.
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=1 << 30,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            bound = re.search(r"(vs|<=) (\d+)", str(error))
+            if bound is None:
+                raise InputError(
+                    "data.tokenizer: the text has nothing that SentencePiece can learn."
+                ) from error
+            accepted = f"at {'least' if bound[1] == 'vs' else 'most'} {bound[2]}"
+            raise InputError(
+                f"data.tokenizer is '{kind}:{vocab_size}': for this text the size must be "
+                f"{accepted}."
+            ) from error
+        return cls(model.getvalue(), kind)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Piece ids [T], int32."""
+        if not self._lossless:
+            return np.array(self._processor.encode(text), np.int32)
+        tokens: list[int] = []
+        for part in _RESERVED.split(text):
+            if _RESERVED.fullmatch(part):
+                bytes_of_part = (f"<0x{byte:02X}>" for byte in part.encode("utf-8"))
+                tokens += [self._processor.piece_to_id(piece) for piece in bytes_of_part]
+            else:
+                tokens += self._processor.encode(part)
+        return np.array(tokens, np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of piece ids [T]."""
+        known, pieces = self.vocab_size, self._pieces
+        return self._processor.decode_pieces(
+            [pieces[token] if token < known else REPLACEMENT for token in tokens]
+        )
+
+    def save(self) -> bytes:
+        """The SentencePiece model file."""
+        return self._model

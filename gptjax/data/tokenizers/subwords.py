@@ -1,0 +1,193 @@
+"""Tokenizers that Hugging Face's `tokenizers` library runs, each as the text of a tokenizer.json.
+
+Byte-level BPE (Radford et al. 2019) joins bytes, so that it takes every text exactly as it is; BPE
+as GPT-1 has it (Radford et al. 2018) joins the characters of a word, and WordPiece (Devlin et al.
+2018) takes the longest known pieces of a word. files.py writes the tokenizer.json of published
+vocabularies; that of another tokenizer is taken as it is.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import InputError
+from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+
+SPECIAL = {
+    "begin": ("<s>", "[CLS]"),
+    "end": ("</s>", "[SEP]", "<|endoftext|>"),
+    "pad": ("<pad>", "[PAD]"),
+    "mask": ("<mask>", "[MASK]"),
+    "unknown": ("<unk>", "[UNK]"),
+}
+"""What the special tokens are called in vocabularies."""
+
+TRAINED_SPECIAL = ("<s>", "</s>", "<pad>", "<mask>")
+"""The special tokens of a vocabulary that is trained here, where no byte is unknown."""
+
+FEWEST_BYTE_PIECES = len(TRAINED_SPECIAL) + 256
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+PIECE_LENGTH = 1 << 20
+"""About how many characters are encoded at a time: the words of a text take more memory than it."""
+
+# Before a blank or a line end that a character precedes. GPT-2's expression for what BPE may join,
+# and BERT's, have no token across such a place, and look at nothing that lies before a token.
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """`text` in pieces of `PIECE_LENGTH` characters or a little more, cut where no token lies."""
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + PIECE_LENGTH)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def description(model: dict[str, Any], **steps: Any) -> str:
+    """A tokenizer.json with `model` in it, and `steps` before and after the model."""
+    unset = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    empty = {"version": "1.0", "added_tokens": [], **dict.fromkeys(unset)}
+    return json.dumps({**empty, **steps, "model": model})
+
+
+class SubwordTokenizer(Tokenizer):
+    """What a tokenizer.json describes.
+
+    Special tokens that its template puts around a text, such as BERT's [CLS] and [SEP], are in what
+    `encode` gives. A limit of length or a padding that it asks for is not followed.
+    """
+
+    def __init__(self, content: bytes, name: str):
+        """Take the content of a tokenizer.json.
+
+        Raises:
+          ValueError: another content.
+        """
+        import tokenizers
+
+        try:
+            text = content.decode("utf-8")
+            library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # The library has no narrower class.
+            reason = str(error).rstrip(".")
+            raise ValueError(f"is not a tokenizer of the tokenizers library: {reason}") from error
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # The name of a special token in a text is text.
+        self.name = name
+        self._content = content
+        self._library = library
+        self._cuttable = _is_cuttable(json.loads(text))
+        vocabulary = library.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.special = {
+            meaning: vocabulary[token]
+            for meaning, names in SPECIAL.items()
+            for token in names
+            if token in vocabulary
+        }
+        added = library.get_added_tokens_decoder()
+        self._silent = {token for token in added if added[token].special}
+        self._silent |= set(self.special.values())
+        self._silent -= {self.special.get("unknown")}
+        self._pieces = [REPLACEMENT] * self.vocab_size
+        for piece, token in vocabulary.items():
+            if token != self.special.get("unknown"):
+                self._pieces[token] = piece
+        framed = library.encode("a")
+        text_at = np.flatnonzero(np.array(framed.special_tokens_mask, np.int32) == 0)
+        first, last = (text_at[0], text_at[-1] + 1) if text_at.size else (len(framed.ids),) * 2
+        self._before = np.array(framed.ids[:first], np.int32)
+        self._behind = np.array(framed.ids[last:], np.int32)
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "SubwordTokenizer":
+        """A byte-level BPE of `vocab_size` tokens, learnt from `text` cut into words as GPT-2 does.
+
+        Raises:
+          InputError: a size that the text is too short for, or too small for the bytes.
+        """
+        from tokenizers import Tokenizer, pre_tokenizers, trainers
+
+        spec = f"data.tokenizer is 'bpe:{vocab_size}'"
+        if vocab_size < FEWEST_BYTE_PIECES:
+            raise InputError(f"{spec}: the size must be at least {FEWEST_BYTE_PIECES}.")
+        # A pair makes one token out of two, so no text gives more pairs than it has bytes.
+        most = FEWEST_BYTE_PIECES + len(text.encode("utf-8"))
+        trainer = trainers.BpeTrainer(
+            vocab_size=min(vocab_size, most),
+            special_tokens=list(TRAINED_SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        empty = description(
+            {"type": "BPE", "vocab": {}, "merges": []}, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL
+        )
+        library = Tokenizer.from_str(empty)
+        library.train_from_iterator(pieces_of(text), trainer)
+        learnt = library.get_vocab_size()
+        if learnt < vocab_size:
+            raise InputError(f"{spec}: for this text the size must be at most {learnt}.")
+        return cls(library.to_str().encode("utf-8"), f"bpe:{vocab_size}")
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids [T], int32, with those of the template around them."""
+        if self._cuttable:
+            inner = [self._encode_words(_CUT.split(piece)) for piece in pieces_of(text)]
+        else:
+            inner = [self._encode_words([text])]
+        return np.concatenate([self._before, *inner, self._behind])
+
+    def _encode_words(self, words: list[str]) -> np.ndarray:
+        """Token ids [T] of words whose tokens do not depend on each other; each word is looked at
+        once, however often it occurs, and the cores share them.
+        """
+        numbers: dict[str, int] = {}
+        places = np.array([numbers.setdefault(word, len(numbers)) for word in words])
+        encodings = self._library.encode_batch_fast(list(numbers), add_special_tokens=False)
+        found = [encoding.ids for encoding in encodings]
+        tokens = np.fromiter(itertools.chain.from_iterable(found), np.int32)
+        lengths = np.array([len(ids) for ids in found])
+        # Where the tokens of each word begin, among all that were found and in the result.
+        source = (np.cumsum(lengths) - lengths)[places]
+        lengths = lengths[places]
+        target = np.cumsum(lengths) - lengths
+        return tokens[np.repeat(source - target, lengths) + np.arange(lengths.sum())]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of token ids [T]."""
+        pieces = [
+            self._pieces[token] if token < self.vocab_size else REPLACEMENT
+            for token in tokens
+            if token not in self._silent
+        ]
+        decoder = self._library.decoder
+        return decoder.decode(pieces) if decoder else " ".join(pieces)
+
+    def save(self) -> bytes:
+        """The tokenizer.json."""
+        return self._content
+
+
+def _is_cuttable(content: dict[str, Any]) -> bool:
+    """Whether the words of a text, encoded one by one, give the tokens of the whole.
+
+    So it is with the two ways to find words that `_CUT` was made for, where nothing before them
+    looks further than a character.
+    """
+    words = content.get("pre_tokenizer") or {}
+    changed = (content.get("normalizer") or {}).get("type")
+    if not all(token["special"] for token in content.get("added_tokens") or []):
+        return False  # Such a token is found in the text first, and may have spaces in it.
+    if words.get("type") == "ByteLevel":
+        gpt2 = words.get("use_regex", True) and not words.get("add_prefix_space")
+        return bool(gpt2) and changed is None
+    return words.get("type") == "BertPreTokenizer" and changed in (None, "BertNormalizer")
