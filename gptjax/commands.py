@@ -234,25 +234,55 @@ def convert(
 ) -> None:
     """Write a run as a Hugging Face directory, or a Hugging Face model as a run.
 
+    A tokenizer.json goes along, both ways.
+
     Args:
       source: Directory of a run or of Hugging Face's, or a name on its hub.
       destination: New or empty directory; nothing is overwritten.
       step: Checkpoint of the run to take; the best by default.
     """
-    from gptjax.huggingface import from_huggingface, to_huggingface
     from gptjax.huggingface.files import check_unused
-    from gptjax.runs import CHECKPOINTS, load_model, save_model
+    from gptjax.runs import CHECKPOINTS
 
     check_unused(destination)
     if (Path(source) / CHECKPOINTS).is_dir():
-        _, model, step = load_model(source, step)
-        to_huggingface(model, destination)
-        print(f"{destination} is step {step} of {source}, without its tokenizer.")
+        _convert_run(Path(source), destination, step)
         return
     if step is not None:
         raise InputError(f"step is {step}: {source} is no run, and has no checkpoints.")
-    save_model(destination, from_huggingface(source))
-    print(f"{destination} is {source} as a run, without a tokenizer.")
+    _convert_huggingface(source, destination)
+
+
+def _convert_run(run: Path, destination: Path, step: int | None) -> None:
+    from gptjax.data.tokenizers import SubwordTokenizer, load_tokenizer
+    from gptjax.huggingface import to_huggingface
+    from gptjax.huggingface.files import TOKENIZER
+    from gptjax.runs import load_model
+
+    _, model, step = load_model(run, step)
+    tokenizer = load_tokenizer(run) if (run / TOKENIZER).exists() else None
+    to_huggingface(model, destination)
+    its = f"without a tokenizer: the run has none that a {TOKENIZER} describes"
+    if isinstance(tokenizer, SubwordTokenizer):
+        (destination / TOKENIZER).write_bytes(tokenizer.save())
+        its = "with its tokenizer"
+    print(f"{destination} is step {step} of {run}, {its}.")
+
+
+def _convert_huggingface(source: str, destination: Path) -> None:
+    from gptjax.data.tokenizers import read_huggingface, save_tokenizer
+    from gptjax.huggingface import from_huggingface
+    from gptjax.huggingface.files import TOKENIZER, find
+    from gptjax.runs import save_model
+
+    directory = find(source)
+    tokenizer = read_huggingface(directory) if (directory / TOKENIZER).exists() else None
+    save_model(destination, from_huggingface(directory))
+    its = f"without a tokenizer: there is no {TOKENIZER}"
+    if tokenizer:
+        save_tokenizer(tokenizer, destination)
+        its = "with its tokenizer"
+    print(f"{destination} is {source} as a run, {its}.")
 
 
 COMMANDS = {"sample": sample, "params": params, "certify": certify, "convert": convert}

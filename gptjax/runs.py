@@ -149,7 +149,7 @@ def load_model(
 def save_model(directory: str | Path, model: LanguageModel) -> None:
     """A run's directory for a model that was not trained here: its config, and a checkpoint.
 
-    It has no tokenizer and no optimizer state, so `load_model` reads it and no run resumes it.
+    It has no tokenizer yet and no optimizer state: `load_model` reads it, and no run resumes it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

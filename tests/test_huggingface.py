@@ -17,12 +17,13 @@ from safetensors.numpy import load_file, save_file
 from gptjax import InputError, TransformerConfig, build, from_huggingface, split, to_huggingface
 from gptjax.cli import main
 from gptjax.commands import convert
+from gptjax.data.tokenizers import SubwordTokenizer
 from gptjax.generate import Decoding
 from gptjax.huggingface import config_from_huggingface, config_to_huggingface, files
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.tensors import Row
 from gptjax.presets import PRESETS, preset
-from gptjax.runs import load_config, load_model
+from gptjax.runs import load_config, load_model, load_run
 
 GOLDEN = ROOT / "tests" / "golden"
 VOCABULARY = 17
@@ -285,6 +286,27 @@ def test_each_parameter_goes_where_it_is_told():
     assert jax.tree.all(jax.tree.map(lambda leaf: leaf.sharding == one, by_one))
     assert jax.tree.map(lambda leaf: leaf.sharding, by_tree) == tree
     jax.tree.map(np.testing.assert_array_equal, placed, expected)
+
+
+def test_a_tokenizer_goes_along_both_ways(tmp_path, gpt2, capsys):
+    tokenizer = SubwordTokenizer.train("one and one are two", 270)
+    (gpt2 / files.TOKENIZER).write_bytes(tokenizer.save())
+    convert(str(gpt2), tmp_path / "run")
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'run'} is {gpt2} as a run, with its tokenizer.\n"
+    )
+    run = load_run(tmp_path / "run")
+    np.testing.assert_array_equal(run.tokenizer.encode("two"), tokenizer.encode("two"))
+    convert(str(tmp_path / "run"), tmp_path / "back")
+    assert capsys.readouterr().out.endswith(", with its tokenizer.\n")
+    assert (tmp_path / "back" / files.TOKENIZER).read_bytes() == tokenizer.save()
+
+
+def test_a_damaged_tokenizer_is_refused_before_anything_is_written(tmp_path, gpt2):
+    (gpt2 / files.TOKENIZER).write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
+        convert(str(gpt2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_converted_model_is_a_run_and_comes_back(tmp_path, capsys):

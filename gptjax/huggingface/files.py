@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from gptjax.config import InputError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 TIMEOUT_SECONDS = 5
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -152,7 +153,7 @@ def find(source: str | Path) -> Path:
             f"{source} is no directory; to download it from the hub, "
             "pip install 'gptjax[huggingface]'."
         ) from error
-    wanted = [CONFIG, "model*.safetensors", INDEX]
+    wanted = [CONFIG, "model*.safetensors", INDEX, TOKENIZER]
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -42,6 +42,7 @@ __all__ = [
     "SubwordTokenizer",
     "Tokenizer",
     "load_tokenizer",
+    "read_huggingface",
     "save_tokenizer",
     "stream_text",
     "train_tokenizer",
