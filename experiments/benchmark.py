@@ -143,12 +143,12 @@ def jax_decoding(config: TransformerConfig) -> RunSteps:
 
 
 def memory_reads(config: TransformerConfig) -> RunSteps:
-    """The stricter bound: reading as many bytes as a token needs of the weights."""
+    """A bound: reading as many bytes as a token needs of the weights."""
     return _passes(jnp.sum, decoding_bytes(config))
 
 
 def memory_copies(config: TransformerConfig) -> RunSteps:
-    """The usual bound: moving as many bytes, half of them read and half of them written."""
+    """A bound: moving as many bytes as XLA copies, half of them read and half written."""
     return _passes(jnp.copy, decoding_bytes(config) // 2)
 
 

@@ -164,7 +164,7 @@ def _values(axis: str, hint: Any) -> tuple[Any, ...]:
         return typing.get_args(hint)
     if hint is bool or (isinstance(hint, types.UnionType) and bool in typing.get_args(hint)):
         return (False, True)
-    raise InputError(f"gptjax.variants.SETTINGS has no values for the field {axis!r}.")
+    raise InputError(f"gptjax.certify.SETTINGS has no values for the field {axis!r}.")
 
 
 def _with_value(axis: str, value: Any) -> TransformerConfig:
@@ -287,8 +287,9 @@ def page(rows: Mapping[str, Row], command: str) -> str:
             f"Each variant is run in tiny shapes (context {BASE.context}, width {BASE.width} and "
             f"more, {ROWS} rows) with random parameters. An error is the largest difference over "
             "the largest value, of logits or of the loss and its gradient; `bfloat16` is the "
-            "gradient's as a vector, and a mixture of experts' loss's. `parameters` are of the "
-            "variant in its own size.",
+            "gradient's as a vector, and a mixture of experts' loss's. `scanned`, `accumulated` "
+            "and `sharded` are one compiled step that is all three, and each alone where that "
+            "errs. `parameters` are of the variant in its own size.",
             "",
             "| property | what is the same | largest error | passes up to |",
             "|---|---|---|---|",

@@ -184,9 +184,8 @@ class TransformerConfig:
         _check(self, "positions", causal, f"something else in the family {self.family}")
         if "compressed" in self.attention_pattern:
             added = self.positions in ("learned", "sinusoidal", "none")
-            _check(
-                self, "positions", added, "learned, sinusoidal or none with compressed attention"
-            )
+            accepted = "learned, sinusoidal or none with compressed attention"
+            _check(self, "positions", added, accepted)
 
     def _check_family(self) -> None:
         if self.family == "encoder_decoder":
@@ -194,14 +193,12 @@ class TransformerConfig:
             _check(self, "norm_placement", serial, "pre, post or sandwich with cross-attention")
         else:
             _check(self, "encoder_depth", not self.encoder_depth, f"0 in the family {self.family}")
-        if self.family != "encoder":
-            for name, only in (("segments", 0), ("encoder_heads", "none")):
-                _check(
-                    self, name, getattr(self, name) == only, f"{only} in the family {self.family}"
-                )
+        encoder = self.family == "encoder"
+        alone: dict[str, Any] = {} if encoder else {"segments": 0, "encoder_heads": "none"}
         if self.family == "recurrent":
-            for name, only in (("positions", "none"), ("attention", "full"), ("experts", 0)):
-                _check(self, name, getattr(self, name) == only, f"{only} in the family recurrent")
+            alone |= {"positions": "none", "attention": "full", "experts": 0}
+        for name, value in alone.items():
+            _check(self, name, getattr(self, name) == value, f"{value} in the family {self.family}")
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,11 @@ class Case:
         """
         return difference(self.step(devices=ROWS, accumulate=2, scan_layers=True), self.plain)
 
-    def alone(self, check: Callable[[], Any]) -> float:
-        """The error of one of the properties of `together`; where that errs, its own."""
+    def together_or(self, alone: Callable[[], Any]) -> float:
+        """The error of `together`; where that errs, of the gradients with one of its properties."""
         if self.together <= ROUNDING:
             return self.together
-        return difference(check(), self.plain)
+        return difference(alone(), self.plain)
 
     def logits(self, batch: Batch) -> np.ndarray:
         """[B, T, V]."""
@@ -204,7 +204,7 @@ def _moves(case, batch, changed, *, unmoved, moved, of="tokens") -> float:
 
 
 def _scanned(case: Case) -> float:
-    return case.alone(lambda: case.gradients(scan_layers=True))
+    return case.together_or(lambda: case.gradients(scan_layers=True))
 
 
 def _remat(case: Case) -> float:
@@ -271,13 +271,13 @@ def _chunked(case: Case) -> float:
 
 
 def _accumulated(case: Case) -> float:
-    return case.alone(lambda: case.step(accumulate=2))
+    return case.together_or(lambda: case.step(accumulate=2))
 
 
 def _sharded(case: Case) -> float:
     if jax.device_count() == 1:
         raise NotApplicable("there is one device")
-    return case.alone(lambda: case.step(devices=ROWS))
+    return case.together_or(lambda: case.step(devices=ROWS))
 
 
 def _bfloat16(case: Case) -> float:

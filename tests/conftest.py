@@ -18,8 +18,8 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# What a program computes is asked here, not how fast, and compiling is most of the time: XLA
-# optimises the same, and less is done for its machine code. Experiments run as users run them.
+# What a program computes is asked here, not how fast, and compiling is most of the time: XLA's
+# own passes stay, and its code generator is a quicker one. Experiments run as users run them.
 QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
     QUICK_COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"

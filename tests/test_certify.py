@@ -215,6 +215,17 @@ def test_a_broken_model_fails(fault, monkeypatch):
     assert cell.error > 10 * cell.tolerance or fault.noticed_by == "bfloat16"
 
 
+def test_of_properties_checked_together_only_the_broken_one_fails(monkeypatch):
+    config = dataclasses.replace(BASE, vocab_size=7)
+    monkeypatch.setattr(step, "sum_over_devices", lambda tree, axis: tree)
+    row = checked(Case(config, config), ["scanned", "accumulated", "sharded"])
+    assert {name: cell.passed for name, cell in row.items()} == {
+        "scanned": True,
+        "accumulated": True,
+        "sharded": False,
+    }
+
+
 def test_every_property_is_seen_to_fail():
     assert {fault.noticed_by for fault in FAULTS.values()} == set(PROPERTIES)
 
