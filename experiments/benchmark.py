@@ -55,7 +55,7 @@ from gptjax import (
     preset,
     split,
 )
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 from gptjax.runs import environment, write_json
 from gptjax.sharding import configure_cpu, data_mesh
 from gptjax.training.losses import token_loss

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax import TransformerConfig
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
 """What both sides train with."""

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from gptjax.config import TransformerConfig
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 from gptjax.generate import Decoding
 from gptjax.layers import attention
 from gptjax.ledger import ledger

@@ -6,43 +6,14 @@ token once, but for a rest shorter than a window; each epoch has its own order.
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from gptjax.config import DataConfig, InputError
+from gptjax.data.batch import Batch
 from gptjax.data.tokenizers import Tokenizer
-
-if TYPE_CHECKING:  # Grain's workers import this module, and must not start JAX.
-    import jax
-
-    Array = np.ndarray | jax.Array
-
-
-class Batch(NamedTuple):
-    """What a step is given; the arrays are NumPy's until the step takes them."""
-
-    tokens: "Array"
-    """[B, T], int32."""
-    targets: "Array"
-    """[B, T], int32: the token to be predicted at each place."""
-    weights: "Array"
-    """[B, T], float32: how much each prediction counts; 0 on padding."""
-    valid: "Array | None" = None
-    """[B, T], False at padding, which no token looks at."""
-    segments: "Array | None" = None
-    """[B, T], int32: the segment of each token (BERT)."""
-    source: "Array | None" = None
-    """[B, S], int32: what an encoder-decoder reads."""
-    source_valid: "Array | None" = None
-    """[B, S], False at the source's padding."""
-
-    def inputs(self) -> "dict[str, Array]":
-        """What the model is given beside the tokens, under its own names for it."""
-        names = ("valid", "segments", "source", "source_valid")
-        given = {name: getattr(self, name) for name in names}
-        return {name: array for name, array in given.items() if array is not None}
 
 
 class Corpus(NamedTuple):

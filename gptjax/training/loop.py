@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import TrainConfig
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 from gptjax.sharding import data_mesh
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.losses import LossFunction

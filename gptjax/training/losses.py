@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 
 
 class LossSums(NamedTuple):

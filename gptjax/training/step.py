@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 from gptjax.sharding import DATA
 from gptjax.training.losses import LossFunction, LossSums
 

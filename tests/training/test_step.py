@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, split
-from gptjax.data.pipeline import Batch
+from gptjax.data.batch import Batch
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state, train_step

@@ -1,0 +1,45 @@
+"""What a training step is given."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # Grain's workers import this module, and must not start JAX.
+    import jax
+
+    Array = np.ndarray | jax.Array
+
+
+class Batch(NamedTuple):
+    """What a step is given; the arrays are NumPy's until the step takes them."""
+
+    tokens: "Array"
+    """[B, T], int32."""
+    targets: "Array"
+    """[B, T], int32: the token to be predicted at each place."""
+    weights: "Array"
+    """[B, T], float32: how much each prediction counts; 0 on padding."""
+    valid: "Array | None" = None
+    """[B, T], False at padding, which no token looks at."""
+    segments: "Array | None" = None
+    """[B, T], int32: the segment of each token (BERT)."""
+    source: "Array | None" = None
+    """[B, S], int32: what an encoder-decoder reads."""
+    source_valid: "Array | None" = None
+    """[B, S], False at the source's padding."""
+    documents: "Array | None" = None
+    """[B, T], int32: which of the row's documents each token is of, from 1 on, and 0 at padding;
+    a token looks only at those of its own."""
+    positions: "Array | None" = None
+    """[B, T], int32: the place of each token in its document."""
+    next_sentence: "Array | None" = None
+    """[B], int32: 0 where the second segment follows the first in the text, else 1 (BERT)."""
+
+    def inputs(self) -> "dict[str, Array]":
+        """What the model is given beside the tokens, under its own names for it."""
+        given = {name: getattr(self, name) for name in INPUTS}
+        return {name: array for name, array in given.items() if array is not None}
+
+
+INPUTS = ("valid", "segments", "source", "source_valid", "documents", "positions")
+"""The fields of a `Batch` that a model is given by name."""
