@@ -1,0 +1,30 @@
+"""Every choice of an experiment, as frozen dataclasses that are validated when made.
+
+A wrong value is an `InputError` of one sentence: the field, the value and what is accepted. These
+classes are the command line (`--model.depth 6`); the text under a field is its `--help`.
+"""
+
+from gptjax.config.checks import InputError, near_names
+from gptjax.config.dictionaries import differences, from_dict, to_dict
+from gptjax.config.experiment import (
+    DataConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainConfig,
+    with_vocabulary,
+)
+from gptjax.config.model import TransformerConfig
+
+__all__ = [
+    "DataConfig",
+    "ExperimentConfig",
+    "InputError",
+    "OptimizerConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "differences",
+    "from_dict",
+    "near_names",
+    "to_dict",
+    "with_vocabulary",
+]

@@ -1,0 +1,53 @@
+"""What a wrong value is answered with: one sentence that names the field, the value, what fits."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave; its message is one sentence for the user."""
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """The sentence's end for an unknown `name`: its near ones among `known`, or all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+
+
+def check(config: Any, name: str, accepted: bool, what: str) -> None:
+    """Refuse the field `name` of a config unless `accepted`; `what` says what would be."""
+    if not accepted:
+        value = getattr(config, name)
+        raise InputError(f"{type(config).__name__}.{name} is {value!r}: it must be {what}.")
+
+
+def check_minimum(config: Any, least: int, *names: str) -> None:
+    """The fields `names` are at least `least`."""
+    for name in names:
+        check(config, name, getattr(config, name) >= least, f"at least {least}")
+
+
+def check_types(config: Any) -> None:
+    """Each field holds a value of its annotated type; an int is taken where a float is asked.
+
+    NaN and infinity are no numbers to choose.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            check(config, name, value in choices, f"one of {', '.join(choices)}")
+            continue
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        accepted = any(
+            type(value) is kind or (kind is float and type(value) is int) for kind in kinds
+        )
+        names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds]
+        check(config, name, accepted, " or ".join(names))
+        if isinstance(value, float):
+            check(config, name, math.isfinite(value), "finite")

@@ -1,0 +1,182 @@
+"""The shape of a model."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gptjax.config.checks import check, check_minimum, check_types
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The shape of a model. The letters are the axes of every docstring in gptjax."""
+
+    family: Literal["decoder", "encoder", "encoder_decoder", "recurrent"] = "decoder"
+    """GPT, BERT, the original Transformer, or the LSTM that it displaced."""
+    vocab_size: int = 0
+    """Tokens in the vocabulary (V); 0 takes the tokenizer's."""
+    context: int = 128
+    """The most tokens that a sequence may have (T)."""
+    depth: int = 4
+    """Blocks (L); an encoder-decoder has as many in its decoder."""
+    encoder_depth: int = 0
+    """Blocks in the encoder of an encoder-decoder; 0 takes depth."""
+    width: int = 128
+    """Width of the residual stream (D)."""
+    heads: int = 4
+    """Attention heads (N)."""
+    kv_heads: int = 0
+    """Key and value heads (K), each shared by heads / kv_heads queries; 0 takes heads."""
+    head_size: int = 0
+    """Width of one head (H); 0 takes width / heads."""
+    hidden: int = 0
+    """Width of the feed-forward layer (F); 0 takes 4 x width."""
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "learned"
+    """How a token knows where it stands."""
+    pairing: Literal["halves", "neighbours"] = "halves"
+    """Which two channels share an angle (rotary, sinusoidal): i and i + H/2, or 2i and 2i + 1."""
+    rotary_fraction: float = 1.0
+    """rotary: the share of a head's channels that turn."""
+    rotary_base: float = 10_000.0
+    """rotary: the longest wavelength over 2 pi, about."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """The normalisation of the residual stream."""
+    norm_placement: Literal["pre", "post", "sandwich", "parallel", "parallel_shared"] = "pre"
+    """Before a layer, after its sum, both sides of it, or attention and feed-forward at once."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    embedding_norm: bool = False
+    """Normalise the embeddings too (BERT, BLOOM)."""
+    final_norm: bool = True
+    """Normalise after the last block."""
+    attention: str = "full"
+    """full, local (window), compressed, or a pattern repeated over the blocks: full,local."""
+    window: int = 0
+    """local: how many tokens a query sees, its own included."""
+    compression: int = 3
+    """compressed: keys and values that a strided convolution joins into one."""
+    attention_scaled: bool = True
+    """Divide the scores by the root of the head width."""
+    attention_cap: float = 0.0
+    """Scores bounded softly by cap tanh(score / cap); 0 does not."""
+    qk_norm: bool = False
+    """RMS-normalise each query and key."""
+    feedforward: Literal[
+        "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"
+    ] = "gelu_tanh"
+    """The feed-forward layer's activation, the last three gated; gelu_tanh is GPT-2's."""
+    experts: int = 0
+    """Feed-forward layers that each token chooses among (E); 0 is one for all."""
+    experts_per_token: int = 2
+    """Experts that a token goes to."""
+    capacity_factor: float = 0.0
+    """Tokens that an expert takes over its even share, the rest dropped in training; 0 is all."""
+    bias: bool = True
+    """Biases in the linear layers and the layer norms."""
+    query_bias: bool | None = None
+    """Biases of query, key and value; None follows bias."""
+    output_bias: bool | None = None
+    """Bias of attention's output; None follows bias."""
+    tied: bool = True
+    """The head reuses the token embedding."""
+    head_bias: bool = False
+    """A bias a token in the head."""
+    logit_cap: float = 0.0
+    """Logits bounded softly by cap tanh(logit / cap); 0 does not."""
+    embedding_scaled: bool = False
+    """Multiply token embeddings by the root of the width."""
+    segments: int = 0
+    """encoder: kinds of segments that have an embedding (BERT: 2)."""
+    encoder_heads: Literal["none", "pooler", "masked_lm", "pretraining"] = "none"
+    """encoder: BERT's pooler, its masked-LM transformation, or both and next sentence."""
+    dropout: float = 0.0
+    """Share of activations dropped in training: after the embedding, in attention, in residuals."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations; parameters, softmax, norms and loss stay float32."""
+    scan_layers: bool = False
+    """Run the blocks as one scanned loop (compiles faster when deep), not one after another."""
+    remat: bool = False
+    """Recompute each block in the backward pass (less memory, one forward pass more)."""
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head (H), the default resolved."""
+        return self.head_size or self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Key and value heads (K), the default resolved."""
+        return self.kv_heads or self.heads
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the feed-forward layer (F), the default resolved."""
+        return self.hidden or 4 * self.width
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that turn, an even number."""
+        return int(self.rotary_fraction * self.head_width) // 2 * 2
+
+    @property
+    def attention_pattern(self) -> tuple[str, ...]:
+        """The kinds of attention of consecutive blocks, over which the stack repeats."""
+        return tuple(self.attention.split(","))
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_minimum(self, 1, "context", "depth", "width", "heads", "compression")
+        check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
+        check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
+        check_minimum(self, 0, "logit_cap", "segments")
+        check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check(self, "norm_epsilon", self.norm_epsilon > 0, "above 0")
+        check(self, "rotary_base", self.rotary_base > 0, "above 0")
+        divides = bool(self.head_size) or self.width % self.heads == 0
+        check(self, "heads", divides, f"a divisor of width {self.width}")
+        divides = self.heads % self.key_value_heads == 0
+        check(self, "kv_heads", divides, f"a divisor of heads {self.heads}")
+        self._check_attention()
+        self._check_positions()
+        self._check_family()
+        among = self.experts == 0 or 1 <= self.experts_per_token <= self.experts
+        check(self, "experts_per_token", among, f"between 1 and experts {self.experts}")
+
+    def _check_attention(self) -> None:
+        pattern = self.attention_pattern
+        known = set(pattern) <= {"full", "local", "compressed"}
+        check(self, "attention", known, "full, local, compressed, or several joined by commas")
+        for name in ("depth", "encoder_depth"):
+            divides = getattr(self, name) % len(pattern) == 0
+            check(self, name, divides, f"a multiple of the {len(pattern)} kinds of attention")
+        windowed = ("local" in pattern) == (self.window > 0)
+        check(self, "window", windowed, "above 0 with local attention, and 0 without")
+        causal = "compressed" not in pattern or self.family == "decoder"
+        check(self, "attention", causal, f"without compressed in the family {self.family}")
+
+    def _check_positions(self) -> None:
+        if self.positions == "rotary":
+            check(self, "rotary_fraction", 0 < self.rotary_fraction <= 1, "above 0 and at most 1")
+            even = self.rotary_fraction < 1 or self.head_width % 2 == 0
+            accepted = f"a number that leaves an even head width (rotary), not {self.head_width}"
+            check(self, "heads", even and self.rotary_width > 0, accepted)
+        if self.positions == "sinusoidal":
+            check(self, "width", self.width % 2 == 0, "even with sinusoidal positions")
+        causal = self.positions != "alibi" or self.family == "decoder"
+        check(self, "positions", causal, f"something else in the family {self.family}")
+        if "compressed" in self.attention_pattern:
+            added = self.positions in ("learned", "sinusoidal", "none")
+            accepted = "learned, sinusoidal or none with compressed attention"
+            check(self, "positions", added, accepted)
+
+    def _check_family(self) -> None:
+        if self.family == "encoder_decoder":
+            serial = "parallel" not in self.norm_placement
+            check(self, "norm_placement", serial, "pre, post or sandwich with cross-attention")
+        else:
+            check(self, "encoder_depth", not self.encoder_depth, f"0 in the family {self.family}")
+        encoder = self.family == "encoder"
+        alone: dict[str, Any] = {} if encoder else {"segments": 0, "encoder_heads": "none"}
+        if self.family == "recurrent":
+            alone |= {"positions": "none", "attention": "full", "experts": 0}
+        for name, value in alone.items():
+            check(self, name, getattr(self, name) == value, f"{value} in the family {self.family}")
