@@ -43,11 +43,18 @@ def check_types(config: Any) -> None:
             choices = typing.get_args(hint)
             check(config, name, value in choices, f"one of {', '.join(choices)}")
             continue
+        if typing.get_origin(hint) is tuple:
+            (kind, _) = typing.get_args(hint)
+            accepted = type(value) is tuple and all(_fits(item, kind) for item in value)
+            check(config, name, accepted, f"several {kind.__name__}")
+            continue
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        accepted = any(
-            type(value) is kind or (kind is float and type(value) is int) for kind in kinds
-        )
+        accepted = any(_fits(value, kind) for kind in kinds)
         names = ["None" if kind is types.NoneType else kind.__name__ for kind in kinds]
         check(config, name, accepted, " or ".join(names))
         if isinstance(value, float):
             check(config, name, math.isfinite(value), "finite")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)

@@ -1,6 +1,7 @@
 """Configs as nested dicts of plain values, for JSON, and back."""
 
 import dataclasses
+import json
 import typing
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ Config = TypeVar("Config")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested dicts of plain values, ready for JSON."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config.json") -> Config:
@@ -29,6 +30,8 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config.j
     nested = {
         name: from_dict(hints[name], value, f"{where}: {name}")
         if dataclasses.is_dataclass(hints[name])
+        else tuple(value)
+        if typing.get_origin(hints[name]) is tuple and isinstance(value, list)
         else value
         for name, value in values.items()
     }

@@ -12,17 +12,68 @@ from gptjax.config.model import TransformerConfig
 class DataConfig:
     """What is read, and how it becomes tokens."""
 
-    path: str | None = None
-    """A UTF-8 text file; none takes the language reference that every Python carries."""
+    source: tuple[str, ...] = ("embedded",)
+    """embedded (the language reference that every Python carries), files, globs, tfds:NAME; the
+    README has the options behind #."""
+    target: tuple[str, ...] = ()
+    """sequence_to_sequence: what each source is to become, document by document."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows that comes from each source; none takes all rows of all equally."""
+    validation: tuple[str, ...] = ()
+    """Sources that are never trained on; none takes the last part of each source."""
+    validation_target: tuple[str, ...] = ()
+    """sequence_to_sequence: what each of these is to become."""
+    validation_fraction: float = 0.1
+    """The last part of each source, never trained on."""
     tokenizer: str = "bytes"
     """bytes or characters; learnt from the text: sentencepiece:SIZE, unigram:SIZE, bpe:SIZE; read:
     gpt2:PATH, gpt1:PATH, wordpiece:PATH, huggingface:PATH, sentencepiece:FILE.model."""
-    validation_fraction: float = 0.1
-    """The last part of the text, never trained on."""
+    objective: Literal[
+        "causal",
+        "masked_lm",
+        "next_sentence",
+        "sequence_to_sequence",
+        "prefix",
+        "span_corruption",
+    ] = "causal"
+    """What is predicted: the next token; masked ones, for next_sentence in pairs of segments; the
+    target; or, of the same text, what follows a beginning or fills what was taken out."""
+    packing: Literal["split", "first_fit"] = "split"
+    """Rows of documents one after another, or side by side and unseen by each other."""
+    mask_rate: float = 0.15
+    """masked_lm, next_sentence, span_corruption: share of the tokens that is hidden."""
+    whole_words: bool = False
+    """masked_lm, next_sentence: hide words, not tokens."""
+    mean_span: float = 3.0
+    """span_corruption: mean length of what is taken out, in tokens."""
+    buckets: int = 4
+    """sequence_to_sequence: lengths that pairs are sorted into and padded to."""
+    cache: str = ""
+    """Directory that keeps tokenised text for later runs; empty keeps it for this run only."""
+    on_the_fly: bool = False
+    """Tokenise while training and not before: nothing is kept, and documents are shuffled."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check(self, "validation_fraction", 0 < self.validation_fraction < 1, "between 0 and 1")
+        check_minimum(self, 1, "mean_span", "buckets")
+        for name in ("validation_fraction", "mask_rate"):
+            check(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
+        check(self, "source", bool(self.source), "at least one source")
+        self._check_counts()
+        packs = self.packing == "split" or self.objective in ("causal", "masked_lm")
+        check(self, "packing", packs, f"split with the objective {self.objective}")
+        streams = not (self.on_the_fly and self.objective == "next_sentence")
+        check(self, "on_the_fly", streams, "False with next_sentence, which pairs documents")
+
+    def _check_counts(self) -> None:
+        count = len(self.source)
+        check(self, "weights", len(self.weights) in (0, count), f"a number for each of {count}")
+        check(self, "weights", all(weight > 0 for weight in self.weights), "above 0")
+        pairs = self.objective == "sequence_to_sequence"
+        for name, sources in (("target", self.source), ("validation_target", self.validation)):
+            needed = len(sources) if pairs else 0
+            accepted = f"{needed} of them with the objective {self.objective}"
+            check(self, name, len(getattr(self, name)) == needed, accepted)
 
 
 @dataclass(frozen=True)

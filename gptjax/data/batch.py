@@ -1,5 +1,6 @@
 """What a training step is given."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,6 +35,22 @@ class Batch(NamedTuple):
     """[B, T], int32: the place of each token in its document."""
     next_sentence: "Array | None" = None
     """[B], int32: 0 where the second segment follows the first in the text, else 1 (BERT)."""
+
+    @classmethod
+    def stack(cls, rows: "Sequence[Batch]") -> "Batch":
+        """Rows, whose arrays lack the axis B, as a batch."""
+        columns = zip(*rows, strict=True)
+        arrays = [None if column[0] is None else np.stack(column) for column in columns]
+        return cls._make(arrays)
+
+    def apply(self, function: "Callable[[Array], Array]") -> "Batch":
+        """The batch with each of its arrays changed."""
+        return Batch._make(None if array is None else function(array) for array in self)
+
+    @property
+    def size(self) -> int:
+        """Places for tokens, those of the source among them."""
+        return self.tokens.size + (0 if self.source is None else self.source.size)
 
     def inputs(self) -> "dict[str, Array]":
         """What the model is given beside the tokens, under its own names for it."""

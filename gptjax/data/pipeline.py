@@ -1,103 +1,278 @@
-"""Tokens to batches: the batch at step n follows from the tokens, the sizes, the seed and n alone.
+"""Rows to batches: the batch at step n follows from the rows, the batch size, the seed and n alone.
 
-Text is cut into windows of `context` tokens that do not overlap, so that an epoch predicts every
-token once, but for a rest shorter than a window; each epoch has its own order.
+Grain shuffles by computing where each row goes, so that nothing is read to find the place of step
+n, and the place is all there is to save. The hosts of a run part each batch among them: how many
+they are changes neither the batches nor their order.
 """
 
-import hashlib
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import grain
 import numpy as np
+from grain.experimental import (
+    ConcatThenSplitIterDataset,
+    FirstFitPackIterDataset,
+    FlatMapIterDataset,
+    FlatMapTransform,
+)
 
 from gptjax.config import DataConfig, InputError
 from gptjax.data.batch import Batch
+from gptjax.data.corpus import Predicted, Sources
+from gptjax.data.packing import OPEN_ROWS, PackedTokens, cut
+from gptjax.data.rows import Bucket, finisher, translated_row, window
+from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.vocabulary import Vocabulary
+
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+"""A thread that makes the next batches: on two cores more of them are slower."""
 
 
-class Corpus(NamedTuple):
-    """A tokenised text in its two parts."""
-
-    train: np.ndarray
-    """Token ids, int32."""
-    validation: np.ndarray
-    """Token ids, int32; the text's last part."""
-    validation_bytes: int
-    """UTF-8 bytes of the validation tokens that are predicted: all but the first."""
-    fingerprint: str
-    """SHA-256 of the text: another text is another run."""
-
-
-def bits_per_byte(corpus: Corpus, loss: float) -> float:
+def bits_per_byte(predicted: Predicted, loss: float) -> float:
     """A validation loss in nats a token as bits a byte, which no tokenizer can flatter."""
-    predictions = len(corpus.validation) - 1
-    return loss * predictions / corpus.validation_bytes / math.log(2)
-
-
-def tokenize(text: str, tokenizer: Tokenizer, config: DataConfig, context: int) -> Corpus:
-    """Split `text` by characters, the first part for training, and encode both parts.
-
-    Raises:
-      InputError: a part too short for one window of `context` tokens.
-    """
-    border = int(len(text) * (1 - config.validation_fraction))
-    train, validation = tokenizer.encode(text[:border]), tokenizer.encode(text[border:])
-    if len(train) <= context:
-        raise InputError(
-            f"The training part has {len(train)} tokens; a context of {context} needs at least "
-            f"{context + 1}."
-        )
-    if len(validation) < 2:
-        raise InputError(
-            f"The validation part (data.validation_fraction {config.validation_fraction}) has "
-            f"{len(validation)} tokens; it needs at least 2."
-        )
-    # A first token that is not the text's beginning is the first byte of a longer character.
-    first = tokenizer.decode(validation[:1])
-    first_bytes = len(first.encode("utf-8")) if text.startswith(first, border) else 1
-    validation_bytes = len(text[border:].encode("utf-8")) - first_bytes
-    fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    return Corpus(train, validation, validation_bytes, fingerprint)
-
-
-class Windows(grain.sources.RandomAccessDataSource):
-    """Consecutive windows of `context` tokens and their successors, as unbatched `Batch`es."""
-
-    def __init__(self, tokens: np.ndarray, context: int):
-        self._tokens = tokens
-        self._context = context
-
-    def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._context
-
-    def __getitem__(self, index: int) -> Batch:
-        start = index * self._context
-        window = self._tokens[start : start + self._context + 1]
-        return Batch(window[:-1], window[1:], np.ones(self._context, np.float32))
+    return loss * predicted.tokens / predicted.bytes / math.log(2)
 
 
 def training_batches(
-    tokens: np.ndarray, *, context: int, batch_size: int, seed: int
+    buckets: Sequence[Bucket],
+    *,
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] = (),
+    host: int = 0,
+    hosts: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches without end, shuffled anew each epoch.
+    """Batches without end, shuffled anew each epoch; of each the rows of one host.
+
+    Sources with weights are drawn from in these shares, evenly spread, each in epochs of its own;
+    without, all their rows are one epoch. A batch has the rows of one bucket; the buckets take
+    turns by their sizes. Grain keeps shares to a hundredth of the smallest.
 
     The iterator's `get_state()` is its place among the batches, and `set_state()` goes there.
+
+    Args:
+      buckets: from a `Corpus`.
+      batch_size: rows of a batch, of all hosts together.
+      seed: of the order, and of what the objective draws.
+      weights: share of each source.
+      host: the number of this one.
+      hosts: how many there are; a divisor of `batch_size`.
+
+    Raises:
+      InputError: hosts among whom the rows cannot be parted.
     """
-    windows = grain.MapDataset.source(Windows(tokens, context)).seed(seed).shuffle().repeat()
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(windows.batch(batch_size).to_iter_dataset(options))
+    if batch_size % hosts:
+        raise InputError(
+            f"train.batch_size is {batch_size}: it must be a multiple of the {hosts} hosts."
+        )
+    _check_hosts(batch_size, hosts)
+    batched = []
+    for bucket in buckets:
+        elements = _endless(bucket.sources, weights, seed).seed(seed).random_map(bucket.finish)
+        batched.append(elements.batch(batch_size // hosts)[host::hosts])
+    shares = _shares(buckets, weights)
+    dataset = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, shares)
+    return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
-def evaluation_batches(tokens: np.ndarray, *, context: int, batch_size: int) -> list[Batch]:
-    """All of `tokens`, each predicted once; the rest of the last batch is padding of weight 0."""
-    predictions = len(tokens) - 1
-    rows = -(-predictions // context)
-    shape = (-(-rows // batch_size), batch_size, context)
+def streamed_batches(
+    sources: Sources,
+    tokenizer: Tokenizer,
+    words: Vocabulary,
+    data: DataConfig,
+    *,
+    context: int,
+    batch_size: int,
+    seed: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> grain.DatasetIterator:
+    """The same, tokenised on the fly: documents are shuffled, encoded and packed as they come.
 
-    def padded(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, math.prod(shape) - predictions)).reshape(shape)
+    Every host encodes all of them and keeps its rows, so that here too the batches do not depend on
+    how many there are. Weights are shares of the documents. Pairs that are longer than `context`
+    are left out, and the others padded to it.
+    """
+    _check_hosts(batch_size, hosts)
+    rows = batch_size // hosts
 
-    weights = padded(np.ones(predictions, np.float32))
-    parts = zip(padded(tokens[:-1]), padded(tokens[1:]), weights, strict=True)
-    return [Batch(*part) for part in parts]
+    def of_host(batch: Batch) -> Batch:
+        return batch.apply(lambda array: array[host * rows : (host + 1) * rows])
+
+    if sources.train_targets:
+        parts = zip(sources.train, sources.train_targets, strict=True)
+        encoded = [_EncodedPairs(tokenizer, *pair) for pair in parts]
+        dataset = _endless(encoded, data.weights, seed)
+        fitting = dataset.filter(lambda pair: all(0 < len(text) < context for text in pair))
+        streamed = fitting.to_iter_dataset(READ_OPTIONS)
+        finish = functools.partial(translated_row, words=words, length=context)
+    else:
+        framed = data.packing == "first_fit" and data.objective != "causal"
+        end = None if framed else tokenizer.end_token
+        encoded = [_Encoded(tokenizer, documents, end) for documents in sources.train]
+        dataset = _endless(encoded, data.weights, seed).filter(lambda tokens: len(tokens) > 1)
+        streamed = _packed(dataset, data, context, words)
+        finish = finisher(data, context, words)
+    batches = streamed.seed(seed).random_map(finish).batch(batch_size).map(of_host)
+    return _Streamed(iter(batches))
+
+
+class _Streamed(grain.DatasetIterator[Batch]):
+    """Takes a place that went through JSON, which makes lists of the tuples that Grain asks for."""
+
+    def __init__(self, batches: grain.DatasetIterator):
+        super().__init__(batches)
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._batches.set_state(_with_tuples(state))
+
+
+def _with_tuples(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {name: _with_tuples(value) for name, value in state.items()}
+    return tuple(map(_with_tuples, state)) if isinstance(state, list | tuple) else state
+
+
+def _check_hosts(batch_size: int, hosts: int) -> None:
+    if batch_size % hosts:
+        raise InputError(
+            f"train.batch_size is {batch_size}: it must be a multiple of the {hosts} hosts."
+        )
+
+
+def _endless(sources: Sequence[Any], weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """What the sources have, in random order, again and again."""
+    shares = weights or [1.0] * len(sources)
+    known = [
+        (grain.MapDataset.source(source), share)
+        for source, share in zip(sources, shares, strict=True)
+        if len(source)
+    ]
+    if weights:
+        each = [source.seed(seed).shuffle().repeat() for source, _ in known]
+        return grain.MapDataset.mix(each, [share for _, share in known])
+    whole = grain.MapDataset.concatenate([source for source, _ in known])
+    return whole.seed(seed).shuffle().repeat()
+
+
+def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[float]:
+    """How often each bucket has its turn: as often as the rows that are in it."""
+    sizes = np.array([[len(source) for source in bucket.sources] for bucket in buckets], float)
+    if weights:
+        sizes = sizes / sizes.sum(axis=0) * weights
+    return sizes.sum(axis=1).tolist()
+
+
+class _Encoded:
+    """The tokens of documents, encoded when they are asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, documents: Documents, end: int | None):
+        self._tokenizer = tokenizer
+        self._documents = documents
+        self._end = [] if end is None else [end]
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        (tokens,) = self._tokenizer.encode_documents([self._documents[index]])
+        return np.append(tokens, self._end).astype(np.int32)
+
+
+class _EncodedPairs:
+    """The tokens of documents and of what they are to become."""
+
+    def __init__(self, tokenizer: Tokenizer, source: Documents, target: Documents):
+        self._tokenizer = tokenizer
+        self._source = source
+        self._target = target
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        texts = [self._source[index], self._target[index]]
+        source, target = self._tokenizer.encode_documents(texts)
+        return source, target
+
+
+def _packed(
+    documents: grain.MapDataset, data: DataConfig, context: int, words: Vocabulary
+) -> grain.IterDataset:
+    """What `finisher` takes, of documents as they come."""
+    length, overlap = window(data, context)
+    if data.packing == "split":
+        whole = documents.map(lambda tokens: {"tokens": tokens}).to_iter_dataset(READ_OPTIONS)
+        windows = ConcatThenSplitIterDataset(whole, length_struct={"tokens": length})
+        return windows.map(lambda row: row["tokens"])
+    frame = None if data.objective == "causal" else (words.needed("begin"), words.needed("end"))
+    pieces = FlatMapIterDataset(
+        documents.to_iter_dataset(READ_OPTIONS), _Pieces(length, overlap, frame)
+    )
+    rows = FirstFitPackIterDataset(
+        pieces,
+        length_struct={"tokens": context, "targets": context},
+        num_packing_bins=OPEN_ROWS,
+    )
+    names = ("tokens", "targets", "tokens_segment_ids", "tokens_positions")
+    return rows.map(lambda row: PackedTokens(*(row[name] for name in names)))
+
+
+class _Pieces(FlatMapTransform):
+    """A document in pieces that fit a row, as `packing.PackedRows` makes them."""
+
+    def __init__(self, length: int, overlap: int, frame: tuple[int, int] | None):
+        self._length = length
+        self._overlap = overlap
+        self._frame = frame
+
+    def flat_map(self, element: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The pieces of a document's tokens."""
+        whole = np.zeros(1, int), np.array([len(element)])
+        found = cut(*whole, self._length, overlap=self._overlap)
+        pieces = []
+        for start, length in zip(*found, strict=True):
+            piece = element[start : start + length]
+            if self._frame is None:
+                pieces.append({"tokens": piece[:-1], "targets": piece[1:]})
+            else:
+                framed = np.concatenate([self._frame[:1], piece, self._frame[1:]])
+                pieces.append({"tokens": framed, "targets": framed})
+        return pieces
+
+
+class EvaluationBatches:
+    """All rows once, in order; what the last batch of each shape lacks are rows of weight 0."""
+
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int):
+        self._batch_size = batch_size
+        self._batches: list[tuple[Bucket, list[tuple[int, int]]]] = []
+        for bucket in buckets:
+            sizes = [len(source) for source in bucket.sources]
+            every = [(source, row) for source, size in enumerate(sizes) for row in range(size)]
+            for first in range(0, len(every), batch_size):
+                self._batches.append((bucket, every[first : first + batch_size]))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        bucket, numbers = self._batches[index]
+        rows = []
+        for source, row in numbers:
+            rng = np.random.default_rng([source, row])
+            rows.append(bucket.finish(bucket.sources[source][row], rng))
+        blank = rows[0]._replace(weights=np.zeros_like(rows[0].weights))
+        rows += [blank] * (self._batch_size - len(rows))
+        return Batch.stack(rows)

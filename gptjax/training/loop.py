@@ -1,6 +1,7 @@
 """fit(): the loop around the step, with evaluation, logging, checkpoints and preemption."""
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -17,9 +18,11 @@ from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.sharding import data_mesh
 from gptjax.training.checkpoint import Checkpoints, leaf_names
+from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
 from gptjax.training.metrics import Writer
 from gptjax.training.step import (
+    CompiledByShape,
     EvalStep,
     Metrics,
     State,
@@ -75,7 +78,7 @@ def fit(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     batches: grain.DatasetIterator,
-    validation: Sequence[Batch],
+    validation: Batches,
     checkpoints: Checkpoints,
     writers: Sequence[Writer],
     describe: Callable[[int, float], dict[str, float]],
@@ -90,7 +93,7 @@ def fit(
       params: the initial parameters; donated.
       loss: what is minimised.
       optimizer: what turns gradients into updates.
-      batches: the training data, with `get_state` and `set_state`.
+      batches: the training data, this process's rows of it, with `get_state` and `set_state`.
       validation: batches of the held-out part, all of them used by every evaluation.
       checkpoints: where the state is kept.
       writers: where scalars go.
@@ -102,41 +105,40 @@ def fit(
       InputError: a checkpoint that does not fit.
     """
     start = time.perf_counter()
-    first_place = batches.get_state()
     mesh = data_mesh(config.batch_size // config.accumulate)
+    feed = Feed(batches, mesh)
     state, progress = init_state(params, optimizer, mesh), Progress()
     if checkpoints.last_step is not None:
         state, saved = checkpoints.restore(state)
         progress = Progress(**saved)
-        batches.set_state(progress.data)
+        feed.set_state(progress.data)
     seconds_before = progress.seconds
 
-    example = next(batches)
-    batches.set_state(progress.data or first_place)
-    step_function = compile_train_step(
-        loss, optimizer, state, example, mesh, seed=config.seed, accumulate=config.accumulate
+    compile_step = functools.partial(
+        compile_train_step,
+        loss,
+        optimizer,
+        mesh=mesh,
+        seed=config.seed,
+        accumulate=config.accumulate,
     )
+    train_step = CompiledByShape(compile_step)
+    train_step.prepare(state, feed.peek())
     compile_seconds = time.perf_counter() - start
-    eval_step = compile_eval_step(loss, state.params, validation[0], mesh)
+    eval_step = CompiledByShape(functools.partial(compile_eval_step, loss, mesh=mesh))
     evaluate = _evaluator(eval_step, validation)
-    logger = _Logger(
-        config,
-        writers,
-        describe,
-        checkpoints=checkpoints,
-        tokens=example.tokens.size,
-        params=state.params,
-    )
+    logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
 
     with _caught_signals() as caught:
         late = None
         while progress.step < config.steps:
-            batch = next(batches)
-            state, metrics = step_function(state, batch)
+            batch = next(feed)
+            state, metrics = train_step(state, batch)
             progress.step += 1
             if late is not None:
                 logger.log(*late, state)
             late = (progress.step, metrics)
+            logger.tokens += batch.size
 
             ends = progress.step == config.steps
             evaluates = ends or progress.step % config.eval_every == 0
@@ -152,7 +154,7 @@ def fit(
                         progress.best_loss, progress.best_step = validation_loss, progress.step
                         saves = True
                 if saves:
-                    progress.data = batches.get_state()
+                    progress.data = feed.get_state()
                     progress.seconds = seconds_before + time.perf_counter() - start
                     checkpoints.save(state, asdict(progress), validation_loss)
             logger.log(*late, state, validation_loss)
@@ -164,7 +166,7 @@ def fit(
     return Fit(state.params, progress, compile_seconds)
 
 
-def _evaluator(step: EvalStep, batches: Sequence[Batch]) -> Callable[[Any], float]:
+def _evaluator(step: EvalStep, batches: Batches) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
         """Mean cross-entropy over all of `batches`, nats a token.
 
@@ -189,36 +191,37 @@ class _Logger:
         config: TrainConfig,
         writers: Sequence[Writer],
         describe: Callable[[int, float], dict[str, float]],
-        *,
         checkpoints: Checkpoints,
-        tokens: int,
+        feed: Feed,
         params: Any,
     ):
         self._config = config
         self._writers = writers
         self._describe = describe
         self._checkpoints = checkpoints
-        self._tokens = tokens
+        self._feed = feed
         self._leaf_names = leaf_names(params)
-        self._since = time.perf_counter()
-        self._steps = 0
+        self._since, self._waited = time.perf_counter(), feed.waited
+        self.tokens = 0
+        """Of the steps since the last logged one."""
 
     def log(
         self, step: int, metrics: Metrics, state: State, validation_loss: float | None = None
     ) -> None:
         """Check a step's metrics, and write them if it is a logged or an evaluated one."""
         self.check(step, metrics, state)
-        self._steps += 1
         if step % self._config.log_every and validation_loss is None:
             return
         now = time.perf_counter()
-        tokens_per_second = self._steps * self._tokens / (now - self._since)
-        self._since, self._steps = now, 0
+        seconds, waited = now - self._since, self._feed.waited - self._waited
+        tokens_per_second = self.tokens / seconds
+        self._since, self._waited, self.tokens = now, self._feed.waited, 0
         scalars = {
             "loss": float(metrics.loss),
             "cross_entropy": float(metrics.cross_entropy),
             "grad_norm": float(metrics.grad_norm),
             "tokens_per_second": tokens_per_second,
+            "data_wait": waited / seconds,
             **self._describe(step, tokens_per_second),
         }
         if validation_loss is not None:

@@ -168,6 +168,26 @@ def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh)
     return _compile_on_shares(step, mesh, params, batch)
 
 
+class CompiledByShape:
+    """A step that is compiled anew for each shape of batch that it meets, and kept."""
+
+    def __init__(self, compile: Callable[..., Callable]):
+        """Take `compile(whole, batch)`, which gives the compiled step."""
+        self._compile = compile
+        self._compiled: dict[Any, Callable] = {}
+
+    def prepare(self, whole: Any, batch: Batch) -> Callable:
+        """The step for batches of that shape."""
+        shapes = tuple(None if array is None else array.shape for array in batch)
+        if shapes not in self._compiled:
+            self._compiled[shapes] = self._compile(whole, batch)
+        return self._compiled[shapes]
+
+    def __call__(self, whole: Any, batch: Batch) -> Any:
+        """Run it."""
+        return self.prepare(whole, batch)(whole, batch)
+
+
 def _axis(mesh: Mesh) -> str | None:
     """The axis to sum over; None on a single device, where the sum would only copy."""
     return DATA if mesh.size > 1 else None

@@ -1,7 +1,7 @@
 """What a tokenizer is, and how its text streams."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -49,6 +49,14 @@ class Tokenizer(Protocol):
           InputError: a character that the vocabulary lacks, and for which it has no unknown token.
         """
         ...
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids [T], int32, of each text, without what a template puts around one.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids [T]; bytes that are not UTF-8 become U+FFFD.

@@ -9,7 +9,7 @@ vocabularies; that of another tokenizer is taken as it is.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,27 +140,34 @@ class SubwordTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32, with those of the template around them."""
-        if self._cuttable:
-            inner = [self._encode_words(_CUT.split(piece)) for piece in pieces_of(text)]
-        else:
-            inner = [self._encode_words([text])]
-        return np.concatenate([self._before, *inner, self._behind])
+        return np.concatenate([self._before, *self.encode_documents([text]), self._behind])
 
-    def _encode_words(self, words: list[str]) -> np.ndarray:
-        """Token ids [T] of words whose tokens do not depend on each other; each word is looked at
-        once, however often it occurs, and the cores share them.
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids [T], int32, of each text.
+
+        Each word is looked at once, however often it occurs, and the cores share them.
         """
         numbers: dict[str, int] = {}
-        places = np.array([numbers.setdefault(word, len(numbers)) for word in words])
+        places, counts = [], []
+        for text in texts:
+            before = len(places)
+            for piece in pieces_of(text) if self._cuttable else [text]:
+                words = _CUT.split(piece) if self._cuttable else [piece]
+                places += [numbers.setdefault(word, len(numbers)) for word in words]
+            counts.append(len(places) - before)
         encodings = self._library.encode_batch_fast(list(numbers), add_special_tokens=False)
         found = [encoding.ids for encoding in encodings]
         tokens = np.fromiter(itertools.chain.from_iterable(found), np.int32)
-        lengths = np.array([len(ids) for ids in found])
+        lengths = np.array([len(ids) for ids in found], np.int64)
         # Where the tokens of each word begin, among all that were found and in the result.
-        source = (np.cumsum(lengths) - lengths)[places]
-        lengths = lengths[places]
-        target = np.cumsum(lengths) - lengths
-        return tokens[np.repeat(source - target, lengths) + np.arange(lengths.sum())]
+        order = np.array(places, np.int64)
+        source = (np.cumsum(lengths) - lengths)[order]
+        lengths = lengths[order]
+        ends = np.cumsum(lengths)
+        target = ends - lengths
+        result = tokens[np.repeat(source - target, lengths) + np.arange(lengths.sum())]
+        borders = np.append(0, ends)[np.cumsum(counts)[:-1]]
+        return np.split(result, borders)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids [T]."""

@@ -1,0 +1,270 @@
+"""A run's data, opened: from the config to rows that train and rows that validate."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.data.cache import TokenStore, open_store
+from gptjax.data.rows import (
+    Bucket,
+    bucket_lengths,
+    check_objective,
+    objective_vocabulary,
+    pair_lengths,
+    pair_rows,
+    text_rows,
+    window,
+)
+from gptjax.data.sources import Documents, open_source
+from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
+from gptjax.data.tokenizers.protocol import REPLACEMENT
+from gptjax.data.vocabulary import Vocabulary
+
+LEARNING_CHARACTERS = 1 << 26
+"""Of a larger text a tokenizer learns from documents at even distances, about as many as that."""
+SAMPLED_DOCUMENTS = 1000
+"""Whose mean length tells how many documents that is."""
+
+
+class Sources(NamedTuple):
+    """What is read, opened; of pairs the documents, and what they are to become."""
+
+    train: list[Documents]
+    train_targets: list[Documents]
+    validation: list[Documents]
+    validation_targets: list[Documents]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it."""
+        each = [[documents.fingerprint for documents in part] for part in self]
+        return hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+
+class Predicted(NamedTuple):
+    """What of a text is predicted in an evaluation, for bits a byte."""
+
+    tokens: int
+    bytes: int
+    """Of these tokens' text in UTF-8."""
+
+
+class Corpus(NamedTuple):
+    """A run's data."""
+
+    train: list[Bucket]
+    """Rows, by shape; none where text is tokenised on the fly."""
+    validation: list[Bucket]
+    """Rows that are never trained on."""
+    vocabulary: Vocabulary
+    """The tokenizer's, and what the objective needs beside it."""
+    train_tokens: int
+    """Of all sources, targets included; 0 where they are not known yet."""
+    predicted: Predicted | None
+    """Of the validation part; None where the objective does not predict a text from end to end."""
+
+
+def open_sources(data: DataConfig) -> Sources:
+    """Open what is read, and keep the last part of each source for validation.
+
+    A source of several documents is parted between two of them, a single document by characters.
+
+    Raises:
+      InputError: what `open_source` raises, texts of different lengths that should be pairs, or one
+        that cannot be parted.
+    """
+    train, targets = _opened(data.source), _opened(data.target)
+    validation, validation_targets = _opened(data.validation), _opened(data.validation_target)
+    for sources, becoming in (train, targets), (validation, validation_targets):
+        for source, target in zip(sources, becoming, strict=False):
+            if len(source) != len(target):
+                raise InputError(
+                    f"data.target: {target.name} has {len(target)} documents where {source.name} "
+                    f"has {len(source)}."
+                )
+    if validation:
+        return Sources(train, targets, validation, validation_targets)
+    parted = [_parted(documents, data) for documents in train]
+    parted_targets = [_parted(documents, data) for documents in targets]
+    first, last = ([pair[half] for pair in parted] for half in (0, 1))
+    first_targets, last_targets = ([pair[half] for pair in parted_targets] for half in (0, 1))
+    return Sources(first, first_targets, last, last_targets)
+
+
+def learn_tokenizer(data: DataConfig, sources: Sources) -> Tokenizer:
+    """The tokenizer that the config names, learnt from the sources if it is one that learns.
+
+    Raises:
+      InputError: see `train_tokenizer`.
+    """
+    kind, _, _ = data.tokenizer.partition(":")
+    every = [documents for part in sources for documents in part]
+    text = ""
+    if kind == "characters":
+        text = "".join(set().union(*(text for documents in every for text in _all(documents))))
+    elif kind in LEARNT:
+        text = "\n".join(text for documents in every for text in _sample(documents, len(every)))
+    return train_tokenizer(data.tokenizer, text)
+
+
+def open_corpus(
+    sources: Sources, tokenizer: Tokenizer, data: DataConfig, model: TransformerConfig
+) -> Corpus:
+    """Tokenise what is not in the cache yet, and cut it into rows.
+
+    Raises:
+      InputError: an objective that the model cannot be asked, a part that fills no row, and what
+        `open_store` raises.
+    """
+    check_objective(data, model)
+    words = objective_vocabulary(data, model.context, tokenizer)
+    with _cache_directory(data.cache) as directory:
+
+        def stores(part: Iterable[Documents]) -> list[TokenStore]:
+            return [open_store(documents, tokenizer, directory) for documents in part]
+
+        validation = stores(sources.validation)
+        train = [] if data.on_the_fly else stores(sources.train)
+        targets = [] if data.on_the_fly else stores(sources.train_targets)
+        if data.objective == "sequence_to_sequence":
+            edges = [model.context]
+            if train:
+                lengths = map(pair_lengths, train, targets)
+                edges = bucket_lengths(np.concatenate(list(lengths)), data.buckets, model.context)
+            train_rows = pair_rows(train, targets, edges, words)
+            validation_targets = stores(sources.validation_targets)
+            validation_rows = pair_rows(validation, validation_targets, edges, words)
+        else:
+            train_rows = [text_rows(train, data, model.context, words)]
+            validation_rows = [text_rows(validation, data, model.context, words, rest=True)]
+    _check_rows(train_rows, sources.train, train, "training", data, model.context)
+    _check_rows(validation_rows, sources.validation, validation, "validation", data, model.context)
+    predicted = None
+    if data.objective == "causal":
+        predicted = _predicted(validation, tokenizer, whole=data.packing == "split")
+    train_tokens = sum(len(store.tokens) for store in [*train, *targets])
+    return Corpus(train_rows, validation_rows, words, train_tokens, predicted)
+
+
+class Text:
+    """A piece of text as a single document."""
+
+    def __init__(self, text: str, name: str):
+        self.name = name
+        self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self._text = text
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> str:
+        return (self._text,)[index]
+
+
+class Part:
+    """Consecutive documents of others."""
+
+    def __init__(self, documents: Documents, first: int, last: int):
+        self.name = documents.name
+        described = json.dumps([documents.fingerprint, first, last])
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
+        self._documents = documents
+        self._numbers = range(first, last)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> str:
+        return self._documents[self._numbers[index]]
+
+
+def _opened(specs: Sequence[str]) -> list[Documents]:
+    return [open_source(spec) for spec in specs]
+
+
+def _parted(documents: Documents, data: DataConfig) -> tuple[Documents, Documents]:
+    """What trains, and what validates."""
+    if len(documents) == 1:
+        text = documents[0]
+        border = int(len(text) * (1 - data.validation_fraction))
+        return Text(text[:border], documents.name), Text(text[border:], documents.name)
+    border = int(len(documents) * (1 - data.validation_fraction))
+    border = min(max(border, 1), len(documents) - 1)
+    return Part(documents, 0, border), Part(documents, border, len(documents))
+
+
+def _all(documents: Documents) -> Iterator[str]:
+    return (documents[number] for number in range(len(documents)))
+
+
+def _sample(documents: Documents, sources: int) -> Iterator[str]:
+    """Documents at even distances, one of so many sources' share of what is learnt from."""
+    few = np.linspace(0, len(documents) - 1, min(len(documents), SAMPLED_DOCUMENTS)).astype(int)
+    mean = sum(len(documents[int(number)]) for number in few) / len(few)
+    count = min(len(documents), int(LEARNING_CHARACTERS / sources / max(mean, 1)) + 1)
+    numbers = np.linspace(0, len(documents) - 1, count).astype(int)
+    return (documents[int(number)] for number in numbers)
+
+
+@contextlib.contextmanager
+def _cache_directory(cache: str) -> Iterator[Path]:
+    """Where tokens are kept: for good, or as long as a process has them open."""
+    if cache:
+        yield Path(cache)
+        return
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as directory:
+        yield Path(directory)
+
+
+def _check_rows(
+    buckets: Sequence[Bucket],
+    documents: Sequence[Documents],
+    stores: Sequence[TokenStore],
+    part: str,
+    data: DataConfig,
+    context: int,
+) -> None:
+    """Every source fills a row at least.
+
+    Raises:
+      InputError: one does not.
+    """
+    for number, store in enumerate(stores):
+        if not sum(len(bucket.sources[number]) for bucket in buckets):
+            least = 2 if part == "validation" else window(data, context).length
+            raise InputError(
+                f"data.source: the {part} part of {documents[number].name} has "
+                f"{len(store.tokens)} tokens and fills no row; a context of {context} needs at "
+                f"least {least}."
+            )
+
+
+def _predicted(
+    stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: bool
+) -> Predicted:
+    """What an evaluation predicts: all but the first token, of each source or of each document."""
+    tokens = size = 0
+    for store in stores:
+        starts = store.offsets[:-1, 0]
+        starts = starts[:1] if whole else starts[store.lengths > 0]
+        firsts, counts = np.unique(store.tokens[starts], return_counts=True)
+        first_bytes = sum(
+            count * _bytes_of(int(token), tokenizer)
+            for token, count in zip(firsts, counts, strict=True)
+        )
+        tokens += len(store.tokens) - len(starts)
+        size += store.bytes - int(first_bytes)
+    return Predicted(tokens, size)
+
+
+def _bytes_of(token: int, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of a token's text; a part of a character counts as one."""
+    text = tokenizer.decode([token])
+    return 1 if REPLACEMENT in text else len(text.encode("utf-8"))

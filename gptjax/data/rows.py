@@ -1,0 +1,381 @@
+"""What a row of a batch is made of, for each objective.
+
+| `data.objective` | a row reads | family |
+|---|---|---|
+| causal | T + 1 tokens, the last one of which is only predicted | decoder, recurrent |
+| masked_lm | T - 2 tokens between `begin` and `end` | encoder |
+| next_sentence | a piece of a document, half of the time with one of another | encoder |
+| prefix | T tokens, parted in two | encoder_decoder |
+| span_corruption | as many tokens as leave a source of T | encoder_decoder |
+| sequence_to_sequence | a document and what it is to become | encoder_decoder |
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.data.batch import Batch
+from gptjax.data.cache import TokenStore, kept
+from gptjax.data.masking import FRAME, masked_lm, next_sentence
+from gptjax.data.packing import PackedRows, PackedTokens, Pieces, Windows, cut, plan
+from gptjax.data.seq2seq import prefix, span_corruption, span_input, span_lengths, teacher_forcing
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.vocabulary import Vocabulary, vocabulary
+
+FAMILIES = {
+    "causal": ("decoder", "recurrent"),
+    "masked_lm": ("encoder",),
+    "next_sentence": ("encoder",),
+    "prefix": ("encoder_decoder",),
+    "span_corruption": ("encoder_decoder",),
+    "sequence_to_sequence": ("encoder_decoder",),
+}
+"""Which models can be asked what."""
+
+LENGTH_STEP = 8
+"""Lengths of pairs are padded to multiples of it, which accelerators multiply fast."""
+
+Finish = Callable[[Any, np.random.Generator], Batch]
+"""(what is read, randomness) → a row of a batch: its arrays without their axis B."""
+
+
+class Bucket(NamedTuple):
+    """Rows of the same shape."""
+
+    sources: list[Any]
+    """Of each source, its elements by number: what `finish` is given."""
+    finish: Finish
+    """Makes a row of an element."""
+
+
+class Window(NamedTuple):
+    """What a row reads of documents that stand one after another."""
+
+    length: int
+    """Tokens."""
+    overlap: int
+    """Tokens that the next row reads once more."""
+
+
+def check_objective(data: DataConfig, model: TransformerConfig) -> None:
+    """A model of a family that can be asked `data.objective`.
+
+    Raises:
+      InputError: another one, or one that lacks what the objective needs.
+    """
+    families = FAMILIES[data.objective]
+    if model.family not in families:
+        fitting = [name for name, fits in FAMILIES.items() if model.family in fits]
+        raise InputError(
+            f"data.objective is {data.objective!r}, for {' or '.join(families)}: a model of the "
+            f"family {model.family} takes {' or '.join(fitting)}."
+        )
+    if data.objective == "next_sentence" and (
+        model.segments < 2 or model.encoder_heads != "pretraining"
+    ):
+        raise InputError(
+            "data.objective is 'next_sentence': the model needs model.segments 2 and "
+            f"model.encoder_heads pretraining, not {model.segments} and {model.encoder_heads}."
+        )
+
+
+def objective_vocabulary(data: DataConfig, context: int, tokenizer: Tokenizer) -> Vocabulary:
+    """The tokenizer's tokens, and those that the objective needs beside them."""
+    if data.objective == "causal":
+        return vocabulary(tokenizer, ())
+    if data.objective in ("masked_lm", "next_sentence"):
+        return vocabulary(tokenizer, ("begin", "end", "mask"))
+    sentinels = 0
+    if data.objective == "span_corruption":
+        length = window(data, context).length
+        source_length, target_length = span_lengths(length, data.mask_rate, data.mean_span)
+        # A span is a sentinel in both, and the target has one more behind the last.
+        sentinels = (source_length + target_length - length + 1) // 2
+    return vocabulary(tokenizer, ("begin", "end"), sentinels)
+
+
+def window(data: DataConfig, context: int) -> Window:
+    """What a row reads.
+
+    Raises:
+      InputError: a context too short for the objective.
+    """
+    length, overlap = context, 0
+    if data.objective == "causal":
+        length, overlap = context + 1, 1
+    elif data.objective == "masked_lm":
+        length = context - 2
+    elif data.objective == "next_sentence":
+        length = context - FRAME
+    elif data.objective == "span_corruption":
+        length = span_input(context - 1, context - 1, data.mask_rate, data.mean_span)
+    if length - overlap < 1 or (data.objective in ("next_sentence", "prefix") and length < 2):
+        raise InputError(f"model.context is {context}: too short for {data.objective}.")
+    return Window(length, overlap)
+
+
+def finisher(data: DataConfig, context: int, words: Vocabulary) -> Finish:
+    """What makes a row of what was read."""
+    masking = {"rate": data.mask_rate, "whole_words": data.whole_words}
+    if data.objective == "causal":
+        return functools.partial(causal_row, context=context)
+    if data.objective == "masked_lm":
+        return functools.partial(masked_row, words=words, context=context, **masking)
+    if data.objective == "next_sentence":
+        return functools.partial(pair_row, words=words, context=context, **masking)
+    lengths = {"source_length": context, "target_length": context}
+    if data.objective == "prefix":
+        return functools.partial(parted_row, words=words, part=prefix, **lengths)
+    spans = {"rate": data.mask_rate, "mean_span": data.mean_span}
+    lengths["target_length"] = 1 + span_lengths(window(data, context).length, **spans)[1]
+    part = functools.partial(span_corruption, vocabulary=words, **spans)
+    return functools.partial(parted_row, words=words, part=part, **lengths)
+
+
+def causal_row(
+    read: np.ndarray | PackedTokens, rng: np.random.Generator | None, *, context: int
+) -> Batch:
+    """Each token predicts the next one: of a window [T + 1 or less], or within packed documents."""
+    if isinstance(read, PackedTokens):
+        weights = (read.documents > 0).astype(np.float32)
+        return Batch(
+            read.tokens,
+            read.targets,
+            weights,
+            documents=read.documents,
+            positions=read.positions,
+        )
+    weights = np.ones(context, np.float32)
+    lacking = context + 1 - len(read)
+    if lacking:
+        read, weights[context - lacking :] = np.pad(read, (0, lacking)), 0
+    return Batch(read[:-1], read[1:], weights)
+
+
+def masked_row(
+    read: np.ndarray | PackedTokens,
+    rng: np.random.Generator,
+    *,
+    words: Vocabulary,
+    context: int,
+    rate: float,
+    whole_words: bool,
+) -> Batch:
+    """Masked tokens are to be found: of a window [T - 2 or less], or in packed documents."""
+    packed = read if isinstance(read, PackedTokens) else framed(read, words, context)
+    inputs, targets, weights = masked_lm(
+        packed.tokens,
+        rng,
+        vocabulary=words,
+        starts=words.word_starts(packed.tokens) if whole_words else None,
+        rate=rate,
+        frozen=packed.documents == 0,
+    )
+    return Batch(
+        inputs, targets, weights, documents=packed.documents, positions=packed.positions
+    )
+
+
+def pair_row(
+    read: "tuple[int, DocumentPieces]",
+    rng: np.random.Generator,
+    *,
+    words: Vocabulary,
+    context: int,
+    rate: float,
+    whole_words: bool,
+) -> Batch:
+    """A piece of a document in two, or its beginning and a piece of another document."""
+    number, pieces = read
+    return next_sentence(
+        pieces.tokens(number),
+        pieces.tokens(pieces.of_another_document(number, rng)),
+        rng,
+        vocabulary=words,
+        context=context,
+        rate=rate,
+        whole_words=whole_words,
+    )
+
+
+def parted_row(
+    read: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    words: Vocabulary,
+    part: Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]],
+    source_length: int,
+    target_length: int,
+) -> Batch:
+    """A text that `part` makes a source and a target of."""
+    source, target = part(read, rng)
+    lengths = {"source_length": source_length, "target_length": target_length}
+    return teacher_forcing(source, target, vocabulary=words, **lengths)
+
+
+def translated_row(
+    read: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator | None,
+    *,
+    words: Vocabulary,
+    length: int,
+) -> Batch:
+    """A document and what it is to become, both padded to `length`."""
+    source, target = read
+    lengths = {"source_length": length, "target_length": length}
+    return teacher_forcing(source, target, vocabulary=words, **lengths)
+
+
+def framed(tokens: np.ndarray, words: Vocabulary, context: int) -> PackedTokens:
+    """A row of one piece, framed."""
+    frame = words.needed("begin"), words.needed("end")
+    return PackedRows(tokens, np.array([[0, len(tokens), 0]]), context, frame)[0]
+
+
+def text_rows(
+    stores: Sequence[TokenStore],
+    data: DataConfig,
+    context: int,
+    words: Vocabulary,
+    *,
+    rest: bool = False,
+) -> Bucket:
+    """The rows of every objective but sequence_to_sequence.
+
+    Args:
+      stores: one for each source.
+      data: says which rows.
+      context: T.
+      words: from `objective_vocabulary`.
+      rest: whether what fills no row is a row with padding, where the objective allows it.
+    """
+    make = {"next_sentence": _document_pieces}.get(data.objective, _windows)
+    if data.packing == "first_fit":
+        make = functools.partial(_packed, words=words)
+    sources = [make(store, data, context, rest=rest) for store in stores]
+    return Bucket(sources, finisher(data, context, words))
+
+
+def _windows(store: TokenStore, data: DataConfig, context: int, *, rest: bool) -> Windows:
+    length, overlap = window(data, context)
+    rest = rest and data.objective in ("causal", "masked_lm")
+    return Windows(store.tokens, length, length - overlap, rest=rest)
+
+
+def _packed(
+    store: TokenStore, data: DataConfig, context: int, *, words: Vocabulary, rest: bool
+) -> PackedRows:
+    """Rows of whole documents; there is no rest, as padding is part of the rows."""
+    length, overlap = window(data, context)
+    causal = data.objective == "causal"
+    frame = None if causal else (words.needed("begin"), words.needed("end"))
+
+    def make() -> np.ndarray:
+        # A causal model is to predict a document's end; a frame has an end of its own.
+        lengths = store.lengths if causal else store.lengths_without_end
+        found = cut(store.offsets[:-1, 0], lengths, length, overlap=overlap)
+        return plan(found, context, context - length)
+
+    planned = kept(store, f"rows-{data.objective}-{context}", make)
+    return PackedRows(store.tokens, planned, context, frame)
+
+
+class DocumentPieces:
+    """Pieces of documents, each of at least two tokens, of which pairs are made."""
+
+    def __init__(self, tokens: np.ndarray, pieces: Pieces, document: np.ndarray):
+        self._tokens = tokens
+        self._pieces = pieces
+        self._document = document
+
+    def __len__(self) -> int:
+        return len(self._document)
+
+    def __getitem__(self, number: int) -> "tuple[int, DocumentPieces]":
+        return number, self
+
+    def tokens(self, number: int) -> np.ndarray:
+        """A piece's tokens."""
+        start, length = self._pieces.starts[number], self._pieces.lengths[number]
+        return self._tokens[start : start + length].astype(np.int32)
+
+    def of_another_document(self, number: int, rng: np.random.Generator) -> int:
+        """The number of a piece of another document than that of piece `number`."""
+        own = self._document[number]
+        first, last = (np.searchsorted(self._document, own, side) for side in ("left", "right"))
+        drawn = rng.integers(len(self) - (last - first))
+        return int(drawn if drawn < first else drawn + last - first)
+
+
+def _document_pieces(
+    store: TokenStore, data: DataConfig, context: int, *, rest: bool
+) -> DocumentPieces:
+    starts, lengths = store.offsets[:-1, 0], store.lengths_without_end
+    found = cut(starts, lengths, window(data, context).length)
+    enough = found.lengths >= 2
+    found = Pieces(found.starts[enough], found.lengths[enough])
+    document = np.searchsorted(starts, found.starts, side="right")
+    if len(np.unique(document)) < 2:
+        raise InputError(
+            "data.source: next_sentence needs two documents of two tokens and more in each part; "
+            "see #documents=block."
+        )
+    return DocumentPieces(store.tokens, found, document)
+
+
+class Pairs:
+    """Documents and what they are to become, by number."""
+
+    def __init__(self, source: TokenStore, target: TokenStore, numbers: np.ndarray):
+        self._source = source
+        self._target = target
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        number = int(self._numbers[index])
+        return self._source.document(number), self._target.document(number)
+
+
+def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
+    """[N]: places that each pair needs, the end counted; 0 where one of the two is empty."""
+    first, second = source.lengths_without_end, target.lengths_without_end
+    return np.where((first > 0) & (second > 0), np.maximum(first, second) + 1, 0)
+
+
+def bucket_lengths(lengths: np.ndarray, buckets: int, context: int) -> list[int]:
+    """The lengths that pairs are padded to, each for about as many of them.
+
+    Raises:
+      InputError: no pair fits the context.
+    """
+    fitting = lengths[(lengths > 0) & (lengths <= context)]
+    if not fitting.size:
+        raise InputError(f"data.source: no pair fits a context of {context} tokens.")
+    shares = np.quantile(fitting, np.arange(1, buckets + 1) / buckets, method="higher")
+    rounded = np.minimum(-(-shares // LENGTH_STEP) * LENGTH_STEP, context)
+    return np.unique(rounded).astype(int).tolist()
+
+
+def pair_rows(
+    sources: Sequence[TokenStore],
+    targets: Sequence[TokenStore],
+    edges: Sequence[int],
+    words: Vocabulary,
+) -> list[Bucket]:
+    """The rows of sequence_to_sequence, a bucket for each of the lengths `edges`."""
+    buckets = []
+    for shorter, length in zip([0, *edges], edges, strict=False):
+        pairs = []
+        for source, target in zip(sources, targets, strict=True):
+            lengths = pair_lengths(source, target)
+            numbers = np.flatnonzero((lengths > shorter) & (lengths <= length))
+            pairs.append(Pairs(source, target, numbers))
+        finish = functools.partial(translated_row, words=words, length=length)
+        buckets.append(Bucket(pairs, finish))
+    return buckets
