@@ -4,12 +4,14 @@
 
 needs no network and leaves all it made in runs/quickstart. Any UTF-8 text will do instead:
 
-    python experiments/quickstart.py --data.path FILE --out runs/mine
+    python experiments/quickstart.py --data.source FILE --out runs/mine
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -24,16 +26,24 @@ from gptjax.config import (
     TrainConfig,
     with_vocabulary,
 )
+from gptjax.data.corpus import Corpus, Sources, learn_tokenizer, open_corpus, open_sources
 from gptjax.data.pipeline import (
-    Corpus,
+    EvaluationBatches,
     bits_per_byte,
-    evaluation_batches,
-    tokenize,
+    streamed_batches,
     training_batches,
 )
-from gptjax.data.sources import read_text
-from gptjax.data.tokenizers import stream_text, train_tokenizer
-from gptjax.runs import CHECKPOINTS, RESULT, Run, environment, load_run, open_run, write_json
+from gptjax.data.tokenizers import stream_text
+from gptjax.runs import (
+    CHECKPOINTS,
+    RESULT,
+    Run,
+    environment,
+    load_run,
+    open_run,
+    saved_tokenizer,
+    write_json,
+)
 from gptjax.sharding import configure_cpu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
@@ -41,7 +51,6 @@ from gptjax.training.losses import token_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
 
-FAMILIES = ("decoder", "recurrent")
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
     data=DataConfig(),
@@ -50,32 +59,59 @@ DEFAULTS = ExperimentConfig(
 )
 
 
-def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
-    """From a config to a directory with a trained model in it."""
-    if config.model.family not in FAMILIES:
+def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
+    """Train a model that predicts the next token, and let it write."""
+    train(config, out, overwrite, objectives=("causal",), show=show)
+    print(f'Next: python -m gptjax sample {out} --prompt "The "')
+
+
+def train(
+    config: ExperimentConfig,
+    out: Path,
+    overwrite: bool,
+    *,
+    objectives: tuple[str, ...],
+    show: Callable[[Run, Sources, Path], str],
+) -> None:
+    """From a config to a directory with a trained model in it, and what `show` makes of that."""
+    if config.data.objective not in objectives:
         raise InputError(
-            f"TransformerConfig.family is {config.model.family!r}: "
-            f"this experiment predicts the next token, with {' or '.join(FAMILIES)}."
+            f"data.objective is {config.data.objective!r}: this experiment is for "
+            f"{' or '.join(objectives)}."
         )
-    text = read_text(config.data.path)
-    tokenizer = train_tokenizer(config.data.tokenizer, text)
-    config = with_vocabulary(config, tokenizer.vocab_size)
-    corpus = tokenize(text, tokenizer, config.data, config.model.context)
-    if open_run(out, config, tokenizer, corpus.fingerprint, overwrite=overwrite):
+    sources = open_sources(config.data)
+    tokenizer = saved_tokenizer(out, config.data, sources.fingerprint)
+    tokenizer = tokenizer or learn_tokenizer(config.data, sources)
+    corpus = open_corpus(sources, tokenizer, config.data, config.model)
+    config = with_vocabulary(config, corpus.vocabulary.size)
+    if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
         print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
         return
 
     cost = ledger(config.model)
     configure_cpu(cost.parameters)
     peak = peak_flops()
-    print(f"{cost.parameters:,} parameters, {len(corpus.train):,} training tokens.")
+    print(f"{cost.parameters:,} parameters; training on {training_size(corpus)}.")
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
 
     graphdef, params = split(build(config.model, rngs=nnx.Rngs(config.train.seed)))
     learning_rate = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
-    sizes = {"context": config.model.context, "batch_size": config.train.batch_size}
+    order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
+    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    if config.data.on_the_fly:
+        batches = streamed_batches(
+            sources,
+            tokenizer,
+            corpus.vocabulary,
+            config.data,
+            config.model.context,
+            **order,
+            **hosts,
+        )
+    else:
+        batches = training_batches(corpus.train, config.data.weights, **order, **hosts)
     with (
         Checkpoints(out / CHECKPOINTS) as checkpoints,
         open_writers(out, config.train.steps, checkpoints.last_step or 0) as writers,
@@ -92,8 +128,8 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
                 router_z_loss=config.train.router_z_loss,
             ),
             optimizer=build_optimizer(config.optimizer, config.train.steps),
-            batches=training_batches(corpus.train, seed=config.train.seed, **sizes),
-            validation=evaluation_batches(corpus.validation, **sizes),
+            batches=batches,
+            validation=EvaluationBatches(corpus.validation, config.train.batch_size),
             checkpoints=checkpoints,
             writers=writers,
             describe=lambda step, tokens_per_second: {
@@ -101,17 +137,27 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
                 "mfu": tokens_per_second * cost.training_flops / peak.flops,
             },
         )
-    show(load_run(out), corpus, out)
-    write_json(out / RESULT, result(config, corpus, fitted))
-    print(summary(config, corpus, fitted, out))
+    plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
+    told = show(load_run(out), sources, out)
+    reached = result(config, corpus, fitted)
+    write_json(out / RESULT, reached)
+    print(
+        f"{summary(reached)}\nIn {out}: loss.png, {told}, result.json, metrics.jsonl, "
+        f"tensorboard/, checkpoints/."
+    )
 
 
-def show(run: Run, corpus: Corpus, out: Path) -> None:
-    """Write the run's pictures and samples, by its best checkpoint."""
-    line = first_line(run.tokenizer.decode(corpus.validation))
+def training_size(corpus: Corpus) -> str:
+    """How much there is to train on."""
+    rows = sum(len(source) for bucket in corpus.train for source in bucket.sources)
+    return f"{corpus.train_tokens:,} tokens in {rows:,} rows" if rows else "text as it is read"
+
+
+def show(run: Run, sources: Sources, out: Path) -> str:
+    """Write the run's attention and samples, by its best checkpoint."""
+    line = first_line(sources.validation[0][0])
     sentence = run.tokenizer.encode(line)[: min(40, run.config.model.context)]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
-    plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
     if run.config.model.family == "decoder":
         output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
         weights = np.array(output.captured["attention"][:, 0])
@@ -129,6 +175,7 @@ def show(run: Run, corpus: Corpus, out: Path) -> None:
     samples = np.concatenate([prompts, np.stack(list(tokens), axis=1)], axis=1)
     texts = ["".join(stream_text(run.tokenizer, sample)) for sample in samples]
     (out / "samples.txt").write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
+    return "attention.png, samples.txt" if run.config.model.family == "decoder" else "samples.txt"
 
 
 def first_line(text: str, least: int = 24, most: int = 40) -> str:
@@ -140,32 +187,32 @@ def first_line(text: str, least: int = 24, most: int = 40) -> str:
 def result(config: ExperimentConfig, corpus: Corpus, fitted: Fit) -> dict:
     """The line that a run comes down to."""
     progress = fitted.progress
-    return {
+    reached = {
         "final_validation_loss": progress.last_loss,
-        "final_bits_per_byte": bits_per_byte(corpus, progress.last_loss),
         "best_validation_loss": progress.best_loss,
-        "best_bits_per_byte": bits_per_byte(corpus, progress.best_loss),
         "best_step": progress.best_step,
         "parameters": ledger(config.model).parameters,
-        "tokens_seen": progress.step * config.train.batch_size * config.model.context,
+        "tokens_seen": progress.tokens,
         "wall_seconds": progress.seconds,
         "compile_seconds": fitted.compile_seconds,
         **environment(),
     }
+    if corpus.predicted:
+        for name in ("final", "best"):
+            loss = reached[f"{name}_validation_loss"]
+            reached[f"{name}_bits_per_byte"] = bits_per_byte(corpus.predicted, loss)
+    return reached
 
 
-def summary(config: ExperimentConfig, corpus: Corpus, fitted: Fit, out: Path) -> str:
-    """What was reached, where it lies, and what to do next."""
-    best = fitted.progress.best_loss
-    pictures = "loss.png, attention.png" if config.model.family == "decoder" else "loss.png"
+def summary(reached: dict) -> str:
+    """How far it came."""
+    bits = reached.get("best_bits_per_byte")
     return (
-        f"Validation loss {best:.4f} nats a token, {bits_per_byte(corpus, best):.3f} bits a byte, "
-        f"at step {fitted.progress.best_step}; {fitted.progress.seconds:.0f} s.\n"
-        f"In {out}: {pictures}, samples.txt, result.json, metrics.jsonl, "
-        f"tensorboard/, checkpoints/.\n"
-        f'Next: python -m gptjax sample {out} --prompt "The "'
+        f"Validation loss {reached['best_validation_loss']:.4f} nats a token"
+        f"{f', {bits:.3f} bits a byte' if bits else ''}, at step {reached['best_step']}; "
+        f"{reached['wall_seconds']:.0f} s."
     )
 
 
 if __name__ == "__main__":
-    run_experiment(train, {"quickstart": DEFAULTS}, "runs/quickstart", __doc__)
+    run_experiment(quickstart, {"quickstart": DEFAULTS}, "runs/quickstart", __doc__)

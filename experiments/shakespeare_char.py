@@ -1,7 +1,7 @@
 """Character-level Tiny Shakespeare: nanoGPT's small benchmark, and the fastest way we know to it.
 
-    python experiments/shakespeare_char.py --preset cpu --data.path .../tinyshakespeare/input.txt
-    python experiments/shakespeare_char.py --preset fast --data.path .../tinyshakespeare/input.txt
+    python experiments/shakespeare_char.py --preset cpu --data.source .../tinyshakespeare/input.txt
+    python experiments/shakespeare_char.py --preset fast --data.source .../tinyshakespeare/input.txt
 
 First 90% of the characters train, the last 10% validate, all of them at every evaluation.
 
@@ -11,7 +11,7 @@ Seconds are the whole run's, 2 to 3 of them compilation, both on the same 2 core
 Python 3.11, jax 0.10.2); experiments/README.md has what was tried on the way.
 """
 
-from quickstart import train
+from quickstart import quickstart
 
 from gptjax.cli import run_experiment
 from gptjax.config import (
@@ -55,4 +55,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    run_experiment(train, PRESETS, "runs/shakespeare_char", __doc__)
+    run_experiment(quickstart, PRESETS, "runs/shakespeare_char", __doc__)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from gptjax.config import ExperimentConfig, InputError, differences, from_dict, to_dict
+from gptjax.config import DataConfig, ExperimentConfig, InputError, differences, from_dict, to_dict
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import State
@@ -78,6 +78,19 @@ def open_run(
     except OSError as error:
         raise InputError(f"--out: cannot write {directory}: {error.strerror}.") from error
     return False
+
+
+def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Tokenizer | None:
+    """The tokenizer of the run in `directory`, if it was learnt or read for the same text.
+
+    So a run that is resumed does not learn it again, nor ask for the files that it was read from.
+    """
+    if not (directory / CONFIG).exists():
+        return None
+    saved = _read_config(directory)
+    same = saved.get("data_sha256") == fingerprint
+    same = same and saved["config"]["data"]["tokenizer"] == data.tokenizer
+    return load_tokenizer(directory) if same else None
 
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from gptjax.config.dictionaries import differences, from_dict, to_dict
 from gptjax.config.experiment import (
     DataConfig,
     ExperimentConfig,
+    Objective,
     OptimizerConfig,
+    Packing,
     TrainConfig,
     with_vocabulary,
 )
@@ -19,7 +21,9 @@ __all__ = [
     "DataConfig",
     "ExperimentConfig",
     "InputError",
+    "Objective",
     "OptimizerConfig",
+    "Packing",
     "TrainConfig",
     "TransformerConfig",
     "differences",

@@ -8,6 +8,12 @@ from gptjax.config.checks import check, check_minimum, check_types
 from gptjax.config.model import TransformerConfig
 
 
+Objective = Literal[
+    "causal", "masked_lm", "next_sentence", "sequence_to_sequence", "prefix", "span_corruption"
+]
+Packing = Literal["split", "first_fit"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it becomes tokens."""
@@ -28,17 +34,10 @@ class DataConfig:
     tokenizer: str = "bytes"
     """bytes or characters; learnt from the text: sentencepiece:SIZE, unigram:SIZE, bpe:SIZE; read:
     gpt2:PATH, gpt1:PATH, wordpiece:PATH, huggingface:PATH, sentencepiece:FILE.model."""
-    objective: Literal[
-        "causal",
-        "masked_lm",
-        "next_sentence",
-        "sequence_to_sequence",
-        "prefix",
-        "span_corruption",
-    ] = "causal"
+    objective: Objective = "causal"
     """What is predicted: the next token; masked ones, for next_sentence in pairs of segments; the
     target; or, of the same text, what follows a beginning or fills what was taken out."""
-    packing: Literal["split", "first_fit"] = "split"
+    packing: Packing = "split"
     """Rows of documents one after another, or side by side and unseen by each other."""
     mask_rate: float = 0.15
     """masked_lm, next_sentence, span_corruption: share of the tokens that is hidden."""

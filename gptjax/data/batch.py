@@ -47,11 +47,6 @@ class Batch(NamedTuple):
         """The batch with each of its arrays changed."""
         return Batch._make(None if array is None else function(array) for array in self)
 
-    @property
-    def size(self) -> int:
-        """Places for tokens, those of the source among them."""
-        return self.tokens.size + (0 if self.source is None else self.source.size)
-
     def inputs(self) -> "dict[str, Array]":
         """What the model is given beside the tokens, under its own names for it."""
         given = {name: getattr(self, name) for name in INPUTS}

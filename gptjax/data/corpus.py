@@ -15,7 +15,6 @@ from gptjax.data.cache import TokenStore, open_store
 from gptjax.data.rows import (
     Bucket,
     bucket_lengths,
-    check_objective,
     objective_vocabulary,
     pair_lengths,
     pair_rows,
@@ -65,10 +64,15 @@ class Corpus(NamedTuple):
     """Rows that are never trained on."""
     vocabulary: Vocabulary
     """The tokenizer's, and what the objective needs beside it."""
-    train_tokens: int
-    """Of all sources, targets included; 0 where they are not known yet."""
+    stores: list[TokenStore]
+    """The tokens that train, of each source and then of each target."""
     predicted: Predicted | None
     """Of the validation part; None where the objective does not predict a text from end to end."""
+
+    @property
+    def train_tokens(self) -> int:
+        """How many tokens there are to train on; 0 where nobody knows yet."""
+        return sum(len(store.tokens) for store in self.stores)
 
 
 def open_sources(data: DataConfig) -> Sources:
@@ -123,8 +127,7 @@ def open_corpus(
       InputError: an objective that the model cannot be asked, a part that fills no row, and what
         `open_store` raises.
     """
-    check_objective(data, model)
-    words = objective_vocabulary(data, model.context, tokenizer)
+    words = objective_vocabulary(data, model, tokenizer)
     with _cache_directory(data.cache) as directory:
 
         def stores(part: Iterable[Documents]) -> list[TokenStore]:
@@ -149,8 +152,7 @@ def open_corpus(
     predicted = None
     if data.objective == "causal":
         predicted = _predicted(validation, tokenizer, whole=data.packing == "split")
-    train_tokens = sum(len(store.tokens) for store in [*train, *targets])
-    return Corpus(train_rows, validation_rows, words, train_tokens, predicted)
+    return Corpus(train_rows, validation_rows, words, [*train, *targets], predicted)
 
 
 class Text:
@@ -246,9 +248,7 @@ def _check_rows(
             )
 
 
-def _predicted(
-    stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: bool
-) -> Predicted:
+def _predicted(stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: bool) -> Predicted:
     """What an evaluation predicts: all but the first token, of each source or of each document."""
     tokens = size = 0
     for store in stores:

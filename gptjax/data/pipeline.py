@@ -39,10 +39,10 @@ def bits_per_byte(predicted: Predicted, loss: float) -> float:
 
 def training_batches(
     buckets: Sequence[Bucket],
+    weights: Sequence[float] = (),
     *,
     batch_size: int,
     seed: int,
-    weights: Sequence[float] = (),
     host: int = 0,
     hosts: int = 1,
 ) -> grain.DatasetIterator:
@@ -56,9 +56,9 @@ def training_batches(
 
     Args:
       buckets: from a `Corpus`.
+      weights: share of each source.
       batch_size: rows of a batch, of all hosts together.
       seed: of the order, and of what the objective draws.
-      weights: share of each source.
       host: the number of this one.
       hosts: how many there are; a divisor of `batch_size`.
 
@@ -84,8 +84,8 @@ def streamed_batches(
     tokenizer: Tokenizer,
     words: Vocabulary,
     data: DataConfig,
-    *,
     context: int,
+    *,
     batch_size: int,
     seed: int,
     host: int = 0,

@@ -60,12 +60,7 @@ class Window(NamedTuple):
     """Tokens that the next row reads once more."""
 
 
-def check_objective(data: DataConfig, model: TransformerConfig) -> None:
-    """A model of a family that can be asked `data.objective`.
-
-    Raises:
-      InputError: another one, or one that lacks what the objective needs.
-    """
+def _check_objective(data: DataConfig, model: TransformerConfig) -> None:
     families = FAMILIES[data.objective]
     if model.family not in families:
         fitting = [name for name, fits in FAMILIES.items() if model.family in fits]
@@ -82,15 +77,22 @@ def check_objective(data: DataConfig, model: TransformerConfig) -> None:
         )
 
 
-def objective_vocabulary(data: DataConfig, context: int, tokenizer: Tokenizer) -> Vocabulary:
-    """The tokenizer's tokens, and those that the objective needs beside them."""
+def objective_vocabulary(
+    data: DataConfig, model: TransformerConfig, tokenizer: Tokenizer
+) -> Vocabulary:
+    """The tokenizer's tokens, and those that the objective needs beside them.
+
+    Raises:
+      InputError: a model that cannot be asked `data.objective`.
+    """
+    _check_objective(data, model)
     if data.objective == "causal":
         return vocabulary(tokenizer, ())
     if data.objective in ("masked_lm", "next_sentence"):
         return vocabulary(tokenizer, ("begin", "end", "mask"))
     sentinels = 0
     if data.objective == "span_corruption":
-        length = window(data, context).length
+        length = window(data, model.context).length
         source_length, target_length = span_lengths(length, data.mask_rate, data.mean_span)
         # A span is a sentinel in both, and the target has one more behind the last.
         sentinels = (source_length + target_length - length + 1) // 2
@@ -174,9 +176,7 @@ def masked_row(
         rate=rate,
         frozen=packed.documents == 0,
     )
-    return Batch(
-        inputs, targets, weights, documents=packed.documents, positions=packed.positions
-    )
+    return Batch(inputs, targets, weights, documents=packed.documents, positions=packed.positions)
 
 
 def pair_row(

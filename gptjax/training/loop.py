@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -32,6 +32,18 @@ from gptjax.training.step import (
 )
 
 
+class Batches(Protocol):
+    """A known number of batches, made when they are asked for."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Batch:
+        """One of them."""
+        ...
+
+
 class Diverged(RuntimeError):
     """The loss or its gradient is not finite; the message is one sentence for the user."""
 
@@ -50,6 +62,8 @@ class Progress:
     """What the loop remembers across restarts, saved with every checkpoint."""
 
     step: int = 0
+    tokens: int = 0
+    """Places of all batches so far; of an encoder-decoder those of the targets."""
     data: dict[str, Any] = field(default_factory=dict)
     """The data iterator's position."""
     best_loss: float = math.inf
@@ -138,7 +152,8 @@ def fit(
             if late is not None:
                 logger.log(*late, state)
             late = (progress.step, metrics)
-            logger.tokens += batch.size
+            progress.tokens += batch.tokens.size
+            logger.tokens += batch.tokens.size
 
             ends = progress.step == config.steps
             evaluates = ends or progress.step % config.eval_every == 0
@@ -173,8 +188,8 @@ def _evaluator(step: EvalStep, batches: Batches) -> Callable[[Any], float]:
         As in training, a batch is fetched while the next one runs, and no more than two run.
         """
         total, weight, late = 0.0, 0.0, None
-        for batch in [*batches, None]:
-            running = None if batch is None else step(params, batch)
+        for number in range(len(batches) + 1):
+            running = step(params, batches[number]) if number < len(batches) else None
             if late is not None:
                 total, weight = total + float(late.cross_entropy), weight + float(late.weight)
             late = running

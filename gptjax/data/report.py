@@ -1,0 +1,189 @@
+"""What a run will see of its data, for a person: `python -m gptjax data`."""
+
+import itertools
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from rich.cells import cell_len
+
+from gptjax.data.batch import Batch
+from gptjax.data.corpus import Corpus, Sources
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.vocabulary import Vocabulary
+
+SECONDS = 1.0
+"""How long batches are made to see how fast that goes."""
+SHOWN_BATCHES, SHOWN_ROWS = 3, 2
+WIDTH = 96
+"""Columns of a drawn row, before it goes on below."""
+BAR = 40
+"""The longest bar of the histogram."""
+INVISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def report(
+    sources: Sources,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    batches: Iterator[Batch],
+    *,
+    opening_seconds: float,
+) -> Iterator[str]:
+    """Lines about the training part: sizes, lengths, batches as they come, speed."""
+    yield from _sizes(sources, corpus)
+    if opening_seconds >= 1:
+        speed = corpus.train_tokens / opening_seconds
+        yield f"  opened in {opening_seconds:.1f} s, {speed:,.0f} tokens/s"
+    yield from _lengths(corpus)
+    shown = list(itertools.islice(batches, SHOWN_BATCHES))
+    yield from _rows(corpus, shown[0])
+    for number, batch in enumerate(shown):
+        for row in range(min(SHOWN_ROWS, len(batch.tokens))):
+            yield f"batch {number}, row {row}"
+            yield from drawn(batch, row, tokenizer, corpus.vocabulary)
+    yield from _speed(batches)
+
+
+def _sizes(sources: Sources, corpus: Corpus) -> Iterator[str]:
+    columns = ("documents", "empty", "bytes", "tokens", "tokens/byte")
+    names = [documents.name for documents in [*sources.train, *sources.train_targets]]
+    width = max(map(len, names))
+    yield f"{'trained on':<{width}}" + "".join(f"{column:>16}" for column in columns)
+    for name, store in zip(names, corpus.stores, strict=True):
+        empty = int((store.lengths == 0).sum())
+        numbers = (len(store.lengths), empty, store.bytes, len(store.tokens))
+        cells = [f"{number:,}" for number in numbers]
+        cells.append(f"{len(store.tokens) / store.bytes:.4f}")
+        yield f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _lengths(corpus: Corpus) -> Iterator[str]:
+    """How many documents have how many tokens, by powers of two."""
+    lengths = np.concatenate([store.lengths for store in corpus.stores])
+    powers, counts = np.unique(
+        np.floor(np.log2(lengths[lengths > 0])).astype(int), return_counts=True
+    )
+    yield "tokens a document"
+    for power, count in zip(powers.tolist(), counts.tolist(), strict=True):
+        bar = "█" * max(1, round(BAR * count / counts.max()))
+        yield f"  {2**power:>11,} to {2 ** (power + 1) - 1:<11,} {count:>11,}  {bar}"
+
+
+def _rows(corpus: Corpus, batch: Batch) -> Iterator[str]:
+    """How many rows there are, and of which lengths."""
+    for bucket in corpus.train:
+        rows = sum(map(len, bucket.sources))
+        if rows:
+            row = bucket.finish(
+                next(source for source in bucket.sources if len(source))[0],
+                np.random.default_rng(0),
+            )
+            lengths = f"{len(row.tokens)} tokens"
+            if row.source is not None:
+                lengths = f"{len(row.source)} tokens, and {lengths} of the target"
+            steps = rows / len(batch.tokens)
+            yield f"{rows:,} rows of {lengths}; an epoch is {steps:,.1f} batches"
+    if corpus.stores and batch.source is not None and len(corpus.train) > 1:
+        pairs = sum(len(store.lengths) for store in corpus.stores) // 2
+        rows = sum(len(source) for bucket in corpus.train for source in bucket.sources)
+        yield f"{pairs - rows:,} of {pairs:,} pairs left out: empty, or longer than the context"
+
+
+def _speed(batches: Iterator[Batch]) -> Iterator[str]:
+    start = time.perf_counter()
+    places = used = predicted = 0
+    while time.perf_counter() - start < SECONDS:
+        batch = next(batches)
+        for filled in _filled(batch):
+            places, used = places + filled.size, used + int(filled.sum())
+        predicted += int((batch.weights > 0).sum())
+    seconds = time.perf_counter() - start
+    yield (
+        f"{used / places:.1%} of the places hold tokens, {predicted / places:.1%} are predicted; "
+        f"{places / seconds:,.0f} places/s from {seconds:.1f} s of batches"
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    yield f"peak memory {peak / 2**20:,.0f} MiB"
+
+
+def _filled(batch: Batch) -> list[np.ndarray]:
+    """Where there are tokens, in the arrays that have places for them."""
+    if batch.source_valid is not None:
+        return [np.asarray(batch.source_valid), np.asarray(batch.weights) > 0]
+    if batch.documents is not None:
+        return [np.asarray(batch.documents) > 0]
+    valid = batch.weights if batch.valid is None else batch.valid
+    return [np.asarray(valid) > 0]
+
+
+def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> Iterator[str]:
+    """A row of a batch: its tokens, and below each what else is known of it.
+
+    A `^` is under a token whose target counts in the loss; documents and segments are numbers, of
+    which the last digit is shown; padding is not drawn.
+    """
+    if batch.source is not None and batch.source_valid is not None:
+        read = int(np.sum(batch.source_valid[row]))
+        yield from _lines(
+            [_label(token, tokenizer, words) for token in batch.source[row][:read]],
+            {},
+            name="source",
+        )
+    used = int(np.sum(_filled(batch)[-1][row]))
+    labels = [_label(token, tokenizer, words) for token in batch.tokens[row][:used]]
+    marks: dict[str, Sequence[str]] = {
+        "predicted": ["^" if weight else " " for weight in batch.weights[row][:used]]
+    }
+    for name in ("documents", "segments"):
+        values = getattr(batch, name)
+        if values is not None:
+            marks[name] = [str(value % 10) for value in values[row][:used]]
+    yield from _lines(labels, marks, name="tokens")
+    masked = batch.source is None and bool(np.any(batch.weights[row][:used] == 0))
+    if masked:
+        hidden = [
+            _label(token, tokenizer, words)
+            for token, weight in zip(batch.targets[row], batch.weights[row], strict=True)
+            if weight
+        ]
+        yield f"  {'targets':<10}{' '.join(hidden)}"
+    if batch.next_sentence is not None:
+        yield f"  {'next':<10}{'another text' if batch.next_sentence[row] else 'it follows'}"
+
+
+def _lines(labels: Sequence[str], marks: dict[str, Sequence[str]], *, name: str) -> Iterator[str]:
+    """Tokens side by side, wrapped, with their marks below them."""
+    widths = [cell_len(label) for label in labels]
+    starts, filled = [0], 0
+    for index, width in enumerate(widths):
+        if filled + width > WIDTH and filled:
+            starts.append(index)
+            filled = 0
+        filled += width
+    for first, last in itertools.pairwise([*starts, len(labels)]):
+        yield f"  {name:<10}{''.join(labels[first:last])}"
+        for mark, values in marks.items():
+            line = "".join(
+                value * width
+                for value, width in zip(values[first:last], widths[first:last], strict=True)
+            )
+            yield f"  {mark:<10}{line}".rstrip()
+
+
+def _label(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:
+    """A token's text on one line; of a special token its meaning."""
+    token = int(token)
+    for name in ("begin", "end", "mask"):
+        if token == getattr(words, name):
+            return f"[{name}]"
+    if token in words.sentinels:
+        return f"[{words.sentinels.index(token)}]"
+    if words.special[token]:
+        return "[end]" if token == tokenizer.end_token else f"[{token}]"
+    text = tokenizer.decode([token])
+    text = "".join(INVISIBLE.get(character, character) for character in text)
+    return "".join(character if character.isprintable() else "�" for character in text) or "�"
