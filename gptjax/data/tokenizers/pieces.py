@@ -12,6 +12,7 @@ import numpy as np
 
 from gptjax.config import InputError
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
 MODEL_TYPES = {"sentencepiece": "bpe", "unigram": "unigram"}
 """What the kinds of `data.tokenizer` are called in SentencePiece."""
@@ -25,6 +26,15 @@ _RESERVED = re.compile("([\0▁])")
 
 # Full-width, doubled and leading characters, of which other models than ours change some.
 _PROBE = " ａ  b"
+
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """What `piece` stands for in the text: a byte by itself is written <0x..>, a space ▁."""
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode("utf-8")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -131,6 +141,10 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode_pieces(
             [pieces[token] if token < known else REPLACEMENT for token in tokens]
         )
+
+    def word_edges(self) -> WordEdges:
+        """Which pieces join which in a word."""
+        return edges_of_text(map(bytes_of_piece, self._pieces))
 
     def save(self) -> bytes:
         """The SentencePiece model file."""

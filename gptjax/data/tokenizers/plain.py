@@ -7,6 +7,7 @@ import numpy as np
 
 from gptjax.config import InputError
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
 NO_BYTE = 0xFF
 """Never occurs in UTF-8, so it decodes to U+FFFD."""
@@ -25,6 +26,10 @@ class ByteTokenizer(Tokenizer):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of bytes [T]."""
         return bytes(min(int(token), NO_BYTE) for token in tokens).decode("utf-8", "replace")
+
+    def word_edges(self) -> WordEdges:
+        """Which bytes join which in a word."""
+        return edges_of_text(bytes([byte]) for byte in range(self.vocab_size))
 
     def save(self) -> bytes:
         """Nothing is learnt, so nothing is kept."""
@@ -78,6 +83,11 @@ class CharacterTokenizer(Tokenizer):
         """The characters of places [T]."""
         known = self.vocab_size
         return "".join(self.characters[token] if token < known else REPLACEMENT for token in tokens)
+
+    def word_edges(self) -> WordEdges:
+        """Which characters join which in a word."""
+        # A text may have lone surrogates, which UTF-8 proper refuses.
+        return edges_of_text(one.encode("utf-8", "surrogatepass") for one in self.characters)
 
     def save(self) -> bytes:
         """The characters, as JSON."""

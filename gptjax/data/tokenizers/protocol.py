@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from gptjax.data.tokenizers.words import WordEdges
+
 REPLACEMENT = "\ufffd"
 """The character for what is no text."""
 
@@ -63,6 +65,13 @@ class Tokenizer(Protocol):
 
         So do the unknown token and ids past the vocabulary, as a model may have more rows than the
         tokenizer has tokens. The other special tokens have no text.
+        """
+        ...
+
+    def word_edges(self) -> WordEdges:
+        """Which tokens join which in a word, as words.py has it; computed anew at each call.
+
+        Of a special token it says nothing that counts.
         """
         ...
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import InputError
+from gptjax.data.tokenizers.pieces import bytes_of_piece
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
 SPECIAL = {
     "begin": ("<s>", "[CLS]"),
@@ -179,9 +181,51 @@ class SubwordTokenizer(Tokenizer):
         decoder = self._library.decoder
         return decoder.decode(pieces) if decoder else " ".join(pieces)
 
+    def word_edges(self) -> WordEdges:
+        """Which pieces join which in a word."""
+        content = json.loads(self._content)
+        prefix = content["model"].get("continuing_subword_prefix")
+        suffix = content["model"].get("end_of_word_suffix")
+        every = np.ones(self.vocab_size, bool)
+        if prefix:
+            return WordEdges(np.array([piece.startswith(prefix) for piece in self._pieces]), every)
+        if suffix:
+            # Whether a word ends in a character that is unknown is lost; most that are end there.
+            ends = (suffix, REPLACEMENT)
+            inner = np.array([not piece.endswith(ends) for piece in self._pieces])
+            return WordEdges(every, inner)
+        if _mentions(content, "ByteLevel"):
+            return edges_of_text(map(_bytes_of_byte_level, self._pieces))
+        return edges_of_text(map(bytes_of_piece, self._pieces))
+
     def save(self) -> bytes:
         """The tokenizer.json."""
         return self._content
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character by which byte-level BPE writes each byte, so that none of them is blank.
+
+    A byte that Latin-1 prints is that character; the others are those from U+0100 on, in order.
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted({*range(256)} - {*printed})
+    alphabet = {chr(byte): byte for byte in printed}
+    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTES = _byte_level_alphabet()
+
+
+def _bytes_of_byte_level(piece: str) -> bytes:
+    """The bytes that a piece of byte-level BPE stands for; none for another token's name."""
+    return bytes(_BYTES[character] for character in piece if character in _BYTES)
+
+
+def _mentions(content: dict[str, Any], step: str) -> bool:
+    """Whether `step` is among what a tokenizer.json does before or after its model."""
+    steps = [content.get("pre_tokenizer"), content.get("decoder")]
+    return f'"type": "{step}"' in json.dumps(steps)
 
 
 def _is_cuttable(content: dict[str, Any]) -> bool:
