@@ -217,6 +217,6 @@ sys.modules["jax"] = None  # An import of it fails.
 package = types.ModuleType("gptjax")
 package.__path__ = [str(Path.cwd() / "gptjax")]
 sys.modules["gptjax"] = package
-import gptjax.data.pipeline, gptjax.data.sources
+import gptjax.data.pipeline, gptjax.data.sources, gptjax.data.masking
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
