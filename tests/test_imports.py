@@ -217,6 +217,6 @@ sys.modules["jax"] = None  # An import of it fails.
 package = types.ModuleType("gptjax")
 package.__path__ = [str(Path.cwd() / "gptjax")]
 sys.modules["gptjax"] = package
-import gptjax.data.pipeline, gptjax.data.sources, gptjax.data.masking
+import gptjax.data.pipeline, gptjax.data.sources, gptjax.data.masking, gptjax.data.seq2seq
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
