@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax.config import InputError
 from gptjax.data.batch import Batch
 
 
@@ -18,7 +19,8 @@ class LossSums(NamedTuple):
     """Sums over the tokens of a batch."""
 
     loss: jax.Array
-    """What is minimised: cross-entropy with smoothing and z-loss, weighted. Nats."""
+    """What is minimised: cross-entropy with smoothing and z-loss, weighted, the losses of a mixture
+    of experts and the next sentence's. Nats."""
     cross_entropy: jax.Array
     """-log p(target), weighted. Nats."""
     weight: jax.Array
@@ -46,6 +48,10 @@ def token_loss(
 
     A decoder's targets are the tokens' successors (causal), an encoder's the tokens that were
     masked, an encoder-decoder's the target sentence (teacher forcing): the batch says which.
+    Where the batch has `next_sentence`, BERT's loss of it is added (Devlin et al. 2018, appendix
+    A.2: the sum of both means; here rows count as much as they have tokens to be found).
+
+    The loss raises `InputError` for such a batch and a model without the head.
 
     Args:
       graphdef: the model's structure.
@@ -71,13 +77,32 @@ def token_loss(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-        if output.router_losses is None:
+        # What is asked of a row as a whole counts as often as the row's tokens: divided by the
+        # weights it is a mean over the rows.
+        of_rows = []
+        if output.router_losses is not None:
+            router = output.router_losses
+            of_rows.append(balance_loss * router.balance + router_z_loss * router.z)
+        if batch.next_sentence is not None:
+            labels = jnp.asarray(batch.next_sentence)
+            of_rows.append(_next_sentence_loss(model, output.hidden, labels))
+        if not of_rows:
             return sums
-        router = output.router_losses
-        each = balance_loss * router.balance + router_z_loss * router.z
-        return sums._replace(loss=sums.loss + (each * batch.weights.sum(axis=1)).sum())
+        return sums._replace(loss=sums.loss + (sum(of_rows) * batch.weights.sum(axis=1)).sum())
 
     return loss
+
+
+def _next_sentence_loss(model: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+    """[B, T, D] and [B] → [B]: cross-entropy of whether the second segment follows the first."""
+    heads = model.config.encoder_heads
+    if heads != "pretraining":
+        raise InputError(
+            "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
+            f"'pretraining', and is {heads!r}."
+        )
+    log_probability = jax.nn.log_softmax(model.next_sentence_logits(hidden))
+    return -jnp.take_along_axis(log_probability, labels[:, None], axis=1)[:, 0]
 
 
 def cross_entropy(

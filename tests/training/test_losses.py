@@ -2,8 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
 
-from gptjax.training.losses import cross_entropy
+from gptjax import InputError, OptimizerConfig, TransformerConfig, build, split
+from gptjax.data.batch import Batch
+from gptjax.training.losses import cross_entropy, token_loss
+from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import compile_train_step, init_state
 
 TOKENS, WIDTH, VOCABULARY = 10, 6, 23
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -91,3 +97,89 @@ def test_chunks_bound_the_logits_that_exist(chunk, largest):
     assert f"tensor<{largest}x1000xf32>" in program
     assert ("tensor<400x1000xf32>" in program) == (chunk == 0)
     assert "tensor<8x50x1000xf32>" not in program
+
+
+BERT = TransformerConfig(
+    family="encoder", encoder_heads="pretraining", vocab_size=VOCABULARY, context=6, depth=1,
+    width=8, heads=2, segments=2,
+)  # fmt: skip
+ROWS = 8
+
+
+def pairs() -> Batch:
+    """Rows of two segments, with as many hidden tokens as their number; the last two have none."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(VOCABULARY, size=(2, ROWS, 6), dtype=np.int32)
+    weights = (np.arange(6) < [[1], [2], [3], [4], [5], [6], [0], [0]]).astype(np.float32)
+    labels = np.array([0, 1, 1, 0, 1, 0, 1, 1], np.int32)
+    valid, segments = np.arange(6) < 5, np.arange(6, dtype=np.int32) // 3
+    return Batch(
+        tokens[0], tokens[1], weights,
+        valid=np.tile(valid, (ROWS, 1)), segments=np.tile(segments, (ROWS, 1)),
+        next_sentence=labels,
+    )  # fmt: skip
+
+
+def test_the_next_sentences_loss_is_added_as_a_mean_over_rows():
+    graphdef, params = split(build(BERT, rngs=nnx.Rngs(0)))
+    batch = pairs()
+    for layer in ("pooler", "next_sentence"):
+        params[layer]["kernel"] *= 30  # As initialised, both answers are almost equally likely.
+    loss = jax.jit(token_loss(graphdef), static_argnums=2)
+    sums = loss(params, batch, None)
+    masked = loss(params, batch._replace(next_sentence=None), None)
+    # By hand, from the head's weights: BERT's pooler is tanh of a layer of the first token.
+
+    @jax.jit
+    def hidden_of(params, batch):
+        return nnx.merge(graphdef, params).hidden(batch.tokens, **batch.inputs()).hidden
+
+    hidden = np.asarray(hidden_of(params, batch))
+    pooler, head = params["pooler"], params["next_sentence"]
+    pooled = np.tanh(hidden[:, 0] @ pooler["kernel"] + pooler["bias"])
+    logits = pooled @ np.asarray(head["kernel"]) + head["bias"]
+    assert batch.next_sentence is not None
+    other = logits[np.arange(ROWS), 1 - batch.next_sentence]
+    each = np.log1p(np.exp(other - logits[np.arange(ROWS), batch.next_sentence]))
+    rows = np.arange(1, 7)
+    expected = (each[:6] * rows).sum() / rows.sum()
+    np.testing.assert_allclose((sums.loss - masked.loss) / sums.weight, expected, rtol=1e-4)
+    assert sums.cross_entropy == masked.cross_entropy == masked.loss
+    assert sums.weight == masked.weight == rows.sum()
+
+
+def test_the_next_sentences_loss_adds_up_over_parts_and_devices():
+    graphdef, params = split(build(BERT, rngs=nnx.Rngs(0)))
+    # The rows are in such an order that those without hidden tokens are a part of their own.
+    optimizer = build_optimizer(OptimizerConfig(), steps=1000)
+    found = []
+    for accumulate, devices in ((1, 1), (2, 2)):
+        devices_used = jax.devices()[:devices]
+        mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=devices_used)
+        state = init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
+        step = compile_train_step(
+            token_loss(graphdef), optimizer, state, pairs(), mesh, accumulate=accumulate
+        )
+        found.append(jax.device_get(step(state, pairs())[1]))
+    assert found[0].leaf_norms["next_sentence"]["kernel"] > 0
+    jax.tree.map(
+        lambda first, second: np.testing.assert_allclose(first, second, rtol=2e-4, atol=1e-6),
+        *found,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads"), [({"encoder_heads": "masked_lm"}, "masked_lm"), ({}, "none")]
+)
+def test_a_model_without_the_next_sentences_head_refuses_in_one_sentence(changes, heads):
+    family = "encoder" if changes else "decoder"
+    config = TransformerConfig(
+        family=family, vocab_size=VOCABULARY, context=6, depth=1, width=8, heads=2, **changes
+    )
+    graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(InputError) as error:
+        jax.eval_shape(token_loss(graphdef), params, pairs()._replace(segments=None), None)
+    assert str(error.value) == (
+        "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
+        f"'pretraining', and is '{heads}'."
+    )
