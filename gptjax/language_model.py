@@ -75,12 +75,14 @@ class LanguageModel(nnx.Module):
         tokens: jax.Array,
         *,
         start: jax.Array | int = 0,
+        positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Tokens [B, T], the first at place `start` of its sequence → [B, T, D]."""
+        """Tokens [B, T] at `positions` [B, T], or else from place `start` on → [B, T, D]."""
         config = self.config
-        positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
+        if positions is None:
+            positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
         x = self.embedding(tokens)
         if config.embedding_scaled:
             x *= math.sqrt(config.width)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import TransformerConfig
+from gptjax.config import InputError, TransformerConfig
 from gptjax.language_model import LanguageModel
 from gptjax.layers.block import CROSS_CAPTURES
 from gptjax.layers.dropout import split_key
@@ -55,6 +55,8 @@ class Decoder(LanguageModel):
         tokens: jax.Array,
         *,
         valid: jax.Array | None = None,
+        documents: jax.Array | None = None,
+        positions: jax.Array | None = None,
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
@@ -67,6 +69,9 @@ class Decoder(LanguageModel):
           tokens: [B, T].
           valid: [B, T], False at padding, which no token looks at; not with a cache, where places
             after a query are hidden anyway.
+          documents: [B, T], which of its row's documents each token is of, where rows are packed;
+            a token looks only at its own, padding (0) at padding. Not with a cache.
+          positions: [B, T], the place of each token in its document; None counts from `start`.
           cache: from `empty_cache`, for decoding; None attends within `tokens` alone.
           start: the place of the first token in its sequence, a number or [B].
           key: dropout key; None drops nothing.
@@ -74,13 +79,16 @@ class Decoder(LanguageModel):
           layers: see `BlockStack`.
 
         Raises:
-          InputError: more tokens than `context`, or an unknown name in `capture`.
+          InputError: more tokens than `context`, an unknown name in `capture`, or documents with
+            a cache or for compressed attention.
         """
         self._check(tokens, capture)
         embedding_key, stack_key = split_key(key, 2)
         return self.decoder(
-            self.embed(tokens, start=start, key=embedding_key),
+            self.embed(tokens, start=start, positions=positions, key=embedding_key),
             valid=valid if cache is None else None,
+            documents=documents,
+            positions=positions,
             cache=cache,
             start=start,
             key=stack_key,
@@ -118,6 +126,8 @@ class Encoder(LanguageModel):
         *,
         valid: jax.Array | None = None,
         segments: jax.Array | None = None,
+        documents: jax.Array | None = None,
+        positions: jax.Array | None = None,
         key: jax.Array | None = None,
         capture: Collection[str] = (),
     ) -> StackOutput:
@@ -127,16 +137,25 @@ class Encoder(LanguageModel):
           tokens: [B, T].
           valid: [B, T], False at padding, which no token looks at.
           segments: [B, T], which segment each token is of; None is the first.
+          documents: as `Decoder.hidden`.
+          positions: [B, T], the place of each token in its document; None counts from 0.
           key: dropout key; None drops nothing.
           capture: intermediates to return, from `CAPTURES`.
 
         Raises:
-          InputError: more tokens than `context`, or an unknown name in `capture`.
+          InputError: more tokens than `context`, an unknown name in `capture`, or documents for
+            compressed attention.
         """
         self._check(tokens, capture)
         embedding_key, stack_key = split_key(key, 2)
-        x = self.embed(tokens, segments=segments, key=embedding_key)
-        return self.encoder(x, valid=valid, key=stack_key, capture=capture)
+        return self.encoder(
+            self.embed(tokens, positions=positions, segments=segments, key=embedding_key),
+            valid=valid,
+            documents=documents,
+            positions=positions,
+            key=stack_key,
+            capture=capture,
+        )
 
     def readout(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → [..., D]: what BERT does before its masked-LM head (its released code)."""
@@ -183,6 +202,8 @@ class EncoderDecoder(LanguageModel):
         source: jax.Array | None = None,
         source_valid: jax.Array | None = None,
         valid: jax.Array | None = None,
+        documents: jax.Array | None = None,
+        positions: jax.Array | None = None,
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
@@ -195,11 +216,17 @@ class EncoderDecoder(LanguageModel):
           tokens: [B, T], of the target.
           source: [B, S]; not needed with a cache, which holds what is read of it.
           source_valid: [B, S], False at padding.
+          documents, positions: taken for the other families' sake, and refused.
           valid, cache, start, key, capture, layers: as `Decoder.hidden`.
 
         Raises:
-          InputError: more tokens than `context`, or an unknown name in `capture`.
+          InputError: more tokens than `context`, an unknown name in `capture`, or packed rows.
         """
+        if documents is not None or positions is not None:
+            raise InputError(
+                "An encoder-decoder takes one document a row: its batches have no `documents` and "
+                "no `positions`."
+            )
         self._check(tokens, capture, CROSS_CAPTURES)
         encoder_key, embedding_key, stack_key = split_key(key, 3)
         memory = None
@@ -241,6 +268,8 @@ class Recurrent(LanguageModel):
         tokens: jax.Array,
         *,
         valid: jax.Array | None = None,
+        documents: jax.Array | None = None,
+        positions: jax.Array | None = None,
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
@@ -252,6 +281,9 @@ class Recurrent(LanguageModel):
         Args:
           tokens: [B, T].
           valid: [B, T], False at padding, which leaves the state as it is.
+          documents: [B, T], which of its row's documents each token is of, where rows are packed;
+            the state is forgotten where another begins.
+          positions: as `start`.
           cache: the state after the tokens before; None begins anew.
           start: taken for the other decoders' sake; a recurrent state knows no places.
           key: dropout key; None drops nothing.
@@ -266,9 +298,14 @@ class Recurrent(LanguageModel):
         embedding_key, layers_key = split_key(key, 2)
         x = self.embed(tokens, key=embedding_key)
         graphdef, params = nnx.split(self.layers, nnx.Param)
+        begins = None
+        if documents is not None:
+            begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
 
         def run(_: int, params: Any, x: jax.Array, state: Any, key: jax.Array | None):
-            after, state = nnx.merge(graphdef, params)(x, state, valid=valid, key=key)
+            after, state = nnx.merge(graphdef, params)(
+                x, state, valid=valid, begins=begins, key=key
+            )
             return after, state, {"residual": x} if "residual" in capture else {}
 
         states = self.empty_cache(len(tokens)) if cache is None else cache

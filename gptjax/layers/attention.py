@@ -59,7 +59,12 @@ class KVCache(NamedTuple):
 
 
 def attention_mask(
-    distance: jax.Array, *, causal: bool, window: int = 0, valid: jax.Array | None = None
+    distance: jax.Array,
+    *,
+    causal: bool,
+    window: int = 0,
+    valid: jax.Array | None = None,
+    documents: jax.Array | None = None,
 ) -> jax.Array:
     """Who may look where, [B or 1, T, S].
 
@@ -68,10 +73,13 @@ def attention_mask(
       causal: whether later keys are hidden.
       window: distances of this and more are hidden; 0 hides none.
       valid: [B, S], False at keys that are padding.
+      documents: [B, S], S being T: which of a row's documents each token is of; others are hidden.
     """
     mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
     if window:
         mask &= jnp.abs(distance) < window
+    if documents is not None:
+        mask &= documents[:, :, None] == documents[:, None]
     return mask if valid is None else mask & valid[:, None]
 
 

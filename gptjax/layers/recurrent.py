@@ -45,6 +45,7 @@ class LSTM(nnx.Module):
         state: LSTMState,
         *,
         valid: jax.Array | None = None,
+        begins: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LSTMState]:
         """[B, T, D] and the state before → [B, T, D] and the state after.
@@ -53,6 +54,7 @@ class LSTM(nnx.Module):
           x: [B, T, D].
           state: from the tokens before.
           valid: [B, T], False at padding, which leaves the state as it is.
+          begins: [B, T], True where the state is forgotten before the token is read; None nowhere.
           key: dropout key; None drops nothing.
         """
         # All inputs in one product; only the recurrence itself goes token by token.
@@ -60,7 +62,9 @@ class LSTM(nnx.Module):
         kept = jnp.ones(x.shape[:2], bool) if valid is None else valid
 
         def step(state: LSTMState, inputs):
-            gates, keep = inputs
+            gates, keep, begin = inputs
+            if begin is not None:
+                state = jax.tree.map(lambda leaf: jnp.where(begin[:, None], 0, leaf), state)
             gates = gates.astype(jnp.float32) + self.recurrent(state.hidden).astype(jnp.float32)
             enter, forget, candidate, leave = jnp.moveaxis(gates, 1, 0)
             cell = jax.nn.sigmoid(forget) * state.cell
@@ -70,7 +74,9 @@ class LSTM(nnx.Module):
             state = jax.tree.map(lambda a, b: jnp.where(keep[:, None], a, b), new, state)
             return state, hidden
 
-        state, outputs = jax.lax.scan(step, state, (projected, kept.T))
+        state, outputs = jax.lax.scan(
+            step, state, (projected, kept.T, None if begins is None else begins.T)
+        )
         return dropout(jnp.moveaxis(outputs, 0, 1), self.dropout, key), state
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import TransformerConfig
+from gptjax.config import InputError, TransformerConfig
 from gptjax.layers.attention import KVCache, attention_mask, compressed_mask
 from gptjax.layers.block import Block, BlockCache, View
 from gptjax.layers.experts import RouterLosses
@@ -171,6 +171,8 @@ class BlockStack(nnx.Module):
         x: jax.Array,
         *,
         valid: jax.Array | None = None,
+        documents: jax.Array | None = None,
+        positions: jax.Array | None = None,
         memory: jax.Array | None = None,
         memory_valid: jax.Array | None = None,
         cache: Any = None,
@@ -184,6 +186,9 @@ class BlockStack(nnx.Module):
         Args:
           x: [B, T, D].
           valid: [B, S], False at keys that are padding; S is T, or the cache's length.
+          documents: [B, T], which of its row's documents each token is of, where rows are packed;
+            none looks at another's. The tokens of a document stand side by side.
+          positions: [B, T], the place of each token in its document; None counts from `start`.
           memory: [B, S', D], what cross-attention looks at.
           memory_valid: [B, S'], False at its padding.
           cache: from `empty_cache`; None attends within x alone.
@@ -192,11 +197,17 @@ class BlockStack(nnx.Module):
           capture: intermediates to return, from `CAPTURES`.
           layers: the blocks' parameters as `unstacked` gives them, where a caller that runs many
             times has them so; unrolled only.
+
+        Raises:
+          InputError: documents for a stack that cannot keep them apart.
         """
         config = self.config
+        if documents is not None:
+            self._check_packed(cache)
         keys = x.shape[1] if cache is None else _cache_length(cache)
-        positions = jnp.atleast_1d(start)[:, None] + jnp.arange(x.shape[1])
-        views = self._views(positions, keys, valid, memory_valid)
+        places = jnp.atleast_1d(start)[:, None] + jnp.arange(x.shape[1])
+        positions = places if positions is None else positions
+        views = self._views(places, positions, keys, valid, documents, memory_valid)
         graphdefs, params = self._split()
 
         def run(kind: int, params: Any, x: jax.Array, cache: Any, key: jax.Array | None):
@@ -247,10 +258,22 @@ class BlockStack(nnx.Module):
         parts = [nnx.split(stack, nnx.Param) for stack in stacks]
         return [graphdef for graphdef, _ in parts], [params for _, params in parts]
 
-    def _views(self, positions, keys, valid, memory_valid) -> dict[str, View]:
+    def _check_packed(self, cache: Any) -> None:
+        if "compressed" in self.config.attention_pattern:
+            raise InputError(
+                "TransformerConfig.attention is "
+                f"{self.config.attention!r}: compressed attention joins neighbouring tokens of "
+                "different documents, so that a row takes one document."
+            )
+        if cache is not None:
+            raise InputError("A cache is of one document a row: give it no documents.")
+
+    def _views(self, places, positions, keys, valid, documents, memory_valid) -> dict[str, View]:
         """What each kind of attention is told."""
         config = self.config
-        distance = positions[..., None] - jnp.arange(keys)
+        # Two tokens of one document are as far apart in their row as in the document, and of two
+        # documents none sees the other: a distance is the same for all rows, packed or not.
+        distance = places[..., None] - jnp.arange(keys)
         bias = angles = None
         if config.positions == "alibi":
             bias = alibi_bias(distance, config.heads)
@@ -263,10 +286,12 @@ class BlockStack(nnx.Module):
         views = {}
         for kind in config.attention_pattern:
             if kind == "compressed":
-                mask = compressed_mask(positions, keys, config.compression)
+                mask = compressed_mask(places, keys, config.compression)
             else:
                 window = config.window if kind == "local" else 0
-                mask = attention_mask(distance, causal=self.causal, window=window, valid=valid)
+                mask = attention_mask(
+                    distance, causal=self.causal, window=window, valid=valid, documents=documents
+                )
             views[kind] = View(mask, bias, angles, memory_mask)
         return views
 
