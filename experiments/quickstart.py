@@ -149,7 +149,7 @@ def train(
 
 def training_size(corpus: Corpus) -> str:
     """How much there is to train on."""
-    rows = sum(len(source) for bucket in corpus.train for source in bucket.sources)
+    rows = sum(map(len, corpus.train))
     return f"{corpus.train_tokens:,} tokens in {rows:,} rows" if rows else "text as it is read"
 
 

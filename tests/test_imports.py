@@ -47,7 +47,7 @@ ALLOWED = {
         "gptjax.equivalence",
         "gptjax.runs",
     ],
-    "gptjax.commands": [
+    "gptjax.commands.*": [
         CONFIG,
         "gptjax.certify",
         "gptjax.presets",
@@ -57,8 +57,9 @@ ALLOWED = {
         "gptjax.beam_search",
         "gptjax.huggingface.*",
         "gptjax.runs",
+        "gptjax.commands.*",
     ],
-    "gptjax.cli": [CONFIG, "gptjax.commands", TRAINING],
+    "gptjax.cli": [CONFIG, "gptjax.commands.*", TRAINING],
     "gptjax.__main__": ["gptjax.cli"],
     # The public face, which nothing of ours below the experiments imports.
     "gptjax": [

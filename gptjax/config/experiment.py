@@ -7,7 +7,6 @@ from typing import Literal
 from gptjax.config.checks import check, check_minimum, check_types
 from gptjax.config.model import TransformerConfig
 
-
 Objective = Literal[
     "causal", "masked_lm", "next_sentence", "sequence_to_sequence", "prefix", "span_corruption"
 ]

@@ -239,7 +239,7 @@ def _check_rows(
       InputError: one does not.
     """
     for number, store in enumerate(stores):
-        if not sum(len(bucket.sources[number]) for bucket in buckets):
+        if not any(len(bucket.sources[number]) for bucket in buckets):
             least = 2 if part == "validation" else window(data, context).length
             raise InputError(
                 f"data.source: the {part} part of {documents[number].name} has "

@@ -72,8 +72,13 @@ def training_batches(
     _check_hosts(batch_size, hosts)
     batched = []
     for bucket in buckets:
-        elements = _endless(bucket.sources, weights, seed).seed(seed).random_map(bucket.finish)
-        batched.append(elements.batch(batch_size // hosts)[host::hosts])
+        ranges = map(grain.MapDataset.range, bucket.bounds, bucket.bounds[1:])
+        numbers = _endless(list(ranges), weights, seed)
+        if bucket.random:
+            rows = numbers.seed(seed).random_map(bucket.row).batch(batch_size // hosts)
+        else:  # Grain takes longer over a row than the row itself does.
+            rows = numbers.batch(batch_size // hosts).map(functools.partial(_made, bucket))
+        batched.append(rows[host::hosts])
     shares = _shares(buckets, weights)
     dataset = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, shares)
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
@@ -105,7 +110,7 @@ def streamed_batches(
 
     if sources.train_targets:
         parts = zip(sources.train, sources.train_targets, strict=True)
-        encoded = [_EncodedPairs(tokenizer, *pair) for pair in parts]
+        encoded = [grain.MapDataset.source(_EncodedPairs(tokenizer, *pair)) for pair in parts]
         dataset = _endless(encoded, data.weights, seed)
         fitting = dataset.filter(lambda pair: all(0 < len(text) < context for text in pair))
         streamed = fitting.to_iter_dataset(READ_OPTIONS)
@@ -113,7 +118,8 @@ def streamed_batches(
     else:
         framed = data.packing == "first_fit" and data.objective != "causal"
         end = None if framed else tokenizer.end_token
-        encoded = [_Encoded(tokenizer, documents, end) for documents in sources.train]
+        each = (_Encoded(tokenizer, documents, end) for documents in sources.train)
+        encoded = [grain.MapDataset.source(documents) for documents in each]
         dataset = _endless(encoded, data.weights, seed).filter(lambda tokens: len(tokens) > 1)
         streamed = _packed(dataset, data, context, words)
         finish = finisher(data, context, words)
@@ -144,6 +150,10 @@ def _with_tuples(state: Any) -> Any:
     return tuple(map(_with_tuples, state)) if isinstance(state, list | tuple) else state
 
 
+def _made(bucket: Bucket, numbers: np.ndarray) -> Batch:
+    return Batch.stack([bucket.row(number) for number in numbers.tolist()])
+
+
 def _check_hosts(batch_size: int, hosts: int) -> None:
     if batch_size % hosts:
         raise InputError(
@@ -151,18 +161,15 @@ def _check_hosts(batch_size: int, hosts: int) -> None:
         )
 
 
-def _endless(sources: Sequence[Any], weights: Sequence[float], seed: int) -> grain.MapDataset:
+def _endless(
+    sources: Sequence[grain.MapDataset], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
     """What the sources have, in random order, again and again."""
-    shares = weights or [1.0] * len(sources)
-    known = [
-        (grain.MapDataset.source(source), share)
-        for source, share in zip(sources, shares, strict=True)
-        if len(source)
-    ]
     if weights:
+        known = [pair for pair in zip(sources, weights, strict=True) if len(pair[0])]
         each = [source.seed(seed).shuffle().repeat() for source, _ in known]
-        return grain.MapDataset.mix(each, [share for _, share in known])
-    whole = grain.MapDataset.concatenate([source for source, _ in known])
+        return grain.MapDataset.mix(each, [weight for _, weight in known])
+    whole = grain.MapDataset.concatenate(sources)
     return whole.seed(seed).shuffle().repeat()
 
 
@@ -257,22 +264,17 @@ class EvaluationBatches:
 
     def __init__(self, buckets: Sequence[Bucket], batch_size: int):
         self._batch_size = batch_size
-        self._batches: list[tuple[Bucket, list[tuple[int, int]]]] = []
-        for bucket in buckets:
-            sizes = [len(source) for source in bucket.sources]
-            every = [(source, row) for source, size in enumerate(sizes) for row in range(size)]
-            for first in range(0, len(every), batch_size):
-                self._batches.append((bucket, every[first : first + batch_size]))
+        self._batches = [
+            (bucket, range(first, min(first + batch_size, len(bucket))))
+            for bucket in buckets
+            for first in range(0, len(bucket), batch_size)
+        ]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> Batch:
         bucket, numbers = self._batches[index]
-        rows = []
-        for source, row in numbers:
-            rng = np.random.default_rng([source, row])
-            rows.append(bucket.finish(bucket.sources[source][row], rng))
+        rows = [bucket.row(number, np.random.default_rng(number)) for number in numbers]
         blank = rows[0]._replace(weights=np.zeros_like(rows[0].weights))
-        rows += [blank] * (self._batch_size - len(rows))
-        return Batch.stack(rows)
+        return Batch.stack(rows + [blank] * (self._batch_size - len(rows)))

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from rich.cells import cell_len
@@ -12,15 +13,20 @@ from rich.cells import cell_len
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.data.tokenizers.protocol import REPLACEMENT
 from gptjax.data.vocabulary import Vocabulary
 
 SECONDS = 1.0
 """How long batches are made to see how fast that goes."""
 SHOWN_BATCHES, SHOWN_ROWS = 3, 2
+SHOWN_PLACES = 96
+"""Of a row; the rest is counted."""
 WIDTH = 96
 """Columns of a drawn row, before it goes on below."""
 BAR = 40
 """The longest bar of the histogram."""
+Marks = dict[str, list[str]]
+"""What stands under each token, by the name of the line."""
 INVISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -39,7 +45,7 @@ def report(
         yield f"  opened in {opening_seconds:.1f} s, {speed:,.0f} tokens/s"
     yield from _lengths(corpus)
     shown = list(itertools.islice(batches, SHOWN_BATCHES))
-    yield from _rows(corpus, shown[0])
+    yield from _rows(sources, corpus, shown[0])
     for number, batch in enumerate(shown):
         for row in range(min(SHOWN_ROWS, len(batch.tokens))):
             yield f"batch {number}, row {row}"
@@ -72,24 +78,20 @@ def _lengths(corpus: Corpus) -> Iterator[str]:
         yield f"  {2**power:>11,} to {2 ** (power + 1) - 1:<11,} {count:>11,}  {bar}"
 
 
-def _rows(corpus: Corpus, batch: Batch) -> Iterator[str]:
+def _rows(sources: Sources, corpus: Corpus, batch: Batch) -> Iterator[str]:
     """How many rows there are, and of which lengths."""
     for bucket in corpus.train:
-        rows = sum(map(len, bucket.sources))
-        if rows:
-            row = bucket.finish(
-                next(source for source in bucket.sources if len(source))[0],
-                np.random.default_rng(0),
-            )
+        if len(bucket):
+            row = bucket.row(0, np.random.default_rng(0))
             lengths = f"{len(row.tokens)} tokens"
             if row.source is not None:
                 lengths = f"{len(row.source)} tokens, and {lengths} of the target"
-            steps = rows / len(batch.tokens)
-            yield f"{rows:,} rows of {lengths}; an epoch is {steps:,.1f} batches"
-    if corpus.stores and batch.source is not None and len(corpus.train) > 1:
-        pairs = sum(len(store.lengths) for store in corpus.stores) // 2
-        rows = sum(len(source) for bucket in corpus.train for source in bucket.sources)
-        yield f"{pairs - rows:,} of {pairs:,} pairs left out: empty, or longer than the context"
+            steps = len(bucket) / len(batch.tokens)
+            yield f"{len(bucket):,} rows of {lengths}; an epoch is {steps:,.1f} batches"
+    pairs = sum(len(documents) for documents in sources.train_targets)
+    if pairs:
+        left_out = pairs - sum(map(len, corpus.train))
+        yield f"{left_out:,} of {pairs:,} pairs left out: empty, or longer than the context"
 
 
 def _speed(batches: Iterator[Batch]) -> Iterator[str]:
@@ -126,37 +128,28 @@ def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> It
     A `^` is under a token whose target counts in the loss; documents and segments are numbers, of
     which the last digit is shown; padding is not drawn.
     """
-    if batch.source is not None and batch.source_valid is not None:
-        read = int(np.sum(batch.source_valid[row]))
-        yield from _lines(
-            [_label(token, tokenizer, words) for token in batch.source[row][:read]],
-            {},
-            name="source",
-        )
-    used = int(np.sum(_filled(batch)[-1][row]))
-    labels = [_label(token, tokenizer, words) for token in batch.tokens[row][:used]]
-    marks: dict[str, Sequence[str]] = {
-        "predicted": ["^" if weight else " " for weight in batch.weights[row][:used]]
-    }
+    one = batch.apply(lambda array: array[row])
+    filled = _filled(one)
+    if one.source is not None:
+        yield from _lines(_labels(one.source[filled[0]], tokenizer, words), {}, name="source")
+    labels = _labels(one.tokens[filled[-1]], tokenizer, words)
+    marks: Marks = {"predicted": ["^" if weight else " " for weight in one.weights]}
     for name in ("documents", "segments"):
-        values = getattr(batch, name)
+        values = getattr(one, name)
         if values is not None:
-            marks[name] = [str(value % 10) for value in values[row][:used]]
+            marks[name] = [str(value % 10) for value in values]
     yield from _lines(labels, marks, name="tokens")
-    masked = batch.source is None and bool(np.any(batch.weights[row][:used] == 0))
-    if masked:
-        hidden = [
-            _label(token, tokenizer, words)
-            for token, weight in zip(batch.targets[row], batch.weights[row], strict=True)
-            if weight
-        ]
-        yield f"  {'targets':<10}{' '.join(hidden)}"
-    if batch.next_sentence is not None:
-        yield f"  {'next':<10}{'another text' if batch.next_sentence[row] else 'it follows'}"
+    predicted = np.asarray(one.weights) > 0
+    if one.source is None and not np.array_equal(predicted, filled[-1]):
+        targets = _labels(one.targets[predicted], tokenizer, words)
+        yield from _lines([f"{label} " for label in targets], {}, name="targets")
+    if one.next_sentence is not None:
+        yield f"  {'next':<10}{'another text' if one.next_sentence else 'it follows'}"
 
 
-def _lines(labels: Sequence[str], marks: dict[str, Sequence[str]], *, name: str) -> Iterator[str]:
+def _lines(labels: Sequence[str], marks: Marks, *, name: str) -> Iterator[str]:
     """Tokens side by side, wrapped, with their marks below them."""
+    left, labels = len(labels) - SHOWN_PLACES, labels[:SHOWN_PLACES]
     widths = [cell_len(label) for label in labels]
     starts, filled = [0], 0
     for index, width in enumerate(widths):
@@ -172,18 +165,32 @@ def _lines(labels: Sequence[str], marks: dict[str, Sequence[str]], *, name: str)
                 for value, width in zip(values[first:last], widths[first:last], strict=True)
             )
             yield f"  {mark:<10}{line}".rstrip()
+    if left > 0:
+        yield f"  {'':<10}and {left} more"
 
 
-def _label(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:
-    """A token's text on one line; of a special token its meaning."""
-    token = int(token)
-    for name in ("begin", "end", "mask"):
-        if token == getattr(words, name):
-            return f"[{name}]"
+def _labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
+    """Each token's text on one line; of a special token its meaning."""
+    labels, before = [], []
+    for token in np.asarray(tokens).tolist():
+        if words.special[token]:
+            labels.append(_meaning(token, tokenizer, words))
+            before = []
+            continue
+        # What a token adds to the one before it: some tokenizers put a space between them.
+        text, known = tokenizer.decode([*before, token]), tokenizer.decode(before)
+        if REPLACEMENT in text:
+            text, known = tokenizer.decode([token]), ""
+        text = "".join(INVISIBLE.get(character, character) for character in text[len(known) :])
+        labels.append("".join(c if c.isprintable() else REPLACEMENT for c in text))
+        before = [token]
+    return labels
+
+
+def _meaning(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:
+    """A special token's meaning."""
     if token in words.sentinels:
         return f"[{words.sentinels.index(token)}]"
-    if words.special[token]:
-        return "[end]" if token == tokenizer.end_token else f"[{token}]"
-    text = tokenizer.decode([token])
-    text = "".join(INVISIBLE.get(character, character) for character in text)
-    return "".join(character if character.isprintable() else "�" for character in text) or "�"
+    added = {"begin": words.begin, "end": words.end, "mask": words.mask}
+    meanings = [*tokenizer.special.items(), *added.items()]
+    return next((f"[{name}]" for name, of in meanings if of == token), f"[{token}]")

@@ -10,7 +10,9 @@
 | sequence_to_sequence | a document and what it is to become | encoder_decoder |
 """
 
+import bisect
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +23,14 @@ from gptjax.data.batch import Batch
 from gptjax.data.cache import TokenStore, kept
 from gptjax.data.masking import FRAME, masked_lm, next_sentence
 from gptjax.data.packing import PackedRows, PackedTokens, Pieces, Windows, cut, plan
-from gptjax.data.seq2seq import prefix, span_corruption, span_input, span_lengths, teacher_forcing
+from gptjax.data.seq2seq import (
+    prefix,
+    span_corruption,
+    span_input,
+    span_lengths,
+    span_sentinels,
+    teacher_forcing,
+)
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.vocabulary import Vocabulary, vocabulary
 
@@ -38,17 +47,29 @@ FAMILIES = {
 LENGTH_STEP = 8
 """Lengths of pairs are padded to multiples of it, which accelerators multiply fast."""
 
-Finish = Callable[[Any, np.random.Generator], Batch]
-"""(what is read, randomness) → a row of a batch: its arrays without their axis B."""
+Finish = Callable[..., Batch]
+"""(what is read, randomness where it draws any) → a row of a batch: its arrays without axis B."""
 
 
-class Bucket(NamedTuple):
-    """Rows of the same shape."""
+class Bucket:
+    """Rows of the same shape, numbered through one source after the other."""
 
-    sources: list[Any]
-    """Of each source, its elements by number: what `finish` is given."""
-    finish: Finish
-    """Makes a row of an element."""
+    def __init__(self, sources: Sequence[Any], finish: Finish, *, random: bool):
+        """Take what `finish` is given, by number of each source, and whether it draws anything."""
+        self.sources = sources
+        self.random = random
+        self._finish = finish
+        self.bounds = [0, *itertools.accumulate(map(len, sources))]
+        """Of each source the number of its first row, and behind the last one's last."""
+
+    def __len__(self) -> int:
+        return self.bounds[-1]
+
+    def row(self, number: int, rng: np.random.Generator | None = None) -> Batch:
+        """A row: the arrays of a batch without their axis B."""
+        source = bisect.bisect_right(self.bounds, number) - 1
+        element = self.sources[source][number - self.bounds[source]]
+        return self._finish(element, rng) if self.random else self._finish(element)
 
 
 class Window(NamedTuple):
@@ -93,9 +114,7 @@ def objective_vocabulary(
     sentinels = 0
     if data.objective == "span_corruption":
         length = window(data, model.context).length
-        source_length, target_length = span_lengths(length, data.mask_rate, data.mean_span)
-        # A span is a sentinel in both, and the target has one more behind the last.
-        sentinels = (source_length + target_length - length + 1) // 2
+        sentinels = span_sentinels(length, data.mask_rate, data.mean_span)
     return vocabulary(tokenizer, ("begin", "end"), sentinels)
 
 
@@ -138,7 +157,7 @@ def finisher(data: DataConfig, context: int, words: Vocabulary) -> Finish:
 
 
 def causal_row(
-    read: np.ndarray | PackedTokens, rng: np.random.Generator | None, *, context: int
+    read: np.ndarray | PackedTokens, rng: np.random.Generator | None = None, *, context: int
 ) -> Batch:
     """Each token predicts the next one: of a window [T + 1 or less], or within packed documents."""
     if isinstance(read, PackedTokens):
@@ -218,7 +237,7 @@ def parted_row(
 
 def translated_row(
     read: tuple[np.ndarray, np.ndarray],
-    rng: np.random.Generator | None,
+    rng: np.random.Generator | None = None,
     *,
     words: Vocabulary,
     length: int,
@@ -256,7 +275,7 @@ def text_rows(
     if data.packing == "first_fit":
         make = functools.partial(_packed, words=words)
     sources = [make(store, data, context, rest=rest) for store in stores]
-    return Bucket(sources, finisher(data, context, words))
+    return Bucket(sources, finisher(data, context, words), random=data.objective != "causal")
 
 
 def _windows(store: TokenStore, data: DataConfig, context: int, *, rest: bool) -> Windows:
@@ -377,5 +396,5 @@ def pair_rows(
             numbers = np.flatnonzero((lengths > shorter) & (lengths <= length))
             pairs.append(Pairs(source, target, numbers))
         finish = functools.partial(translated_row, words=words, length=length)
-        buckets.append(Bucket(pairs, finish))
+        buckets.append(Bucket(pairs, finish, random=False))
     return buckets

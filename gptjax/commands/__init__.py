@@ -1,0 +1,15 @@
+"""What `python -m gptjax` can do: one function a command, thin over the modules.
+
+The parameters are the flags, and the docstring is their help.
+"""
+
+from gptjax.commands.models import certify, convert, params, sample
+from gptjax.commands.texts import data
+
+COMMANDS = {
+    "sample": sample,
+    "params": params,
+    "certify": certify,
+    "convert": convert,
+    "data": data,
+}
