@@ -203,6 +203,29 @@ def _moves(case, batch, changed, *, unmoved, moved, of="tokens") -> float:
     return float(moves[unmoved].max(initial=0.0))
 
 
+def _packed(case: Case) -> float:
+    """Two documents and padding in a row, and one of them alone in a row that is as long.
+
+    Other tokens of its neighbours move nothing.
+    """
+    config, batch, places = case.config, case.batch, np.arange(case.config.context, dtype=np.int32)
+    if config.family == "encoder_decoder":
+        raise NotApplicable("an encoder-decoder takes one document a row")
+    if "compressed" in config.attention_pattern:
+        raise NotApplicable("compressed attention joins tokens of several documents")
+    first = places < 4
+    documents = np.tile(np.where(first, 1, 2 * (places < places[-1])), (ROWS, 1))
+    positions = np.tile(np.where(first, places, places - 4), (ROWS, 1))
+    packed = batch._replace(valid=None, documents=documents, positions=positions)
+    own = 1 + np.arange(ROWS)[:, None] % 2
+    in_row = documents == own
+    alone = jax.tree.map(lambda rows: np.where(own == 1, rows, np.roll(rows, -4, axis=1)), batch)
+    valid = places < in_row.sum(axis=1, keepdims=True)
+    alone = alone if batch.valid is None else alone._replace(valid=valid)
+    error = difference(case.logits(packed)[in_row], case.logits(alone)[valid])
+    return error + _moves(case, packed, ~in_row, unmoved=in_row, moved=~in_row)
+
+
 def _scanned(case: Case) -> float:
     return case.together_or(lambda: case.gradients(scan_layers=True))
 
@@ -356,6 +379,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 PROPERTIES = {
     "mask": Property("a causal model sees no later token, no model padding", ROUNDING, _mask),
+    "packed": Property("a document packed in a row = the document alone", ROUNDING, _packed),
     "scanned": Property("scanned layers = unrolled layers", ROUNDING, _scanned),
     "remat": Property("recomputed blocks = kept activations", ROUNDING, _remat),
     "cached": Property("decoding with a cache = the full forward pass", ROUNDING, _cached),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import cli, equivalence
+from gptjax import cli, equivalence, language_model
 from gptjax.certify import (
     BASE,
     COMPANIONS,
@@ -152,6 +152,15 @@ FAULTS = {
     ),
     "an encoder that sees padding": Broken(
         "mask", stack, "attention_mask", _mask(valid=None), {"family": "encoder"}
+    ),
+    "a document that sees its neighbours": Broken(
+        "packed", stack, "attention_mask", _mask(documents=None)
+    ),
+    "positions that do not restart": Broken(
+        "packed",
+        language_model.LanguageModel,
+        "embed",
+        lambda embed: lambda self, tokens, **named: embed(self, tokens, key=named["key"]),
     ),
     "another loop when scanned": Broken(
         "scanned",
