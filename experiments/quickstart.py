@@ -71,7 +71,7 @@ def train(
     overwrite: bool,
     *,
     objectives: tuple[str, ...],
-    show: Callable[[Run, Sources, Path], str],
+    show: Callable[[Run, Sources, Corpus, Path], str],
 ) -> None:
     """From a config to a directory with a trained model in it, and what `show` makes of that."""
     if config.data.objective not in objectives:
@@ -138,7 +138,7 @@ def train(
             },
         )
     plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
-    told = show(load_run(out), sources, out)
+    told = show(load_run(out), sources, corpus, out)
     reached = result(config, corpus, fitted)
     write_json(out / RESULT, reached)
     print(
@@ -153,7 +153,7 @@ def training_size(corpus: Corpus) -> str:
     return f"{corpus.train_tokens:,} tokens in {rows:,} rows" if rows else "text as it is read"
 
 
-def show(run: Run, sources: Sources, out: Path) -> str:
+def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the run's attention and samples, by its best checkpoint."""
     line = first_line(sources.validation[0][0])
     sentence = run.tokenizer.encode(line)[: min(40, run.config.model.context)]

@@ -39,6 +39,8 @@ WRITTEN = (
     "loss.png",
     "attention.png",
     "samples.txt",
+    "predictions.txt",
+    "translations.txt",
 )
 """All that a run leaves in its directory, and all that `--overwrite` deletes."""
 

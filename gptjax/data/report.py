@@ -131,17 +131,17 @@ def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> It
     one = batch.apply(lambda array: array[row])
     filled = _filled(one)
     if one.source is not None:
-        yield from _lines(_labels(one.source[filled[0]], tokenizer, words), {}, name="source")
-    labels = _labels(one.tokens[filled[-1]], tokenizer, words)
+        yield from _lines(labels(one.source[filled[0]], tokenizer, words), {}, name="source")
+    row_labels = labels(one.tokens[filled[-1]], tokenizer, words)
     marks: Marks = {"predicted": ["^" if weight else " " for weight in one.weights]}
     for name in ("documents", "segments"):
         values = getattr(one, name)
         if values is not None:
             marks[name] = [str(value % 10) for value in values]
-    yield from _lines(labels, marks, name="tokens")
+    yield from _lines(row_labels, marks, name="tokens")
     predicted = np.asarray(one.weights) > 0
     if one.source is None and not np.array_equal(predicted, filled[-1]):
-        targets = _labels(one.targets[predicted], tokenizer, words)
+        targets = labels(one.targets[predicted], tokenizer, words)
         yield from _lines([f"{label} " for label in targets], {}, name="targets")
     if one.next_sentence is not None:
         yield f"  {'next':<10}{'another text' if one.next_sentence else 'it follows'}"
@@ -169,12 +169,12 @@ def _lines(labels: Sequence[str], marks: Marks, *, name: str) -> Iterator[str]:
         yield f"  {'':<10}and {left} more"
 
 
-def _labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
+def labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
     """Each token's text on one line; of a special token its meaning."""
-    labels, before = [], []
+    found, before = [], []
     for token in np.asarray(tokens).tolist():
         if words.special[token]:
-            labels.append(_meaning(token, tokenizer, words))
+            found.append(_meaning(token, tokenizer, words))
             before = []
             continue
         # What a token adds to the one before it: some tokenizers put a space between them.
@@ -182,9 +182,9 @@ def _labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
         if REPLACEMENT in text:
             text, known = tokenizer.decode([token]), ""
         text = "".join(INVISIBLE.get(character, character) for character in text[len(known) :])
-        labels.append("".join(c if c.isprintable() else REPLACEMENT for c in text))
+        found.append("".join(c if c.isprintable() else REPLACEMENT for c in text))
         before = [token]
-    return labels
+    return found
 
 
 def _meaning(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:
