@@ -218,6 +218,8 @@ sys.modules["jax"] = None  # An import of it fails.
 package = types.ModuleType("gptjax")
 package.__path__ = [str(Path.cwd() / "gptjax")]
 sys.modules["gptjax"] = package
-import gptjax.data.pipeline, gptjax.data.sources, gptjax.data.masking, gptjax.data.seq2seq
+import gptjax.data.pipeline, gptjax.data.report
+from gptjax.data.sources import open_source, tfds
+assert open_source("embedded")[0]
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,9 +1,68 @@
+"""Where text comes from: files and their mistakes (TensorFlow datasets: test_datasets.py)."""
+
+import concurrent.futures
+import gzip
+import itertools
+import json
+import os
+import pickle
+import tempfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from gptjax.config import InputError
-from gptjax.data.sources import embedded_corpus, read_text
+from gptjax.data.sources import Documents, embedded_corpus, files, open_source, read_text
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="shared/ (real text) is not there")
+
+NASTY = "\ufeffa\r\nb\rc\n\n中文 \0\t"
+
+
+def all_of(source: Documents) -> list[str]:
+    return [source[index] for index in range(len(source))]
+
+
+def documents(spec: object) -> list[str]:
+    return all_of(open_source(str(spec)))
+
+
+def sentence(spec: object) -> str:
+    """The mistake of opening a source, or of reading one of its documents."""
+    with pytest.raises(InputError) as error:
+        documents(spec)
+    message = str(error.value)
+    assert message.startswith("data.source: ")
+    assert message.endswith((".", "?"))
+    assert "\n" not in message
+    return message.removeprefix("data.source: ")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = content.encode() if isinstance(content, str) else content
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        return path
+
+    return written
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A Parquet file of three row groups, the second one empty."""
+    path = tmp_path / "table.parquet"
+    schema = pyarrow.schema({"text": pyarrow.string(), "number": pyarrow.int64()})
+    with parquet.ParquetWriter(path, schema) as writer:
+        for texts in (["a", "中\r\n", ""], [], ["d", "e"]):
+            writer.write_table(pyarrow.table([texts, [0] * len(texts)], schema=schema))
+    return path
 
 
 def test_the_embedded_corpus_is_long_english_text():
@@ -11,44 +70,140 @@ def test_the_embedded_corpus_is_long_english_text():
     assert len(text) > 400_000
     assert text.count(" the ") > 3000
     assert read_text(None) == text
+    assert documents("embedded") == [text]
 
 
-def test_a_file_is_read_as_it_is(tmp_path):
-    text = "\ufeffa\r\nb\rc\n\n中文 \0\t"
-    path = tmp_path / "text.txt"
-    path.write_bytes(text.encode("utf-8"))
-    assert read_text(str(path)) == text
+@pytest.mark.parametrize("suffix", ["txt", "md", "", "txt.gz"])
+def test_a_file_of_text_is_a_document_as_it_is(suffix, write):
+    assert documents(write(f"text.{suffix}", NASTY)) == [NASTY]
 
 
-def _sentence(path: object) -> str:
-    with pytest.raises(InputError) as error:
-        read_text(str(path))
-    return str(error.value)
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+@pytest.mark.parametrize(
+    ("options", "text", "expected"),
+    [
+        ("documents=line", "a\n\nb\r\n\r\nc\rd\r", ["a", "", "b", "", "c\rd\r"]),
+        ("documents=line", "a\n", ["a"]),
+        ("documents=line", "\n", [""]),
+        ("documents=line", "\n\n", ["", ""]),
+        ("documents=block", "\n \n  a\r\nb \n\t\r\n\n\nc\r\n", ["  a\r\nb ", "c"]),
+        ("documents=block", "a", ["a"]),
+        ("column=1", "a\tb\tc\r\nd\te", ["a", "d"]),
+        ("column=2", "a\tb\tc\r\nd\te\r\n\t\n", ["b", "e", ""]),
+    ],
+)
+def test_a_file_has_documents_within_it(options, text, expected, suffix, write):
+    source = open_source(f"{write(f'text.{suffix}', text)}#{options}")
+    assert all_of(source) == expected
+    assert [source[n] for n in reversed(range(len(source)))] == expected[::-1]
 
 
-def test_a_missing_file_is_one_sentence(tmp_path):
-    path = tmp_path / "none.txt"
-    assert _sentence(path) == f"data.path: cannot read {path}: No such file or directory."
+def test_a_pattern_is_all_its_files_in_order(write, tmp_path):
+    for name in ("b/2.txt", "a/1.txt.gz", "a/deep/er/0.txt", "c.md"):
+        write(name, name)
+    assert documents(tmp_path / "**" / "*.txt*") == ["a/1.txt.gz", "a/deep/er/0.txt", "b/2.txt"]
+    assert documents(f"{tmp_path}/?/*.txt*#documents=line") == ["a/1.txt.gz", "b/2.txt"]
 
 
-def test_a_directory_is_one_sentence(tmp_path):
-    assert _sentence(tmp_path) == f"data.path: cannot read {tmp_path}: Is a directory."
+def test_a_name_that_looks_like_a_pattern_or_an_option_is_a_name_where_it_is_there(write):
+    for name in ("a[1]*.txt", "a#b.txt", "a#b=c.txt"):
+        assert documents(write(name, name)) == [name]
+        assert documents(f"{write(name, name)}#documents=line") == [name]
 
 
-def test_an_empty_file_is_one_sentence(tmp_path):
-    path = tmp_path / "empty.txt"
-    path.touch()
-    assert _sentence(path) == f"data.path: {path} is empty."
+def test_a_long_file_is_cut_at_line_ends(write, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 8)
+    path = write("text.txt", "abc\ndef\nghi\n0123456中9\nz")
+    assert documents(path) == ["abc\ndef\n", "ghi\n", "0123456", "中9\nz"]
 
 
-def test_an_unreadable_file_is_one_sentence(tmp_path, monkeypatch):
-    path = tmp_path / "secret.txt"
+def test_json_lines_and_parquet_have_a_field_of_each_record(write, table):
+    lines = [{"text": NASTY, "id": 1}, {"id": 2, "text": ""}]
+    text = "\r\n".join(json.dumps(line) for line in lines)
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert documents(write(name, text)) == [NASTY, ""]
+    assert documents(table) == ["a", "中\r\n", "", "d", "e"]
+    other = write("b.jsonl", '{"body": "x"}')
+    assert documents(f"{other}#field=body") == ["x"]
 
-    def refuse(path):  # As the system does, but to root too.
+
+def test_bytes_that_are_not_utf8_can_be_replaced(write):
+    path = write("text.txt", b"a\xff\nb")
+    assert documents(f"{path}#errors=replace") == ["a\ufffd\nb"]
+    assert documents(f"{path}#documents=line&errors=replace") == ["a\ufffd", "b"]
+
+
+def test_a_fingerprint_is_of_the_content_and_of_how_it_is_read(write, table, tmp_path):
+    def fingerprint(spec: object) -> str:
+        return open_source(str(spec)).fingerprint
+
+    path, same = write("a.txt", "x\ny"), write("other/b.txt.gz", "x\ny")
+    assert fingerprint(path) == fingerprint(same)
+    write("parts/1.txt", "x")
+    write("parts/2.txt", "\ny")
+    others = [path, "embedded", write("c.txt", "x\nz"), tmp_path / "parts" / "*.txt", table]
+    options = ["documents=line", "documents=block", "column=1", "errors=replace"]
+    others += [f"{path}#{option}" for option in options]
+    fingerprints = [fingerprint(spec) for spec in others]
+    assert len({*fingerprints}) == len(fingerprints)
+    assert all(len(bytes.fromhex(each)) == 32 for each in fingerprints)
+
+
+def test_threads_read_at_the_same_time(write, table):
+    lines = [f"{n} {'x' * (n % 97)}" for n in range(2000)]
+    path = write("a.txt.gz", "\n".join(lines))
+    sources = {
+        open_source(f"{path}#documents=line"): lines,
+        open_source(str(table)): ["a", "中\r\n", "", "d", "e"],
+    }
+    for source, expected in sources.items():
+        order = np.random.default_rng(0).integers(0, len(source), 4000)
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            read = list(threads.map(source.__getitem__, order))
+        assert read == [expected[index] for index in order]
+
+
+def test_a_source_is_opened_again_where_it_is_unpickled(write, table):
+    path = write("a.txt.gz", "a\nb")
+    for spec in ("embedded", f"{path}#documents=line", str(table)):
+        source = open_source(spec)
+        again = pickle.loads(pickle.dumps(source))
+        assert (all_of(again), again.fingerprint) == (all_of(source), source.fingerprint)
+    pickled = pickle.dumps(open_source(str(path)))
+    write("a.txt.gz", "a\nc")
+    with pytest.raises(InputError, match="is not the text that it was"):
+        pickle.loads(pickled)
+
+
+def test_an_index_that_is_not_there_is_an_index_error(write, table):
+    line = write("a.jsonl", '{"text": ""}')
+    for spec in ("embedded", f"{write('a.txt', 'a')}#documents=line", line, table):
+        source = open_source(str(spec))
+        for index in (-1, len(source)):
+            with pytest.raises(IndexError):
+                source[index]
+
+
+def test_files_that_cannot_be_read_are_one_sentence(write, tmp_path):
+    none = tmp_path / "none.txt"
+    assert sentence(none) == f"cannot read {none}: No such file or directory."
+    assert sentence(tmp_path) == f"cannot read {tmp_path}: Is a directory."
+    assert sentence(f"{tmp_path}/*.md") == f"no file fits {tmp_path}/*.md."
+    assert "is empty" in sentence(write("empty.txt", ""))
+    assert "holds nothing" in sentence(write("empty.txt.gz", ""))
+    blank = write("blank.txt", "\n \n")
+    assert sentence(f"{blank}#documents=block") == f"{blank} has only blank lines."
+    assert "no regular file" in sentence("/dev/null")
+
+
+def test_a_file_without_permission_is_one_sentence(write, monkeypatch):
+    path = write("secret.txt", "a")
+
+    def refuse(path, *_, **__):  # As the system does, but to root too.
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert _sentence(path) == f"data.path: cannot read {path}: Permission denied."
+    monkeypatch.setattr("builtins.open", refuse)
+    assert sentence(path) == f"cannot read {path}: Permission denied."
 
 
 @pytest.mark.parametrize(
@@ -58,10 +213,156 @@ def test_an_unreadable_file_is_one_sentence(tmp_path, monkeypatch):
         (b"caf\xe9 au lait", "byte 0xe9 at offset 3"),
         ("abc 中".encode()[:-1], "byte 0xe4 at offset 4"),
         (b"ab\xed\xa0\x80", "byte 0xed at offset 2"),
+        (b"line\n" * 7 + b"\x80\x80\x80\x80\x80\x80\x80\x80\x80", "byte 0x80 at offset 35"),
     ],
-    ids=["UTF-16", "Latin-1", "cut short", "a lone surrogate"],
+    ids=["UTF-16", "Latin-1", "cut short", "a lone surrogate", "behind the first chunk"],
 )
-def test_a_file_that_is_not_utf8_is_one_sentence_with_the_place(data, where, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_bytes(data)
-    assert _sentence(path) == f"data.path: {path} is not UTF-8: {where}."
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+def test_a_file_that_is_not_utf8_is_one_sentence_with_the_place(
+    data, where, suffix, write, monkeypatch
+):
+    monkeypatch.setattr(files, "CHUNK", 16)
+    path = write(f"text.{suffix}", data)
+    for options in ("", "#documents=line", "#documents=block", "#column=1"):
+        assert f"{path} is not UTF-8: {where} (#errors" in sentence(f"{path}{options}")
+
+
+def test_a_file_that_changes_while_it_is_read_is_one_sentence(write, table):
+    path = write("a.txt", "a\nb\nc\n")
+    source = open_source(f"{path}#documents=line")
+    os.truncate(path, 3)
+    with pytest.raises(InputError, match="has shrunk from 6 to 3 bytes"):
+        source[0]
+    write("a.txt", "a\nb\nd\n")
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InputError, match="has changed since it was opened"):
+        source[0]
+    path.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        source[0]
+    source = open_source(str(table))
+    os.truncate(table, 10)
+    with pytest.raises(InputError, match="has shrunk"):
+        source[0]
+
+
+def test_a_file_that_shrinks_within_a_read_is_one_sentence(write, monkeypatch):
+    source = open_source(str(write("a.txt", "abc")))
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    with pytest.raises(InputError, match="has shrunk while it was read"):
+        source[0]
+
+
+def test_a_damaged_gzip_file_is_one_sentence(write, tmp_path):
+    whole = gzip.compress(bytes(range(256)) * 9, mtime=0)
+    flipped = bytes([*whole[:-30], whole[-30] ^ 255, *whole[-29:]])
+    for data in (whole[:-5], whole[:12], flipped, b"no gzip", whole + b"more"):
+        path = tmp_path / "a.txt.gz"
+        path.write_bytes(data)
+        assert f"{path} is a damaged gzip file: " in sentence(path)
+
+
+def test_a_full_disk_is_one_sentence(write, monkeypatch):
+    path, full = write("a.txt.gz", "a"), write("full", "")
+    made = os.open("/dev/full", os.O_RDWR), str(full)
+    monkeypatch.setattr(tempfile, "mkstemp", lambda: made)
+    assert f"cannot unpack {path} into " in (message := sentence(path))
+    assert message.endswith("No space left on device.")
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{", "is not JSON"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"body": "", "id": 1}', "has no field 'text': it has body, id"),
+        ("{}", "has no field 'text': it has none"),
+        ('{"text": 1}', "int, not a string"),
+        ('{"text": null}', "null, not a string"),
+        (r'{"text": "\ud800"}', "has half of a surrogate pair"),
+    ],
+)
+def test_a_line_that_is_no_record_is_one_sentence(line, what, write):
+    path = write("a.jsonl", f'{{"text": "good"}}\n{line}\n')
+    assert what in (message := sentence(path))
+    assert f"line 2 of {path}" in message
+    assert "line 1 of" in sentence(write("b.jsonl", f"{line}\n"))
+
+
+def test_a_line_without_the_column_is_one_sentence(write):
+    path = write("a.txt", "a\tb\nc\n")
+    expected = f"line 2 of {path} has 1 columns, and column 2 is asked for."
+    assert sentence(f"{path}#column=2") == expected
+
+
+def test_parquet_that_does_not_fit_is_one_sentence(table, write, tmp_path):
+    assert sentence(f"{table}#field=txt") == f"{table} has no field 'txt': it has text, number."
+    assert "holds int64, not strings" in sentence(f"{table}#field=number")
+    assert "is no whole Parquet file" in sentence(write("b.parquet", b"PAR1 and no more"))
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "null.parquet")
+    assert "row 2 of row group 1" in (message := sentence(tmp_path / "null.parquet"))
+    assert "is null, not a string" in message
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], "str")}), tmp_path / "0.parquet")
+    assert "has no rows" in sentence(tmp_path / "0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ("", "names no text"),
+        ("#column=1", "names no text"),
+        ("embedded#column=1", "has the option column, and embedded takes no options"),
+        ("{dir}/a.jsonl#column=1", "has the option column, and JSON lines takes field, errors"),
+        ("{dir}/a.parquet#errors=replace", "has the option errors, and Parquet takes field"),
+        ("{dir}/a.txt#split=train", "has the option split, and text takes documents, column"),
+        ("{dir}/a.txt#colum=1", "has an unknown option 'colum': did you mean column?"),
+        ("{dir}/a.txt#column=1&error=x", "has an unknown option 'error': did you mean errors?"),
+        ("{dir}/a.txt#column=1&column=2", "has the option column twice"),
+        ("{dir}/a.txt#column=", "has the option column without a value"),
+        ("{dir}/a.txt#column=0", "has the column '0': it must be a number, from 1"),
+        ("{dir}/a.txt#column=²", "has the column '²': it must be a number, from 1"),
+        ("{dir}/a.txt#column=1&documents=file", "cannot have documents=file"),
+        ("{dir}/a.txt#documents=lines", "it must be one of file, line, block"),
+        ("{dir}/a.txt#errors=ignore", "it must be one of strict, replace"),
+        ("{dir}/a.parquet.gz", "is Parquet in gzip"),
+        ("{dir}/a.txt.zst", "is packed as .zst; of packed files, only .gz are read"),
+        ("{dir}/a.*", "fits files of several kinds: JSON lines, Parquet, text"),
+    ],
+)
+def test_a_spec_of_another_form_is_one_sentence(spec, what, write):
+    for name in ("a.txt", "a.jsonl", "a.parquet", "b.txt"):
+        directory = write(name, "a").parent
+    assert what in sentence(spec.format(dir=directory))
+
+
+@needs_shared
+def test_real_text_is_read_as_it_is():
+    shakespeare = SHARED / "tinyshakespeare" / "input.txt"
+    assert documents(shakespeare) == [shakespeare.read_bytes().decode()]
+    english = open_source(f"{SHARED}/multi30k/train.en.gz#documents=line")
+    german = open_source(f"{SHARED}/multi30k/train.de.gz#documents=line")
+    assert len(english) == len(german) == 29_000
+    with gzip.open(SHARED / "multi30k" / "train.de.gz", "rt", newline="\n") as lines:
+        for index, line in enumerate(itertools.islice(lines, 1000)):
+            assert german[index] == line.removesuffix("\n")
+    pairs = [open_source(f"{SHARED}/tatoeba_cmn/cmn.txt#column={n}") for n in (1, 2)]
+    assert len(pairs[0]) == len(pairs[1]) > 20_000
+    assert (pairs[0][0], pairs[1][0]) == ("Hi.", "嗨。")
+
+
+def _read_sentence(path: object) -> str:
+    with pytest.raises(InputError) as error:
+        read_text(str(path))
+    return str(error.value)
+
+
+def test_read_text_reads_one_file_or_says_why_not(write, tmp_path, monkeypatch):
+    assert read_text(str(write("a.txt", NASTY))) == NASTY
+    none, empty = tmp_path / "none.txt", write("empty.txt", "")
+    assert _read_sentence(none) == f"data.path: cannot read {none}: No such file or directory."
+    assert _read_sentence(tmp_path) == f"data.path: cannot read {tmp_path}: Is a directory."
+    assert _read_sentence(empty) == f"data.path: {empty} is empty."
+    latin = write("latin.txt", b"caf\xe9")
+    assert _read_sentence(latin).endswith("is not UTF-8: byte 0xe9 at offset 3.")

@@ -1,0 +1,151 @@
+"""Where text comes from: any text behind one small protocol (protocol.py).
+
+| `data.source` | documents |
+|---|---|
+| embedded | Python's language reference, one document |
+| PATH, or a pattern such as DIR/**/*.txt | each file of text, in sorted order |
+| PATH#documents=line | every line, empty ones too |
+| PATH#documents=block | what stands between blank lines |
+| PATH#column=2 | the second column of every line of tab-separated text |
+| PATH.jsonl#field=text | a field of every line |
+| PATH.parquet#field=text | a field of every row |
+| tfds:NAME#split=train&field=text&data_dir=DIR | a split of a TensorFlow dataset |
+
+Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
+Options are joined by `&`; field is text, and split is train, where none is given. Line ends within
+documents are kept as they are. Memory is an index of 8 bytes a document, not the text.
+"""
+
+import os
+from pathlib import Path
+
+from gptjax.config import InputError
+from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
+from gptjax.data.sources.files import find_files
+from gptjax.data.sources.protocol import (
+    Documents,
+    Spec,
+    check_no_option,
+    parse_spec,
+    refuse,
+)
+from gptjax.data.sources.records import JsonLines, Parquet
+from gptjax.data.sources.text import Blocks, Column, Lines, Whole
+
+__all__ = ["Documents", "embedded_corpus", "open_source", "read_text", "reopen"]
+
+TFDS = "tfds:"
+"""How a spec of a TensorFlow dataset begins."""
+
+COMPRESSED = (".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar", ".tgz")
+"""Suffixes of what is packed in a way that is not read here."""
+
+
+def open_source(spec: str) -> Documents:
+    """The documents that `spec` (see the module's table) names.
+
+    Raises:
+      InputError: a spec of another form, or a text that is missing, damaged or not what it says.
+    """
+    parsed = parse_spec(spec)
+    if spec.startswith(TFDS):
+        from gptjax.data.sources.tfds import open_dataset
+
+        return open_dataset(parsed)
+    if parsed.address == "embedded":
+        parsed.choose("embedded")
+        return EmbeddedCorpus()
+    return _open_files(parsed)
+
+
+def reopen(spec: str, fingerprint: str) -> Documents:
+    """What `open_source(spec)` gave elsewhere.
+
+    Raises:
+      InputError: another text than that one, or one that cannot be opened.
+    """
+    documents = open_source(spec)
+    if documents.fingerprint != fingerprint:
+        refuse(f"{spec} is not the text that it was")
+    return documents
+
+
+def _open_files(spec: Spec) -> Documents:
+    paths = find_files(spec.address)
+    if not os.path.lexists(paths[0]):
+        check_no_option(spec)
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
+        refuse(f"{spec.address} fits files of several kinds: {', '.join(sorted(kinds))}")
+    (kind,) = kinds
+    if kind == "Parquet":
+        options = spec.choose(kind, field="text")
+        return Parquet(spec, paths, str(options["field"]))
+    if kind == "JSON lines":
+        options = spec.choose(kind, field="text", errors="strict")
+        return JsonLines(spec, paths, _errors(spec, options), str(options["field"]))
+    return _open_text(spec, paths)
+
+
+def _open_text(spec: Spec, paths: list[str]) -> Documents:
+    options = spec.choose("text", documents=None, column=None, errors="strict")
+    errors, column, documents = _errors(spec, options), options["column"], options["documents"]
+    if column is not None:
+        if not (column.isascii() and column.isdecimal() and int(column)):
+            refuse(f"{spec.text} has the column {column!r}: it must be a number, from 1")
+        if documents not in (None, "line"):
+            refuse(f"{spec.text} has a column of every line, and cannot have documents={documents}")
+        return Column(spec, paths, errors, int(column))
+    kinds = {"file": Whole, "line": Lines, "block": Blocks}
+    if documents not in (None, *kinds):
+        refuse(f"{spec.text} has documents={documents}: it must be one of {', '.join(kinds)}")
+    return kinds[documents or "file"](spec, paths, errors)
+
+
+def _kind(path: str) -> str:
+    """What is in a file, by its suffix.
+
+    Raises:
+      InputError: something that is not read.
+    """
+    name = path.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        if name != path:
+            refuse(f"{path} is Parquet in gzip, which allows no random access; unpack it")
+        return "Parquet"
+    for suffix in COMPRESSED:
+        if name.endswith(suffix):
+            refuse(f"{path} is packed as {suffix}; of packed files, only .gz are read")
+    return "JSON lines" if name.endswith(".jsonl") else "text"
+
+
+def _errors(spec: Spec, options: dict[str, str | None]) -> str:
+    errors = str(options["errors"])
+    if errors not in ("strict", "replace"):
+        refuse(f"{spec.text} has errors={errors}: it must be one of strict, replace")
+    return errors
+
+
+def read_text(path: str | None) -> str:
+    """The text of a UTF-8 file, or without a path the one that every Python installation carries.
+
+    Line ends are kept as they are.
+
+    Raises:
+      InputError: a file that is missing, unreadable, empty, or not UTF-8.
+    """
+    if path is None:
+        return embedded_corpus()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"data.path: cannot read {path}: {error.strerror}.") from error
+    if not data:
+        raise InputError(f"data.path: {path} is empty.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = data[error.start]
+        raise InputError(
+            f"data.path: {path} is not UTF-8: byte 0x{byte:02x} at offset {error.start}."
+        ) from error

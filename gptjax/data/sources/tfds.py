@@ -1,0 +1,260 @@
+"""Splits of TensorFlow datasets, read from ArrayRecord files without TensorFlow.
+
+A dataset that is prepared in the data directory is read whatever made it. Otherwise TFDS downloads
+and prepares it, if its sources can be reached: that is asked first, because TFDS asks ten times and
+waits in between. Many builders of TFDS need TensorFlow to prepare, though not to be read.
+"""
+
+import hashlib
+import importlib.util
+import json
+import queue
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from typing import Any
+
+from gptjax.config import InputError, near_names
+from gptjax.data.sources.protocol import Spec, check_index, check_no_option, refuse
+from gptjax.data.sources.records import no_field, text_of
+
+ARRAY_RECORD = "array_record"
+
+PROBE_SECONDS = 4.0
+"""How long the hosts that a dataset comes from have to answer."""
+
+INSTEAD = (
+    "prepare it where there is a network and give its directory (#data_dir=DIR), or read a file or "
+    "the embedded text"
+)
+"""What to do about a dataset that cannot be had."""
+
+
+class Dataset:
+    """A text field of a split.
+
+    Raises:
+      InputError: a split or a field that is not there, or files that are missing.
+    """
+
+    def __init__(self, spec: Spec, builder: Any, split: str, field: str):
+        self.name = spec.text
+        self._field = field
+        _check_field(spec, builder.info.features, field)
+        self._examples = _examples(spec, builder, split)
+        self.fingerprint = _fingerprint(builder.info, split, field)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> str:
+        check_index(index, len(self))
+        where = f"example {index} of {self.name}"
+        try:
+            value = self._examples[index]
+        except Exception as error:  # What ArrayRecord's C++ raises, it does not say.
+            raise InputError(f"data.source: cannot read {where}: {_first_line(error)}.") from error
+        for name in self._field.split("/"):
+            value = value[name]
+        if not isinstance(value, bytes):
+            return text_of(value, where, self._field)
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            refuse(
+                f"the field {self._field} in {where} is not UTF-8: byte "
+                f"0x{value[error.start]:02x} at offset {error.start}"
+            )
+
+    def __reduce__(self):
+        from gptjax.data.sources import reopen
+
+        return reopen, (self.name, self.fingerprint)
+
+
+def open_dataset(spec: Spec) -> Dataset:
+    """The dataset that `tfds:NAME` names as TFDS does, with its config and version.
+
+    Raises:
+      InputError: one that does not exist, is damaged, or cannot be prepared.
+    """
+    options = spec.choose("tfds", split="train", field="text", data_dir=None)
+    builder = _builder(spec, options["data_dir"])
+    if not (builder.data_path / "dataset_info.json").exists():
+        prepare(spec, builder)
+    return Dataset(spec, builder, str(options["split"]), str(options["field"]))
+
+
+def _builder(spec: Spec, data_dir: str | None) -> Any:
+    """What TFDS has of this name: prepared files, or code that prepares them."""
+    import tensorflow_datasets as tfds
+
+    check_no_option(spec)
+    name = spec.address.removeprefix("tfds:")
+    dataset, colon, version = name.partition(":")
+    if not dataset or (colon and not version[:1].isdigit()):
+        # Another's namespace, which TFDS would look up in the network.
+        refuse(f"{spec.text} is no name of TFDS: it must be tfds:NAME, NAME/CONFIG or NAME:1.0.0")
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = {*tfds.list_builders(with_community_datasets=False)}
+        near = near_names(dataset.partition("/")[0], known)
+        if len(near) > 200:  # All of them, as none is near.
+            near = "tfds.list_builders() names those that it knows."
+        where = data_dir or "TFDS's directory"
+        raise InputError(
+            f"data.source: TFDS knows no dataset {dataset}, and none is prepared in {where}: {near}"
+        ) from error
+    except Exception as error:  # Versions and configs: AssertionError, ValueError and others.
+        why = re.sub(r'^Failed to construct dataset ".*?\}": ', "", _first_line(error))
+        raise InputError(f"data.source: TFDS refuses {name}: {why}.") from error
+
+
+def prepare(spec: Spec, builder: Any) -> None:
+    """Download a dataset and write it as ArrayRecord files.
+
+    Raises:
+      InputError: hosts none of which answers within `PROBE_SECONDS`; a builder that needs
+        TensorFlow where there is none; anything else that goes wrong within TFDS.
+    """
+    import tensorflow_datasets as tfds
+
+    name = builder.info.full_name
+    urls = builder.url_infos or [builder.info.homepage]
+    hosts = {host for host in map(_host, urls) if host}
+    if hosts and not any_answers(hosts):
+        names = " and ".join(sorted({name for name, _ in hosts})[:3])
+        refuse(
+            f"{name} is not prepared in {builder.data_path.parent}, and {names} cannot be reached: "
+            f"{INSTEAD}"
+        )
+    if not importlib.util.find_spec("tensorflow") and _uses_tensorflow(builder):
+        refuse(
+            f"{name} is not prepared in {builder.data_path.parent}, and TFDS needs TensorFlow to "
+            "prepare it: install gptjax[tensorflow]"
+        )
+    try:
+        builder.download_and_prepare(
+            file_format=ARRAY_RECORD,
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    except Exception as error:  # Whatever the builder, its parsers and the network raise.
+        raise InputError(
+            f"data.source: TFDS cannot prepare {name} ({_first_line(error)}): {INSTEAD}."
+        ) from error
+
+
+def any_answers(hosts: Iterable[tuple[str, int]]) -> bool:
+    """Whether any of these hosts and ports takes a connection within `PROBE_SECONDS`."""
+    ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def probe(host: tuple[str, int]) -> None:
+        try:
+            socket.create_connection(host, timeout=PROBE_SECONDS).close()
+        except OSError:
+            ended.put(False)
+        else:
+            ended.put(True)
+
+    # To look up a name knows no time limit; a thread that still does so is left behind.
+    threads = [threading.Thread(target=probe, args=(host,), daemon=True) for host in {*hosts}]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + PROBE_SECONDS
+    for _ in threads:
+        try:
+            if ended.get(timeout=max(0.0, deadline - time.monotonic())):
+                return True
+        except queue.Empty:
+            return False
+    return False
+
+
+def _host(url: str) -> tuple[str, int] | None:
+    """The host and port that an address is asked of: the proxy's, where there is one."""
+    parts = urllib.parse.urlsplit(url)
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if proxy and parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
+        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    ports = {"http": 80, "https": 443, "ftp": 21}
+    port = parts.port or ports.get(parts.scheme)
+    return (parts.hostname, port) if parts.hostname and port else None
+
+
+def _uses_tensorflow(builder: Any) -> bool:
+    """Whether the builder's module imports TensorFlow, which TFDS's modules do lazily."""
+    module = sys.modules.get(type(builder).__module__)
+    return bool({"tf", "tensorflow"} & vars(module).keys()) if module else False
+
+
+def _examples(spec: Spec, builder: Any, split: str) -> Any:
+    """The split as TFDS's data source."""
+    info = builder.info
+    named = split.replace("+", "[").split("[")[0].strip()
+    if named not in (*info.splits, "all"):
+        near = near_names(named, info.splits)
+        raise InputError(f"data.source: {info.full_name} has no split {named!r}: {near}")
+    formats = {known.value for known in info.available_file_formats()}
+    if ARRAY_RECORD not in formats:
+        refuse(
+            f"{info.full_name} is prepared as {' and '.join(sorted(formats)) or 'nothing'} in "
+            f"{builder.data_path}, which gives no random access: prepare it with "
+            f"file_format={ARRAY_RECORD!r} in another data_dir"
+        )
+    try:
+        instructions = info.splits[split].file_instructions
+    except Exception as error:
+        raise InputError(
+            f"data.source: {spec.text} has no split that TFDS reads: {_first_line(error)}."
+        ) from error
+    if not instructions:
+        refuse(f"{spec.text} has no examples in its split {split}")
+    examples = builder.as_data_source(split=split, file_format=ARRAY_RECORD)
+    for instruction in instructions:
+        if not builder.data_path.joinpath(instruction.filename).exists():
+            refuse(f"{info.full_name} lacks its file {instruction.filename}")
+    return examples
+
+
+def _check_field(spec: Spec, features: Any, field: str) -> None:
+    """The field is there and a string; `/` leads into a nested one."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+
+    for name in field.split("/"):
+        if not isinstance(features, tfds.features.FeaturesDict) or name not in features:
+            nested = isinstance(features, tfds.features.FeaturesDict)
+            no_field(spec.address, field, sorted(features) if nested else ())
+        features = features[name]
+    text = isinstance(features, tfds.features.Text)
+    if not text and (getattr(features, "shape", None) != () or features.np_dtype != np.object_):
+        refuse(f"the field {field} of {spec.address} holds {type(features).__name__}, not strings")
+
+
+def _fingerprint(info: Any, split: str, field: str) -> str:
+    """Of all that the dataset says about its content, and nothing about its place."""
+    splits = {
+        name: [list(map(int, known.shard_lengths)), int(known.num_bytes)]
+        for name, known in info.splits.items()
+    }
+    content = {
+        "dataset": info.full_name,
+        "splits": splits,
+        "checksums": {url: str(its) for url, its in info.as_proto.download_checksums.items()},
+        "metadata": dict(info.metadata or {}),
+        "split": split,
+        "field": field,
+    }
+    read = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(read.encode("utf-8")).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:300]
