@@ -25,7 +25,7 @@ RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
 
 def main() -> None:
-    """`gptjax sample|params|certify|convert …`."""
+    """`gptjax sample|params|certify|convert|data|build-dataset …`."""
     commands = {name: _deferred(command) for name, command in COMMANDS.items()}
 
     def parse_and_run(arguments: list[str]) -> None:

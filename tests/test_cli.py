@@ -368,7 +368,9 @@ def test_params_of_an_unknown_model_lists_the_near_ones(gptjax):
 
 def test_an_unknown_command_lists_the_known_ones(gptjax):
     _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean sample or params")
-    _assert_one_sentence(gptjax(), "Expected one of {sample, params, certify, convert}.")
+    _assert_one_sentence(
+        gptjax(), "Expected one of {sample, params, certify, convert, build-dataset}."
+    )
 
 
 def test_a_mistake_is_the_same_sentence_in_a_coloured_terminal(gptjax, monkeypatch):

@@ -4,7 +4,7 @@ The parameters are the flags, and the docstring is their help.
 """
 
 from gptjax.commands.models import certify, convert, params, sample
-from gptjax.commands.texts import data
+from gptjax.commands.texts import build_dataset, data
 
 COMMANDS = {
     "sample": sample,
@@ -12,4 +12,5 @@ COMMANDS = {
     "certify": certify,
     "convert": convert,
     "data": data,
+    "build-dataset": build_dataset,
 }

@@ -1,6 +1,7 @@
 """Commands about data."""
 
 import time
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -62,3 +63,41 @@ def data(
     batches = training_batches(corpus.train, weights, batch_size=batch_size, seed=0)
     for line in report(opened, learnt, corpus, batches, opening_seconds=seconds):
         print(line, flush=True)
+
+
+def build_dataset(
+    source: Annotated[str, tyro.conf.Positional],
+    /,
+    name: str,
+    data_dir: Path,
+    version: str = "1.0.0",
+    target: str | None = None,
+    validation_fraction: float = 0.0,
+) -> None:
+    """Write text as a TensorFlow dataset, which is read in any order and without TensorFlow.
+
+    Args:
+      source: The text, as data.source names it.
+      name: Of the dataset, such as my_corpus.
+      data_dir: Directory of datasets; this one is NAME/VERSION in it.
+      version: Three numbers; a version that is there is not overwritten.
+      target: Text whose documents translate those of the source, one by one; the fields are then
+        called source and target, and otherwise text.
+      validation_fraction: Share of the documents, the last ones, for a split named validation.
+    """
+    from gptjax.data.datasets import build_dataset
+    from gptjax.data.sources import open_source
+
+    documents = open_source(source)
+    columns = {"text": documents}
+    if target is not None:
+        columns = {"source": documents, "target": open_source(target)}
+    written = build_dataset(
+        columns,
+        data_dir,
+        name=name,
+        version=version,
+        validation_fraction=validation_fraction,
+    )
+    field = "" if target is None else "&field=source"
+    print(f"{written} has {len(documents):,} documents: tfds:{name}#data_dir={data_dir}{field}")
