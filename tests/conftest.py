@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -24,6 +25,18 @@ QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
     QUICK_COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 os.environ.update(QUICK_COMPILATION)
+
+
+# The same examples at every run, so that the gate fails for a change alone.
+settings.register_profile(
+    "gate",
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("gate")
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +58,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(60)))
     config = ExperimentConfig(
         model=TransformerConfig(depth=1, width=16, heads=2, context=32),
-        data=DataConfig(path=str(text), tokenizer="characters"),
+        data=DataConfig(source=(str(text),), tokenizer="characters"),
         optimizer=OptimizerConfig(warmup_steps=1, learning_rate=3e-3),
         train=TrainConfig(steps=4, batch_size=4, log_every=1, eval_every=2, checkpoint_every=2),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
-        train = importlib.import_module("quickstart").train
-    train(config, directory / "run", False)
+        quickstart = importlib.import_module("quickstart").quickstart
+    quickstart(config, directory / "run", False)
     return directory / "run"

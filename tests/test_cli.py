@@ -81,9 +81,9 @@ def _assert_one_sentence(ended: Ended, part: str) -> None:
 
 
 BAD_TEXTS = {
-    "missing": (None, "data.path: cannot read {path}: No such file or directory."),
-    "empty": (b"", "data.path: {path} is empty."),
-    "not UTF-8": (b"abc\xff", "data.path: {path} is not UTF-8: byte 0xff at offset 3."),
+    "missing": (None, "data.source: cannot read {path}: No such file or directory."),
+    "empty": (b"", "data.source: {path} is empty."),
+    "not UTF-8": (b"abc\xff", "data.source: {path} is not UTF-8: byte 0xff at offset 3."),
     "too short": (b"short", "training part has 4 tokens; a context of 128 needs at least 129."),
 }
 
@@ -93,7 +93,7 @@ def test_a_bad_text_is_one_sentence_and_makes_no_directory(data, sentence, quick
     path, out = tmp_path / "text.txt", tmp_path / "out"
     if data is not None:
         path.write_bytes(data)
-    ended = quickstart("--data.path", path, "--out", out)
+    ended = quickstart("--data.source", path, "--out", out)
     _assert_one_sentence(ended, sentence.format(path=path))
     assert not out.exists()
 
@@ -269,7 +269,7 @@ def test_debug_shows_the_traceback_before_the_sentence(gptjax, quickstart, tmp_p
     for ended in (
         gptjax("params", "gpt3", "--debug"),
         quickstart("--debug", "--model.depth", 0),
-        quickstart("--data.path", tmp_path / "none", "--debug"),
+        quickstart("--data.source", tmp_path / "none", "--debug"),
     ):
         assert ended.code == 2
         assert ended.err.startswith("Traceback (most recent call last):")

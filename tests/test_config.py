@@ -20,7 +20,7 @@ from gptjax.config import (
 
 CUSTOM = ExperimentConfig(
     model=TransformerConfig(vocab_size=300, depth=2, positions="rotary", bias=False, dropout=0.5),
-    data=DataConfig(path="some.txt", tokenizer="characters"),
+    data=DataConfig(source=("some.txt", "b.txt"), weights=(2, 1), tokenizer="characters"),
     optimizer=OptimizerConfig(name="muon", warmup_steps=3, learning_rate=1),
     train=TrainConfig(steps=7, seed=4),
 )
@@ -246,7 +246,8 @@ def test_differences_name_each_differing_field_with_both_values():
     second["new"] = 1
     assert differences(first, second) == [
         "model.depth: 2 -> 6",
-        "data.path: some.txt -> None",
+        "data.source: ['some.txt', 'b.txt'] -> ['embedded']",
+        "data.weights: [2, 1] -> []",
         "train.seed: 4 -> None",
         "new: None -> 1",
     ]

@@ -84,7 +84,7 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
 def test_other_experiments_run_two_steps(name, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 40)
-    flags = [*TINY, "--train.steps=2", f"--data.path={text}", f"--out={tmp_path / 'run'}"]
+    flags = [*TINY, "--train.steps=2", f"--data.source={text}", f"--out={tmp_path / 'run'}"]
     output_of(start(name, *flags))
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -168,7 +168,7 @@ def test_a_signal_ends_a_run_with_a_sentence(tmp_path, number, code):
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="shared/ (real data) is not there")
 def test_shakespeare_reaches_its_vocabulary_and_learns(tmp_path):
-    flags = ["--train.steps=60", "--optimizer.warmup-steps=10", f"--data.path={SHAKESPEARE}"]
+    flags = ["--train.steps=60", "--optimizer.warmup-steps=10", f"--data.source={SHAKESPEARE}"]
     output_of(start("shakespeare_char.py", *flags, f"--out={tmp_path / 'run'}"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["model"]["vocab_size"] == 65

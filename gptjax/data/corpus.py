@@ -12,15 +12,8 @@ import numpy as np
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
 from gptjax.data.cache import TokenStore, open_store
-from gptjax.data.rows import (
-    Bucket,
-    bucket_lengths,
-    objective_vocabulary,
-    pair_lengths,
-    pair_rows,
-    text_rows,
-    window,
-)
+from gptjax.data.pairs import bucket_lengths, pair_lengths, pair_rows
+from gptjax.data.rows import Bucket, objective_vocabulary, text_rows, window
 from gptjax.data.sources import Documents, open_source
 from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT

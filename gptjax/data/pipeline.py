@@ -23,11 +23,15 @@ from gptjax.config import DataConfig, InputError
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, Sources
 from gptjax.data.packing import OPEN_ROWS, PackedTokens, cut
-from gptjax.data.rows import Bucket, finisher, translated_row, window
+from gptjax.data.pairs import translated_row
+from gptjax.data.rows import Bucket, finisher, window
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.vocabulary import Vocabulary
 
+ENDLESS = 1 << 48
+"""Rows, no more of which are asked for: Grain's own endlessness is too long a length for batches of
+one."""
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 """A thread that makes the next batches: on two cores more of them are slower."""
 
@@ -167,10 +171,13 @@ def _endless(
     """What the sources have, in random order, again and again."""
     if weights:
         known = [pair for pair in zip(sources, weights, strict=True) if len(pair[0])]
-        each = [source.seed(seed).shuffle().repeat() for source, _ in known]
+        each = [_repeated(source.seed(seed).shuffle()) for source, _ in known]
         return grain.MapDataset.mix(each, [weight for _, weight in known])
-    whole = grain.MapDataset.concatenate(sources)
-    return whole.seed(seed).shuffle().repeat()
+    return _repeated(grain.MapDataset.concatenate(sources).seed(seed).shuffle())
+
+
+def _repeated(dataset: grain.MapDataset) -> grain.MapDataset:
+    return dataset.repeat(-(-ENDLESS // len(dataset)))
 
 
 def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[float]:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer_properties import examples
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
@@ -29,7 +28,6 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@examples
 @given(tokens=rows, seed=seeds, rate=st.sampled_from([0.01, 0.15, 0.5, 1.0]), data=st.data())
 def test_what_is_chosen_changes_and_nothing_else(tokens, seed, rate, data):
     frozen = np.array(data.draw(st.lists(st.booleans(), min_size=60, max_size=60)), bool)
@@ -50,7 +48,6 @@ def test_what_is_chosen_changes_and_nothing_else(tokens, seed, rate, data):
         assert array.tolist() == same.tolist()
 
 
-@examples
 @given(tokens=rows, seed=seeds, rate=st.sampled_from([0.15, 0.5]))
 def test_words_are_chosen_as_wholes(tokens, seed, rate):
     starts = BERT.word_starts(tokens)
@@ -100,7 +97,6 @@ def test_words_may_begin_anywhere_that_the_caller_says():
     assert weights[:5].sum() in (0, 5)
 
 
-@examples
 @given(document=pieces, other=pieces, seed=seeds, context=st.integers(5, 50), whole=st.booleans())
 def test_a_pair_is_two_stretches_of_text_in_their_frame(document, other, seed, context, whole):
     row = next_sentence(

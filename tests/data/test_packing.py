@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from properties import SETTINGS
 
 from gptjax.data.packing import OPEN_ROWS, PackedRows, Pieces, Windows, cut, first_fit, plan
 
@@ -17,7 +16,6 @@ def store(lengths: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.arange(sizes.sum(), dtype=np.uint16), np.cumsum(sizes) - sizes, sizes
 
 
-@SETTINGS
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 3))
 def test_windows_are_all_of_the_tokens_in_order(size, step, overlap):
     length = step + overlap
@@ -36,7 +34,6 @@ def test_windows_are_all_of_the_tokens_in_order(size, step, overlap):
     np.testing.assert_array_equal(seen, np.arange(len(seen)))
 
 
-@SETTINGS
 @given(LENGTHS, st.integers(2, 12), st.integers(0, 1))
 def test_pieces_are_all_of_each_document(lengths, most, overlap):
     _, starts, sizes = store(lengths)
@@ -53,7 +50,6 @@ def test_pieces_are_all_of_each_document(lengths, most, overlap):
     assert found == expected
 
 
-@SETTINGS
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=400))
 def test_first_fit_is_what_its_name_says(places):
     rows = first_fit(np.array(places), 16)
@@ -80,7 +76,6 @@ def test_a_full_house_closes_its_fullest_row():
     assert rows[OPEN_ROWS + 2] == 0
 
 
-@SETTINGS
 @given(LENGTHS, st.integers(4, 16))
 def test_packed_rows_predict_every_successor_in_a_document_once(lengths, room):
     tokens, starts, sizes = store(lengths)
@@ -106,7 +101,6 @@ def test_packed_rows_predict_every_successor_in_a_document_once(lengths, room):
     assert sorted(predicted) == sorted(inside)
 
 
-@SETTINGS
 @given(LENGTHS, st.integers(4, 16))
 def test_framed_rows_have_each_token_once_between_its_frame(lengths, room):
     tokens, starts, sizes = store(lengths)

@@ -1,191 +1,271 @@
+"""Batches: the same at every start, from any place, whatever the number of hosts."""
+
+import collections
+import functools
 import itertools
 import json
-import math
 from collections.abc import Iterable
+from typing import Any
 
+import grain
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, InputError
+from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.data.batch import Batch
+from gptjax.data.corpus import Predicted, open_corpus, open_sources
+from gptjax.data.packing import Windows
 from gptjax.data.pipeline import (
-    Batch,
-    Windows,
+    EvaluationBatches,
     bits_per_byte,
-    evaluation_batches,
-    tokenize,
+    streamed_batches,
     training_batches,
 )
-from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, train_tokenizer
+from gptjax.data.rows import FAMILIES, Bucket, causal_row
+from gptjax.data.tokenizers import ByteTokenizer
 
 CONTEXT, BATCH_SIZE, WINDOWS = 4, 3, 12
-TOKENS = np.arange(100, 100 + WINDOWS * CONTEXT + 1, dtype=np.int32)
-"""Every token is its own, so that a token tells its place; an epoch is 12 windows, 4 batches."""
+TOKENS = np.arange(WINDOWS * CONTEXT + 1, dtype=np.uint16)
+LONG = 16
+"""The context of the rows of every objective."""
 
 
-def _batches(seed: int = 0, tokens: np.ndarray = TOKENS):
-    return training_batches(tokens, context=CONTEXT, batch_size=BATCH_SIZE, seed=seed)
+def rows(*sources: np.ndarray, rest: bool = False) -> Bucket:
+    windows = [Windows(tokens, CONTEXT + 1, CONTEXT, rest=rest) for tokens in sources]
+    return Bucket(windows, functools.partial(causal_row, context=CONTEXT), random=False)
 
 
-def _take(batches: Iterable[Batch], count: int) -> list[list[list[int]]]:
+def batches_of(
+    *sources: np.ndarray, seed: int = 0, weights: tuple[float, ...] = ()
+) -> grain.DatasetIterator:
+    return training_batches([rows(*sources)], weights, batch_size=BATCH_SIZE, seed=seed)
+
+
+def take(batches: Iterable[Batch], count: int) -> list[list[list[int]]]:
     return [batch.tokens.tolist() for batch in itertools.islice(batches, count)]
 
 
-def test_the_first_part_is_for_training_and_the_last_for_validation():
-    text = "abcdefghij" * 10
-    tokenizer = ByteTokenizer()
-    corpus = tokenize(text, tokenizer, DataConfig(validation_fraction=0.25), context=8)
-    assert tokenizer.decode(corpus.train) == text[:75]
-    assert tokenizer.decode(corpus.validation) == text[75:]
-    assert corpus.train.dtype == corpus.validation.dtype == np.int32
-
-
-def test_no_token_straddles_the_border():
-    text = "中文" * 100 + "x"
-    corpus = tokenize(text, ByteTokenizer(), DataConfig(validation_fraction=0.3), context=8)
-    joined = ByteTokenizer().decode(corpus.train) + ByteTokenizer().decode(corpus.validation)
-    assert joined == text
-
-
-def test_another_text_has_another_fingerprint():
-    first, same, other = (
-        tokenize(text, ByteTokenizer(), DataConfig(), context=8).fingerprint
-        for text in ("a" * 100, "a" * 100, "a" * 99 + "b")
-    )
-    assert first == same != other
-
-
-@pytest.mark.parametrize(
-    ("length", "context", "sentence"),
-    [
-        (100, 90, "The training part has 90 tokens; a context of 90 needs at least 91."),
-        (2, 128, "The training part has 1 tokens; a context of 128 needs at least 129."),
-        (1, 1, "The training part has 0 tokens; a context of 1 needs at least 2."),
-        (
-            9,
-            7,
-            "The validation part (data.validation_fraction 0.1) has 1 tokens; it needs at least 2.",
-        ),
-    ],
-)
-def test_a_text_too_short_for_the_context_is_one_sentence(length, context, sentence):
-    with pytest.raises(InputError) as error:
-        tokenize("a" * length, ByteTokenizer(), DataConfig(), context)
-    assert str(error.value) == sentence
-
-
-def test_the_shortest_text_is_one_window_and_one_prediction():
-    corpus = tokenize("a" * 100, ByteTokenizer(), DataConfig(), context=89)
-    assert len(Windows(corpus.train, 89)) == 1
-    config = DataConfig(validation_fraction=0.02)
-    assert len(tokenize("a" * 100, ByteTokenizer(), config, context=4).validation) == 2
-
-
-def test_bits_per_byte_of_a_hand_case():
-    # Validation is "中文ab": four characters, eight bytes, of which the first character is given.
-    text = "中文ab" * 10
-    config = DataConfig(validation_fraction=0.1)
-    characters = tokenize(text, CharacterTokenizer.train(text), config, context=4)
-    assert len(characters.validation) == 4
-    assert characters.validation_bytes == 5
-    # 3 predictions of ln 2 nats are 3 bits, over 5 bytes.
-    assert bits_per_byte(characters, math.log(2)) == pytest.approx(3 / 5)
-
-
-@pytest.mark.parametrize("spec", ["bytes", "sentencepiece:265"])
-def test_a_first_character_of_several_tokens_counts_by_the_byte(spec):
-    # Validation is "é…b": the first token is the first byte of é, the rest is to be predicted.
-    text = "ab" * 40 + "ab" * 9 + "éb"
-    config = DataConfig(validation_fraction=0.02)
-    corpus = tokenize(text, train_tokenizer(spec, "ab" * 200), config, context=4)
-    assert len(corpus.validation) == 3
-    assert corpus.validation_bytes == 2
-    assert bits_per_byte(corpus, math.log(2)) == pytest.approx(1.0)
+def assert_same(first: Batch, second: Batch) -> None:
+    for name, one, other in zip(first._fields, first, second, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:
+            np.testing.assert_array_equal(one, other, err_msg=name)
 
 
 def test_every_token_is_predicted_once_an_epoch_by_the_one_before_it():
-    epoch = list(itertools.islice(_batches(), WINDOWS // BATCH_SIZE))
+    epoch = list(itertools.islice(batches_of(TOKENS), WINDOWS // BATCH_SIZE))
     tokens = np.concatenate([batch.tokens.ravel() for batch in epoch])
     targets = np.concatenate([batch.targets.ravel() for batch in epoch])
     assert sorted(targets) == TOKENS[1:].tolist()
     np.testing.assert_array_equal(targets, tokens + 1)
     for batch in epoch:
-        np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-        np.testing.assert_array_equal(batch.weights, np.ones((BATCH_SIZE, CONTEXT), np.float32))
         assert batch.tokens.shape == (BATCH_SIZE, CONTEXT)
         assert batch.tokens.dtype == batch.targets.dtype == np.int32
-        assert batch.weights.dtype == np.float32
-
-
-@pytest.mark.parametrize("extra", [1, CONTEXT - 1])
-def test_a_rest_shorter_than_a_window_is_left_out(extra):
-    longer = np.append(TOKENS, np.arange(extra, dtype=np.int32))
-    assert len(Windows(longer, CONTEXT)) == WINDOWS
-    assert _take(_batches(tokens=longer), 4) == _take(_batches(), 4)
-
-
-def test_batches_follow_from_tokens_sizes_and_seed_alone():
-    assert _take(_batches(seed=3), 9) == _take(_batches(seed=3), 9)
+        np.testing.assert_array_equal(batch.weights, np.ones((BATCH_SIZE, CONTEXT), np.float32))
 
 
 def test_another_seed_gives_another_order():
-    assert _take(_batches(seed=0), 4) != _take(_batches(seed=1), 4)
+    assert take(batches_of(TOKENS, seed=0), 4) != take(batches_of(TOKENS, seed=1), 4)
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    batches = _batches()
-    first, second, third = (_take(batches, 4) for _ in range(3))
+    batches = batches_of(TOKENS)
+    first, second, third = (take(batches, 4) for _ in range(3))
     assert first != second != third != first
     for epoch in (first, second, third):
         assert sorted(np.ravel(epoch)) == TOKENS[:-1].tolist()
-
-
-def test_the_order_is_not_the_texts():
-    starts = [row[0] for batch in _take(_batches(), 4) for row in batch]
+    starts = [row[0] for batch in first for row in batch]
     assert starts != sorted(starts)
 
 
-def test_windows_fewer_than_a_batch_still_fill_it():
-    short = TOKENS[: 2 * CONTEXT + 1]
-    (batch,) = _take(_batches(tokens=short), 1)
+def test_rows_fewer_than_a_batch_still_fill_it():
+    (batch,) = take(batches_of(TOKENS[: 2 * CONTEXT + 1]), 1)
     assert np.shape(batch) == (BATCH_SIZE, CONTEXT)
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, 4, 6])
-def test_a_saved_place_resumes_exactly_after_json(place):
-    straight = _take(_batches(), 12)
-    batches = _batches()
-    _take(batches, place)
-    state = json.loads(json.dumps(batches.get_state()))
-    resumed = _batches()
-    resumed.set_state(state)
-    assert _take(resumed, 12 - place) == straight[place:]
-
-
 def test_the_place_can_be_set_back_on_the_same_iterator():
-    batches = _batches()
+    batches = batches_of(TOKENS)
     start = batches.get_state()
-    first = _take(batches, 5)
+    first = take(batches, 5)
     batches.set_state(start)
-    assert _take(batches, 5) == first
+    assert take(batches, 5) == first
+
+
+def test_sources_without_weights_are_one_epoch():
+    other = TOKENS[: 6 * CONTEXT + 1] + 100
+    epoch = take(batches_of(TOKENS, other), (WINDOWS + 6) // BATCH_SIZE)
+    assert sorted(np.ravel(epoch)) == [*TOKENS[:-1].tolist(), *other[:-1].tolist()]
+
+
+def test_weights_are_the_shares_of_the_rows():
+    other = TOKENS[: 2 * CONTEXT + 1] + 100
+    batches = take(batches_of(TOKENS, other, weights=(1, 3)), 40)
+    of_other = [row[0] >= 100 for batch in batches for row in batch]
+    assert np.mean(of_other) == 0.75
+    # Evenly spread, each source in epochs of its own.
+    assert all(2 <= sum(of_other[start : start + 4]) <= 4 for start in range(0, 120, 4))
+    firsts = collections.Counter(row[0] for batch in batches for row in batch)
+    assert {firsts[start] for start in other[:-1:CONTEXT].tolist()} == {45}
+    assert {firsts[start] for start in TOKENS[:-1:CONTEXT].tolist()} <= {2, 3}
+
+
+def test_weights_change_no_order_within_a_source():
+    other = TOKENS[: 8 * CONTEXT + 1] + 100
+
+    def of_other(weights) -> list:
+        taken = take(batches_of(TOKENS, other, weights=weights), 12)
+        return [row for batch in taken for row in batch if row[0] >= 100]
+
+    often, seldom = of_other((1, 3)), of_other((3, 1))
+    assert often[: len(seldom)] == seldom
+
+
+def test_hosts_that_cannot_part_a_batch_are_refused():
+    with pytest.raises(InputError) as error:
+        training_batches([rows(TOKENS)], batch_size=3, seed=0, host=1, hosts=2)
+    assert str(error.value) == "train.batch_size is 3: it must be a multiple of the 2 hosts."
 
 
 @pytest.mark.parametrize("length", [2, 4, 5, 6, 12, 13, 14, 25, 26])
 def test_evaluation_predicts_every_token_once(length):
-    tokens = np.arange(1, length + 1, dtype=np.int32)
-    batches = evaluation_batches(tokens, context=4, batch_size=3)
-    assert all(batch.tokens.shape == (3, 4) for batch in batches)
-    weights = np.concatenate([batch.weights.ravel() for batch in batches])
+    tokens = np.arange(1, length + 1, dtype=np.uint8)
+    batches = EvaluationBatches([rows(tokens, rest=True)], BATCH_SIZE)
+    found = [batches[index] for index in range(len(batches))]
+    assert all(batch.tokens.shape == (3, 4) for batch in found)
+    weights = np.concatenate([batch.weights.ravel() for batch in found])
     assert set(weights) <= {0.0, 1.0}
-    given = np.concatenate([batch.tokens.ravel() for batch in batches])[weights == 1]
-    predicted = np.concatenate([batch.targets.ravel() for batch in batches])[weights == 1]
+    given = np.concatenate([batch.tokens.ravel() for batch in found])[weights == 1]
+    predicted = np.concatenate([batch.targets.ravel() for batch in found])[weights == 1]
     np.testing.assert_array_equal(given, tokens[:-1])
     np.testing.assert_array_equal(predicted, tokens[1:])
 
 
 def test_evaluation_pads_only_what_the_last_batch_lacks():
-    batches = evaluation_batches(np.arange(14, dtype=np.int32), context=4, batch_size=3)
-    weights = [batch.weights for batch in batches]
+    batches = EvaluationBatches([rows(np.arange(14, dtype=np.uint8), rest=True)], BATCH_SIZE)
+    weights = [batches[index].weights for index in range(len(batches))]
     assert [float(weight.sum()) for weight in weights] == [12.0, 1.0]
-    assert weights[0].dtype == np.float32
-    assert batches[0].tokens.dtype == batches[0].targets.dtype == np.int32
     np.testing.assert_array_equal(weights[1].ravel(), [1] + 11 * [0])
+
+
+def test_bits_per_byte_of_a_hand_case():
+    # 3 predictions of ln 2 nats are 3 bits, over 5 bytes.
+    assert bits_per_byte(Predicted(tokens=3, bytes=5), np.log(2)) == pytest.approx(3 / 5)
+
+
+KINDS = [
+    {"objective": "causal"},
+    {"objective": "causal", "packing": "first_fit"},
+    {"objective": "causal", "weights": (1.0, 2.5)},
+    {"objective": "masked_lm", "whole_words": True},
+    {"objective": "masked_lm", "packing": "first_fit"},
+    {"objective": "next_sentence"},
+    {"objective": "prefix"},
+    {"objective": "span_corruption"},
+    {"objective": "sequence_to_sequence", "buckets": 2},
+]
+STREAMED = [kind for kind in KINDS if kind["objective"] != "next_sentence"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> tuple[str, str]:
+    """Two sources of documents of all lengths, empty ones among them."""
+    directory = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(5)
+    for name in ("first", "second"):
+        lines = [
+            "word " * (int(size) // 5) + "x" * (int(size) % 5) for size in rng.integers(0, 40, 60)
+        ]
+        (directory / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return f"{directory}/first.txt#documents=line", f"{directory}/second.txt#documents=line"
+
+
+def batches_for(texts, kind: dict[str, Any], *, on_the_fly: bool, **order) -> grain.DatasetIterator:
+    """The batches that a config asks for, opened anew."""
+    pairs = kind["objective"] == "sequence_to_sequence"
+    several = "weights" in kind
+    data = DataConfig(
+        source=texts if several else texts[:1],
+        target=texts[1:] if pairs else (),
+        on_the_fly=on_the_fly,
+        **kind,
+    )
+    more = {}
+    if kind["objective"] == "next_sentence":
+        more = {"segments": 2, "encoder_heads": "pretraining"}
+    family = FAMILIES[kind["objective"]][0]
+    model = TransformerConfig(family=family, context=LONG, **more)
+    sources, tokenizer = open_sources(data), ByteTokenizer()
+    corpus = open_corpus(sources, tokenizer, data, model)
+    order = {"batch_size": 4, "seed": 7, **order}
+    if on_the_fly:
+        return streamed_batches(sources, tokenizer, corpus.vocabulary, data, LONG, **order)
+    return training_batches(corpus.train, data.weights, **order)
+
+
+def named(kind) -> str:
+    return "-".join(map(str, kind.values()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_the_fly"),
+    [*((kind, False) for kind in KINDS), *((kind, True) for kind in STREAMED)],
+    ids=[*map(named, KINDS), *(f"{named(kind)}-streamed" for kind in STREAMED)],
+)
+def test_any_place_and_any_number_of_hosts_give_the_same_batches(texts, kind, on_the_fly):
+    make = functools.partial(batches_for, texts, kind, on_the_fly=on_the_fly)
+    straight = make()
+    states, expected = [], []
+    for _ in range(40):  # More than an epoch.
+        states.append(json.dumps(straight.get_state()))
+        expected.append(next(straight))
+    assert max(map(len, states)) < 1000
+
+    for place in (0, 1, 17, 38):
+        resumed = make()
+        resumed.set_state(json.loads(states[place]))
+        for step in (place, place + 1):
+            assert_same(next(resumed), expected[step])
+
+    for hosts in (2, 4):
+        each = [make(host=host, hosts=hosts) for host in range(hosts)]
+        for step in range(3):
+            parts = [next(host) for host in each]
+            for rows, host in zip(np.split(np.arange(4), hosts), parts, strict=True):
+                mine = expected[step].apply(lambda array, rows=rows: array[rows])
+                assert_same(host, mine)
+        # From that place on with another number of hosts, whichever of them kept it.
+        state = json.loads(json.dumps(each[-1].get_state()))
+        fewer = make(host=1, hosts=2)
+        fewer.set_state(state)
+        half = expected[3].apply(lambda array: array[2:])
+        assert_same(next(fewer), half)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=named)
+def test_nothing_is_trained_on_padding_and_seeds_differ(texts, kind):
+    batches = batches_for(texts, kind, on_the_fly=False)
+    for batch in itertools.islice(batches, 12):
+        assert (batch.weights > 0).any()
+        if batch.documents is not None:
+            assert not batch.weights[batch.documents == 0].any()
+        if batch.valid is not None:
+            assert not batch.weights[~batch.valid].any()
+        if batch.source_valid is not None:
+            ends = batch.weights.sum(axis=1).astype(int)
+            for row, end in zip(batch.weights, ends, strict=True):
+                np.testing.assert_array_equal(row, np.arange(len(row)) < end)
+    other = next(batches_for(texts, kind, on_the_fly=False, seed=8))
+    again = next(batches_for(texts, kind, on_the_fly=False))
+    assert other.tokens.shape != again.tokens.shape or (other.tokens != again.tokens).any()
+
+
+def test_an_epoch_on_the_fly_has_every_document_once(texts):
+    kind = {"objective": "causal", "packing": "first_fit"}
+    streamed = batches_for(texts, kind, on_the_fly=True, batch_size=1)
+    documents = (open_sources(DataConfig(source=texts[:1])).train)[0]
+    bytes_in_all = sum(max(len(documents[i]) - 1, 0) for i in range(len(documents)))
+    seen = 0
+    while seen < bytes_in_all:
+        seen += int(next(streamed).weights.sum())
+    # The rows that are packed together hold one epoch's end and the next one's beginning.
+    assert seen < 1.2 * bytes_in_all

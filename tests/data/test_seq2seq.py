@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenizer_properties import examples
 
 from gptjax.config import InputError
 from gptjax.data.seq2seq import (
@@ -43,7 +42,6 @@ def filled(source: np.ndarray, target: np.ndarray) -> list[int]:
     return text
 
 
-@examples
 @given(tokens=texts, seed=seeds, rate=rates, mean_span=means)
 def test_corrupted_spans_can_be_filled_in_again(tokens, seed, rate, mean_span):
     options = {"rate": rate, "mean_span": mean_span}
@@ -81,7 +79,6 @@ def test_fifteen_in_a_hundred_are_taken_in_spans_of_three():
     assert abs(places[10:90] / 2000 - 0.85).max() < 0.05
 
 
-@examples
 @given(source=st.integers(2, 400), target=st.integers(3, 400), rate=rates, mean_span=means)
 def test_the_largest_text_that_fits(source, target, rate, mean_span):
     n = span_input(source, target, rate, mean_span)
@@ -93,7 +90,6 @@ def test_the_largest_text_that_fits(source, target, rate, mean_span):
     assert fits == [True, False, False, False]
 
 
-@examples
 @given(tokens=texts, seed=seeds)
 def test_a_prefix_and_its_rest_are_the_text(tokens, seed):
     source, target = prefix(tokens, generator(seed))
@@ -109,7 +105,6 @@ def test_every_place_of_a_prefix_is_as_likely():
     assert abs(np.bincount(lengths)[1:] - 1000).max() < 4 * np.sqrt(750)
 
 
-@examples
 @given(source=texts, target=texts, more=st.integers(0, 9))
 def test_teacher_forcing_predicts_the_target_and_its_end_alone(source, target, more):
     source_length, target_length = len(source) + 1 + more, len(target) + 1 + 2 * more

@@ -5,19 +5,10 @@ import json
 import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data.sources import files, open_source
-
-# The same examples at every run, so that the gate fails for a change alone.
-examples = settings(
-    max_examples=100,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
 
 characters = st.one_of(
     st.sampled_from("ab \t\n\r\n\n\x0b\x85\u2028é中👍"), st.characters(codec="utf-8")
@@ -68,7 +59,6 @@ def blocks(text: str) -> list[str]:
     return [*within[:-1], joined[-1]] if ended else within
 
 
-@examples
 @given(contents=st.lists(texts, min_size=1, max_size=3), chunk=chunk_sizes)
 def test_files_joined_are_the_text_and_no_document_is_too_large(read, contents, chunk):
     documents = read(contents, "", chunk)
@@ -76,21 +66,18 @@ def test_files_joined_are_the_text_and_no_document_is_too_large(read, contents, 
     assert all(len(document.encode()) <= chunk for document in documents)
 
 
-@examples
 @given(contents=st.lists(texts, min_size=1, max_size=3), chunk=chunk_sizes)
 def test_documents_are_the_lines_of_each_file(read, contents, chunk):
     documents = read(contents, "#documents=line", chunk)
     assert documents == [line for text in contents for line in lines(text)]
 
 
-@examples
 @given(text=texts, chunk=chunk_sizes)
 def test_lines_joined_are_the_text_but_for_the_end_of_the_last_one(read, text, chunk):
     text = re.sub("\r+\n", "\n", text)
     assert "\n".join(read([text], "#documents=line", chunk)) == text.removesuffix("\n")
 
 
-@examples
 @given(contents=st.lists(texts, min_size=1, max_size=3), chunk=chunk_sizes)
 def test_documents_are_the_blocks_of_each_file(read, contents, chunk):
     contents = [f"{text}\nend" if not text.strip(" \t\r\n") else text for text in contents]
@@ -98,7 +85,6 @@ def test_documents_are_the_blocks_of_each_file(read, contents, chunk):
     assert documents == [block for text in contents for block in blocks(text)]
 
 
-@examples
 @given(
     table=st.lists(st.lists(st.text(characters, max_size=9), min_size=2, max_size=2), min_size=1),
     chunk=chunk_sizes,
@@ -111,7 +97,6 @@ def test_columns_are_read_as_they_were_written(read, table, chunk):
         assert documents == [row[column] for row in table]
 
 
-@examples
 @given(written=st.lists(st.text(max_size=30), min_size=1), chunk=chunk_sizes, ascii=st.booleans())
 def test_json_lines_are_read_as_they_were_written(read, written, chunk, ascii):
     text = "\n".join(json.dumps({"text": each}, ensure_ascii=ascii) for each in written)

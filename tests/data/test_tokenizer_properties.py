@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizer_texts import NASTY, TRAINED_ON, write_gpt1, write_gpt2, write_wordpiece
 
@@ -13,15 +13,6 @@ from gptjax.data.tokenizers import (
     stream_text,
     subwords,
     train_tokenizer,
-)
-
-# The same examples at every run, so that the gate fails for a change alone.
-examples = settings(
-    max_examples=150,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 MARKS = ["<s>", "</s>", "<pad>", "<mask>", "<unk>", "[CLS]", "[SEP]", "[MASK]", "<|endoftext|>"]
@@ -53,7 +44,6 @@ def made(tmp_path_factory) -> dict[str, Tokenizer]:
 
 
 @pytest.mark.parametrize("spec", LOSSLESS)
-@examples
 @given(text=texts)
 def test_any_text_comes_back_and_holds_no_special_token(made, spec, text):
     tokenizer = made[spec]
@@ -63,7 +53,6 @@ def test_any_text_comes_back_and_holds_no_special_token(made, spec, text):
     assert not set(tokenizer.special.values()) & set(tokens.tolist())
 
 
-@examples
 @given(text=texts)
 def test_characters_bring_back_their_own_text(text):
     tokenizer = CharacterTokenizer.train(text + "a")
@@ -71,7 +60,6 @@ def test_characters_bring_back_their_own_text(text):
 
 
 @pytest.mark.parametrize("spec", LOSSLESS)
-@examples
 @given(text=texts)
 def test_streamed_text_has_no_half_characters(made, spec, text):
     parts = list(stream_text(made[spec], made[spec].encode(text)))
@@ -80,7 +68,6 @@ def test_streamed_text_has_no_half_characters(made, spec, text):
 
 
 @pytest.mark.parametrize("spec", ["characters", *LOSSLESS, *LOWERING])
-@examples
 @given(tokens=st.lists(st.one_of(st.integers(0, 420), st.integers(0, 8)), max_size=25))
 def test_any_ids_stream_as_they_decode(made, spec, tokens):
     tokenizer = made[spec]
@@ -90,7 +77,6 @@ def test_any_ids_stream_as_they_decode(made, spec, tokens):
 
 
 @pytest.mark.parametrize("spec", LOWERING)
-@examples
 @given(text=texts)
 @example(text="The DOG, the théme; don't (ask)!")
 def test_what_lowering_tokenizers_decode_they_encode_to_the_same_tokens(made, spec, text):
@@ -103,7 +89,6 @@ def test_what_lowering_tokenizers_decode_they_encode_to_the_same_tokens(made, sp
 
 
 @pytest.mark.parametrize("spec", ["bpe:350", "gpt2", *LOWERING])
-@examples
 @given(text=texts, length=st.integers(1, 50))
 @example(text="a  \n\n b!\x1c c\u3000\n d!\x1c \x85e", length=1)
 def test_a_text_cut_into_pieces_and_words_has_the_tokens_of_the_whole(made, spec, text, length):

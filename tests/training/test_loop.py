@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -10,7 +11,9 @@ import pytest
 from flax import nnx
 
 from gptjax import Decoder, OptimizerConfig, TrainConfig, TransformerConfig, split
-from gptjax.data.pipeline import evaluation_batches, training_batches
+from gptjax.data.packing import Windows
+from gptjax.data.pipeline import EvaluationBatches, training_batches
+from gptjax.data.rows import Bucket, causal_row
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Diverged, Fit, Interrupted, fit
@@ -20,6 +23,14 @@ from gptjax.training.optimizers import build_optimizer
 MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3)
 TOKENS = (np.arange(400) ** 2 % 7).astype(np.int32)
+
+
+def rows(tokens: np.ndarray, *, rest: bool = False) -> list[Bucket]:
+    windows = Windows(tokens, MODEL.context + 1, MODEL.context, rest=rest)
+    return [Bucket([windows], functools.partial(causal_row, context=MODEL.context), random=False)]
+
+
+TRAINING, VALIDATION = rows(TOKENS[:300]), rows(TOKENS[300:], rest=True)
 
 
 class Recorder:
@@ -40,15 +51,14 @@ class Recorder:
 
 def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params) -> Fit:
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(train.seed)))
-    sizes = {"context": MODEL.context, "batch_size": train.batch_size}
     with Checkpoints(directory) as checkpoints:
         return fit(
             train,
             change(params),
             loss=token_loss(graphdef),
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
-            batches=training_batches(TOKENS[:300], seed=train.seed, **sizes),
-            validation=evaluation_batches(TOKENS[300:], **sizes),
+            batches=training_batches(TRAINING, batch_size=train.batch_size, seed=train.seed),
+            validation=EvaluationBatches(VALIDATION, train.batch_size),
             checkpoints=checkpoints,
             writers=[writer or Recorder()],
             describe=lambda step, tokens_per_second: {},
@@ -133,7 +143,6 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
     with pytest.raises(Interrupted):
         run(tmp_path, Recorder(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(0)))
-    sizes = {"context": MODEL.context, "batch_size": 4}
     sums = token_loss(graphdef)
 
     def broken(params, batch, key):
@@ -146,8 +155,8 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
             params,
             loss=broken,
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
-            batches=training_batches(TOKENS[:300], seed=3, **sizes),
-            validation=evaluation_batches(TOKENS[300:], **sizes),
+            batches=training_batches(TRAINING, batch_size=4, seed=3),
+            validation=EvaluationBatches(VALIDATION, 4),
             checkpoints=checkpoints,
             writers=[],
             describe=lambda step, tokens_per_second: {},
