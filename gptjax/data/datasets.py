@@ -17,8 +17,11 @@ from typing import Any
 from gptjax.config import InputError
 from gptjax.data.sources import Documents
 
-SHARD_BYTES = 64 << 20
-"""UTF-8 bytes after which a shard ends; TFDS holds a shard in memory while it writes it."""
+SHARD_BYTES = 128 << 20
+"""Bytes after which a shard ends, in memory, where TFDS holds a shard while it writes it."""
+
+OVERHEAD = 400
+"""Bytes that a document takes there beside its text."""
 
 Columns = dict[str, Documents]
 Examples = Iterator[tuple[int, dict[str, str]]]
@@ -41,7 +44,7 @@ def build_dataset(
       name: Of the dataset: lower case letters, digits and underscores.
       version: Three numbers; one that is there is never overwritten.
       validation_fraction: Share of the documents, the last ones, that are the split validation.
-      shard_bytes: UTF-8 bytes after which a shard ends.
+      shard_bytes: Bytes of memory after which a shard ends.
 
     Raises:
       InputError: a name or version of another form, or that is taken; documents that cannot be
@@ -125,7 +128,7 @@ def _shards(columns: Columns, documents: range, shard_bytes: int) -> list[range]
         if size >= shard_bytes:
             borders.append(index)
             size = 0
-        size += sum(len(column[index].encode("utf-8")) for column in columns.values())
+        size += OVERHEAD + sum(len(column[index].encode("utf-8")) for column in columns.values())
     borders.append(documents.stop)
     return [range(*pair) for pair in itertools.pairwise(borders)]
 

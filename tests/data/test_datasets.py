@@ -38,7 +38,7 @@ def data_dir(texts, tmp_path_factory) -> Path:
     """A directory with the dataset `pairs`, 1.0.0, of several shards."""
     directory = tmp_path_factory.mktemp("datasets")
     columns = {field: open_source(spec) for field, spec in texts.items()}
-    build_dataset(columns, directory, name="pairs", validation_fraction=0.25, shard_bytes=500)
+    build_dataset(columns, directory, name="pairs", validation_fraction=0.25, shard_bytes=5000)
     return directory
 
 
@@ -99,7 +99,7 @@ def test_a_fingerprint_is_of_the_content_and_not_of_the_place(data_dir, texts, t
     other = texts["source"].replace("source", "other")
     Path(other.partition("#")[0]).write_text("\n".join(ENGLISH).replace("number", "nombre"))
     columns = {"source": open_source(other), "target": open_source(texts["target"])}
-    build_dataset(columns, tmp_path, name="pairs", validation_fraction=0.25, shard_bytes=500)
+    build_dataset(columns, tmp_path, name="pairs", validation_fraction=0.25, shard_bytes=5000)
     others = [f"{spec}{tmp_path}", f"{spec}{data_dir}&split=validation"]
     others.append(f"tfds:pairs#field=target&data_dir={data_dir}")
     assert len({fingerprint, *(open_source(each).fingerprint for each in others)}) == 4

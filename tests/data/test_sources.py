@@ -1,12 +1,15 @@
 """Where text comes from: files and their mistakes (TensorFlow datasets: test_datasets.py)."""
 
 import concurrent.futures
+import functools
 import gzip
 import itertools
 import json
 import os
 import pickle
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +120,14 @@ def test_a_long_file_is_cut_at_line_ends(write, monkeypatch):
     assert documents(path) == ["abc\ndef\n", "ghi\n", "0123456", "中9\nz"]
 
 
+def test_a_line_longer_than_a_chunk_is_one_line_of_its_block(write, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK", 8)
+    line, spaces = "0123456789 中", " " * 20
+    path = write("text.txt", f"{spaces}\n{line}{spaces}\n{spaces}{line}\n{spaces}\n{line}")
+    expected = [f"{line}{spaces}\n{spaces}{line}", line]
+    assert documents(f"{path}#documents=block") == expected
+
+
 def test_json_lines_and_parquet_have_a_field_of_each_record(write, table):
     lines = [{"text": NASTY, "id": 1}, {"id": 2, "text": ""}]
     text = "\r\n".join(json.dumps(line) for line in lines)
@@ -149,7 +160,9 @@ def test_a_fingerprint_is_of_the_content_and_of_how_it_is_read(write, table, tmp
     assert all(len(bytes.fromhex(each)) == 32 for each in fingerprints)
 
 
-def test_threads_read_at_the_same_time(write, table):
+def test_threads_read_at_the_same_time(write, table, request):
+    request.addfinalizer(functools.partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)  # Threads take turns so often that they meet everywhere.
     lines = [f"{n} {'x' * (n % 97)}" for n in range(2000)]
     path = write("a.txt.gz", "\n".join(lines))
     sources = {
@@ -161,6 +174,23 @@ def test_threads_read_at_the_same_time(write, table):
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
             read = list(threads.map(source.__getitem__, order))
         assert read == [expected[index] for index in order]
+
+
+def test_threads_hold_one_row_group_together(table, monkeypatch):
+    source = open_source(str(table))
+    within: list[int] = []
+    most: list[int] = []
+
+    def slowly(_) -> None:
+        within.append(1)
+        most.append(len(within))
+        time.sleep(0.02)
+        within.pop()
+
+    monkeypatch.setattr(files.File, "check_unchanged", slowly)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        list(threads.map(source.__getitem__, [0, 4, 0, 4]))
+    assert set(most) == {1}
 
 
 def test_a_source_is_opened_again_where_it_is_unpickled(write, table):

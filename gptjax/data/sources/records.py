@@ -117,7 +117,7 @@ class Parquet:
         from pyarrow import parquet
 
         file, group = self._groups[number]
-        with self._lock:
+        with self._lock:  # Two threads would hold two row groups.
             if self._last and self._last[0] == number:
                 return self._last[1]
             self._last = None  # Its memory is free before the next one takes some.
@@ -127,8 +127,9 @@ class Parquet:
                     table = opened.read_row_group(group, columns=[self._field])
             except (pyarrow.ArrowException, OSError) as error:
                 _damaged(file, error)
-            self._last = number, table.column(self._field)
-            return self._last[1]
+            column = table.column(self._field)
+            self._last = number, column
+            return column
 
 
 def no_field(where: str, field: str, fields: Collection[str]) -> NoReturn:
