@@ -7,11 +7,13 @@ A cache is a directory whose name follows from the fingerprints of the text and 
 | tokens.bin | the ids of all documents, one after another, in the smallest type that fits |
 | offsets.bin | [documents + 1, 2], int64: tokens and UTF-8 bytes before each document |
 | meta.json | the fingerprints, the counts, a checksum and the time of each file; written last |
+| rows-*.npy, rows-*.json | what `kept` made of them, and the same of it |
 
 It is built in a directory beside its place and then renamed, so that it is there whole or not at
 all. A build that was interrupted goes on where `progress.json` says; of two processes that want the
 same cache one builds it and the other waits. Files that were touched since they were written are
-checked, and a damaged cache is built anew.
+checked, and a damaged cache is built anew; what changes without a trace in a file's size or time
+is not seen.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +70,7 @@ class TokenStore(NamedTuple):
     def document(self, index: int) -> np.ndarray:
         """The tokens of a document, without the end token."""
         first, last = self.offsets[index, 0], self.offsets[index + 1, 0]
-        return self.tokens[first : last - self.ends]
+        return self.tokens[first : max(first, last - self.ends)]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -90,42 +93,48 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
 
     Raises:
       InputError: a directory that cannot be written, a full disk, a cache of other text or of
-        another tokenizer in its place; and what the documents raise.
+        another tokenizer in its place, a tokenizer that gives ids beyond its vocabulary; and what
+        the documents raise.
     """
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     wanted = {
         "version": VERSION,
         "data_sha256": documents.fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,
         "documents": len(documents),
+        "dtype": dtype.name,
     }
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
     place = directory / fingerprint[:20]
     with _sentence_on_failure(place):
-        meta = _finished(place, wanted)
-        if meta is None:
+        if not _finished(place, wanted):
             directory.mkdir(parents=True, exist_ok=True)
             with (directory / f"{place.name}.lock").open("w") as lock:
                 _wait_for(lock, place)
-                meta = _finished(place, wanted)
-                if meta is None and place.exists():
-                    print(f"{place} is damaged: it is built anew.", file=sys.stderr)
-                    shutil.rmtree(place)
-                meta = meta or _build(documents, tokenizer, place, wanted)
-        tokens = np.memmap(place / TOKENS, meta["dtype"], "r")
+                if not _finished(place, wanted):
+                    if place.exists():
+                        print(f"{place} is damaged: it is built anew.", file=sys.stderr)
+                        shutil.rmtree(place)
+                    _build(documents, tokenizer, place, wanted)
+        tokens = np.memmap(place / TOKENS, dtype, "r")
         offsets = np.memmap(place / OFFSETS, np.int64, "r", shape=(len(documents) + 1, 2))
     ends = tokenizer.end_token is not None
     return TokenStore(np.asarray(tokens), np.asarray(offsets), fingerprint, place, ends)
 
 
 def kept(store: TokenStore, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array that follows from a store, made once and kept beside its tokens, memory-mapped."""
+    """An array that follows from a store, made once and kept beside its tokens, memory-mapped.
+
+    Two processes may both make it, and then each puts the same there, whole.
+    """
     path = store.directory / f"{name}.npy"
+    note = path.with_suffix(".json")
     with _sentence_on_failure(store.directory):
-        if not path.exists():
-            temporary = path.with_suffix(f".{os.getpid()}")
-            with temporary.open("wb") as file:
+        noted = _read_note(note)
+        if noted is None or not _intact(note, noted):
+            with _replacing(path) as file:
                 np.save(file, make())
-            temporary.replace(path)
+            _write_note(note, {"files": {path.name: _state(path, _checksum(path))}})
         return np.load(path, mmap_mode="r")
 
 
@@ -148,73 +157,64 @@ def _wait_for(lock: Any, place: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def _finished(place: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What the cache in its place says of itself; None where there is none, or a damaged one.
+def _finished(place: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the cache is in its place, undamaged.
 
     Raises:
-      InputError: a cache of something else.
+      InputError: a cache of something else is there.
     """
-    try:
-        meta = json.loads((place / META).read_text())
-        for name in ("data_sha256", "tokenizer_sha256"):
-            if meta[name] != wanted[name]:
-                what = "text" if name.startswith("data") else "tokenizer"
-                raise InputError(
-                    f"data.cache: {place} was made with another {what} ({meta[name][:12]}, this "
-                    f"one is {wanted[name][:12]}): choose another directory."
-                )
-        if any(meta[name] != value for name, value in wanted.items()):
-            return None
-        touched = False
-        for name, noted in meta["files"].items():
-            state = (place / name).stat()
-            if state.st_size != noted["bytes"]:
-                return None
-            if state.st_mtime_ns != noted["mtime_ns"]:
-                if _checksum(place / name) != noted["crc32"]:
-                    return None
-                noted["mtime_ns"], touched = state.st_mtime_ns, True
-    except InputError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    if touched:
-        with contextlib.suppress(OSError):  # Others' caches can be read, if not written.
-            _write_json(place / META, meta)
-    return meta
+    meta = _read_note(place / META)
+    if meta is None:
+        return False
+    for name in ("data_sha256", "tokenizer_sha256"):
+        if meta.get(name) != wanted[name]:
+            what = "text" if name.startswith("data") else "tokenizer"
+            raise InputError(
+                f"data.cache: {place} was made with another {what} ({str(meta.get(name))[:12]}, "
+                f"this one is {wanted[name][:12]}): choose another directory."
+            )
+    same = all(meta.get(name) == value for name, value in wanted.items())
+    return same and _intact(place / META, meta)
 
 
-def _build(
-    documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict[str, Any]
-) -> dict[str, Any]:
-    """Encode all documents and put them in their place; what meta.json says of them."""
+def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict[str, Any]) -> None:
+    """Encode all documents and put them in their place."""
     partial = place.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    end = [] if tokenizer.end_token is None else [tokenizer.end_token]
+    dtype = np.dtype(wanted["dtype"])
+    end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], np.int32)
     with _Writer(partial, dtype) as writer, _progress_bar(len(documents)) as show:
         for texts in _batches(documents, writer.documents):
             encoded = tokenizer.encode_documents(texts)
             for text, tokens in zip(texts, encoded, strict=True):
+                _check_ids(tokens, tokenizer)
                 ended = np.append(tokens, end) if text else tokens
                 writer.add(ended, len(text.encode("utf-8")))
             writer.note_progress()
             show(writer.documents)
     if not writer.tokens:
         raise InputError(f"data.source: {documents.name} has no text, only empty documents.")
-    files = {}
-    for name, checksum in (TOKENS, writer.checksums[0]), (OFFSETS, writer.checksums[1]):
-        state = (partial / name).stat()
-        files[name] = {
-            "bytes": state.st_size,
-            "mtime_ns": state.st_mtime_ns,
-            "crc32": checksum,
-        }
-    meta = {**wanted, "dtype": dtype.name, "tokens": writer.tokens, "files": files}
+    files = {
+        name: _state(partial / name, checksum)
+        for name, checksum in zip((TOKENS, OFFSETS), writer.checksums, strict=True)
+    }
     (partial / PROGRESS).unlink(missing_ok=True)
-    _write_json(partial / META, meta)
+    _write_note(partial / META, {**wanted, "tokens": writer.tokens, "files": files})
     partial.rename(place)
-    return meta
+
+
+def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> None:
+    """What is stored in few bits must fit them.
+
+    Raises:
+      InputError: an id that is no row of a model.
+    """
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < tokenizer.vocab_size)
+        raise InputError(
+            f"data.tokenizer: {tokenizer.name} gives the id {wrong}, beyond its vocabulary of "
+            f"{tokenizer.vocab_size}."
+        )
 
 
 class _Writer:
@@ -228,14 +228,14 @@ class _Writer:
         """Of tokens.bin and offsets.bin so far, CRC-32."""
 
     def __enter__(self) -> "_Writer":
-        try:
-            done = json.loads((self._directory / PROGRESS).read_text())
-            self.documents, self.tokens, self._bytes, self.checksums = done["state"]
-        except (OSError, ValueError, LookupError, TypeError):
-            done = {"sizes": [0, 0]}
+        sizes = [0, 0]
+        noted = _read_note(self._directory / PROGRESS)
+        if noted is not None and self._is_there(noted):
+            self.documents, self.tokens, self._bytes, self.checksums = noted["state"]
+            sizes = noted["sizes"]
         self._noted = self.tokens
         self._files: list[BinaryIO] = []
-        for name, size in zip((TOKENS, OFFSETS), done["sizes"], strict=True):
+        for name, size in zip((TOKENS, OFFSETS), sizes, strict=True):
             file = (self._directory / name).open("ab")
             self._files.append(file)
             file.truncate(size)
@@ -245,12 +245,13 @@ class _Writer:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        for file in self._files:
-            with contextlib.suppress(OSError) if raised[0] else contextlib.nullcontext():
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(OSError):
-                file.close()
+        try:
+            if raised[0] is None:
+                self._to_disk()
+        finally:
+            for file in self._files:
+                with contextlib.suppress(OSError):
+                    file.close()
 
     def add(self, tokens: np.ndarray, size: int) -> None:
         """One more document, of `size` bytes of UTF-8."""
@@ -264,13 +265,27 @@ class _Writer:
         """Now and then, make sure that what is there stays there, and note it."""
         if self.tokens - self._noted < CHECKPOINT_TOKENS:
             return
+        self._to_disk()
+        state = [self.documents, self.tokens, self._bytes, self.checksums]
+        sizes = [file.tell() for file in self._files]
+        _write_note(self._directory / PROGRESS, {"state": state, "sizes": sizes})
+        self._noted = self.tokens
+
+    def _is_there(self, noted: dict[str, Any]) -> bool:
+        """Whether the files still begin with what they had when that was noted."""
+        *_, checksums = noted["state"]
+        try:
+            return checksums == [
+                _checksum(self._directory / name, size)
+                for name, size in zip((TOKENS, OFFSETS), noted["sizes"], strict=True)
+            ]
+        except OSError:
+            return False
+
+    def _to_disk(self) -> None:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
-        state = [self.documents, self.tokens, self._bytes, self.checksums]
-        sizes = [file.tell() for file in self._files]
-        _write_json(self._directory / PROGRESS, {"state": state, "sizes": sizes})
-        self._noted = self.tokens
 
     def _append(self, which: int, values: np.ndarray) -> None:
         content = values.tobytes()
@@ -303,20 +318,69 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+def _checksum(path: Path, size: int = sys.maxsize) -> int:
+    """CRC-32 of a file, or of its first `size` bytes."""
     checksum = 0
     with path.open("rb") as file:
-        while content := file.read(CHECKED_BYTES):
+        while content := file.read(min(size, CHECKED_BYTES)):
             checksum = zlib.crc32(content, checksum)
+            size -= len(content)
     return checksum
 
 
-def _write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _state(path: Path, checksum: int) -> dict[str, int]:
+    """What is noted of a file."""
+    state = path.stat()
+    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": checksum}
+
+
+def _intact(note: Path, noted: dict[str, Any]) -> bool:
+    """Whether the files beside `note` are as it has them; one that was touched is read."""
+    touched = False
+    try:
+        for name, before in noted["files"].items():
+            path = note.parent / name
+            now = _state(path, before["crc32"])
+            if now != before:
+                if now["bytes"] != before["bytes"] or _checksum(path) != before["crc32"]:
+                    return False
+                noted["files"][name], touched = now, True
+    except OSError:
+        return False
+    if touched:
+        with contextlib.suppress(OSError):  # Others' caches can be read, if not written.
+            _write_note(note, noted)
+    return True
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """What `_write_note` wrote; None where there is nothing, or something else."""
+    try:
+        note = json.loads(path.read_text())
+        content, checksum = note["content"], note["crc32"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return content if zlib.crc32(json.dumps(content).encode()) == checksum else None
+
+
+def _write_note(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with a checksum of its own."""
+    checksum = zlib.crc32(json.dumps(content).encode())
+    with _replacing(path) as file:
+        file.write(json.dumps({"content": content, "crc32": checksum}).encode())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that is at `path` once it is whole and on the disk, and else not at all."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
