@@ -5,9 +5,9 @@ A cache is a directory whose name follows from the fingerprints of the text and 
 | file | content |
 |---|---|
 | tokens.bin | the ids of all documents, one after another, in the smallest type that fits |
-| offsets.bin | [documents + 1, 2], int64: tokens and UTF-8 bytes before each document |
+| offsets.bin | [documents + 1], two int64: tokens and UTF-8 bytes before each document |
 | meta.json | the fingerprints, the counts, a checksum and the time of each file; written last |
-| rows-*.npy, rows-*.json | what `kept` made of them, and the same of it |
+| rows-*.bin, rows-*.json | what `kept` made of them, and the same of it |
 
 It is built in a directory beside its place and then renamed, so that it is there whole or not at
 all. A build that was interrupted goes on where `progress.json` says; of two processes that want the
@@ -25,14 +25,15 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gptjax.config import InputError
 from gptjax.data.sources import Documents
+from gptjax.data.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
@@ -44,48 +45,6 @@ CHECKPOINT_TOKENS = 1 << 24
 """Tokens after which a build notes how far it is."""
 CHECKED_BYTES = 1 << 24
 """Bytes read at a time for a checksum."""
-
-
-class TokenStore(NamedTuple):
-    """Documents as token ids, one after another.
-
-    Where the tokenizer has an end token, each document ends with it; an empty one has no tokens.
-    """
-
-    tokens: np.ndarray
-    """[M], unsigned, memory-mapped; of all documents of the cache."""
-    offsets: np.ndarray
-    """[N + 1, 2], int64: tokens and bytes before each of these N documents, and behind the last."""
-    fingerprint: str
-    """Of the text and the tokenizer."""
-    directory: Path
-    """Where it lies."""
-    ends: bool
-    """Whether each document ends with an end token."""
-
-    def __len__(self) -> int:
-        """How many documents there are."""
-        return len(self.offsets) - 1
-
-    def document(self, index: int) -> np.ndarray:
-        """The tokens of a document, without the end token."""
-        first, last = self.offsets[index, 0], self.offsets[index + 1, 0]
-        return self.tokens[first : max(first, last - self.ends)]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[N], the tokens of each document, the end token counted."""
-        return np.diff(self.offsets[:, 0])
-
-    @property
-    def lengths_without_end(self) -> np.ndarray:
-        """[N], the tokens of each document as it was."""
-        return np.maximum(self.lengths - self.ends, 0)
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of its text."""
-        return int(self.offsets[-1, 1])
 
 
 def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> TokenStore:
@@ -116,26 +75,27 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
                         print(f"{place} is damaged: it is built anew.", file=sys.stderr)
                         shutil.rmtree(place)
                     _build(documents, tokenizer, place, wanted)
-        tokens = np.memmap(place / TOKENS, dtype, "r")
-        offsets = np.memmap(place / OFFSETS, np.int64, "r", shape=(len(documents) + 1, 2))
-    ends = tokenizer.end_token is not None
-    return TokenStore(np.asarray(tokens), np.asarray(offsets), fingerprint, place, ends)
+        tokens, offsets = Mapped(place / TOKENS, dtype), Mapped(place / OFFSETS, OFFSET)
+    return TokenStore(tokens, offsets, fingerprint, place, tokenizer.end_token is not None)
 
 
-def kept(store: TokenStore, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """An array that follows from a store, made once and kept beside its tokens, memory-mapped.
+def kept(
+    store: TokenStore, name: str, dtype: np.dtype, make: Callable[[], Iterable[np.ndarray]]
+) -> Mapped:
+    """An array that follows from a store, made once, in parts, and kept beside its tokens.
 
     Two processes may both make it, and then each puts the same there, whole.
     """
-    path = store.directory / f"{name}.npy"
+    path = store.directory / f"{name}.bin"
     note = path.with_suffix(".json")
     with _sentence_on_failure(store.directory):
         noted = _read_note(note)
         if noted is None or not _intact(note, noted):
             with _replacing(path) as file:
-                np.save(file, make())
+                for part in make():
+                    file.write(part.tobytes())
             _write_note(note, {"files": {path.name: _state(path, _checksum(path))}})
-        return np.load(path, mmap_mode="r")
+        return Mapped(path, dtype)
 
 
 @contextlib.contextmanager
@@ -186,10 +146,11 @@ def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict
     with _Writer(partial, dtype) as writer, _progress_bar(len(documents)) as show:
         for texts in _batches(documents, writer.documents):
             encoded = tokenizer.encode_documents(texts)
-            for text, tokens in zip(texts, encoded, strict=True):
-                _check_ids(tokens, tokenizer)
-                ended = np.append(tokens, end) if text else tokens
-                writer.add(ended, len(text.encode("utf-8")))
+            _check_ids(np.concatenate(encoded), tokenizer)
+            if end.size:
+                pairs = zip(texts, encoded, strict=True)
+                encoded = [np.append(tokens, end) if text else tokens for text, tokens in pairs]
+            writer.add(encoded, [len(text.encode("utf-8")) for text in texts])
             writer.note_progress()
             show(writer.documents)
     if not writer.tokens:
@@ -241,7 +202,7 @@ class _Writer:
             file.truncate(size)
             file.seek(size)
         if self.documents == 0:
-            self._append(1, np.zeros(2, np.int64))
+            self._append(1, np.zeros(1, OFFSET))
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -253,13 +214,15 @@ class _Writer:
                 with contextlib.suppress(OSError):
                     file.close()
 
-    def add(self, tokens: np.ndarray, size: int) -> None:
-        """One more document, of `size` bytes of UTF-8."""
-        self._append(0, tokens.astype(self._dtype))
-        self.documents += 1
-        self.tokens += len(tokens)
-        self._bytes += size
-        self._append(1, np.array([self.tokens, self._bytes], np.int64))
+    def add(self, documents: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
+        """More documents, of so many bytes of UTF-8."""
+        self._append(0, np.concatenate(documents).astype(self._dtype))
+        offsets = np.empty(len(documents), OFFSET)
+        offsets["tokens"] = self.tokens + np.cumsum([len(tokens) for tokens in documents])
+        offsets["bytes"] = self._bytes + np.cumsum(sizes)
+        self._append(1, offsets)
+        self.documents += len(documents)
+        self.tokens, self._bytes = offsets[-1].item()
 
     def note_progress(self) -> None:
         """Now and then, make sure that what is there stays there, and note it."""

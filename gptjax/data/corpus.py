@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
-from gptjax.data.cache import TokenStore, open_store
+from gptjax.data.cache import open_store
 from gptjax.data.pairs import bucket_lengths, pair_lengths, pair_rows
 from gptjax.data.rows import Bucket, objective_vocabulary, text_rows, window
 from gptjax.data.sources import Documents, open_source
+from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
 from gptjax.data.vocabulary import Vocabulary
@@ -245,15 +246,16 @@ def _predicted(stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: boo
     """What an evaluation predicts: all but the first token, of each source or of each document."""
     tokens = size = 0
     for store in stores:
-        starts = store.offsets[:-1, 0]
-        starts = starts[:1] if whole else starts[store.lengths > 0]
-        firsts, counts = np.unique(store.tokens[starts], return_counts=True)
+        counts = np.zeros(tokenizer.vocab_size, np.int64)
+        for number, (starts, lengths) in enumerate(store.blocks()):
+            first = starts[: number == 0] if whole else starts[lengths > 0]
+            counts += np.bincount(store.tokens[first], minlength=len(counts))
         first_bytes = sum(
-            count * _bytes_of(int(token), tokenizer)
-            for token, count in zip(firsts, counts, strict=True)
+            int(counts[token]) * _bytes_of(int(token), tokenizer)
+            for token in np.flatnonzero(counts)
         )
-        tokens += len(store.tokens) - len(starts)
-        size += store.bytes - int(first_bytes)
+        tokens += len(store.tokens) - int(counts.sum())
+        size += store.bytes - first_bytes
     return Predicted(tokens, size)
 
 

@@ -9,9 +9,12 @@ The second is first-fit bin packing over a bounded number of open rows, as Krell
 BERT; the row that is closed for a new one is the fullest.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from gptjax.data.store import BLOCK, Mapped
 
 OPEN_ROWS = 128
 """Rows that a document may go into; more would pack a little closer, and plan for longer."""
@@ -23,7 +26,7 @@ class Windows:
     A rest that fills no window is left out, or with `rest` is a shorter window.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, step: int, *, rest: bool = False):
+    def __init__(self, tokens: np.ndarray | Mapped, length: int, step: int, *, rest: bool = False):
         self._tokens = tokens
         self._length = length
         self._step = step
@@ -76,8 +79,8 @@ def first_fit(places: np.ndarray, room: int) -> np.ndarray:
     free = np.full(OPEN_ROWS, room)
     rows = list(range(OPEN_ROWS))
     opened = OPEN_ROWS
-    row_of = []
-    for length in places.tolist():
+    row_of = np.empty(len(places), np.int32)
+    for piece, length in enumerate(places.tolist()):
         fits = free >= length
         slot = int(fits.argmax())
         if not fits[slot]:
@@ -85,18 +88,27 @@ def first_fit(places: np.ndarray, room: int) -> np.ndarray:
             free[slot], rows[slot] = room, opened
             opened += 1
         free[slot] -= length
-        row_of.append(rows[slot])
-    return np.unique(np.array(row_of, np.int64), return_inverse=True)[1]
+        row_of[piece] = rows[slot]
+    # Open rows that were never used have numbers of no row.
+    return np.unique(row_of, return_inverse=True)[1]
 
 
-def plan(found: Pieces, room: int, extra: int) -> np.ndarray:
-    """Which pieces make a row: [P, 3], int64, of each its start, its length and its row.
+PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("row", np.int32)])
+"""Of a piece in a row: its first token's place, its tokens, and the row."""
 
-    In the order of the rows. A piece takes `extra` places more than it has tokens.
+
+def plan(blocks: Iterable[Pieces], room: int, extra: int) -> Iterator[np.ndarray]:
+    """Which pieces make a row: `PIECE`s in the order of the rows, those of each block in its own.
+
+    A piece takes `extra` places more than it has tokens.
     """
-    row_of = first_fit(found.lengths + extra, room)
-    order = np.argsort(row_of, kind="stable")
-    return np.stack([found.starts, found.lengths, row_of], axis=1)[order]
+    rows = 0
+    for found in blocks:
+        planned = np.empty(len(found.starts), PIECE)
+        planned["start"], planned["length"] = found
+        planned["row"] = rows + first_fit(found.lengths + extra, room)
+        yield planned[np.argsort(planned["row"], kind="stable")]
+        rows = int(planned["row"].max(initial=rows - 1)) + 1
 
 
 class PackedTokens(NamedTuple):
@@ -117,8 +129,8 @@ class PackedRows:
 
     def __init__(
         self,
-        tokens: np.ndarray,
-        planned: np.ndarray,
+        tokens: np.ndarray | Mapped,
+        planned: np.ndarray | Mapped,
         room: int,
         frame: tuple[int, int] | None = None,
     ):
@@ -130,18 +142,22 @@ class PackedRows:
         self._planned = planned
         self._room = room
         self._frame = frame
-        rows = planned[:, 2]
-        self._bounds = np.append(np.flatnonzero(np.diff(rows, prepend=-1)), len(rows))
+        bounds, last = [], -1
+        for first in range(0, len(planned), BLOCK):
+            rows = planned[first : first + BLOCK]["row"]
+            bounds.append(first + np.flatnonzero(np.diff(rows, prepend=last)))
+            last = rows[-1]
+        self._bounds = np.concatenate([*bounds, [len(planned)]])
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> PackedTokens:
         mine = self._planned[self._bounds[index] : self._bounds[index + 1]]
-        lengths = mine[:, 1] + (-1 if self._frame is None else 2)
+        lengths = mine["length"] + (-1 if self._frame is None else 2)
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        places = np.repeat(mine[:, 0], lengths) + positions
+        places = np.repeat(mine["start"], lengths) + positions
         documents = np.repeat(np.arange(1, len(mine) + 1), lengths)
         if self._frame is None:
             tokens, targets = self._tokens[places], self._tokens[places + 1]

@@ -7,9 +7,9 @@ import numpy as np
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
-from gptjax.data.cache import TokenStore
 from gptjax.data.rows import Bucket
 from gptjax.data.seq2seq import teacher_forcing
+from gptjax.data.store import TokenStore
 from gptjax.data.vocabulary import Vocabulary
 
 LENGTH_STEP = 8
@@ -34,7 +34,10 @@ class Pairs:
 
 def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
     """[N]: places that each pair needs, the end counted; 0 where one of the two is empty."""
-    first, second = source.lengths_without_end, target.lengths_without_end
+    first, second = (
+        np.concatenate([lengths for _, lengths in store.blocks(ends=False)])
+        for store in (source, target)
+    )
     return np.where((first > 0) & (second > 0), np.maximum(first, second) + 1, 0)
 
 

@@ -43,7 +43,6 @@ def report(
     if opening_seconds >= 1:
         speed = corpus.train_tokens / opening_seconds
         yield f"  opened in {opening_seconds:.1f} s, {speed:,.0f} tokens/s"
-    yield from _lengths(corpus)
     shown = list(itertools.islice(batches, SHOWN_BATCHES))
     yield from _rows(sources, corpus, shown[0])
     for number, batch in enumerate(shown):
@@ -54,28 +53,28 @@ def report(
 
 
 def _sizes(sources: Sources, corpus: Corpus) -> Iterator[str]:
+    """A table of the sources, and a histogram of their documents by powers of two."""
     columns = ("documents", "empty", "bytes", "tokens", "tokens/byte")
     names = [documents.name for documents in [*sources.train, *sources.train_targets]]
     width = max(map(len, names))
+    histogram = np.zeros(64, np.int64)
     yield f"{'trained on':<{width}}" + "".join(f"{column:>16}" for column in columns)
     for name, store in zip(names, corpus.stores, strict=True):
-        empty = int((store.lengths == 0).sum())
-        numbers = (len(store.lengths), empty, store.bytes, len(store.tokens))
+        empty = 0
+        for _, lengths in store.blocks():
+            empty += int((lengths == 0).sum())
+            # An exponent is the number of binary digits.
+            digits = np.frexp(lengths[lengths > 0])[1]
+            histogram += np.bincount(digits, minlength=len(histogram))
+        numbers = (store.documents, empty, store.bytes, len(store.tokens))
         cells = [f"{number:,}" for number in numbers]
         cells.append(f"{len(store.tokens) / store.bytes:.4f}")
         yield f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
-
-
-def _lengths(corpus: Corpus) -> Iterator[str]:
-    """How many documents have how many tokens, by powers of two."""
-    lengths = np.concatenate([store.lengths for store in corpus.stores])
-    powers, counts = np.unique(
-        np.floor(np.log2(lengths[lengths > 0])).astype(int), return_counts=True
-    )
     yield "tokens a document"
-    for power, count in zip(powers.tolist(), counts.tolist(), strict=True):
-        bar = "█" * max(1, round(BAR * count / counts.max()))
-        yield f"  {2**power:>11,} to {2 ** (power + 1) - 1:<11,} {count:>11,}  {bar}"
+    for digits in np.flatnonzero(histogram).tolist():
+        count = int(histogram[digits])
+        bar = "█" * max(1, round(BAR * count / histogram.max()))
+        yield f"  {2 ** (digits - 1):>11,} to {2**digits - 1:<11,} {count:>11,}  {bar}"
 
 
 def _rows(sources: Sources, corpus: Corpus, batch: Batch) -> Iterator[str]:

@@ -13,16 +13,16 @@
 import bisect
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
-from gptjax.data.cache import TokenStore, kept
+from gptjax.data.cache import kept
 from gptjax.data.masking import FRAME, masked_lm, next_sentence
-from gptjax.data.packing import PackedRows, PackedTokens, Pieces, Windows, cut, plan
+from gptjax.data.packing import PIECE, PackedRows, PackedTokens, Pieces, Windows, cut, plan
 from gptjax.data.seq2seq import (
     prefix,
     span_corruption,
@@ -31,6 +31,7 @@ from gptjax.data.seq2seq import (
     span_sentinels,
     teacher_forcing,
 )
+from gptjax.data.store import Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.vocabulary import Vocabulary, vocabulary
 
@@ -235,7 +236,7 @@ def parted_row(
 def framed(tokens: np.ndarray, words: Vocabulary, context: int) -> PackedTokens:
     """A row of one piece, framed."""
     frame = words.needed("begin"), words.needed("end")
-    return PackedRows(tokens, np.array([[0, len(tokens), 0]]), context, frame)[0]
+    return PackedRows(tokens, np.array([(0, len(tokens), 0)], PIECE), context, frame)[0]
 
 
 def text_rows(
@@ -276,20 +277,20 @@ def _packed(
     causal = data.objective == "causal"
     frame = None if causal else (words.needed("begin"), words.needed("end"))
 
-    def make() -> np.ndarray:
+    def make() -> Iterator[np.ndarray]:
         # A causal model is to predict a document's end; a frame has an end of its own.
-        lengths = store.lengths if causal else store.lengths_without_end
-        found = cut(store.offsets[:-1, 0], lengths, length, overlap=overlap)
-        return plan(found, context, context - length)
+        blocks = store.blocks(ends=causal)
+        pieces = (cut(starts, lengths, length, overlap=overlap) for starts, lengths in blocks)
+        return plan(pieces, context, context - length)
 
-    planned = kept(store, f"rows-{data.objective}-{context}", make)
+    planned = kept(store, f"rows-{data.objective}-{context}", PIECE, make)
     return PackedRows(store.tokens, planned, context, frame)
 
 
 class DocumentPieces:
     """Pieces of documents, each of at least two tokens, of which pairs are made."""
 
-    def __init__(self, tokens: np.ndarray, pieces: Pieces, document: np.ndarray):
+    def __init__(self, tokens: Mapped, pieces: Pieces, document: np.ndarray):
         self._tokens = tokens
         self._pieces = pieces
         self._document = document
@@ -316,11 +317,17 @@ class DocumentPieces:
 def _document_pieces(
     store: TokenStore, data: DataConfig, context: int, *, rest: bool
 ) -> DocumentPieces:
-    starts, lengths = store.offsets[:-1, 0], store.lengths_without_end
-    found = cut(starts, lengths, window(data, context).length)
-    enough = found.lengths >= 2
-    found = Pieces(found.starts[enough], found.lengths[enough])
-    document = np.searchsorted(starts, found.starts, side="right")
+    starts, lengths, documents = [], [], []
+    most, first = window(data, context).length, 0
+    for starting, sizes in store.blocks(ends=False):
+        found = cut(starting, sizes, most)
+        enough = found.lengths >= 2
+        starts.append(found.starts[enough])
+        lengths.append(found.lengths[enough])
+        documents.append(first + np.searchsorted(starting, starts[-1], side="right"))
+        first += len(starting)
+    found = Pieces(np.concatenate(starts), np.concatenate(lengths))
+    document = np.concatenate(documents)
     if len(np.unique(document)) < 2:
         raise InputError(
             "data.source: next_sentence needs two documents of two tokens and more in each part; "
