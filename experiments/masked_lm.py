@@ -53,7 +53,7 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
         found += int((guesses == batch.targets)[asked].sum())
         hidden += int(asked.sum())
         if not lines:
-            for row in range(SHOWN):
+            for row in np.flatnonzero(asked.any(axis=1)):
                 filled = batch.valid if batch.documents is None else batch.documents
                 read = np.asarray(filled)[row] > 0
                 texts = labels(batch.targets[row][read], run.tokenizer, corpus.vocabulary)

@@ -61,8 +61,8 @@ DEFAULTS = ExperimentConfig(
 
 def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that predicts the next token, and let it write."""
-    train(config, out, overwrite, objectives=("causal",), show=show)
-    print(f'Next: python -m gptjax sample {out} --prompt "The "')
+    if train(config, out, overwrite, objectives=("causal",), show=show):
+        print(f'Next: python -m gptjax sample {out} --prompt "The "')
 
 
 def train(
@@ -72,21 +72,24 @@ def train(
     *,
     objectives: tuple[str, ...],
     show: Callable[[Run, Sources, Corpus, Path], str],
-) -> None:
-    """From a config to a directory with a trained model in it, and what `show` makes of that."""
+) -> bool:
+    """From a config to a directory with a trained model in it, and what `show` makes of that.
+
+    False if such a run was there and finished.
+    """
     if config.data.objective not in objectives:
         raise InputError(
             f"data.objective is {config.data.objective!r}: this experiment is for "
             f"{' or '.join(objectives)}."
         )
     sources = open_sources(config.data)
-    tokenizer = saved_tokenizer(out, config.data, sources.fingerprint)
-    tokenizer = tokenizer or learn_tokenizer(config.data, sources)
+    saved = None if overwrite else saved_tokenizer(out, config.data, sources.fingerprint)
+    tokenizer = saved or learn_tokenizer(config.data, sources)
     corpus = open_corpus(sources, tokenizer, config.data, config.model)
     config = with_vocabulary(config, corpus.vocabulary.size)
     if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
         print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
-        return
+        return False
 
     cost = ledger(config.model)
     configure_cpu(cost.parameters)
@@ -145,6 +148,7 @@ def train(
         f"{summary(reached)}\nIn {out}: loss.png, {told}, result.json, metrics.jsonl, "
         f"tensorboard/, checkpoints/."
     )
+    return True
 
 
 def training_size(corpus: Corpus) -> str:

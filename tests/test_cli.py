@@ -83,8 +83,14 @@ def _assert_one_sentence(ended: Ended, part: str) -> None:
 BAD_TEXTS = {
     "missing": (None, "data.source: cannot read {path}: No such file or directory."),
     "empty": (b"", "data.source: {path} is empty."),
-    "not UTF-8": (b"abc\xff", "data.source: {path} is not UTF-8: byte 0xff at offset 3."),
-    "too short": (b"short", "training part has 4 tokens; a context of 128 needs at least 129."),
+    "not UTF-8": (
+        b"abc\xff",
+        "data.source: {path} is not UTF-8: byte 0xff at offset 3 (#errors=replace",
+    ),
+    "too short": (
+        b"short",
+        "of {path} has 4 tokens and fills no row; a context of 128 needs at least 129.",
+    ),
 }
 
 
@@ -123,11 +129,12 @@ BAD_FLAGS = {
     ),
     "context longer than the data": (
         ["--model.context", "100000"],
-        "tokens; a context of 100000 needs at least 100001.\n",
+        "tokens and fills no row; a context of 100000 needs at least 100001.\n",
     ),
     "another objective's family": (
         ["--model.family", "encoder"],
-        "TransformerConfig.family is 'encoder': this experiment predicts the next token, with ",
+        "data.objective is 'causal', for decoder or recurrent: a model of the family encoder takes "
+        "masked_lm or next_sentence.\n",
     ),
     "vocabulary smaller than the characters need": (
         ["--model.vocab-size", "20"],
@@ -135,7 +142,7 @@ BAD_FLAGS = {
     ),
     "validation part too short": (
         ["--data.validation-fraction", "0.00001"],
-        "The validation part (data.validation_fraction 1e-05) has 1 tokens",
+        "has 1 tokens and fills no row; a context of 32 needs at least 2.\n",
     ),
 }
 
@@ -146,11 +153,16 @@ def _flags(run: Path) -> list[str]:
     config["model"]["vocab_size"] = 0
     defaults = to_dict(ExperimentConfig())
     return [
-        f"--{part}.{name.replace('_', '-')}={value}"
+        word
         for part, fields in config.items()
         for name, value in fields.items()
         if value != defaults[part][name]
+        for word in (f"--{part}.{name.replace('_', '-')}", *_words(value))
     ]
+
+
+def _words(value: object) -> list[str]:
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 @pytest.mark.parametrize(("flags", "sentence"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
@@ -369,7 +381,7 @@ def test_params_of_an_unknown_model_lists_the_near_ones(gptjax):
 def test_an_unknown_command_lists_the_known_ones(gptjax):
     _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean sample or params")
     _assert_one_sentence(
-        gptjax(), "Expected one of {sample, params, certify, convert, build-dataset}."
+        gptjax(), "Expected one of {sample, params, certify, convert, data, build-dataset}."
     )
 
 

@@ -99,7 +99,42 @@ REFUSED = [
     (TransformerConfig, {"bias": 1}, "bool"),
     (TransformerConfig, {"dropout": True}, "float"),
     (TransformerConfig, {"dtype": ["float32"]}, "one of float32, bfloat16"),
-    (DataConfig, {"path": 3}, "str or None"),
+    (DataConfig, {"source": "some.txt"}, "several str"),
+    (DataConfig, {"source": ()}, "at least one source"),
+    (DataConfig, {"source": ("a", None)}, "several str"),
+    (DataConfig, {"target": ("a",)}, "0 of them with the objective causal"),
+    (
+        DataConfig,
+        {"target": ("a",), "source": ("b", "c"), "objective": "sequence_to_sequence"},
+        "2 of them with the objective sequence_to_sequence",
+    ),
+    (DataConfig, {"weights": (1.0, 2.0)}, "a number for each of 1"),
+    (DataConfig, {"weights": (0.0,)}, "above 0"),
+    (DataConfig, {"weights": (math.inf,)}, "above 0"),
+    (DataConfig, {"weights": (math.nan,)}, "above 0"),
+    (DataConfig, {"weights": [1.0]}, "several float"),
+    (DataConfig, {"validation": ["a"]}, "several str"),
+    (DataConfig, {"validation_target": ("a",), "validation": ("b",)}, "0 of them with the obj"),
+    (
+        DataConfig,
+        {
+            "validation_target": (),
+            "validation": ("a",),
+            "target": ("b",),
+            "objective": "sequence_to_sequence",
+        },
+        "1 of them with the objective sequence_to_sequence",
+    ),
+    (DataConfig, {"objective": "causl"}, "one of causal, masked_lm, next_sentence, sequence_to"),
+    (DataConfig, {"packing": "best_fit"}, "one of split, first_fit"),
+    (DataConfig, {"packing": "first_fit", "objective": "prefix"}, "split with the objective pre"),
+    (DataConfig, {"mask_rate": 0.0}, "between 0 and 1"),
+    (DataConfig, {"mask_rate": 1.0}, "between 0 and 1"),
+    (DataConfig, {"whole_words": 1}, "bool"),
+    (DataConfig, {"mean_span": 0.5}, "at least 1"),
+    (DataConfig, {"buckets": 0}, "at least 1"),
+    (DataConfig, {"cache": None}, "str"),
+    (DataConfig, {"on_the_fly": True, "objective": "next_sentence"}, "False with next_sentence"),
     (DataConfig, {"tokenizer": None}, "str"),
     (DataConfig, {"validation_fraction": 0.0}, "between 0 and 1"),
     (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
@@ -206,6 +241,15 @@ def test_a_config_survives_json(config):
     assert from_dict(ExperimentConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
+def test_several_values_are_a_list_in_json_and_several_values_again():
+    saved = to_dict(CUSTOM)
+    assert saved["data"]["source"] == ["some.txt", "b.txt"]
+    assert saved["data"]["target"] == []
+    read = from_dict(ExperimentConfig, saved).data
+    assert (read.source, read.weights, read.target) == (("some.txt", "b.txt"), (2, 1), ())
+    assert hash(read) == hash(CUSTOM.data)
+
+
 def test_fields_that_a_saved_config_lacks_take_their_defaults():
     assert from_dict(ExperimentConfig, {"model": {"depth": 2}}) == ExperimentConfig(
         model=TransformerConfig(depth=2)
@@ -222,6 +266,10 @@ def test_fields_that_a_saved_config_lacks_take_their_defaults():
         ),
         ({"model": 3}, "config.json: model holds 3 where the fields of TransformerConfig belong."),
         ([], "config.json holds [] where the fields of ExperimentConfig belong."),
+        (
+            {"data": {"source": "some.txt"}},
+            "DataConfig.source is 'some.txt': it must be several str.",
+        ),
         ({"train": {"steps": 0}}, "TrainConfig.steps is 0: it must be at least 1."),
     ],
 )
@@ -241,7 +289,8 @@ def test_differences_name_each_differing_field_with_both_values():
     first, second = to_dict(CUSTOM), to_dict(CUSTOM)
     assert differences(first, second) == []
     second["model"]["depth"] = 6
-    second["data"]["path"] = None
+    second["data"]["source"] = ["embedded"]
+    second["data"]["weights"] = []
     del second["train"]["seed"]
     second["new"] = 1
     assert differences(first, second) == [

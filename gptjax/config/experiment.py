@@ -1,6 +1,7 @@
 """A training run: its data, its optimizer, its length, and the model."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,7 +67,7 @@ class DataConfig:
     def _check_counts(self) -> None:
         count = len(self.source)
         check(self, "weights", len(self.weights) in (0, count), f"a number for each of {count}")
-        check(self, "weights", all(weight > 0 for weight in self.weights), "above 0")
+        check(self, "weights", all(0 < w < math.inf for w in self.weights), "above 0")
         pairs = self.objective == "sequence_to_sequence"
         for name, sources in (("target", self.source), ("validation_target", self.validation)):
             needed = len(sources) if pairs else 0

@@ -89,6 +89,12 @@ def open_sources(data: DataConfig) -> Sources:
                 )
     if validation:
         return Sources(train, targets, validation, validation_targets)
+    for documents in train if targets else ():
+        if len(documents) == 1:
+            raise InputError(
+                f"data.source: {documents.name} is a single document, and {data.objective} trains "
+                "on some pairs and validates on others; see #documents=line."
+            )
     parted = [_parted(documents, data) for documents in train]
     parted_targets = [_parted(documents, data) for documents in targets]
     first, last = ([pair[half] for pair in parted] for half in (0, 1))
@@ -106,7 +112,11 @@ def learn_tokenizer(data: DataConfig, sources: Sources) -> Tokenizer:
     every = [documents for part in sources for documents in part]
     text = ""
     if kind == "characters":
-        text = "".join(set().union(*(text for documents in every for text in _all(documents))))
+        characters: set[str] = set()
+        for documents in every:
+            for number in range(len(documents)):
+                characters.update(documents[number])
+        text = "".join(sorted(characters))
     elif kind in LEARNT:
         text = "\n".join(text for documents in every for text in _sample(documents, len(every)))
     return train_tokenizer(data.tokenizer, text)
@@ -196,10 +206,6 @@ def _parted(documents: Documents, data: DataConfig) -> tuple[Documents, Document
     return Part(documents, 0, border), Part(documents, border, len(documents))
 
 
-def _all(documents: Documents) -> Iterator[str]:
-    return (documents[number] for number in range(len(documents)))
-
-
 def _sample(documents: Documents, sources: int) -> Iterator[str]:
     """Documents at even distances, one of so many sources' share of what is learnt from."""
     few = np.linspace(0, len(documents) - 1, min(len(documents), SAMPLED_DOCUMENTS)).astype(int)
@@ -234,12 +240,21 @@ def _check_rows(
     """
     for number, store in enumerate(stores):
         if not any(len(bucket.sources[number]) for bucket in buckets):
-            least = 2 if part == "validation" else window(data, context).length
-            raise InputError(
-                f"data.source: the {part} part of {documents[number].name} has "
-                f"{len(store.tokens)} tokens and fills no row; a context of {context} needs at "
-                f"least {least}."
-            )
+            lacks = f"has no pair that fits a context of {context} tokens"
+            if data.objective != "sequence_to_sequence":
+                lacks = (
+                    f"has {len(store.tokens)} tokens and fills no row; a context of {context} "
+                    f"needs at least {_least(data, context, rest=part == 'validation')}"
+                )
+            raise InputError(f"data.source: the {part} part of {documents[number].name} {lacks}.")
+
+
+def _least(data: DataConfig, context: int, *, rest: bool) -> str:
+    """Tokens that make a row."""
+    length, overlap = window(data, context)
+    if data.packing == "first_fit":
+        return f"{overlap + 1} in a document"
+    return str(overlap + 1 if rest and data.objective in ("causal", "masked_lm") else length)
 
 
 def _predicted(stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: bool) -> Predicted:

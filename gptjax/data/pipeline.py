@@ -69,10 +69,6 @@ def training_batches(
     Raises:
       InputError: hosts among whom the rows cannot be parted.
     """
-    if batch_size % hosts:
-        raise InputError(
-            f"train.batch_size is {batch_size}: it must be a multiple of the {hosts} hosts."
-        )
     _check_hosts(batch_size, hosts)
     batched = []
     for bucket in buckets:
@@ -194,14 +190,14 @@ class _Encoded:
     def __init__(self, tokenizer: Tokenizer, documents: Documents, end: int | None):
         self._tokenizer = tokenizer
         self._documents = documents
-        self._end = [] if end is None else [end]
+        self._end = np.array([] if end is None else [end], np.int32)
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> np.ndarray:
         (tokens,) = self._tokenizer.encode_documents([self._documents[index]])
-        return np.append(tokens, self._end).astype(np.int32)
+        return np.append(tokens, self._end)
 
 
 class _EncodedPairs:

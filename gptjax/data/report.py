@@ -181,7 +181,8 @@ def labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
         if REPLACEMENT in text:
             text, known = tokenizer.decode([token]), ""
         text = "".join(INVISIBLE.get(character, character) for character in text[len(known) :])
-        found.append("".join(c if c.isprintable() else REPLACEMENT for c in text))
+        # A part of a character adds nothing that is seen, and its mark needs a place.
+        found.append("".join(c if c.isprintable() else REPLACEMENT for c in text) or REPLACEMENT)
         before = [token]
     return found
 
