@@ -69,9 +69,12 @@ class File:
         """
         # Opened anew each time: a pattern may fit more files than a process may hold open.
         try:
-            with open(self.path, "rb", buffering=0) as opened:
-                self._check_unchanged(os.fstat(opened.fileno()))
-                data = _pread(opened.fileno(), start, length)
+            opened = os.open(self.path, os.O_RDONLY)
+            try:
+                self._check_unchanged(os.fstat(opened))
+                data = _pread(opened, start, length)
+            finally:
+                os.close(opened)
         except OSError as error:
             raise unreadable(self.path, error) from error
         if len(data) < length:

@@ -5,7 +5,9 @@ checked and computed on the way, so that a bad byte is found before the training
 """
 
 import array
+import bisect
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, NoReturn
@@ -68,17 +70,17 @@ class IndexedFiles:
                 refuse(f"{file.path} has only blank lines")
             self._starts.append(np.frombuffer(starts, np.uint64))
             digests.append(digest.hexdigest())
-        self._ends = np.cumsum([len(starts) for starts in self._starts])
+        self._ends = list(itertools.accumulate(map(len, self._starts)))
         self.fingerprint = fingerprint_of(digests, options)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:
         check_index(index, len(self))
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = bisect.bisect_right(self._ends, index)
         file, starts = self._files[number], self._starts[number]
-        within = int(index) - int(self._ends[number] - len(starts))
+        within = int(index) - self._ends[number] + len(starts)
         start = int(starts[within])
         end = int(starts[within + 1]) if within + 1 < len(starts) else file.size
         data = file.read(start, end - start)
