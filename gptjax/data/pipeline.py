@@ -7,7 +7,7 @@ they are changes neither the batches nor their order.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -104,6 +104,9 @@ def streamed_batches(
     """
     _check_hosts(batch_size, hosts)
     rows = batch_size // hosts
+    # Two epochs of the source that is drawn from least.
+    shares = [weight / sum(data.weights) for weight in data.weights]
+    patience = 2 * sum(map(len, sources.train)) / min(shares, default=1)
 
     def of_host(batch: Batch) -> Batch:
         return batch.apply(lambda array: array[host * rows : (host + 1) * rows])
@@ -112,7 +115,9 @@ def streamed_batches(
         parts = zip(sources.train, sources.train_targets, strict=True)
         encoded = [grain.MapDataset.source(_EncodedPairs(tokenizer, *pair)) for pair in parts]
         dataset = _endless(encoded, data.weights, seed)
-        fitting = dataset.filter(lambda pair: all(0 < len(text) < context for text in pair))
+        fitting = dataset.filter(
+            _Fitting(lambda pair: all(0 < len(text) < context for text in pair), patience)
+        )
         streamed = fitting.to_iter_dataset(READ_OPTIONS)
         finish = functools.partial(translated_row, words=words, length=context)
     else:
@@ -120,11 +125,29 @@ def streamed_batches(
         end = None if framed else tokenizer.end_token
         each = (_Encoded(tokenizer, documents, end) for documents in sources.train)
         encoded = [grain.MapDataset.source(documents) for documents in each]
-        dataset = _endless(encoded, data.weights, seed).filter(lambda tokens: len(tokens) > 1)
-        streamed = _packed(dataset, data, context, words)
+        dataset = _endless(encoded, data.weights, seed)
+        least = 2 if data.objective == "causal" and data.packing == "first_fit" else 1
+        fitting = dataset.filter(_Fitting(lambda tokens: len(tokens) >= least, patience))
+        streamed = _packed(fitting, data, context, words)
         finish = finisher(data, context, words)
     batches = streamed.seed(seed).random_map(finish).batch(batch_size).map(of_host)
     return _Streamed(iter(batches))
+
+
+class _Fitting:
+    """Whether an element is of use; of so many in a row that none is, one would wait for ever."""
+
+    def __init__(self, fits: Callable[[Any], bool], most: float):
+        self._fits = fits
+        self._most = most
+        self._missed = 0
+
+    def __call__(self, element: Any) -> bool:
+        fits = self._fits(element)
+        self._missed = 0 if fits else self._missed + 1
+        if self._missed > self._most:
+            raise InputError("data.source: none of the documents that train is of use for a row.")
+        return fits
 
 
 class _Streamed(grain.DatasetIterator[Batch]):
@@ -196,8 +219,9 @@ class _Encoded:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        (tokens,) = self._tokenizer.encode_documents([self._documents[index]])
-        return np.append(tokens, self._end)
+        text = self._documents[index]
+        (tokens,) = self._tokenizer.encode_documents([text])
+        return np.append(tokens, self._end) if text else tokens
 
 
 class _EncodedPairs:

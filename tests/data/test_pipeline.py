@@ -1,6 +1,7 @@
 """Batches: the same at every start, from any place, whatever the number of hosts."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import json
@@ -257,6 +258,23 @@ def test_nothing_is_trained_on_padding_and_seeds_differ(texts, kind):
     other = next(batches_for(texts, kind, on_the_fly=False, seed=8))
     again = next(batches_for(texts, kind, on_the_fly=False))
     assert other.tokens.shape != again.tokens.shape or (other.tokens != again.tokens).any()
+
+
+def test_documents_none_of_which_is_of_use_are_one_sentence(tmp_path):
+    (tmp_path / "text.txt").write_text("a\n\nb\nc\n")
+    (tmp_path / "valid.txt").write_text("abc\ndef\n")
+    path, valid = (f"{tmp_path}/{name}.txt#documents=line" for name in ("text", "valid"))
+    data = DataConfig(source=(path,), validation=(valid,), packing="first_fit", on_the_fly=True)
+    sources, tokenizer = open_sources(data), ByteTokenizer()
+    corpus = open_corpus(sources, tokenizer, data, TransformerConfig(context=LONG))
+    rest = {"batch_size": 4, "seed": 0}
+    words = corpus.vocabulary
+    with pytest.raises(InputError, match=r"^data.source: none of the documents that train is of "):
+        next(streamed_batches(sources, tokenizer, words, data, LONG, **rest))
+    # One after another they are a text.
+    split = dataclasses.replace(data, packing="split")
+    seen = {*next(streamed_batches(sources, tokenizer, words, split, LONG, **rest)).tokens.ravel()}
+    assert seen == {*b"abc"}
 
 
 def test_an_epoch_on_the_fly_has_every_document_once(texts):
