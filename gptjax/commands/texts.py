@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from gptjax.config import DataConfig, Objective, Packing, TransformerConfig
+from gptjax.config import DataConfig, InputError, Objective, Packing, TransformerConfig
 
 
 def data(
@@ -43,6 +43,8 @@ def data(
     from gptjax.data.report import report
     from gptjax.data.rows import FAMILIES
 
+    if batch_size < 1:
+        raise InputError(f"batch-size is {batch_size}: it must be at least 1.")
     chosen = DataConfig(
         source=sources,
         target=target,

@@ -116,7 +116,7 @@ def test_pairs_that_are_left_out_are_counted(show):
         (["TEXT", "--weights", "1", "2"], "DataConfig.weights is (1.0, 2.0): it must be a number"),
         (["TEXT", "--objektive", "prefix"], "Unknown flag --objektive: did you mean --objective"),
         (["TEXT", "--context", "4096"], "tokens and fills no row; a context of 4096 needs at"),
-        (["TEXT", "--batch-size", "0"], "batch_size is 0: it must be at least 1."),
+        (["TEXT", "--batch-size", "0"], "batch-size is 0: it must be at least 1."),
         (["TEXT", "--target", "TEXT"], "it must be 0 of them with the objective causal."),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
     assert process.wait() == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("spec", ["bytes", "bpe:300", "sentencepiece:300"])
+@pytest.mark.parametrize("spec", ["bytes", "bpe:270", "sentencepiece:300"])
 def test_every_token_has_a_label_that_a_mark_can_stand_under(spec):
     text = "Tab\there, 中文 é\nand \U0001f600 end. " * 4
     tokenizer = train_tokenizer(spec, text)
