@@ -136,6 +136,10 @@ BAD_FLAGS = {
         "data.objective is 'causal', for decoder or recurrent: a model of the family encoder takes "
         "masked_lm or next_sentence.\n",
     ),
+    "another experiment's objective": (
+        ["--data.objective", "masked_lm", "--model.family", "encoder"],
+        "data.objective is 'masked_lm': this experiment is for causal.\n",
+    ),
     "vocabulary smaller than the characters need": (
         ["--model.vocab-size", "20"],
         "TransformerConfig.vocab_size is 20: it must be at least the tokenizer's ",

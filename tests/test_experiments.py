@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import EXPERIMENTS, QUICK_COMPILATION, ROOT
 
+from gptjax.data.tokenizers import train_tokenizer
 from gptjax.training.metrics import read_jsonl
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -89,8 +91,62 @@ def test_other_experiments_run_two_steps(name, tmp_path):
     assert (tmp_path / "run" / "result.json").exists()
 
 
+def test_masked_lm_shows_what_it_finds(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 40)
+    out = tmp_path / "run"
+    flags = [*TINY, "--train.steps=2", "--data.tokenizer=bpe:270", "--data.packing=first_fit"]
+    source = f"--data.source={text}#documents=line"
+    printed = output_of(start("masked_lm.py", *flags, source, f"--out={out}"))
+    head, explained, *rows = (out / "predictions.txt").read_text().strip().split("\n\n")
+    assert head in printed
+    found, hidden, share = re.fullmatch(
+        r"([\d,]+) of ([\d,]+) hidden tokens found \(([\d.]+)%\)\.", head
+    ).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    assert float(share) == pytest.approx(100 * int(found) / int(hidden), abs=0.05)
+    assert explained.startswith("What was hidden stands in brackets")
+    # The last tenth is four lines and the empty one behind them, of which a row each is made.
+    assert 1 <= len(rows) <= 4
+    asked = re.compile(r"\[([^][]+?)(?:: [^][]*)?\]")
+    frame = ("begin", "end")
+    for row in rows:
+        text = asked.sub(lambda m: "" if m[1] in frame else m[1], row).replace("·", " ")
+        assert set(text) <= set("To be, or not to be, that is the question.")
+    result = json.loads((out / "result.json").read_text())
+    assert "final_bits_per_byte" not in result
+
+
+def test_a_translation_goes_on_without_the_files_of_its_tokenizer(tmp_path):
+    vocabulary = tmp_path / "vocabulary"
+    vocabulary.mkdir()
+    text = "".join(f"{n} and {n + 1}\t{n} und {n + 1}\n" for n in range(60))
+    (tmp_path / "pairs.tsv").write_text(text)
+    learnt = train_tokenizer("bpe:280", text)
+    (vocabulary / "tokenizer.json").write_bytes(learnt.save())
+    flags = [
+        *TINY,
+        f"--data.source={tmp_path}/pairs.tsv#column=1",
+        f"--data.target={tmp_path}/pairs.tsv#column=2",
+        f"--data.tokenizer=huggingface:{vocabulary}",
+        f"--out={tmp_path / 'run'}",
+        "--train.steps=3",
+    ]
+    output_of(start("translation.py", *flags))
+    translations = (tmp_path / "run" / "translations.txt").read_text()
+    assert translations.startswith("54 and 55\n  model      ")
+    assert "\n  reference  54 und 55\n" in translations
+    for path in vocabulary.iterdir():
+        path.unlink()
+    for name in ("result.json", "translations.txt"):
+        (tmp_path / "run" / name).unlink()  # As if it had been stopped just before.
+    output_of(start("translation.py", *flags))
+    assert (tmp_path / "run" / "translations.txt").read_text() == translations
+
+
 def test_every_experiment_is_run_by_a_test():
-    tested = {"quickstart.py", "shakespeare_char.py", "benchmark.py"}
+    tested = {
+        "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
+    }  # fmt: skip
     of_benchmark = {"torch_baselines.py"}
     assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested | of_benchmark
 
