@@ -14,6 +14,7 @@ import pytest
 
 from gptjax import beam_search, cli
 from gptjax.config import ExperimentConfig, OptimizerConfig, TrainConfig, to_dict
+from gptjax.data.tokenizers import train_tokenizer
 from gptjax.ledger import ledger
 from gptjax.presets import preset
 from gptjax.runs import load_run
@@ -215,6 +216,29 @@ def test_a_changed_config_is_refused_with_the_differing_field(quickstart, tiny_r
     ended = quickstart(*_flags(tiny_run), "--out", tiny_run, "--train.batch-size=8")
     _assert_one_sentence(ended, "(config.train.batch_size: 4 -> 8)")
     assert _content(tiny_run) == before
+
+
+def test_a_run_goes_on_without_the_files_its_tokenizer_was_read_from(
+    quickstart, tiny_run, tmp_path
+):
+    text = (tiny_run.parent / "text.txt").read_text()
+    learnt = train_tokenizer("bpe:270", text)
+    (tmp_path / "tokenizer.json").write_bytes(learnt.save())
+    flags = [*_flags(tiny_run), "--data.tokenizer", f"huggingface:{tmp_path}"]
+    run = [*flags, "--out", tmp_path / "run"]
+    first = quickstart(*run)
+    assert first.code == 0, first.err
+    samples = (tmp_path / "run" / "samples.txt").read_bytes()
+    (tmp_path / "tokenizer.json").unlink()
+    assert "holds a finished run of this config" in quickstart(*run).out
+    for name in ("result.json", "samples.txt"):  # As if it had been stopped just before.
+        (tmp_path / "run" / name).unlink()
+    again = quickstart(*run)
+    assert again.code == 0, again.err
+    assert (tmp_path / "run" / "samples.txt").read_bytes() == samples
+    # Anew it reads the tokenizer anew.
+    _assert_one_sentence(quickstart(*run, "--overwrite"), f"cannot read {tmp_path}")
+    assert (tmp_path / "run" / "samples.txt").read_bytes() == samples
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(quickstart, tiny_run, tmp_path):
