@@ -78,7 +78,7 @@ def sample(
     except UnicodeEncodeError as error:
         raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
     loaded = load_run(run, step)
-    tokens = loaded.tokenizer.encode(prompt)
+    tokens = loaded.tokenizer.encode_prompt(prompt)
     if beams:
         ((best, *_),) = beam_search(
             loaded.model,

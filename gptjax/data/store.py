@@ -12,7 +12,7 @@ OFFSET = np.dtype([("tokens", np.int64), ("bytes", np.int64)])
 BLOCK = 1 << 20
 """Documents that are looked at together."""
 READS = 128
-"""Parts of a file that are in memory at most: of each Linux maps what lies around it, up to 1 MiB."""
+"""Parts of a file in memory at most; Linux maps up to 1 MiB around each."""
 
 
 class Mapped:

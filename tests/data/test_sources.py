@@ -18,7 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from gptjax.config import InputError
-from gptjax.data.sources import Documents, embedded_corpus, files, open_source, read_text
+from gptjax.data.sources import Documents, embedded_corpus, files, open_source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="shared/ (real text) is not there")
@@ -72,7 +72,6 @@ def test_the_embedded_corpus_is_long_english_text():
     text = embedded_corpus()
     assert len(text) > 400_000
     assert text.count(" the ") > 3000
-    assert read_text(None) == text
     assert documents("embedded") == [text]
 
 
@@ -380,19 +379,3 @@ def test_real_text_is_read_as_it_is():
     pairs = [open_source(f"{SHARED}/tatoeba_cmn/cmn.txt#column={n}") for n in (1, 2)]
     assert len(pairs[0]) == len(pairs[1]) > 20_000
     assert (pairs[0][0], pairs[1][0]) == ("Hi.", "嗨。")
-
-
-def _read_sentence(path: object) -> str:
-    with pytest.raises(InputError) as error:
-        read_text(str(path))
-    return str(error.value)
-
-
-def test_read_text_reads_one_file_or_says_why_not(write, tmp_path, monkeypatch):
-    assert read_text(str(write("a.txt", NASTY))) == NASTY
-    none, empty = tmp_path / "none.txt", write("empty.txt", "")
-    assert _read_sentence(none) == f"data.path: cannot read {none}: No such file or directory."
-    assert _read_sentence(tmp_path) == f"data.path: cannot read {tmp_path}: Is a directory."
-    assert _read_sentence(empty) == f"data.path: {empty} is empty."
-    latin = write("latin.txt", b"caf\xe9")
-    assert _read_sentence(latin).endswith("is not UTF-8: byte 0xe9 at offset 3.")

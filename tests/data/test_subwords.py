@@ -177,6 +177,12 @@ def test_wordpiece_lowers_and_frames_the_text(tmp_path):
     assert [lines[token] for token in tokens] == names
     assert tokenizer.decode(tokens) == "theme, dog \ufffd"
     assert tokenizer.encode("").tolist() == [lines.index("[CLS]"), lines.index("[SEP]")]
+    # What is to be continued has no end, and a document of a corpus neither.
+    assert tokenizer.encode_prompt("").tolist() == [lines.index("[CLS]")]
+    assert [ids.tolist() for ids in tokenizer.encode_documents(["", "dog"])] == [
+        [],
+        [lines.index("dog")],
+    ]
     by_file = train_tokenizer(f"wordpiece:{tmp_path / 'vocab.txt'}", "")
     assert by_file.fingerprint == tokenizer.fingerprint
 

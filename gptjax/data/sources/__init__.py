@@ -32,7 +32,7 @@ from gptjax.data.sources.protocol import (
 from gptjax.data.sources.records import JsonLines, Parquet
 from gptjax.data.sources.text import Blocks, Column, Lines, Whole
 
-__all__ = ["Documents", "embedded_corpus", "open_source", "read_text", "reopen"]
+__all__ = ["Documents", "embedded_corpus", "open_source", "reopen"]
 
 TFDS = "tfds:"
 """How a spec of a TensorFlow dataset begins."""
@@ -124,28 +124,3 @@ def _errors(spec: Spec, options: dict[str, str | None]) -> str:
     if errors not in ("strict", "replace"):
         refuse(f"{spec.text} has errors={errors}: it must be one of strict, replace")
     return errors
-
-
-def read_text(path: str | None) -> str:
-    """The text of a UTF-8 file, or without a path the one that every Python installation carries.
-
-    Line ends are kept as they are.
-
-    Raises:
-      InputError: a file that is missing, unreadable, empty, or not UTF-8.
-    """
-    if path is None:
-        return embedded_corpus()
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"data.path: cannot read {path}: {error.strerror}.") from error
-    if not data:
-        raise InputError(f"data.path: {path} is empty.")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = data[error.start]
-        raise InputError(
-            f"data.path: {path} is not UTF-8: byte 0x{byte:02x} at offset {error.start}."
-        ) from error

@@ -52,6 +52,14 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids [T], int32, of a text that is to be continued: nothing stands behind it.
+
+        Raises:
+          InputError: as `encode`.
+        """
+        return self.encode(text)
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids [T], int32, of each text, without what a template puts around one.
 

@@ -142,7 +142,11 @@ class SubwordTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32, with those of the template around them."""
-        return np.concatenate([self._before, *self.encode_documents([text]), self._behind])
+        return np.concatenate([self.encode_prompt(text), self._behind])
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids [T], int32, with those of the template before them."""
+        return np.concatenate([self._before, *self.encode_documents([text])])
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids [T], int32, of each text.
