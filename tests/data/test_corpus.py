@@ -112,6 +112,7 @@ def test_bits_per_byte_of_a_single_text_by_hand(tmp_path, packing):
     corpus = opened(data, CharacterTokenizer.train(text))
     assert corpus.predicted == Predicted(tokens=3, bytes=5)
     assert predictions(corpus) == 3
+    assert corpus.predicted is not None
     # 3 predictions of ln 2 nats are 3 bits, over 5 bytes.
     assert bits_per_byte(corpus.predicted, math.log(2)) == pytest.approx(3 / 5)
 
@@ -148,11 +149,11 @@ def test_no_bits_per_byte_where_no_text_is_predicted_from_end_to_end(tmp_path):
 def test_texts_of_different_lengths_are_no_pairs(tmp_path):
     source = written(tmp_path, "a", "b", name="a.txt")
     target = written(tmp_path, "a", "b", "c", name="b.txt")
-    objective = {"objective": "sequence_to_sequence"}
     expected = f"data.target: {target} has 3 documents where {source} has 2."
-    assert refusal(DataConfig(source=(source,), target=(target,), **objective)) == expected
-    validation = {"validation": (source,), "validation_target": (target,)}
-    data = DataConfig(source=(source,), target=(source,), **validation, **objective)
+    data = DataConfig(source=(source,), target=(target,), objective="sequence_to_sequence")
+    assert refusal(data) == expected
+    validating = {"validation": (source,), "validation_target": (target,)}
+    data = dataclasses.replace(data, target=(source,), **validating)
     assert refusal(data) == expected
 
 
