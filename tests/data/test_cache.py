@@ -5,21 +5,17 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import InputError
 from gptjax.data import cache
 from gptjax.data.cache import META, OFFSETS, PROGRESS, TOKENS, kept, open_store
 from gptjax.data.corpus import Text
-from gptjax.data.sources import open_source
 from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer
 
 LINES = [f"line {number} é\n" * (number % 3) for number in range(40)]
@@ -80,6 +76,7 @@ def assert_holds(store: cache.TokenStore, texts: list[str], tokenizer: Tokenizer
 
 @settings(max_examples=15)
 @given(st.lists(st.text(max_size=9), min_size=1, max_size=6).filter(any), st.booleans())
+@example(["", "a", ""], True)
 def test_the_tokens_are_those_of_the_tokenizer(tmp_path_factory, texts, ends):
     tokenizer = Ended() if ends else ByteTokenizer()
     directory = tmp_path_factory.mktemp("cache")
@@ -222,109 +219,6 @@ def test_an_interrupted_build_goes_on_where_it_was_sure(tmp_path, monkeypatch, h
     assert sorted(path.name for path in store.directory.iterdir()) == [META, OFFSETS, TOKENS]
     (store.directory / TOKENS).touch()  # What is noted of it is right.
     assert_holds(open_store(Lines(LINES), Ended(stop=""), tmp_path / "stopped"), LINES, Ended())
-
-
-# What a process of its own does: it tells when it has encoded ten documents, and then takes time.
-PROCESS = """
-import resource, signal, sys, time
-from pathlib import Path
-from gptjax.config import InputError
-from gptjax.data import cache
-from gptjax.data.sources import open_source
-from gptjax.data.tokenizers import ByteTokenizer
-
-class Slow(ByteTokenizer):
-    encoded = 0
-    def encode(self, text):
-        self.encoded += 1
-        if self.encoded == 10:
-            print("ten", flush=True)
-        if self.encoded >= 10:
-            time.sleep({pause})
-        return super().encode(text)
-
-cache.CHECKPOINT_TOKENS = cache.BATCH_CHARACTERS = 1
-if {limit}:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-tokenizer = Slow()
-try:
-    store = cache.open_store(open_source(sys.argv[1]), tokenizer, Path(sys.argv[2]))
-    print(tokenizer.encoded, store.tokens.tobytes().hex())
-except InputError as error:
-    sys.exit(str(error))
-"""
-
-
-def start(source: str, directory: Path, pause: float, limit: int = 0) -> subprocess.Popen:
-    program = PROCESS.format(pause=pause, limit=limit)
-    return subprocess.Popen(
-        [sys.executable, "-c", program, source, str(directory)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def first_line(process: subprocess.Popen) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("text") / "lines.txt"
-    path.write_text("".join(f"line number {number} é\n" for number in range(60)))
-    return f"{path}#documents=line"
-
-
-def expected(source: str) -> bytes:
-    documents = open_source(source)
-    return "".join(documents[number] for number in range(len(documents))).encode()
-
-
-def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(tmp_path, source):
-    process = start(source, tmp_path, pause=0.2)
-    assert first_line(process) == "ten\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    (partial,) = tmp_path.glob("*.partial")
-    assert (partial / PROGRESS).exists()
-    encoded: list[str] = []
-
-    class Counting(ByteTokenizer):
-        def encode(self, text: str) -> np.ndarray:
-            encoded.append(text)
-            return super().encode(text)
-
-    store = open_store(open_source(source), Counting(), tmp_path)
-    assert 40 < len(encoded) <= 51
-    assert store.tokens.tobytes() == expected(source)
-
-
-def test_of_two_processes_one_encodes_and_both_have_the_tokens(tmp_path, source):
-    processes = [start(source, tmp_path, pause=0.02) for _ in range(2)]
-    ended = [process.communicate(timeout=60) for process in processes]
-    said = [out.split()[-2:] for out, _ in ended]
-    assert sorted(int(number) for number, _ in said) == [0, 60]
-    assert {bytes.fromhex(tokens) for _, tokens in said} == {expected(source)}
-    waited = [error for _, error in ended if error]
-    assert all(error.startswith("Another process builds ") for error in waited)
-
-
-def test_a_full_disk_is_one_sentence_and_nothing_half_written_is_used(tmp_path, source):
-    full = start(source, tmp_path, pause=0, limit=600)
-    _, error = full.communicate(timeout=60)
-    assert full.returncode == 1
-    (partial,) = tmp_path.glob("*.partial")
-    place = partial.with_suffix("")
-    assert error == (
-        f"data.cache: cannot write {place}: File too large; nothing half-written is used.\n"
-    )
-    assert not place.exists()
-    store = open_store(open_source(source), ByteTokenizer(), tmp_path)
-    assert store.tokens.tobytes() == expected(source)
-    assert sorted(path.name for path in store.directory.iterdir()) == [META, OFFSETS, TOKENS]
 
 
 def test_a_file_where_the_cache_belongs_is_one_sentence(tmp_path):
