@@ -38,7 +38,7 @@ if {limit}:
 tokenizer = Slow()
 try:
     store = cache.open_store(open_source(sys.argv[1]), tokenizer, Path(sys.argv[2]))
-    print(tokenizer.encoded, store.tokens.tobytes().hex())
+    print(tokenizer.encoded, store.tokens[:].tobytes().hex())
 except InputError as error:
     sys.exit(str(error))
 """
@@ -87,7 +87,7 @@ def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(tmp_path
 
     store = open_store(open_source(source), Counting(), tmp_path)
     assert 40 < len(encoded) <= 51
-    assert store.tokens.tobytes() == expected(source)
+    assert store.tokens[:].tobytes() == expected(source)
 
 
 def test_of_two_processes_one_encodes_and_both_have_the_tokens(tmp_path, source):
@@ -111,5 +111,5 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written_is_used(tmp_path, 
     )
     assert not place.exists()
     store = open_store(open_source(source), ByteTokenizer(), tmp_path)
-    assert store.tokens.tobytes() == expected(source)
+    assert store.tokens[:].tobytes() == expected(source)
     assert sorted(path.name for path in store.directory.iterdir()) == [META, OFFSETS, TOKENS]

@@ -76,7 +76,7 @@ def test_a_single_text_is_parted_between_two_characters(tmp_path):
     assert train + validation == text
     assert len(train) == 140
     corpus = opened(data)
-    assert ByteTokenizer().decode(corpus.stores[0].tokens) == train
+    assert ByteTokenizer().decode(corpus.stores[0].tokens[:]) == train
 
 
 def test_sources_that_validate_leave_the_others_whole(tmp_path):

@@ -17,9 +17,7 @@ documents are kept as they are. Memory is an index of 8 bytes a document, not th
 """
 
 import os
-from pathlib import Path
 
-from gptjax.config import InputError
 from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
 from gptjax.data.sources.files import find_files
 from gptjax.data.sources.protocol import (
