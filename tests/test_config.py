@@ -131,6 +131,7 @@ REFUSED = [
     (DataConfig, {"mask_rate": 0.0}, "between 0 and 1"),
     (DataConfig, {"mask_rate": 1.0}, "between 0 and 1"),
     (DataConfig, {"whole_words": 1}, "bool"),
+    (DataConfig, {"whole_words": True}, "False with the objective causal"),
     (DataConfig, {"mean_span": 0.5}, "at least 1"),
     (DataConfig, {"buckets": 0}, "at least 1"),
     (DataConfig, {"cache": None}, "str"),

@@ -61,6 +61,8 @@ class DataConfig:
         self._check_counts()
         packs = self.packing == "split" or self.objective in ("causal", "masked_lm")
         check(self, "packing", packs, f"split with the objective {self.objective}")
+        masks = not self.whole_words or self.objective in ("masked_lm", "next_sentence")
+        check(self, "whole_words", masks, f"False with the objective {self.objective}")
         streams = not (self.on_the_fly and self.objective == "next_sentence")
         check(self, "on_the_fly", streams, "False with next_sentence, which pairs documents")
 
