@@ -70,17 +70,17 @@ def training_batches(
       InputError: hosts among whom the rows cannot be parted.
     """
     _check_hosts(batch_size, hosts)
-    batched = []
-    for bucket in buckets:
+    batched, shares = [], _shares(buckets, weights)
+    for bucket, of_sources in zip(buckets, shares, strict=True):
         ranges = map(grain.MapDataset.range, bucket.bounds, bucket.bounds[1:])
-        numbers = _endless(list(ranges), weights, seed)
+        numbers = _endless(list(ranges), of_sources if weights else (), seed)
         if bucket.random:
             rows = numbers.seed(seed).random_map(bucket.row).batch(batch_size // hosts)
         else:  # Grain takes longer over a row than the row itself does.
             rows = numbers.batch(batch_size // hosts).map(functools.partial(_made, bucket))
         batched.append(rows[host::hosts])
-    shares = _shares(buckets, weights)
-    dataset = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, shares)
+    turns = [sum(of_sources) for of_sources in shares]
+    dataset = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, turns)
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
@@ -199,12 +199,12 @@ def _repeated(dataset: grain.MapDataset) -> grain.MapDataset:
     return dataset.repeat(-(-ENDLESS // len(dataset)))
 
 
-def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[float]:
-    """How often each bucket has its turn: as often as the rows that are in it."""
+def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[list[float]]:
+    """How much comes from each bucket's sources: as much as they have of it, or of their weight."""
     sizes = np.array([[len(source) for source in bucket.sources] for bucket in buckets], float)
     if weights:
         sizes = sizes / sizes.sum(axis=0) * weights
-    return sizes.sum(axis=1).tolist()
+    return sizes.tolist()
 
 
 class _Encoded:

@@ -110,6 +110,24 @@ def test_weights_are_the_shares_of_the_rows():
     assert {firsts[start] for start in TOKENS[:-1:CONTEXT].tolist()} <= {2, 3}
 
 
+def test_weights_hold_within_buckets_too():
+    # The first source has 8 short rows and 2 long ones, the second 3 and 6.
+    def bucket(length: int, *sizes: int) -> Bucket:
+        sources = [np.full((size, length), number) for number, size in enumerate(sizes)]
+        return Bucket(sources, lambda row: Batch(row, row, np.ones(length)), random=False)
+
+    buckets = [bucket(3, 8, 3), bucket(5, 2, 6)]
+    batches = training_batches(buckets, (3, 1), batch_size=1, seed=0)
+    found = collections.Counter(
+        (batch.tokens.shape[1], int(batch.tokens[0, 0]))
+        for batch in itertools.islice(batches, 1200)
+    )
+    # Three quarters and one quarter of all, and each source's rows as often as each other.
+    expected = {(3, 0): 720, (5, 0): 180, (3, 1): 100, (5, 1): 200}
+    for kind, times in expected.items():
+        assert found[kind] == pytest.approx(times, rel=0.02)
+
+
 def test_weights_change_no_order_within_a_source():
     other = TOKENS[: 8 * CONTEXT + 1] + 100
 
