@@ -10,7 +10,6 @@ tenth validates, and the first lines of it are translated at the end.
 import dataclasses
 from pathlib import Path
 
-import numpy as np
 from quickstart import train
 
 from gptjax import beam_search, preset
@@ -36,30 +35,29 @@ SHOWN = 20
 
 def translation(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that translates."""
-    train(config, out, overwrite, objectives=("sequence_to_sequence",), show=show)
+    if train(config, out, overwrite, objectives=("sequence_to_sequence",), show=show):
+        print(f'Next: python -m gptjax sample {out} --beams 4 --prompt "A text to translate."')
 
 
 def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write translations of validation sentences, by the best checkpoint and a beam of 4."""
-    words, decode = corpus.vocabulary, run.tokenizer.decode
-    begin, end = words.needed("begin"), words.needed("end")
     shown = []
     for number in range(min(SHOWN, len(sources.validation[0]))):
         text, reference = sources.validation[0][number], sources.validation_targets[0][number]
-        (tokens,) = run.tokenizer.encode_documents([text])
-        if not 0 < len(tokens) < run.config.model.context:
+        question = run.question(text)
+        if question.source is None or len(question.source) > run.config.model.context:
             continue
         ((best, *_),) = beam_search(
             run.model,
-            [[begin]],
+            question.prompt[None],
             max_new_tokens=run.config.model.context - 1,
             beams=4,
-            end_token=end,
+            end_token=question.end,
             length_penalty=0.6,
-            source=np.append(tokens, end)[None],
+            source=question.source[None],
         )
-        written = [token for token in best.tokens if token != end]
-        shown.append(f"{text}\n  model      {decode(written)}\n  reference  {reference}")
+        written = run.tokenizer.decode(token for token in best.tokens if token != question.end)
+        shown.append(f"{text}\n  model      {written}\n  reference  {reference}")
     (out / "translations.txt").write_text("\n".join(shown) + "\n", encoding="utf-8")
     return "translations.txt"
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from gptjax.config import DataConfig, ExperimentConfig, InputError, differences, from_dict, to_dict
+from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import State
@@ -104,6 +106,17 @@ def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
         )
 
 
+class Question(NamedTuple):
+    """What `generate` and `beam_search` are given for a text of a user's."""
+
+    prompt: np.ndarray
+    """[T], tokens to continue."""
+    source: np.ndarray | None
+    """[S], what an encoder-decoder reads."""
+    end: int | None
+    """The token behind which there is nothing more."""
+
+
 class Run(NamedTuple):
     """A trained run, read back."""
 
@@ -112,6 +125,16 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Of the checkpoint that the model is from."""
+
+    def question(self, text: str) -> Question:
+        """The text as what is to be continued, or as the source of an encoder-decoder."""
+        model, data = self.config.model, self.config.data
+        if model.family != "encoder_decoder" or data.objective == "causal":
+            return Question(self.tokenizer.encode_prompt(text), None, self.tokenizer.end_token)
+        words = objective_vocabulary(data, model, self.tokenizer)
+        begin, end = words.needed("begin"), words.needed("end")
+        (tokens,) = self.tokenizer.encode_documents([text])
+        return Question(np.array([begin]), np.append(tokens, end), end)
 
 
 def load_config(directory: str | Path) -> ExperimentConfig:

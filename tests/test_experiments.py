@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import EXPERIMENTS, QUICK_COMPILATION, ROOT
 
+from gptjax.commands import sample
 from gptjax.training.metrics import read_jsonl
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -114,7 +115,7 @@ def test_masked_lm_shows_what_it_finds(tmp_path):
     assert "final_bits_per_byte" not in result
 
 
-def test_translation_translates_what_validates(tmp_path):
+def test_translation_translates_what_validates(tmp_path, capsys):
     text = "".join(f"{n} and {n + 1}\t{n} und {n + 1}\n" for n in range(10, 24))
     (tmp_path / "pairs.tsv").write_text(text)
     out = tmp_path / "run"
@@ -128,6 +129,11 @@ def test_translation_translates_what_validates(tmp_path):
     assert translations.count("\n  reference  ") == 2
     result = json.loads((out / "result.json").read_text())
     assert "final_bits_per_byte" not in result
+
+    # The command that the experiment ends with: a prompt is read, and the answer has no marks.
+    sample(str(out), prompt="22 and 23", beams=4, max_new_tokens=15)
+    by_beams = capsys.readouterr().out
+    assert by_beams == translations.split("  model      ")[1].partition("\n  reference")[0] + "\n"
 
 
 def test_every_experiment_is_run_by_a_test():

@@ -6,6 +6,8 @@ The parameters are the flags, and the docstring is their help.
 from gptjax.commands.models import certify, convert, params, sample
 from gptjax.commands.texts import build_dataset, data
 
+__all__ = ["COMMANDS", "build_dataset", "certify", "convert", "data", "params", "sample"]
+
 COMMANDS = {
     "sample": sample,
     "params": params,

@@ -2,9 +2,11 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +37,7 @@ def sample(
 
     Args:
       run: Directory of the run, such as runs/quickstart.
-      prompt: Text to continue.
+      prompt: Text to continue, or to translate with a run of pairs.
       max_new_tokens: Tokens to add; fewer at the end token or at the context's end.
       temperature: Divides the logits; 0 takes the most likely token.
       top_k: Choose among this many of the most likely tokens; 0 takes all.
@@ -78,34 +80,44 @@ def sample(
     except UnicodeEncodeError as error:
         raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
     loaded = load_run(run, step)
-    tokens = loaded.tokenizer.encode_prompt(prompt)
+    question = loaded.question(prompt)
+
+    def text(tokens: Iterable[int]) -> Iterator[str]:
+        said = itertools.takewhile(lambda token: token != question.end, tokens)
+        return stream_text(loaded.tokenizer, said)
+
+    def repeated(tokens: np.ndarray | None) -> np.ndarray | None:
+        return None if tokens is None else np.tile(tokens, (num_samples, 1))
+
     if beams:
         ((best, *_),) = beam_search(
             loaded.model,
-            tokens[None],
+            question.prompt[None],
             max_new_tokens=max_new_tokens,
             beams=beams,
-            end_token=loaded.tokenizer.end_token,
+            end_token=question.end,
+            source=repeated(question.source),
         )
-        print("".join(stream_text(loaded.tokenizer, best.tokens)))
+        print("".join(text(best.tokens)))
         return
     rows = generate(
         loaded.model,
-        np.tile(tokens, (num_samples, 1)),
+        np.tile(question.prompt, (num_samples, 1)),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=seed,
-        end_token=loaded.tokenizer.end_token,
+        end_token=question.end,
         sliding_window=sliding_window,
+        source=repeated(question.source),
     )
     if num_samples == 1:
-        for text in stream_text(loaded.tokenizer, (row[0] for row in rows)):
-            print(text, end="", flush=True)
+        for piece in text(row[0] for row in rows):
+            print(piece, end="", flush=True)
         print()
         return
     for number, column in enumerate(np.stack(list(rows), axis=1)):
         print(f"--- sample {number + 1}")
-        print("".join(stream_text(loaded.tokenizer, column)))
+        print("".join(text(column)))
 
 
 def _check_unset(**flags: object) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, open_corpus, open_sources
 from gptjax.data.packing import Windows
@@ -126,6 +127,14 @@ def test_weights_hold_within_buckets_too():
     expected = {(3, 0): 720, (5, 0): 180, (3, 1): 100, (5, 1): 200}
     for kind, times in expected.items():
         assert found[kind] == pytest.approx(times, rel=0.02)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_the_number_of_reading_threads_changes_nothing(threads, monkeypatch):
+    expected = take(batches_of(TOKENS), 20)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    monkeypatch.setattr(pipeline, "READ_OPTIONS", options)
+    assert take(batches_of(TOKENS), 20) == expected
 
 
 def test_weights_change_no_order_within_a_source():
