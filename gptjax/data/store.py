@@ -12,7 +12,7 @@ OFFSET = np.dtype([("tokens", np.int64), ("bytes", np.int64)])
 BLOCK = 1 << 20
 """Documents that are looked at together."""
 READS = 128
-"""Parts of a file in memory at most; Linux maps up to 1 MiB around each."""
+"""Parts of a file in memory at most; Linux maps about half a MiB around each."""
 
 
 class Mapped:
