@@ -76,7 +76,7 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
                         shutil.rmtree(place)
                     _build(documents, tokenizer, place, wanted)
         tokens, offsets = Mapped(place / TOKENS, dtype), Mapped(place / OFFSETS, OFFSET)
-    return TokenStore(tokens, offsets, fingerprint, place, tokenizer.end_token is not None)
+    return TokenStore(tokens, offsets, place, tokenizer.end_token is not None)
 
 
 def kept(

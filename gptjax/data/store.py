@@ -58,8 +58,6 @@ class TokenStore(NamedTuple):
     """[M], unsigned; of all documents."""
     offsets: Mapped
     """[N + 1], `OFFSET`, of each of these N documents and of what would follow the last."""
-    fingerprint: str
-    """Of the text and the tokenizer."""
     directory: Path
     """Where it lies."""
     ends: bool
