@@ -33,6 +33,7 @@ from gptjax.data.pipeline import (
     streamed_batches,
     training_batches,
 )
+from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
 from gptjax.runs import (
     CHECKPOINTS,
@@ -159,8 +160,8 @@ def training_size(corpus: Corpus) -> str:
 
 def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the run's attention and samples, by its best checkpoint."""
-    line = first_line(sources.validation[0][0])
-    sentence = run.tokenizer.encode(line)[: min(40, run.config.model.context)]
+    line = first_line(sources.validation[0])
+    sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context)]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
     if run.config.model.family == "decoder":
         output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
@@ -182,8 +183,12 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     return "attention.png, samples.txt" if run.config.model.family == "decoder" else "samples.txt"
 
 
-def first_line(text: str, least: int = 24, most: int = 40) -> str:
-    """The beginning of the first line of at least `least` characters, or else of the text."""
+def first_line(documents: Documents, least: int = 24, most: int = 40) -> str:
+    """The beginning of the first line of at least `least` characters, or else of the text.
+
+    Of the first document that is not empty; a source has one.
+    """
+    text = next(filter(None, map(documents.__getitem__, range(len(documents)))))
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if len(line) >= least), text)[:most]
 

@@ -67,3 +67,20 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         quickstart = importlib.import_module("quickstart").quickstart
     quickstart(config, directory / "run", False)
     return directory / "run"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m gptjax` with these words, in this process: exit code, output and errors."""
+    from gptjax import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import cli, equivalence, language_model
+from gptjax import equivalence, language_model
 from gptjax.certify import (
     BASE,
     COMPANIONS,
@@ -331,22 +331,6 @@ def test_the_page_shows_what_fails():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """`python -m gptjax certify` with these arguments: exit code, output and errors."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gptjax", "certify", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def only_counts(monkeypatch):
     """A grid of the two cheapest columns."""
     for module in ("gptjax.certify", "gptjax.equivalence"):
@@ -359,7 +343,7 @@ def only_counts(monkeypatch):
 
 @pytest.mark.usefixtures("only_counts")
 def test_the_command_prints_a_line_a_variant(command):
-    code, out, err = command("gpt2", "positions=alibi")
+    code, out, err = command("certify", "gpt2", "positions=alibi")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].split() == ["parameters", "flops"]
@@ -371,7 +355,7 @@ def test_the_command_prints_a_line_a_variant(command):
 
 @pytest.mark.usefixtures("only_counts")
 def test_the_command_prints_the_page(command):
-    code, out, err = command("gpt2", "--markdown")
+    code, out, err = command("certify", "gpt2", "--markdown")
     assert code == 0
     assert out.startswith("# Certificate\n\n`python -m gptjax certify gpt2 --markdown`: 1 variants")
     assert err.splitlines()[-1].split() == ["gpt2", "0", "0"]
@@ -380,19 +364,19 @@ def test_the_command_prints_the_page(command):
 @pytest.mark.usefixtures("only_counts")
 def test_the_command_fails_with_a_sentence(command, monkeypatch):
     monkeypatch.setattr(equivalence, "product_flops", lambda jaxpr: 1)
-    code, out, _ = command("gpt2")
+    code, out, _ = command("certify", "gpt2")
     assert code == 1
     assert out.splitlines()[-1].startswith("gpt2: the ledger's FLOPs = the traced products': error")
 
 
 @pytest.mark.parametrize("arguments", [(), ("gpt2", "--all")])
 def test_the_command_takes_names_or_all(command, arguments):
-    code, out, err = command(*arguments)
+    code, out, err = command("certify", *arguments)
     assert (code, out) == (2, "")
     assert err == "certify takes names, such as gpt2 or positions=alibi, or else --all.\n"
 
 
 def test_the_command_lists_the_near_names(command):
-    code, out, err = command("gtp2")
+    code, out, err = command("certify", "gtp2")
     assert (code, out) == (2, "")
     assert err.startswith("Unknown variant 'gtp2': did you mean gpt2")

@@ -1,5 +1,6 @@
 """Every file of experiments/ runs two tiny steps, as its user would start it."""
 
+import importlib
 import json
 import os
 import re
@@ -134,6 +135,15 @@ def test_translation_translates_what_validates(tmp_path, capsys):
     sample(str(out), prompt="22 and 23", beams=4, max_new_tokens=15)
     by_beams = capsys.readouterr().out
     assert by_beams == translations.split("  model      ")[1].partition("\n  reference")[0] + "\n"
+
+
+def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    first_line = importlib.import_module("quickstart").first_line
+    assert first_line(["", "", "short"]) == "short"
+    assert first_line(["", "short\n  a line that is long enough to show\n"]) == (
+        "a line that is long enough to show"
+    )
 
 
 def test_every_experiment_is_run_by_a_test():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from gptjax import cli
 from gptjax.data import report
 from gptjax.data.batch import Batch
 from gptjax.data.report import drawn, labels
@@ -22,23 +21,12 @@ LINES = [("word " * 8)[: number % 8] for number in range(40)]
 
 
 @pytest.fixture
-def show(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+def show(monkeypatch, command, tmp_path) -> Callable[..., tuple[int, str, str]]:
     """`python -m gptjax data` of `LINES` with these flags."""
     monkeypatch.setattr(report, "SECONDS", 0.0001)
     (tmp_path / "text.txt").write_text("".join(f"{line}\n" for line in LINES))
-
-    def run(*flags: object) -> tuple[int, str, str]:
-        source = f"{tmp_path}/text.txt#documents=line"
-        words = [str(flag).replace("TEXT", source) for flag in flags]
-        monkeypatch.setattr(sys, "argv", ["gptjax", "data", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    source = f"{tmp_path}/text.txt#documents=line"
+    return lambda *flags: command("data", *(str(flag).replace("TEXT", source) for flag in flags))
 
 
 def shown(show, *flags: object) -> str:
