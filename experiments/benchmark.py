@@ -55,9 +55,10 @@ from gptjax import (
     preset,
     split,
 )
+from gptjax.config import MeshConfig
 from gptjax.data.batch import Batch
 from gptjax.runs import environment, write_json
-from gptjax.sharding import configure_cpu, data_mesh
+from gptjax.sharding import build_mesh, configure_cpu
 from gptjax.training.losses import token_loss
 from gptjax.training.metrics import measured_matmul_flops
 from gptjax.training.optimizers import build_optimizer
@@ -99,8 +100,8 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
         ),
         steps=1,
     )
-    mesh = data_mesh(len(batch.tokens))
-    state = init_state(params, optimizer, mesh)
+    mesh = build_mesh(MeshConfig(), len(batch.tokens))
+    state = init_state(lambda: params, optimizer, mesh)
     step = compile_train_step(token_loss(graphdef), optimizer, state, batch, mesh)
 
     def run(steps: int) -> None:

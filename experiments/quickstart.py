@@ -45,12 +45,13 @@ from gptjax.runs import (
     saved_tokenizer,
     write_json,
 )
-from gptjax.sharding import configure_cpu
+from gptjax.sharding import build_mesh, configure_cpu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
-from gptjax.training.losses import token_loss
+from gptjax.training.losses import training_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
+from gptjax.transformer import parameter_axes
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
@@ -98,7 +99,8 @@ def train(
     print(f"{cost.parameters:,} parameters; training on {training_size(corpus)}.")
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
 
-    graphdef, params = split(build(config.model, rngs=nnx.Rngs(config.train.seed)))
+    mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
     learning_rate = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
@@ -122,15 +124,11 @@ def train(
     ):
         fitted = fit(
             config.train,
-            params,
-            loss=token_loss(
-                graphdef,
-                chunk=config.train.loss_chunk,
-                label_smoothing=config.train.label_smoothing,
-                z_loss=config.train.z_loss,
-                balance_loss=config.train.balance_loss,
-                router_z_loss=config.train.router_z_loss,
-            ),
+            lambda: split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1],
+            mesh=mesh,
+            axes=parameter_axes(config.model),
+            pmap=config.mesh.pmap,
+            loss=training_loss(graphdef, config.train),
             optimizer=build_optimizer(config.optimizer, config.train.steps),
             batches=batches,
             validation=EvaluationBatches(corpus.validation, config.train.batch_size),

@@ -138,7 +138,7 @@ def shrunk(config: TransformerConfig) -> TransformerConfig:
         capacity_factor=0.0,
         dtype="float32",
         scan_layers=False,
-        remat=False,
+        remat="none",
     )
 
 

@@ -17,6 +17,7 @@ from gptjax.layers.linear import Embedding
 from gptjax.layers.norms import build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
+from gptjax.sharding import constrain
 
 
 class LanguageModel(nnx.Module):
@@ -30,15 +31,16 @@ class LanguageModel(nnx.Module):
         if config.vocab_size == 0:
             raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width, rngs=rngs)
+        self.embedding = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
         if config.positions == "learned":
-            self.positions = Embedding(config.context, config.width, rngs=rngs)
+            self.positions = Embedding(config.context, config.width, axes="-D", rngs=rngs)
         if config.segments:
-            self.segments = Embedding(config.segments, config.width, rngs=rngs)
+            self.segments = Embedding(config.segments, config.width, axes="-D", rngs=rngs)
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         if not config.tied:
-            self.head = Embedding(config.vocab_size, config.width, rngs=rngs)
-        self.bias = nnx.Param(jnp.zeros(config.vocab_size)) if config.head_bias else None
+            self.head = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
+        bias = nnx.Param(jnp.zeros(config.vocab_size), axes="V")
+        self.bias = bias if config.head_bias else None
 
     def __call__(
         self, tokens: jax.Array, *, key: jax.Array | None = None, **inputs: Any
@@ -94,7 +96,7 @@ class LanguageModel(nnx.Module):
             x += self.segments(jnp.zeros_like(tokens) if segments is None else segments)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return dropout(x.astype(config.dtype), config.dropout, key)
+        return constrain(dropout(x.astype(config.dtype), config.dropout, key), "BtD")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → logits [..., V], float32."""

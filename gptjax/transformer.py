@@ -43,6 +43,17 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
+def parameter_axes(config: TransformerConfig) -> Params:
+    """The letters of every parameter's axes: "LDNH" is the kernel of all layers' queries."""
+
+    def letters(variable: nnx.Variable) -> str:
+        axes = variable.get_metadata("axes")
+        return "L" * (len(variable.shape) - len(axes)) + axes
+
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param), extract_fn=letters)
+
+
 class Decoder(LanguageModel):
     """A decoder-only Transformer: GPT (Radford et al. 2018, 2019)."""
 
@@ -113,12 +124,12 @@ class Encoder(LanguageModel):
         width = (config.width,)
         self.encoder = BlockStack(config, depth=config.depth, causal=False, rngs=rngs)
         if config.encoder_heads in ("pooler", "pretraining"):
-            self.pooler = Linear(width, width, bias=True, rngs=rngs)
+            self.pooler = Linear(width, width, axes="D-", bias=True, rngs=rngs)
         if config.encoder_heads in ("masked_lm", "pretraining"):
-            self.masked_lm = Linear(width, width, bias=True, rngs=rngs)
+            self.masked_lm = Linear(width, width, axes="D-", bias=True, rngs=rngs)
             self.masked_lm_norm = LayerNorm(config.width, epsilon=config.norm_epsilon, bias=True)
         if config.encoder_heads == "pretraining":
-            self.next_sentence = Linear(width, (2,), bias=True, rngs=rngs)
+            self.next_sentence = Linear(width, (2,), axes="D-", bias=True, rngs=rngs)
 
     def hidden(
         self,

@@ -8,6 +8,7 @@ from gptjax.config import (
     DataConfig,
     ExperimentConfig,
     InputError,
+    MeshConfig,
     OptimizerConfig,
     TrainConfig,
     TransformerConfig,
@@ -140,6 +141,18 @@ REFUSED = [
     (DataConfig, {"validation_fraction": 0.0}, "between 0 and 1"),
     (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
     (OptimizerConfig, {"name": "sgd"}, "one of adamw, muon"),
+    (TransformerConfig, {"remat": "some"}, "one of none, full, dots, names, offload"),
+    (OptimizerConfig, {"moments": "float16"}, "one of float32, bfloat16"),
+    (MeshConfig, {"data": -1}, "at least 0"),
+    (MeshConfig, {"fsdp": 0}, "at least 1"),
+    (MeshConfig, {"tensor": 0}, "at least 1"),
+    (MeshConfig, {"sequence": -2}, "at least 1"),
+    (MeshConfig, {"expert": 0}, "at least 1"),
+    (MeshConfig, {"pipeline": 0}, "at least 1"),
+    (MeshConfig, {"microbatches": 4}, "0 without stages"),
+    (MeshConfig, {"slices": 0}, "at least 1"),
+    (MeshConfig, {"data": 3, "slices": 2}, "a multiple of the 2 slices, or 0"),
+    (MeshConfig, {"pmap": True, "fsdp": 2}, "False with other axes than data"),
     (OptimizerConfig, {"schedule": "linear"}, "one of cosine, constant, wsd"),
     (OptimizerConfig, {"learning_rate": 0.0}, "above 0"),
     (OptimizerConfig, {"learning_rate": math.nan}, "finite"),
@@ -204,14 +217,21 @@ def test_every_field_with_a_rule_is_in_the_table_of_refused_values():
                 "final_norm",
                 "head_bias",
                 "qk_norm",
-                "remat",
                 "scan_layers",
                 "tied",
             )
         ),
-        *((ExperimentConfig, name) for name in ("data", "optimizer", "train")),
+        *((ExperimentConfig, name) for name in ("data", "optimizer", "train", "mesh")),
     }
-    kinds = (TransformerConfig, DataConfig, OptimizerConfig, TrainConfig, ExperimentConfig)
+    kinds = (
+        TransformerConfig,
+        DataConfig,
+        MeshConfig,
+        OptimizerConfig,
+        TrainConfig,
+        MeshConfig,
+        ExperimentConfig,
+    )
     fields = {(kind, field.name) for kind in kinds for field in dataclasses.fields(kind)}
     assert tested | free == fields
 

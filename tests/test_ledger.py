@@ -25,7 +25,7 @@ GRID = {
     "rmsnorm, no bias": dataclasses.replace(SMALL, norm="rmsnorm", bias=False),
     "hidden": dataclasses.replace(SMALL, hidden=20),
     "scanned": dataclasses.replace(SMALL, scan_layers=True),
-    "remat": dataclasses.replace(SMALL, remat=True),
+    "remat": dataclasses.replace(SMALL, remat="full"),
     "all": dataclasses.replace(
         SMALL, bias=False, tied=False, positions="none", norm="rmsnorm", hidden=12
     ),
@@ -211,7 +211,7 @@ def test_forward_flops_are_those_of_every_product_at_full_context(config):
 
 @EVERY_CONFIG
 def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(config):
-    unrecomputed = dataclasses.replace(config, remat=False)
+    unrecomputed = dataclasses.replace(config, remat="none")
     graphdef, params = split(nnx.eval_shape(lambda: build(unrecomputed, rngs=nnx.Rngs(0))))
     tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
 

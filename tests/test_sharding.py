@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from gptjax.sharding import data_mesh
+from gptjax.config import MeshConfig
+from gptjax.sharding import build_mesh
 
 SMALL, MEDIUM, LARGE = 1_000_000, 20_000_000, 100_000_000
 
@@ -24,7 +25,8 @@ def run_python(program: str, **environment: str) -> str:
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(16, 8), (12, 6), (7, 7), (11, 1), (1, 1)])
 def test_the_mesh_takes_as_many_devices_as_share_the_batch_evenly(batch_size, devices):
-    assert dict(data_mesh(batch_size).shape) == {"data": devices}
+    mesh = build_mesh(MeshConfig(), batch_size)
+    assert mesh.shape["data"] == mesh.size == devices
 
 
 @pytest.mark.parametrize(

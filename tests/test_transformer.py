@@ -79,7 +79,7 @@ def test_scanned_layers_equal_unrolled_ones():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_remat_changes_no_value(scan_layers):
     plain = loss_and_gradient(decoder(scan_layers=scan_layers))
-    assert_same(loss_and_gradient(decoder(scan_layers=scan_layers, remat=True)), plain)
+    assert_same(loss_and_gradient(decoder(scan_layers=scan_layers, remat="full")), plain)
 
 
 def test_remat_recomputes():
@@ -89,7 +89,7 @@ def test_remat_recomputes():
         costs: Any = jax.jit(gradient).lower(params).cost_analysis()
         return costs["flops"]
 
-    assert flops(decoder(remat=True)) > 1.2 * flops(decoder())
+    assert flops(decoder(remat="full")) > 1.2 * flops(decoder())
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -15,12 +15,14 @@ from gptjax.config.experiment import (
     TrainConfig,
     with_vocabulary,
 )
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 
 __all__ = [
     "DataConfig",
     "ExperimentConfig",
     "InputError",
+    "MeshConfig",
     "Objective",
     "OptimizerConfig",
     "Packing",

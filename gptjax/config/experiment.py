@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gptjax.config.checks import check, check_minimum, check_types
+from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 
 Objective = Literal[
@@ -101,6 +102,8 @@ class OptimizerConfig:
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Type of the first moment, which is kept beside each parameter; the second stays float32."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases never decay."""
     clip_norm: float = 1.0
@@ -165,6 +168,7 @@ class ExperimentConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -94,8 +94,10 @@ class TransformerConfig:
     """Type of the activations; parameters, softmax, norms and loss stay float32."""
     scan_layers: bool = False
     """Run the blocks as one scanned loop (compiles faster when deep), not one after another."""
-    remat: bool = False
-    """Recompute each block in the backward pass (less memory, one forward pass more)."""
+    remat: Literal["none", "full", "dots", "names", "offload"] = "none"
+    """What of a block is recomputed in the backward pass: nothing; all; all but products with
+    weights, or but attention's and the feed-forward layer's outputs; or all, the block's input
+    waiting in the host's memory."""
 
     @property
     def head_width(self) -> int:

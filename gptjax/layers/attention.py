@@ -23,6 +23,7 @@ from gptjax.layers.dropout import dropout
 from gptjax.layers.linear import DEFAULT_STD, Linear
 from gptjax.layers.norms import RMSNorm
 from gptjax.layers.positions import rotate
+from gptjax.sharding import constrain
 
 MASKED = -1e30
 """A score that no softmax sees; finite, so that a query without any key yields no NaN."""
@@ -248,17 +249,19 @@ class Attention(nnx.Module):
         bias = config.bias if config.query_bias is None else config.query_bias
         output_bias = config.bias if config.output_bias is None else config.output_bias
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
-        self.query = Linear(width, heads, bias=bias, rngs=rngs)
-        self.key = Linear(width, kv_heads, bias=bias, rngs=rngs)
-        self.value = Linear(width, kv_heads, bias=bias, rngs=rngs)
-        self.output = Linear(heads, width, bias=output_bias, std=residual_std, rngs=rngs)
+        self.query = Linear(width, heads, axes="DNH", bias=bias, rngs=rngs)
+        self.key = Linear(width, kv_heads, axes="DKH", bias=bias, rngs=rngs)
+        self.value = Linear(width, kv_heads, axes="DKH", bias=bias, rngs=rngs)
+        self.output = Linear(
+            heads, width, axes="NHD", bias=output_bias, std=residual_std, rngs=rngs
+        )
         if config.qk_norm:
             self.query_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
             self.key_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
         if compressed:
             group = (config.compression, *kv_heads)
-            self.compress_key = Linear(group, kv_heads, bias=bias, rngs=rngs)
-            self.compress_value = Linear(group, kv_heads, bias=bias, rngs=rngs)
+            self.compress_key = Linear(group, kv_heads, axes="---KH", bias=bias, rngs=rngs)
+            self.compress_value = Linear(group, kv_heads, axes="---KH", bias=bias, rngs=rngs)
         self.config = config
         self.compressed = compressed
 
@@ -269,7 +272,7 @@ class Attention(nnx.Module):
             keys = self.key_norm(keys)
         if angles is not None:
             keys = rotate(keys, angles, self.config.pairing)
-        return KVCache(keys, values)
+        return KVCache(constrain(keys, "BSKH"), constrain(values, "BSKH"))
 
     def __call__(
         self,
@@ -305,6 +308,7 @@ class Attention(nnx.Module):
             queries = self.query_norm(queries)
         if angles is not None:
             queries = rotate(queries, angles, config.pairing)
+        queries = constrain(queries, "BTNH")
         keys, values = self._compress(seen) if self.compressed else seen
         scale = config.head_width**-0.5 if config.attention_scaled else 1.0
         drops = key is not None and config.dropout > 0
@@ -315,7 +319,7 @@ class Attention(nnx.Module):
                 mixture = attend(queries, keys, values, mask, bias, scale, cap)
             else:
                 mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
-            return self.output(mixture), None
+            return self.output(constrain(mixture, "BTNH")), None
         weights = attention_weights(
             queries, keys, mask, bias, scale=scale, cap=config.attention_cap
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.attention import Attention, KVCache
@@ -22,6 +23,7 @@ from gptjax.layers.dropout import dropout, split_key
 from gptjax.layers.experts import Experts, RouterLosses
 from gptjax.layers.feedforward import FeedForward
 from gptjax.layers.norms import build_norm
+from gptjax.sharding import constrain
 
 CAPTURES = ("residual", "attention", "feedforward")
 """What a block can return: the stream that enters it [B, T, D], its attention weights
@@ -105,6 +107,7 @@ class Block(nnx.Module):
           The stream after the block [B, T, D], the cache with x in it, what `capture` names, and
           the losses of the router of a mixture of experts.
         """
+        x = checkpoint_name(x, "residual")
         keys = split_key(key, 5)
         rate, parallel = self.config.dropout, "parallel" in self.config.norm_placement
         captured: dict[str, Any] = {"residual": x}
@@ -154,7 +157,7 @@ class Block(nnx.Module):
         captured["feedforward"] = fed
         fed = dropout(fed, rate, keys[4])
         if parallel:
-            after = x + attended + fed
+            after = constrain(x + attended + fed, "BtD")
         else:
             after = self._after(self.feedforward_norm, self.feedforward_norm_after, middle, fed)
         return after, cache, {name: captured[name] for name in capture}, losses
@@ -166,10 +169,10 @@ class Block(nnx.Module):
 
     def _before(self, norm, x: jax.Array) -> jax.Array:
         """What a layer reads of the stream."""
-        return x if self.config.norm_placement == "post" else norm(x)
+        return constrain(x if self.config.norm_placement == "post" else norm(x), "BTD")
 
     def _after(self, norm, norm_after, x: jax.Array, added: jax.Array) -> jax.Array:
         """The stream with what a layer adds."""
         if self.config.norm_placement == "post":
-            return norm(x + added)
-        return x + (added if norm_after is None else norm_after(added))
+            return constrain(norm(x + added), "BtD")
+        return constrain(x + (added if norm_after is None else norm_after(added)), "BtD")

@@ -33,11 +33,11 @@ class Experts(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         count, width, hidden = config.experts, config.width, config.hidden_width
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
-        self.router = Linear((width,), (count,), bias=False, rngs=rngs)
-        self.up = ExpertLinear(count, width, hidden, rngs=rngs)
+        self.router = Linear((width,), (count,), axes="--", bias=False, rngs=rngs)
+        self.up = ExpertLinear(count, width, hidden, axes="EDF", rngs=rngs)
         gated = config.feedforward in GATES
-        self.gate = ExpertLinear(count, width, hidden, rngs=rngs) if gated else None
-        self.down = ExpertLinear(count, hidden, width, std=residual_std, rngs=rngs)
+        self.gate = ExpertLinear(count, width, hidden, axes="EDF", rngs=rngs) if gated else None
+        self.down = ExpertLinear(count, hidden, width, axes="EFD", std=residual_std, rngs=rngs)
         self.config = config
 
     def __call__(self, x: jax.Array, *, training: bool) -> tuple[jax.Array, RouterLosses]:
@@ -79,9 +79,17 @@ class ExpertLinear(nnx.Module):
     """One matrix an expert, without biases."""
 
     def __init__(
-        self, count: int, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, std: float = DEFAULT_STD
+        self,
+        count: int,
+        fan_in: int,
+        fan_out: int,
+        *,
+        axes: str,
+        rngs: nnx.Rngs,
+        std: float = DEFAULT_STD,
     ):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (count, fan_in, fan_out)))
+        kernel = std * jax.random.normal(rngs.params(), (count, fan_in, fan_out))
+        self.kernel = nnx.Param(kernel, axes=axes)
 
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         """[M, in] → [M, out]; the first sizes[0] rows by the first expert, and so on."""

@@ -17,9 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.linear import DEFAULT_STD, Linear
+from gptjax.sharding import constrain
 
 
 class FeedForward(nnx.Module):
@@ -28,19 +30,20 @@ class FeedForward(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width, hidden = (config.width,), (config.hidden_width,)
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
-        self.up = Linear(width, hidden, bias=config.bias, rngs=rngs)
+        self.up = Linear(width, hidden, axes="DF", bias=config.bias, rngs=rngs)
         self.gate = (
-            Linear(width, hidden, bias=config.bias, rngs=rngs)
+            Linear(width, hidden, axes="DF", bias=config.bias, rngs=rngs)
             if config.feedforward in GATES
             else None
         )
-        self.down = Linear(hidden, width, bias=config.bias, std=residual_std, rngs=rngs)
+        self.down = Linear(hidden, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
         self.activation = config.feedforward
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] → [..., D]."""
+        """[B, T, D] → [B, T, D]."""
         gate = None if self.gate is None else self.gate(x)
-        return self.down(activate(self.activation, self.up(x), gate))
+        fed = activate(self.activation, self.up(x), gate)
+        return self.down(checkpoint_name(constrain(fed, "BTF"), "feedforward"))
 
 
 def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

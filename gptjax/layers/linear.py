@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gptjax.sharding import auto_mesh, gathered
+
 DEFAULT_STD = 0.02
 """Standard deviation of GPT-2's initialisation (its released code, `model.py`)."""
 
@@ -16,7 +18,10 @@ class Linear(nnx.Module):
     The kernel keeps its axes apart (query is [D, N, H], not [D, N·H]), so that a sharding rule or
     an optimizer can name them. The product itself runs on flat matrices, [tokens, in] × [in, out]:
     with [B, T, D] the weight gradient contracts two axes, which XLA compiles for a CPU into a
-    transposing copy that costs more than the product.
+    transposing copy that costs more than the product. Where the compiler parts the program, axes
+    stay apart, since two that are parted make no one axis.
+
+    `axes` are the kernel's letters, by which `gptjax.sharding` parts it; "-" is never parted.
     """
 
     def __init__(
@@ -24,17 +29,24 @@ class Linear(nnx.Module):
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
         *,
+        axes: str,
         bias: bool,
         rngs: nnx.Rngs,
         std: float = DEFAULT_STD,
     ):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*inputs, *outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+        kernel = std * jax.random.normal(rngs.params(), (*inputs, *outputs))
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs) :]) if bias else None
         self.inputs = inputs
         self.outputs = outputs
+        self.axes = axes
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *inputs] → [..., *outputs], in the dtype of `x`."""
+        if auto_mesh() is not None:
+            kernel = gathered(self.kernel.astype(x.dtype), self.axes)
+            y = jnp.tensordot(x, kernel, len(self.inputs))
+            return y if self.bias is None else y + self.bias.astype(x.dtype)
         leading = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         y = x.reshape(-1, fan_in) @ self.kernel.reshape(fan_in, fan_out).astype(x.dtype)
@@ -46,10 +58,14 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A table of `size` vectors of `width`, looked up by index."""
 
-    def __init__(self, size: int, width: int, *, rngs: nnx.Rngs, std: float = DEFAULT_STD):
-        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
+    def __init__(
+        self, size: int, width: int, *, axes: str, rngs: nnx.Rngs, std: float = DEFAULT_STD
+    ):
+        table = std * jax.random.normal(rngs.params(), (size, width))
+        self.table = nnx.Param(table, axes=axes)
+        self.axes = axes
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """[...] → [..., D], float32; an index outside the table yields NaN."""
         known = jnp.where(indices < 0, self.table.shape[0], indices)
-        return jnp.take(self.table[...], known, axis=0)
+        return jnp.take(gathered(self.table[...], self.axes), known, axis=0)

@@ -32,8 +32,8 @@ class LSTM(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width = config.width
-        self.input = Linear((width,), (GATES, width), bias=config.bias, rngs=rngs)
-        self.recurrent = Linear((width,), (GATES, width), bias=False, rngs=rngs)
+        self.input = Linear((width,), (GATES, width), axes="D-F", bias=config.bias, rngs=rngs)
+        self.recurrent = Linear((width,), (GATES, width), axes="D-F", bias=False, rngs=rngs)
         if self.input.bias is not None:
             # An open forget gate at the start (Jozefowicz et al. 2015).
             self.input.bias[...] = self.input.bias[...].at[1].set(1.0)

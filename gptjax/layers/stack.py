@@ -28,6 +28,21 @@ from gptjax.layers.positions import (
 RunLayer = Callable[[int, Any, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any, Any]]
 """(kind, the layer's parameters, x, its cache, its key) → (x, its cache, its other outputs)."""
 
+SAVED = ("attention", "feedforward")
+"""What the policy "names" keeps: what a query read, and the feed-forward layer's activations."""
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*SAVED),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["residual"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What stays of a block between the passes; the rest is computed again (Chen et al. 2016)."""
+
 
 class StackOutput(NamedTuple):
     """What a stack of blocks returns."""
@@ -100,8 +115,8 @@ def run_layers(
       What leaves the last layer, the cache in the form in which it came, and the other outputs,
       [L, ...].
     """
-    if config.remat:
-        run = jax.checkpoint(run, static_argnums=0)
+    if config.remat != "none":
+        run = jax.checkpoint(run, static_argnums=0, policy=REMAT_POLICIES[config.remat])
     kinds = len(stacks)
     keys = None if key is None else jax.random.split(key, depth)
     if config.scan_layers:
@@ -161,7 +176,7 @@ class BlockStack(nnx.Module):
         self.blocks = stacks[0] if len(pattern) == 1 else nnx.List(stacks)
         self.norm = build_norm(config) if config.final_norm else None
         if config.positions == "relative":
-            self.relative = Embedding(RELATIVE_BUCKETS, config.heads, rngs=rngs)
+            self.relative = Embedding(RELATIVE_BUCKETS, config.heads, axes="-N", rngs=rngs)
         self.config = config
         self.depth = depth
         self.causal = causal

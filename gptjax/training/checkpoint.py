@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -114,9 +115,8 @@ class Checkpoints:
         restored = self._read(step, params=like.params, optimizer=optimizer)
         structure, names = jax.tree.structure(like.optimizer), leaf_names(like.optimizer)
         optimizer = jax.tree.unflatten(structure, [restored["optimizer"][name] for name in names])
-        return Restored(
-            State(jax.numpy.int32(step), restored["params"], optimizer), restored["progress"]
-        )
+        done = jax.device_put(np.int32(step), like.step.sharding)
+        return Restored(State(done, restored["params"], optimizer), restored["progress"])
 
     def restore_params(self, like: Any, step: int | None = None) -> Any:
         """The parameters alone, in the structure of `like` (arrays or their shapes).

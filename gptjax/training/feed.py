@@ -6,18 +6,17 @@ from typing import Any
 
 import grain
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from gptjax.data.batch import Batch
-from gptjax.sharding import DATA
+from gptjax.sharding import batch_sharding
 
 AHEAD = 2
 """Batches on the devices beside the one that is in use."""
 
 
 class Feed:
-    """The batches of an iterator, each split over the mesh axis `data`.
+    """The batches of an iterator, each split over the devices of a mesh.
 
     Every process gives its own rows, and together they are the batch. The place that `get_state`
     tells is that of the next batch to be taken, whatever lies ahead on the devices.
@@ -25,7 +24,7 @@ class Feed:
 
     def __init__(self, batches: grain.DatasetIterator, mesh: Mesh):
         self._batches = batches
-        self._sharding = NamedSharding(mesh, P(DATA))
+        self._mesh = mesh
         self._ahead: collections.deque[tuple[Any, Batch]] = collections.deque()
         self.waited = 0.0
         """Seconds spent in waiting for batches and in sending them off."""
@@ -58,4 +57,4 @@ class Feed:
         self.waited += time.perf_counter() - start
 
     def _on_devices(self, rows: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(self._sharding, rows)
+        return jax.make_array_from_process_local_data(batch_sharding(self._mesh, rows.shape), rows)

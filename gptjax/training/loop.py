@@ -13,10 +13,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
-from gptjax.sharding import data_mesh
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
@@ -29,6 +29,7 @@ from gptjax.training.step import (
     compile_eval_step,
     compile_train_step,
     init_state,
+    state_shapes,
 )
 
 
@@ -87,8 +88,11 @@ class Fit:
 
 def fit(
     config: TrainConfig,
-    params: Any,
+    init: Callable[[], Any],
     *,
+    mesh: Mesh,
+    axes: Any = None,
+    pmap: bool = False,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     batches: grain.DatasetIterator,
@@ -97,14 +101,17 @@ def fit(
     writers: Sequence[Writer],
     describe: Callable[[int, float], dict[str, float]],
 ) -> Fit:
-    """Train from the last checkpoint, or from `params`, to `config.steps`.
+    """Train from the last checkpoint, or from what `init` makes, to `config.steps`.
 
     The metrics of a step are fetched while the next one runs, so the device never waits for the
     host.
 
     Args:
       config: how long, and how often to look.
-      params: the initial parameters; donated.
+      init: makes the initial parameters.
+      mesh: the devices.
+      axes: the letters of each parameter's axes, by which `mesh` parts them; None parts none.
+      pmap: compile the step by `jax.pmap`.
       loss: what is minimised.
       optimizer: what turns gradients into updates.
       batches: the training data, this process's rows of it, with `get_state` and `set_state`.
@@ -119,11 +126,11 @@ def fit(
       InputError: a checkpoint that does not fit.
     """
     start = time.perf_counter()
-    mesh = data_mesh(config.batch_size // config.accumulate)
     feed = Feed(batches, mesh)
-    state, progress = init_state(params, optimizer, mesh), Progress()
-    if checkpoints.last_step is not None:
-        state, saved = checkpoints.restore(state)
+    if checkpoints.last_step is None:
+        state, progress = init_state(init, optimizer, mesh, axes), Progress()
+    else:
+        state, saved = checkpoints.restore(state_shapes(init, optimizer, mesh, axes))
         progress = Progress(**saved)
         feed.set_state(progress.data)
     seconds_before = progress.seconds
@@ -135,6 +142,7 @@ def fit(
         mesh=mesh,
         seed=config.seed,
         accumulate=config.accumulate,
+        pmap=pmap,
     )
     train_step = CompiledByShape(compile_step)
     train_step.prepare(state, feed.peek())

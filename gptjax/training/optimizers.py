@@ -60,6 +60,7 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,
+            mu_dtype=config.moments,
             weight_decay=config.weight_decay,
             mask=decays,
         )
@@ -68,6 +69,7 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
             learning_rate_schedule(config, config.muon_learning_rate, steps),
             beta=NESTEROV_BETA,
             eps=config.epsilon,
+            mu_dtype=config.moments,
             weight_decay=config.weight_decay,
             weight_decay_mask=decays,
             adam_b1=config.beta1,

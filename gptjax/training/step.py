@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.data.batch import Batch
-from gptjax.sharding import DATA
-from gptjax.training.losses import LossFunction, LossSums
+from gptjax.sharding import DATA, batch_sharding, parameter_sharding, partitioned
+from gptjax.training.cross_entropy import LossSums
+from gptjax.training.losses import LossFunction
 
 
 class State(NamedTuple):
@@ -44,10 +45,52 @@ TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 EvalStep = Callable[[Any, Batch], LossSums]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """The state before the first step, on every device of `mesh`."""
-    state = State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    return jax.device_put(state, NamedSharding(mesh, P()))
+def init_state(
+    init: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh, axes: Any = None
+) -> State:
+    """The state before the first step, each device making its own part of it.
+
+    Args:
+      init: makes the parameters.
+      optimizer: makes its state of them.
+      mesh: the devices.
+      axes: the letters of each parameter's axes, in the tree of the parameters; None gives every
+        device all of the state.
+
+    Raises:
+      InputError: a parameter that the mesh cannot part.
+    """
+    shapes = state_shapes(init, optimizer, mesh, axes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(functools.partial(_first_state, init, optimizer), out_shardings=shardings)()
+
+
+def state_shapes(
+    init: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh, axes: Any = None
+) -> State:
+    """What `init_state` would make: shapes, dtypes, and who holds which part."""
+    shapes = jax.eval_shape(functools.partial(_first_state, init, optimizer))
+    parts = {}
+    if axes is not None:
+        for path, letters in jax.tree_util.tree_leaves_with_path(axes):
+            parts[path] = letters
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment stands in the optimizer's state under the path of its parameter.
+        ends = (path[start:] for start in range(len(path)))
+        own = next((end for end in ends if end in parts), None)
+        sharding = NamedSharding(mesh, P())
+        if own is not None and len(parts[own]) == leaf.ndim:
+            name = jax.tree_util.keystr(own, simple=True, separator=".")
+            sharding = parameter_sharding(name, parts[own], leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def _first_state(init: Callable[[], Any], optimizer: optax.GradientTransformation) -> State:
+    params = init()
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def train_step(
@@ -114,7 +157,11 @@ def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, A
         gradients = part_gradients(tokens, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, gradients), None
 
-    parts = jax.tree.map(lambda array: array.reshape(accumulate, -1, *array.shape[1:]), batch)
+    def parted(array: jax.Array) -> jax.Array:
+        # Every part has rows of every device.
+        return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(parted, batch)
     zero = jax.tree.map(jnp.zeros_like, params)
     start = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), zero
     return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
@@ -134,7 +181,7 @@ def sum_over_devices(tree: Any, axis: str | None) -> Any:
     return unravel(jax.lax.psum(flat, axis))
 
 
-def compile_train_step(
+def lower_train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     state: State,
@@ -143,29 +190,40 @@ def compile_train_step(
     *,
     seed: int = 0,
     accumulate: int = 1,
-) -> TrainStep:
-    """`train_step`, compiled for the shapes of `state` and `batch`; the state is donated.
+    pmap: bool = False,
+) -> jax.stages.Lowered:
+    """`train_step` for `state` and `batch` (arrays or their shapes); the state is donated.
 
-    Each device of `mesh` holds the state and takes its share of the batch.
+    Where rows alone are split, each device holds the state and takes its share of the batch; with
+    more axes the compiler parts the one program, by the constraints of `gptjax.sharding`.
     """
     step = functools.partial(
-        train_step,
-        loss=loss,
-        optimizer=optimizer,
-        seed=seed,
-        accumulate=accumulate,
-        axis=_axis(mesh),
+        train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate
     )
-    return _compile_on_shares(step, mesh, state, batch, donate_argnums=0)
+    if partitioned(mesh):
+        kept = jax.tree.map(lambda leaf: leaf.sharding, state), None
+        return _lower_partitioned(step, mesh, state, batch, out_shardings=kept, donate_argnums=0)
+    step = functools.partial(step, axis=_axis(mesh))
+    if pmap:
+        return _lower_pmap(step, mesh, state, batch)
+    return _lower_on_shares(step, mesh, state, batch, donate_argnums=0)
+
+
+def compile_train_step(*arguments: Any, **options: Any) -> TrainStep:
+    """What `lower_train_step` gives, compiled."""
+    return lower_train_step(*arguments, **options).compile()
 
 
 def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh) -> EvalStep:
     """(params, batch) → loss sums, without dropout."""
 
-    def step(params: Any, batch: Batch) -> LossSums:
-        return sum_over_devices(loss(params, batch, None), _axis(mesh))
+    def step(params: Any, batch: Batch, axis: str | None = None) -> LossSums:
+        return sum_over_devices(loss(params, batch, None), axis)
 
-    return _compile_on_shares(step, mesh, params, batch)
+    if partitioned(mesh):
+        return _lower_partitioned(step, mesh, params, batch).compile()
+    step = functools.partial(step, axis=_axis(mesh))
+    return _lower_on_shares(step, mesh, params, batch).compile()
 
 
 class CompiledByShape:
@@ -193,8 +251,33 @@ def _axis(mesh: Mesh) -> str | None:
     return DATA if mesh.size > 1 else None
 
 
-def _compile_on_shares(step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any) -> Any:
+def _lower_on_shares(
+    step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any
+) -> jax.stages.Lowered:
     """`step(whole, batch)`, each device of `mesh` with all of `whole` and its share of `batch`."""
     shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
     shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA))
-    return jax.jit(shared, in_shardings=shardings, **options).lower(whole, batch).compile()
+    return jax.jit(shared, in_shardings=shardings, **options).lower(whole, batch)
+
+
+def _lower_pmap(step: Callable, mesh: Mesh, whole: Any, batch: Batch) -> jax.stages.Lowered:
+    """The same by `jax.pmap`, which maps over a leading axis of devices."""
+    count = mesh.size
+    mapped = jax.pmap(
+        step, axis_name=DATA, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
+    )
+
+    def on_rows(whole: Any, batch: Batch) -> Any:
+        return mapped(whole, jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch))
+
+    return jax.jit(on_rows, donate_argnums=0).lower(whole, batch)
+
+
+def _lower_partitioned(
+    step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any
+) -> jax.stages.Lowered:
+    """`step(whole, batch)` as one program, parted by the compiler."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, whole)
+    batches = jax.tree.map(lambda array: batch_sharding(mesh, array.shape), batch)
+    with jax.set_mesh(mesh):
+        return jax.jit(step, in_shardings=(shardings, batches), **options).lower(whole, batch)

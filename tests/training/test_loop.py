@@ -6,14 +6,17 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from gptjax import Decoder, OptimizerConfig, TrainConfig, TransformerConfig, split
+from gptjax.config import MeshConfig
 from gptjax.data.packing import Windows
 from gptjax.data.pipeline import EvaluationBatches, training_batches
 from gptjax.data.rows import Bucket, causal_row
+from gptjax.sharding import build_mesh
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Diverged, Fit, Interrupted, fit
@@ -54,7 +57,8 @@ def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params)
     with Checkpoints(directory) as checkpoints:
         return fit(
             train,
-            change(params),
+            lambda: change(jax.tree.map(jnp.asarray, params)),
+            mesh=build_mesh(MeshConfig(), train.batch_size // train.accumulate),
             loss=token_loss(graphdef),
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
             batches=training_batches(TRAINING, batch_size=train.batch_size, seed=train.seed),
@@ -152,7 +156,8 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(Diverged) as stopped:
         fit(
             TRAIN,
-            params,
+            lambda: params,
+            mesh=build_mesh(MeshConfig(), TRAIN.batch_size),
             loss=broken,
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
             batches=training_batches(TRAINING, batch_size=4, seed=3),

@@ -33,7 +33,7 @@ def stepped(steps: int = 1, devices: int = 1, config=CONFIG, optimizer=OPTIMIZER
     """The state and the metrics after some steps on one batch."""
     graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(optimizer, steps=10_000)
-    state = init_state(params, transformation, mesh(devices))
+    state = init_state(lambda: params, transformation, mesh(devices))
     batch = batch_of()
     step = compile_train_step(
         token_loss(graphdef), transformation, state, batch, mesh(devices), **how
@@ -98,7 +98,7 @@ def test_dropout_follows_the_seed_and_the_step():
     )
     graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(OPTIMIZER, steps=10)
-    state = init_state(params, transformation, mesh(1))
+    state = init_state(lambda: params, transformation, mesh(1))
     step = jax.jit(
         functools.partial(train_step, loss=token_loss(graphdef), optimizer=transformation),
         static_argnames="seed",
@@ -113,7 +113,7 @@ def test_dropout_follows_the_seed_and_the_step():
 def test_a_step_that_is_not_finite_changes_no_parameter():
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(OPTIMIZER, steps=10)
-    state = init_state(params, transformation, mesh(1))
+    state = init_state(lambda: params, transformation, mesh(1))
     broken = batch_of()._replace(weights=np.full((8, 8), np.nan, np.float32))
     after, metrics = jax.jit(
         functools.partial(train_step, loss=token_loss(graphdef), optimizer=transformation)

@@ -1,0 +1,39 @@
+"""How devices share the work."""
+
+from dataclasses import dataclass
+
+from gptjax.config.checks import check, check_minimum, check_types
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices."""
+
+    data: int = 0
+    """Parts of a batch, each with the parameters whole; 0 takes what the other axes leave."""
+    fsdp: int = 1
+    """Parts of a batch and of every parameter, which is put together where it is used (FSDP)."""
+    tensor: int = 1
+    """Parts of heads, feed-forward layer and vocabulary (tensor parallelism)."""
+    sequence: int = 1
+    """Parts of a sequence, each looking at the keys and values of all (context parallelism)."""
+    expert: int = 1
+    """Parts of a batch and of a mixture's experts."""
+    pipeline: int = 1
+    """Stages of consecutive layers that a batch passes in parts."""
+    microbatches: int = 0
+    """Parts that a batch is passed through the stages in; 0 takes 4 a stage where they divide."""
+    slices: int = 1
+    """TPU slices, each with its share of the axis data: only that crosses their slow network."""
+    pmap: bool = False
+    """Compile by jax.pmap; for data parallelism alone."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_minimum(self, 0, "data", "microbatches")
+        check_minimum(self, 1, "fsdp", "tensor", "sequence", "expert", "pipeline", "slices")
+        of_slices = self.data % self.slices == 0
+        check(self, "data", of_slices, f"a multiple of the {self.slices} slices, or 0")
+        alone = self.fsdp * self.tensor * self.sequence * self.expert * self.pipeline == 1
+        check(self, "pmap", alone or not self.pmap, "False with other axes than data")
+        check(self, "microbatches", self.pipeline > 1 or not self.microbatches, "0 without stages")
