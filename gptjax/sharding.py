@@ -53,7 +53,7 @@ RULES = {
     "H": Rule(),
     "F": Rule(("tensor",), ("tensor",)),
     "V": Rule(("tensor",), ("tensor",)),
-    "L": Rule(parameter=("pipeline",)),
+    "L": Rule(("pipeline",), ("pipeline",)),
     "E": Rule(("expert",), ("expert",)),
     "-": Rule(),
 }

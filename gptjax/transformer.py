@@ -313,7 +313,8 @@ class Recurrent(LanguageModel):
         if documents is not None:
             begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
 
-        def run(_: int, params: Any, x: jax.Array, state: Any, key: jax.Array | None):
+        def run(_: int, params: Any, x: jax.Array, rows: Any, state: Any, key: Any):
+            valid, begins = rows
             after, state = nnx.merge(graphdef, params)(
                 x, state, valid=valid, begins=begins, key=key
             )
@@ -324,6 +325,7 @@ class Recurrent(LanguageModel):
             run,
             [params],
             x,
+            (valid, begins),
             config=config,
             depth=config.depth,
             cache=states,

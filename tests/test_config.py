@@ -149,7 +149,7 @@ REFUSED = [
     (MeshConfig, {"sequence": -2}, "at least 1"),
     (MeshConfig, {"expert": 0}, "at least 1"),
     (MeshConfig, {"pipeline": 0}, "at least 1"),
-    (MeshConfig, {"microbatches": 4}, "0 without stages"),
+    (TransformerConfig, {"microbatches": -1}, "at least 0"),
     (MeshConfig, {"slices": 0}, "at least 1"),
     (MeshConfig, {"data": 3, "slices": 2}, "a multiple of the 2 slices, or 0"),
     (MeshConfig, {"pmap": True, "fsdp": 2}, "False with other axes than data"),

@@ -20,9 +20,7 @@ class MeshConfig:
     expert: int = 1
     """Parts of a batch and of a mixture's experts."""
     pipeline: int = 1
-    """Stages of consecutive layers that a batch passes in parts."""
-    microbatches: int = 0
-    """Parts that a batch is passed through the stages in; 0 takes 4 a stage where they divide."""
+    """Stages of consecutive layers, which a batch passes in parts (model.microbatches)."""
     slices: int = 1
     """TPU slices, each with its share of the axis data: only that crosses their slow network."""
     pmap: bool = False
@@ -30,10 +28,9 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_minimum(self, 0, "data", "microbatches")
+        check_minimum(self, 0, "data")
         check_minimum(self, 1, "fsdp", "tensor", "sequence", "expert", "pipeline", "slices")
         of_slices = self.data % self.slices == 0
         check(self, "data", of_slices, f"a multiple of the {self.slices} slices, or 0")
         alone = self.fsdp * self.tensor * self.sequence * self.expert * self.pipeline == 1
         check(self, "pmap", alone or not self.pmap, "False with other axes than data")
-        check(self, "microbatches", self.pipeline > 1 or not self.microbatches, "0 without stages")

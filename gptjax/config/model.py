@@ -98,6 +98,8 @@ class TransformerConfig:
     """What of a block is recomputed in the backward pass: nothing; all; all but products with
     weights, or but attention's and the feed-forward layer's outputs; or all, the block's input
     waiting in the host's memory."""
+    microbatches: int = 0
+    """Parts in which a batch passes the stages of a pipeline; 0 takes about 4 a stage."""
 
     @property
     def head_width(self) -> int:
@@ -129,7 +131,7 @@ class TransformerConfig:
         check_minimum(self, 1, "context", "depth", "width", "heads", "compression")
         check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
         check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
-        check_minimum(self, 0, "logit_cap", "segments")
+        check_minimum(self, 0, "logit_cap", "segments", "microbatches")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         check(self, "norm_epsilon", self.norm_epsilon > 0, "above 0")
         check(self, "rotary_base", self.rotary_base > 0, "above 0")

@@ -18,6 +18,7 @@ from gptjax.layers.block import Block, BlockCache, View
 from gptjax.layers.experts import RouterLosses
 from gptjax.layers.linear import Embedding
 from gptjax.layers.norms import build_norm
+from gptjax.layers.pipeline import run_stages, stages
 from gptjax.layers.positions import (
     RELATIVE_BUCKETS,
     alibi_bias,
@@ -25,8 +26,9 @@ from gptjax.layers.positions import (
     rotary_angles,
 )
 
-RunLayer = Callable[[int, Any, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any, Any]]
-"""(kind, the layer's parameters, x, its cache, its key) → (x, its cache, its other outputs)."""
+RunLayer = Callable[[int, Any, jax.Array, Any, Any, jax.Array | None], tuple[jax.Array, Any, Any]]
+"""(kind, the layer's parameters, x, what belongs to x's rows, the layer's cache, its key) →
+(x, its cache, its other outputs)."""
 
 SAVED = ("attention", "feedforward")
 """What the policy "names" keeps: what a query read, and the feed-forward layer's activations."""
@@ -91,6 +93,7 @@ def run_layers(
     run: RunLayer,
     stacks: Sequence[Any],
     x: jax.Array,
+    rows: Any,
     *,
     config: TransformerConfig,
     depth: int,
@@ -98,12 +101,15 @@ def run_layers(
     key: jax.Array | None,
     layers: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
-    """Thread x through `depth` layers, scanned, recomputed or not as `config` says.
+    """Thread x through `depth` layers: scanned or not, recomputed or not, as `config` says.
+
+    Where the program is parted into the stages of a pipeline, they are its stages, always scanned.
 
     Args:
       run: one layer.
       stacks: the parameters [L / p, ...] of each of the p kinds.
       x: what enters the first layer.
+      rows: what every layer is told of the rows of x, arrays [B, ...] or [1, ...].
       config: its `scan_layers` and `remat` count here.
       depth: L.
       cache: of each layer: a tree of [L, ...] arrays if scanned, else a list of L trees; or None.
@@ -119,28 +125,44 @@ def run_layers(
         run = jax.checkpoint(run, static_argnums=0, policy=REMAT_POLICIES[config.remat])
     kinds = len(stacks)
     keys = None if key is None else jax.random.split(key, depth)
-    if config.scan_layers:
 
-        def turn(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-            params, inputs = given
-            outputs = []
-            for kind in range(kinds):
-                own_cache, own_key = jax.tree.map(lambda leaf, kind=kind: leaf[kind], inputs)
-                x, *output = run(kind, params[kind], x, own_cache, own_key)
-                outputs.append(output)
-            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    def turn(params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any) -> tuple[jax.Array, Any]:
+        """A layer of each kind; caches, keys and outputs are [p, ...]."""
+        outputs = []
+        for kind in range(kinds):
+            own_cache, own_key = jax.tree.map(lambda leaf, kind=kind: leaf[kind], (cache, keys))
+            x, *output = run(kind, params[kind], x, rows, own_cache, own_key)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-        by_turn = jax.tree.map(lambda leaf: leaf.reshape(-1, kinds, *leaf.shape[1:]), (cache, keys))
-        x, outputs = jax.lax.scan(turn, x, (list(stacks), by_turn))
-        cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
-        return x, cache, outputs
+    staged = cache is None and stages() > 1
+    if not (staged or config.scan_layers):
+        return _unrolled(run, kinds, x, rows, layers or unstacked(stacks, depth), cache, keys)
+    by_turn = jax.tree.map(lambda leaf: leaf.reshape(-1, kinds, *leaf.shape[1:]), (cache, keys))
+    if staged:
+        x, outputs = run_stages(
+            lambda params, x, rows, keys: turn(params, x, rows, None, keys),
+            list(stacks),
+            x,
+            rows,
+            by_turn[1],
+            asked=config.microbatches,
+        )
+    else:
+        x, outputs = jax.lax.scan(
+            lambda x, given: turn(given[0], x, rows, *given[1]), x, (list(stacks), by_turn)
+        )
+    cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+    return x, cache, outputs
 
-    layers = unstacked(stacks, depth) if layers is None else layers
+
+def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], cache, keys):
+    """The layers one after another; the results as `run_layers` gives them."""
     caches, outputs = [], []
     for index, params in enumerate(layers):
         own_cache = None if cache is None else cache[index]
         own_key = None if keys is None else keys[index]
-        x, own_cache, output = run(index % kinds, params, x, own_cache, own_key)
+        x, own_cache, output = run(index % kinds, params, x, rows, own_cache, own_key)
         caches.append(own_cache)
         outputs.append(output)
     outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -225,7 +247,8 @@ class BlockStack(nnx.Module):
         views = self._views(places, positions, keys, valid, documents, memory_valid)
         graphdefs, params = self._split()
 
-        def run(kind: int, params: Any, x: jax.Array, cache: Any, key: jax.Array | None):
+        def run(kind: int, params: Any, x: jax.Array, rows: Any, cache: Any, key: Any):
+            views, memory = rows
             x, cache, captured, losses = nnx.merge(graphdefs[kind], params)(
                 x,
                 views[config.attention_pattern[kind]],
@@ -238,7 +261,15 @@ class BlockStack(nnx.Module):
             return x, cache, (captured, losses)
 
         x, cache, (captured, losses) = run_layers(
-            run, params, x, config=config, depth=self.depth, cache=cache, key=key, layers=layers
+            run,
+            params,
+            x,
+            (views, memory),
+            config=config,
+            depth=self.depth,
+            cache=cache,
+            key=key,
+            layers=layers,
         )
         losses = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
         hidden = x if self.norm is None else self.norm(x)
