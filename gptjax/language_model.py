@@ -13,7 +13,7 @@ from jax.core import Tracer
 from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.layers.block import CAPTURES
 from gptjax.layers.dropout import dropout
-from gptjax.layers.linear import Embedding
+from gptjax.layers.embedding import Embedding
 from gptjax.layers.norms import build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
@@ -85,18 +85,19 @@ class LanguageModel(nnx.Module):
         config = self.config
         if positions is None:
             positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
-        x = self.embedding(tokens)
+        x = self.embedding(tokens, config.dtype)
         if config.embedding_scaled:
             x *= math.sqrt(config.width)
         if config.positions == "learned":
-            x += self.positions(positions)
+            x += self.positions(positions, config.dtype)
         if config.positions == "sinusoidal":
-            x += sinusoidal(positions, config.width, config.pairing)
+            x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
         if config.segments:
-            x += self.segments(jnp.zeros_like(tokens) if segments is None else segments)
+            kinds = jnp.zeros_like(tokens) if segments is None else segments
+            x += self.segments(kinds, config.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return constrain(dropout(x.astype(config.dtype), config.dropout, key), "BtD")
+        return constrain(dropout(x, config.dropout, key), "BtD")
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → logits [..., V], float32."""

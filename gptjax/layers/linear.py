@@ -1,4 +1,4 @@
-"""Linear layers and embeddings: the matrices that hold nearly all parameters."""
+"""Linear layers: the matrices that hold nearly all parameters."""
 
 import math
 
@@ -53,19 +53,3 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y += self.bias.reshape(fan_out).astype(x.dtype)
         return y.reshape(*leading, *self.outputs)
-
-
-class Embedding(nnx.Module):
-    """A table of `size` vectors of `width`, looked up by index."""
-
-    def __init__(
-        self, size: int, width: int, *, axes: str, rngs: nnx.Rngs, std: float = DEFAULT_STD
-    ):
-        table = std * jax.random.normal(rngs.params(), (size, width))
-        self.table = nnx.Param(table, axes=axes)
-        self.axes = axes
-
-    def __call__(self, indices: jax.Array) -> jax.Array:
-        """[...] → [..., D], float32; an index outside the table yields NaN."""
-        known = jnp.where(indices < 0, self.table.shape[0], indices)
-        return jnp.take(gathered(self.table[...], self.axes), known, axis=0)

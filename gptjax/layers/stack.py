@@ -15,8 +15,8 @@ from flax import nnx
 from gptjax.config import InputError, TransformerConfig
 from gptjax.layers.attention import KVCache, attention_mask, compressed_mask
 from gptjax.layers.block import Block, BlockCache, View
+from gptjax.layers.embedding import Embedding
 from gptjax.layers.experts import RouterLosses
-from gptjax.layers.linear import Embedding
 from gptjax.layers.norms import build_norm
 from gptjax.layers.pipeline import run_stages, stages
 from gptjax.layers.positions import (

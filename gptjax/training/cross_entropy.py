@@ -87,6 +87,8 @@ class _Shares(NamedTuple):
 
     rows: tuple[str, ...] = ()
     vocabulary: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
+    """Axes of the vocabulary over which tokens are parted too, and come together by chunks."""
     width: tuple[str, ...] = ()
     """Over which the table's gradient is parted along D as it is summed."""
 
@@ -120,10 +122,15 @@ def _on_shares(compute, tokens: _Tokens, unembedding, bias, options: _Options):
     compute = functools.partial(compute, options=options)
     if auto_mesh() is None:
         return compute(tokens, table, bias, shares=_Shares())
-    rows = spec("bT", tokens.targets.shape)
-    row_axes = mesh_axes(rows)
+    rows = spec("bt", tokens.targets.shape)
     vocabulary, width = (mesh_axes(parameter_spec(letter)) for letter in "VD")
-    shares = _Shares(row_axes, vocabulary, tuple(name for name in width if name in row_axes))
+    row_axes = tuple(name for name in mesh_axes(rows) if name not in vocabulary)
+    shares = _Shares(
+        row_axes,
+        vocabulary,
+        tuple(name for name in vocabulary if name in mesh_axes(rows)),
+        tuple(name for name in width if name in row_axes),
+    )
     return jax.shard_map(
         functools.partial(compute, shares=shares),
         in_specs=(_Tokens(P(*rows, None), rows, rows), P(vocabulary), P(vocabulary)),
@@ -136,11 +143,11 @@ def _losses(tokens: _Tokens, table, bias, *, options: _Options, shares: _Shares)
     """Loss and plain cross-entropy, and no gradients."""
 
     def add_chunk(sums, chunk):
-        loss, plain, _ = _chunk_loss(chunk, table, bias, options, shares)
+        loss, plain, _ = _chunk_loss(_together(chunk, shares), table, bias, options, shares)
         return (sums[0] + loss, sums[1] + plain), None
 
     start = (jnp.zeros(()), jnp.zeros(()))
-    sums, _ = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk))
+    sums, _ = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk, shares))
     return _summed(sums, shares.rows), (None, None, None)
 
 
@@ -148,10 +155,13 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
     """Loss and plain cross-entropy, and the gradients by hidden, table and bias."""
 
     def add_chunk(sums, chunk: _Tokens):
+        chunk = _together(chunk, shares)
         loss, plain, slope = _chunk_loss(chunk, table, bias, options, shares)
         bias_gradient = None if bias is None else slope.sum(axis=0)
         slope = slope.astype(chunk.hidden.dtype)
         hidden_gradient = slope @ table
+        if shares.gathered:
+            hidden_gradient = jax.lax.psum_scatter(hidden_gradient, shares.gathered, tiled=True)
         table_gradient = jnp.einsum(
             "mv,md->vd", slope, chunk.hidden, preferred_element_type=jnp.float32
         )
@@ -164,7 +174,7 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
         jnp.zeros(table.shape),
         None if bias is None else jnp.zeros(bias.shape),
     )
-    sums, hidden_gradient = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk))
+    sums, hidden_gradient = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk, shares))
     loss, plain, table_gradient, bias_gradient = sums
     shape = tokens.hidden.shape
     hidden_gradient = hidden_gradient.reshape(-1, shape[-1])[: tokens.targets.size].reshape(shape)
@@ -174,7 +184,7 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
         )
     others = tuple(name for name in shares.rows if name not in shares.width)
     return _summed((loss, plain), shares.rows), (
-        _summed(hidden_gradient, shares.vocabulary),
+        hidden_gradient if shares.gathered else _summed(hidden_gradient, shares.vocabulary),
         _summed(table_gradient, others),
         _summed(bias_gradient, shares.rows),
     )
@@ -185,9 +195,16 @@ def _summed(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def _chunked(tokens: _Tokens, chunk: int) -> _Tokens:
+def _together(chunk: _Tokens, shares: _Shares) -> _Tokens:
+    """A chunk of the tokens of all devices that share the vocabulary."""
+    return jax.lax.all_gather(chunk, shares.gathered, tiled=True) if shares.gathered else chunk
+
+
+def _chunked(tokens: _Tokens, chunk: int, shares: _Shares) -> _Tokens:
     """The tokens as C chunks along a leading axis, the last one padded."""
     count = tokens.targets.size
+    if shares.gathered:
+        chunk = -(-chunk // jax.lax.axis_size(shares.gathered))
     chunk = min(chunk or count, count)
     padding = -count % chunk
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax.layers.linear import Embedding, Linear
+from gptjax.layers.embedding import Embedding
+from gptjax.layers.linear import Linear
 
 
 def test_linear_contracts_its_input_axes():
