@@ -35,6 +35,7 @@ from gptjax.data.pipeline import (
 )
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
+from gptjax.layers.kernels import resolve_kernel
 from gptjax.runs import (
     CHECKPOINTS,
     RESULT,
@@ -100,7 +101,10 @@ def train(
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
 
     mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+    platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
+    model, lines = resolve_kernel(config.model, platform, sequence=sequence)
+    print(*lines, sep="\n")
+    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     learning_rate = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )

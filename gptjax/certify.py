@@ -59,6 +59,7 @@ OUTSIDE = {
     "norm_epsilon": "a constant of a formula",
     "rotary_base": "a constant of a formula",
     "window": "comes with local attention",
+    "attention_kernel": "the platform's own are no CPU's: tests/layers/test_kernels.py",
     "compression": "comes with compressed attention",
     "experts_per_token": "comes with experts",
     "dropout": "0: what is dropped depends on how a batch is divided",

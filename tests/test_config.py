@@ -142,6 +142,7 @@ REFUSED = [
     (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
     (OptimizerConfig, {"name": "sgd"}, "one of adamw, muon"),
     (TransformerConfig, {"remat": "some"}, "one of none, full, dots, names, offload"),
+    (TransformerConfig, {"attention_kernel": "flash"}, "one of auto, xla, splash, cudnn"),
     (OptimizerConfig, {"moments": "float16"}, "one of float32, bfloat16"),
     (MeshConfig, {"data": -1}, "at least 0"),
     (MeshConfig, {"fsdp": 0}, "at least 1"),

@@ -56,6 +56,8 @@ class TransformerConfig:
     """compressed: keys and values that a strided convolution joins into one."""
     attention_scaled: bool = True
     """Divide the scores by the root of the head width."""
+    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """auto: the fastest that the platform has for this config; splash is a TPU's, cudnn a GPU's."""
     attention_cap: float = 0.0
     """Scores bounded softly by cap tanh(score / cap); 0 does not."""
     qk_norm: bool = False

@@ -103,7 +103,8 @@ def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
 def _resolved(config: TransformerConfig) -> dict[str, Any]:
     """What of a config changes what a model computes, its defaults spelt out."""
     resolved = to_dict(config)
-    for name in ("dropout", "dtype", "scan_layers", "remat", "capacity_factor"):
+    computed = ("dtype", "scan_layers", "remat", "attention_kernel")
+    for name in ("dropout", "capacity_factor", *computed):
         del resolved[name]
     rotary = config.positions == "rotary"
     resolved |= {

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
+from gptjax.layers import kernels
 from gptjax.layers.dropout import dropout
 from gptjax.layers.linear import DEFAULT_STD, Linear
 from gptjax.layers.norms import RMSNorm
@@ -169,7 +171,7 @@ def _attend_forward(query, key, value, mask, bias, scale, cap):
     scores = attention_scores(query, key, scale)
     slope = 1 - jnp.square(jnp.tanh(scores / cap)) if cap else None
     weights = _weights(scores, mask, bias, cap)
-    mixture = mix(weights, value)
+    mixture = checkpoint_name(mix(weights, value), "attention")
     return mixture, (query, key, value, bias, weights, slope, mixture)
 
 
@@ -280,6 +282,7 @@ class Attention(nnx.Module):
         seen: KVCache,
         *,
         mask: jax.Array | None,
+        sight: kernels.Sight | None = None,
         bias: jax.Array | None = None,
         angles: jax.Array | None = None,
         reach: jax.Array | None = None,
@@ -292,6 +295,8 @@ class Attention(nnx.Module):
           x: [B, T, D].
           seen: keys and values [B, S, K, H].
           mask: [B or 1, T, S]; of compressed attention, `compressed_mask`'s.
+          sight: the rule that `mask` follows, which `config.attention_kernel` needs; it is not
+            asked for a cache.
           bias: [B or 1, N, T, S], added to the scores.
           angles: [B or 1, T, R / 2], the rotary angles of x's positions; None rotates nothing.
           reach: places of `seen` that are filled, where it is a cache; None is all.
@@ -314,8 +319,11 @@ class Attention(nnx.Module):
         drops = key is not None and config.dropout > 0
         if not (drops or return_weights):
             cap = config.attention_cap
+            kernel = config.attention_kernel
             mixture: Any
-            if reach is None or self.compressed or mask is None:
+            if sight is not None and reach is None and kernels.takes(kernel, queries, keys):
+                mixture = kernels.attend_by(kernel, queries, keys, values, sight, scale, cap)
+            elif reach is None or self.compressed or mask is None:
                 mixture = attend(queries, keys, values, mask, bias, scale, cap)
             else:
                 mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
@@ -323,7 +331,8 @@ class Attention(nnx.Module):
         weights = attention_weights(
             queries, keys, mask, bias, scale=scale, cap=config.attention_cap
         )
-        output = self.output(mix(dropout(weights, config.dropout, key), values))
+        mixture = mix(dropout(weights, config.dropout, key), values)
+        output = self.output(checkpoint_name(mixture, "attention"))
         # Layers are stacked in what is captured, so that compressed ones are as wide as others.
         places = max(seen.key.shape[1], weights.shape[-1])
         return output, jnp.pad(weights, ((0, 0),) * 3 + ((0, places - weights.shape[-1]),))

@@ -22,6 +22,7 @@ from gptjax.layers.attention import Attention, KVCache
 from gptjax.layers.dropout import dropout, split_key
 from gptjax.layers.experts import Experts, RouterLosses
 from gptjax.layers.feedforward import FeedForward
+from gptjax.layers.kernels import Sight
 from gptjax.layers.norms import build_norm
 from gptjax.sharding import constrain
 
@@ -43,6 +44,10 @@ class View(NamedTuple):
     """[B or 1, T, R / 2], the rotary angles of the queries."""
     memory_mask: jax.Array | None
     """[B or 1, 1, S'], True at the tokens of the other sequence that exist."""
+    sight: Sight | None = None
+    """The rule that `mask` follows where no cache is; None if there is none."""
+    memory_sight: Sight | None = None
+    """The rule that `memory_mask` follows."""
 
 
 class BlockCache(NamedTuple):
@@ -122,6 +127,7 @@ class Block(nnx.Module):
             normed,
             seen,
             mask=view.mask,
+            sight=view.sight,
             bias=view.bias,
             angles=view.angles,
             reach=reach,
@@ -145,6 +151,7 @@ class Block(nnx.Module):
                 normed,
                 seen,
                 mask=view.memory_mask,
+                sight=view.memory_sight,
                 key=keys[2],
                 return_weights="cross_attention" in capture,
             )

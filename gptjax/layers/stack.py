@@ -17,6 +17,7 @@ from gptjax.layers.attention import KVCache, attention_mask, compressed_mask
 from gptjax.layers.block import Block, BlockCache, View
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.experts import RouterLosses
+from gptjax.layers.kernels import Sight
 from gptjax.layers.norms import build_norm
 from gptjax.layers.pipeline import run_stages, stages
 from gptjax.layers.positions import (
@@ -329,16 +330,17 @@ class BlockStack(nnx.Module):
         if config.positions == "rotary":
             angles = rotary_angles(positions, config.rotary_width, config.rotary_base)
         memory_mask = None if memory_valid is None else memory_valid[:, None]
+        memory_sight = Sight(causal=False, valid=memory_valid)
         views = {}
         for kind in config.attention_pattern:
+            sight = None
             if kind == "compressed":
                 mask = compressed_mask(places, keys, config.compression)
             else:
                 window = config.window if kind == "local" else 0
-                mask = attention_mask(
-                    distance, causal=self.causal, window=window, valid=valid, documents=documents
-                )
-            views[kind] = View(mask, bias, angles, memory_mask)
+                sight = Sight(self.causal, window, valid, documents)
+                mask = attention_mask(distance, **vars(sight))
+            views[kind] = View(mask, bias, angles, memory_mask, sight, memory_sight)
         return views
 
 
