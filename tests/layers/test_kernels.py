@@ -29,6 +29,7 @@ MASKS = {
     "causal, window": Sight(causal=True, window=50),
     "causal, documents": Sight(causal=True, documents=jnp.asarray(DOCUMENTS)),
     "causal, padding": Sight(causal=True, valid=jnp.asarray(VALID)),
+    "documents, padding": Sight(False, 0, jnp.asarray(VALID), jnp.asarray(DOCUMENTS)),
     "padding": Sight(causal=False, valid=jnp.asarray(VALID)),
     "window": Sight(causal=False, window=200, valid=jnp.asarray(VALID)),
 }
