@@ -11,12 +11,11 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax import Sampling, build, generate, ledger, plots, preset, split
+from gptjax import Sampling, build, distributed, generate, ledger, plots, preset, split
 from gptjax.cli import run_experiment
 from gptjax.config import (
     DataConfig,
@@ -48,6 +47,7 @@ from gptjax.runs import (
 )
 from gptjax.sharding import build_mesh, configure_cpu
 from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.feed import own_rows
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import training_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
@@ -78,7 +78,7 @@ def train(
 ) -> bool:
     """From a config to a directory with a trained model in it, and what `show` makes of that.
 
-    False if such a run was there and finished.
+    False if such a run was there and finished, and in all processes of a run but the first.
     """
     if config.data.objective not in objectives:
         raise InputError(
@@ -109,7 +109,7 @@ def train(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
     order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
-    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    hosts = own_rows(mesh)
     if config.data.on_the_fly:
         batches = streamed_batches(
             sources,
@@ -135,7 +135,7 @@ def train(
             loss=training_loss(graphdef, config.train),
             optimizer=build_optimizer(config.optimizer, config.train.steps),
             batches=batches,
-            validation=EvaluationBatches(corpus.validation, config.train.batch_size),
+            validation=EvaluationBatches(corpus.validation, config.train.batch_size, **hosts),
             checkpoints=checkpoints,
             writers=writers,
             describe=lambda step, tokens_per_second: {
@@ -143,6 +143,8 @@ def train(
                 "mfu": tokens_per_second * cost.training_flops / peak.flops,
             },
         )
+    if not distributed.is_first():
+        return False
     plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
     told = show(load_run(out), sources, corpus, out)
     reached = result(config, corpus, fitted)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
+from gptjax import distributed
 from gptjax.commands import COMMANDS
 from gptjax.config import ExperimentConfig, InputError, near_names
 
@@ -25,7 +26,7 @@ RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
 
 def main() -> None:
-    """`gptjax sample|params|certify|convert|data|build-dataset …`."""
+    """`gptjax sample|params|certify|convert|data|build-dataset|doctor|launch …`."""
     commands = {name: _deferred(command) for name, command in COMMANDS.items()}
 
     def parse_and_run(arguments: list[str]) -> None:
@@ -34,7 +35,7 @@ def main() -> None:
             commands,
             prog="gptjax",
             description=__doc__,
-            args=arguments,
+            args=_script_apart(arguments),
         )()
 
     _guarded(parse_and_run)
@@ -72,11 +73,20 @@ def run_experiment(
               out: Directory for all that the run writes; the same one resumes it.
               overwrite: Delete the run that is there and start anew.
             """
-            run(config, out, overwrite)
+            with distributed.joined(config):
+                run(config, out, overwrite)
 
         _parse(tyro.cli, _deferred(experiment), args=arguments, description=help_text)()
 
     _guarded(parse_and_run)
+
+
+def _script_apart(arguments: list[str]) -> list[str]:
+    """What stands behind the script of `launch` is the script's, flags too: tyro wants a `--`."""
+    scripts = [place for place, word in enumerate(arguments) if word.endswith(".py")]
+    if arguments[:1] != ["launch"] or not scripts or "--" in arguments:
+        return arguments
+    return [*arguments[: scripts[0]], "--", *arguments[scripts[0] :]]
 
 
 def _take_preset(

@@ -9,10 +9,10 @@
 | result.json | written last: a directory that has it holds a finished run |
 """
 
-import importlib.metadata
 import json
 import platform
 import shutil
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gptjax import distributed
 from gptjax.config import DataConfig, ExperimentConfig, InputError, differences, from_dict, to_dict
 from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
@@ -29,6 +30,7 @@ from gptjax.transformer import LanguageModel, build, split
 
 CONFIG, RESULT = "config.json", "result.json"
 CHECKPOINTS = "checkpoints"
+OPENED = "the run's directory"
 WRITTEN = (
     CONFIG,
     RESULT,
@@ -57,14 +59,34 @@ def open_run(
 ) -> bool:
     """Make `directory` this run's, new or to be resumed; True if the run is already finished.
 
+    Of several processes the first does, and then the others look.
+
     Raises:
-      InputError: a directory that holds another run or other files, or that cannot be written.
+      InputError: a directory that holds another run or other files, or that cannot be written, or
+        that another process does not see.
     """
     wanted = {
         "config": to_dict(config),
         "data_sha256": fingerprint,
         "tokenizer_sha256": tokenizer.fingerprint,
     }
+    if not distributed.is_first():
+        distributed.meet(OPENED)
+        if not (directory / CONFIG).exists():
+            raise InputError(
+                f"{directory} on {socket.gethostname()} is not the one that process 0 writes: "
+                "--out must be in a file system that all hosts share."
+            )
+        _check_same(directory, wanted)
+        return (directory / RESULT).exists()
+    finished = _open_first(directory, wanted, tokenizer, overwrite)
+    distributed.meet(OPENED)
+    return finished
+
+
+def _open_first(
+    directory: Path, wanted: dict[str, Any], tokenizer: Tokenizer, overwrite: bool
+) -> bool:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / CONFIG).exists():
@@ -98,12 +120,18 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
-    changed = differences(_read_config(directory), wanted)
+    """Refuse another config; over which devices a run is spread may change while it goes on."""
+    changed = differences(_without_mesh(_read_config(directory)), _without_mesh(wanted))
     if changed:
         raise InputError(
             f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
             "--out, or --overwrite to delete it."
         )
+
+
+def _without_mesh(saved: dict[str, Any]) -> dict[str, Any]:
+    config = {name: value for name, value in saved["config"].items() if name != "mesh"}
+    return {**saved, "config": config}
 
 
 class Question(NamedTuple):
@@ -172,7 +200,7 @@ def load_model(
     if not (directory / CHECKPOINTS).is_dir():
         raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
     graphdef, shapes = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
     )
@@ -200,11 +228,9 @@ def save_model(directory: str | Path, model: LanguageModel) -> None:
 
 def environment() -> dict[str, Any]:
     """The versions and the device that a result was reached with."""
-    packages = ("gptjax", "jax", "flax", "optax", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": distributed.versions(),
         "device": f"{jax.device_count()} × {device.device_kind}",
         "machine": platform.platform(),
     }

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = "gptjax.config.*"
 LAYERS = "gptjax.layers.*"
 DATA = "gptjax.data.*"
+DISTRIBUTED = "gptjax.distributed.*"
 TRAINING = "gptjax.training.*"
 
 ALLOWED = {
@@ -25,12 +26,13 @@ ALLOWED = {
     DATA: [CONFIG, DATA],
     "gptjax.language_model": [CONFIG, "gptjax.sharding", LAYERS],
     "gptjax.transformer": [CONFIG, LAYERS, "gptjax.language_model"],
-    TRAINING: [CONFIG, "gptjax.sharding", DATA, TRAINING],
+    DISTRIBUTED: [CONFIG, DISTRIBUTED],
+    TRAINING: [CONFIG, "gptjax.sharding", DATA, DISTRIBUTED, TRAINING],
     "gptjax.generate": [CONFIG, "gptjax.transformer"],
     "gptjax.beam_search": [CONFIG, "gptjax.generate", "gptjax.transformer"],
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
     "gptjax.plots": [],
-    "gptjax.runs": [CONFIG, DATA, TRAINING, "gptjax.transformer"],
+    "gptjax.runs": [CONFIG, DATA, DISTRIBUTED, TRAINING, "gptjax.transformer"],
     "gptjax.equivalence": [
         CONFIG,
         LAYERS,
@@ -49,6 +51,7 @@ ALLOWED = {
     ],
     "gptjax.commands.*": [
         CONFIG,
+        DISTRIBUTED,
         "gptjax.certify",
         "gptjax.presets",
         "gptjax.ledger",
@@ -59,7 +62,7 @@ ALLOWED = {
         "gptjax.runs",
         "gptjax.commands.*",
     ],
-    "gptjax.cli": [CONFIG, "gptjax.commands.*", TRAINING],
+    "gptjax.cli": [CONFIG, DISTRIBUTED, "gptjax.commands.*", TRAINING],
     "gptjax.__main__": ["gptjax.cli"],
     # The public face, which nothing of ours below the experiments imports.
     "gptjax": [

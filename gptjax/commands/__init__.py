@@ -3,10 +3,21 @@
 The parameters are the flags, and the docstring is their help.
 """
 
+from gptjax.commands.hosts import doctor, launch
 from gptjax.commands.models import certify, convert, params, sample
 from gptjax.commands.texts import build_dataset, data
 
-__all__ = ["COMMANDS", "build_dataset", "certify", "convert", "data", "params", "sample"]
+__all__ = [
+    "COMMANDS",
+    "build_dataset",
+    "certify",
+    "convert",
+    "data",
+    "doctor",
+    "launch",
+    "params",
+    "sample",
+]
 
 COMMANDS = {
     "sample": sample,
@@ -15,4 +26,6 @@ COMMANDS = {
     "convert": convert,
     "data": data,
     "build-dataset": build_dataset,
+    "doctor": doctor,
+    "launch": launch,
 }

@@ -287,10 +287,18 @@ class _Pieces(FlatMapTransform):
 
 
 class EvaluationBatches:
-    """All rows once, in order; what the last batch of each shape lacks are rows of weight 0."""
+    """All rows once, in order; what the last batch of each shape lacks are rows of weight 0.
 
-    def __init__(self, buckets: Sequence[Bucket], batch_size: int):
-        self._batch_size = batch_size
+    Of each batch the rows of one of the `hosts`, which are a divisor of `batch_size`.
+
+    Raises:
+      InputError: hosts among whom the rows cannot be parted.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int, host: int = 0, hosts: int = 1):
+        _check_hosts(batch_size, hosts)
+        self._rows = batch_size // hosts
+        self._first = host * self._rows
         self._batches = [
             (bucket, range(first, min(first + batch_size, len(bucket))))
             for bucket in buckets
@@ -302,6 +310,7 @@ class EvaluationBatches:
 
     def __getitem__(self, index: int) -> Batch:
         bucket, numbers = self._batches[index]
-        rows = [bucket.row(number, np.random.default_rng(number)) for number in numbers]
+        own = numbers[self._first : self._first + self._rows]
+        rows = [bucket.row(number, np.random.default_rng(number)) for number in own or numbers[:1]]
         blank = rows[0]._replace(weights=np.zeros_like(rows[0].weights))
-        return Batch.stack(rows + [blank] * (self._batch_size - len(rows)))
+        return Batch.stack(rows[: len(own)] + [blank] * (self._rows - len(own)))

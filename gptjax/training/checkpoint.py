@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from gptjax.config import InputError
 from gptjax.training.step import State
@@ -54,6 +55,7 @@ class Checkpoints:
                 ),
             ]
         )
+        alone = MultiprocessingOptions(jax.process_index(), {jax.process_index()})
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -63,6 +65,8 @@ class Checkpoints:
                 create=not read_only,
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
+                # One process may read a run while the others wait, as for its samples.
+                multiprocessing_options=alone if read_only else MultiprocessingOptions(),
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),

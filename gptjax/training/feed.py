@@ -1,15 +1,19 @@
 """Batches on their devices, ahead of the step that takes them."""
 
 import collections
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from gptjax.config import InputError
 from gptjax.data.batch import Batch
-from gptjax.sharding import batch_sharding
+from gptjax.sharding import BATCH, batch_sharding
 
 AHEAD = 2
 """Batches on the devices beside the one that is in use."""
@@ -25,6 +29,7 @@ class Feed:
     def __init__(self, batches: grain.DatasetIterator, mesh: Mesh):
         self._batches = batches
         self._mesh = mesh
+        self._hosts = own_rows(mesh)["hosts"]
         self._ahead: collections.deque[tuple[Any, Batch]] = collections.deque()
         self.waited = 0.0
         """Seconds spent in waiting for batches and in sending them off."""
@@ -52,9 +57,48 @@ class Feed:
         while len(self._ahead) < count:
             state = self._batches.get_state()
             rows = next(self._batches)
-            batch = jax.tree.map(self._on_devices, rows)
-            self._ahead.append((state, batch))
+            self._ahead.append((state, self.on_devices(rows)))
         self.waited += time.perf_counter() - start
 
-    def _on_devices(self, rows: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(batch_sharding(self._mesh, rows.shape), rows)
+    def on_devices(self, rows: Batch) -> Batch:
+        """The whole batch, of which these are this process's rows."""
+        return jax.tree.map(self._placed, rows)
+
+    def _placed(self, rows: np.ndarray) -> jax.Array:
+        shape = (len(rows) * self._hosts, *rows.shape[1:])
+        sharding = batch_sharding(self._mesh, shape)
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+
+def own_rows(mesh: Mesh) -> dict[str, int]:
+    """This process's share of every batch, as the parameters `host` and `hosts` of the batches.
+
+    Raises:
+      InputError: a mesh without a device of some process, or with processes that share some of
+        their rows but not all.
+    """
+    parts = math.prod(mesh.shape[name] for name in BATCH)
+    indices = batch_sharding(mesh, (parts,)).devices_indices_map((parts,))
+    held: list[set[int]] = [set() for _ in range(jax.process_count())]
+    for device, (part,) in indices.items():
+        held[device.process_index].add(part.start or 0)
+    return share_of(held, jax.process_index())
+
+
+def share_of(held: Sequence[set[int]], process: int) -> dict[str, int]:
+    """The same, from the parts of a batch that each process's devices hold.
+
+    Processes with the same parts, as those that share heads, read the same rows.
+    """
+    if not all(held):
+        raise InputError(
+            f"The mesh has no device of process {held.index(set())}: all need one, so "
+            "train.batch_size must be a multiple of what the devices make of it."
+        )
+    groups = sorted({frozenset(parts) for parts in held}, key=min)
+    if len(set().union(*groups)) < sum(map(len, groups)):
+        raise InputError(
+            "The mesh gives processes some rows in common and others not: tensor x sequence x "
+            "pipeline must divide the devices of a process, or be a multiple of them."
+        )
+    return {"host": groups.index(frozenset(held[process])), "hosts": len(groups)}

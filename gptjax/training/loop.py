@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
+from gptjax.distributed import agreed_stop
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
@@ -115,14 +116,14 @@ def fit(
       loss: what is minimised.
       optimizer: what turns gradients into updates.
       batches: the training data, this process's rows of it, with `get_state` and `set_state`.
-      validation: batches of the held-out part, all of them used by every evaluation.
+      validation: batches of the held-out part, this process's rows; each evaluation uses all.
       checkpoints: where the state is kept.
       writers: where scalars go.
       describe: (step, tokens a second) → further scalars of a logged step.
 
     Raises:
       Diverged: a loss or gradient that is not finite.
-      Interrupted: SIGINT or SIGTERM, once the state is saved.
+      Interrupted: SIGINT or SIGTERM to any process, once the state is saved.
       InputError: a checkpoint that does not fit.
     """
     start = time.perf_counter()
@@ -148,7 +149,7 @@ def fit(
     train_step.prepare(state, feed.peek())
     compile_seconds = time.perf_counter() - start
     eval_step = CompiledByShape(functools.partial(compile_eval_step, loss, mesh=mesh))
-    evaluate = _evaluator(eval_step, validation)
+    evaluate = _evaluator(eval_step, validation, feed)
     logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
 
     with _caught_signals() as caught:
@@ -165,7 +166,8 @@ def fit(
 
             ends = progress.step == config.steps
             evaluates = ends or progress.step % config.eval_every == 0
-            saves = ends or bool(caught) or progress.step % config.checkpoint_every == 0
+            stop = agreed_stop(progress.step, caught[0] if caught else None)
+            saves = ends or bool(stop) or progress.step % config.checkpoint_every == 0
             if not (evaluates or saves):
                 continue
             validation_loss = None
@@ -182,14 +184,14 @@ def fit(
                     checkpoints.save(state, asdict(progress), validation_loss)
             logger.log(*late, state, validation_loss)
             late = None
-            if caught and not ends:
+            if stop and not ends:
                 checkpoints.wait()
-                raise Interrupted(progress.step, caught[0])
+                raise Interrupted(progress.step, stop)
     checkpoints.wait()
     return Fit(state.params, progress, compile_seconds)
 
 
-def _evaluator(step: EvalStep, batches: Batches) -> Callable[[Any], float]:
+def _evaluator(step: EvalStep, batches: Batches, feed: Feed) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
         """Mean cross-entropy over all of `batches`, nats a token.
 
@@ -197,7 +199,9 @@ def _evaluator(step: EvalStep, batches: Batches) -> Callable[[Any], float]:
         """
         total, weight, late = 0.0, 0.0, None
         for number in range(len(batches) + 1):
-            running = step(params, batches[number]) if number < len(batches) else None
+            running = None
+            if number < len(batches):
+                running = step(params, feed.on_devices(batches[number]))
             if late is not None:
                 total, weight = total + float(late.cross_entropy), weight + float(late.weight)
             late = running

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import InputError
+from gptjax.distributed import is_first
 from gptjax.training.console import ConsoleWriter
 
 MFU_FORMULA = "MFU = tokens/s × training FLOPs a token / peak FLOP/s"
@@ -80,11 +81,14 @@ class Writer(Protocol):
 
 @contextlib.contextmanager
 def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list[Writer]]:
-    """The writers of a run of `steps` steps that goes on from `resume_step`.
+    """The writers of a run of `steps` steps that goes on from `resume_step`; in process 0 alone.
 
     Weights & Biases is one of them where its own variable `WANDB_PROJECT` is set.
     """
     writers: list[Writer] = []
+    if not is_first():
+        yield writers
+        return
     if project := os.environ.get("WANDB_PROJECT"):
         writers.append(WandbWriter(project, directory))
     writers += [
