@@ -158,6 +158,14 @@ def _sentence(box: str) -> str:
 
 def _guarded(command: Callable[[list[str]], None]) -> None:
     """Run a command; what the user can mend is a sentence, and `--debug` shows the traceback."""
+    try:
+        _with_sentences(command)
+    except BaseException as error:
+        distributed.leave_at_once(error)
+        raise
+
+
+def _with_sentences(command: Callable[[list[str]], None]) -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     from gptjax.training.loop import Diverged, Interrupted
@@ -168,15 +176,22 @@ def _guarded(command: Callable[[list[str]], None]) -> None:
     except InputError as error:
         _fail(str(error), 2, debug)
     except Diverged as error:
-        _fail(str(error), 1, debug)
+        _fail_together(str(error), 1, debug)
     except Interrupted as error:
-        _fail(str(error), error.exit_code, debug)
+        _fail_together(str(error), error.exit_code, debug)
     except BrokenPipeError:
         # The reader, say `head`, has seen enough; what Python flushes at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         _fail("Stopped.", 130, debug)
+
+
+def _fail_together(sentence: str, code: int, debug: bool) -> NoReturn:
+    """What all processes of a run have come to, the first one tells."""
+    if distributed.is_first():
+        _fail(sentence, code, debug)
+    raise SystemExit(code)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "devices",
     "is_first",
     "joined",
+    "leave_at_once",
     "meet",
     "versions",
 ]
@@ -40,8 +42,8 @@ START = "GPTJAX_START_SECONDS"
 START_SECONDS = 300
 MEET_SECONDS = 1800
 """For what one process does and others wait for, as drawing samples at the end."""
-SHUTDOWN_SECONDS = 10
-"""For JAX's own parting, where a process stopped with a mistake and the others are on their way."""
+HEARTBEAT_SECONDS = 100
+"""After which JAX aborts all processes of a run where one stands still."""
 LOST_CODE = 75
 """What a process exits with when another is lost; in sysexits.h: try again."""
 ADDRESS_BYTES = 64
@@ -122,7 +124,6 @@ def _joining(member: Member) -> Iterator[Member]:
         member.leave(str(error) or type(error).__name__)
         raise
     finally:
-        _member = None
         member.close()
 
 
@@ -142,7 +143,7 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
             place.index,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     there = member.gather("the start of the devices", {"devices": devices()}, seconds)
     check_same("the same devices", hosts, there)
@@ -175,6 +176,20 @@ def _start_seconds() -> int:
     if not value.isdecimal() or int(value) == 0:
         raise InputError(f"{START} is {value!r}: it must be a whole number above 0.")
     return int(value)
+
+
+def leave_at_once(error: BaseException) -> None:
+    """Leave without JAX's parting, which waits for all and aborts where one does not come.
+
+    Does nothing on one machine.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    code = error.code if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def _end(sentence: str) -> None:

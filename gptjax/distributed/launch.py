@@ -13,6 +13,8 @@ from gptjax.distributed.places import ADDRESS, SELF, free_port
 END_SECONDS = 10
 """Which the others have to stop by themselves when one has ended with a mistake."""
 LOOK_SECONDS = 0.1
+CAUGHT = 128
+"""Exit codes above it tell of a signal, by which a negative one says that it was killed."""
 
 
 def launch(command: Sequence[str], processes: int, devices: int, other_code: int) -> int:
@@ -32,10 +34,8 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
     """
     address = f"localhost:{free_port()}"
     running: dict[int, subprocess.Popen] = {}
-    passed_on: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        passed_on.append(number)
         for process in running.values():
             process.send_signal(number)
 
@@ -45,7 +45,7 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
     try:
         for index in range(processes):
             running[index] = _start(command, index, processes, devices, address)
-        return _watch(running, other_code, passed_on)
+        return _watch(running, other_code)
     finally:
         for process in running.values():
             process.kill()
@@ -71,11 +71,8 @@ def _start(command, index: int, processes: int, devices: int, address: str) -> s
     )
 
 
-def _watch(running: dict[int, subprocess.Popen], other_code: int, passed_on: Sequence[int]) -> int:
-    """Wait for all; the code of the first that failed, after a sentence about it.
-
-    Where they were asked to stop, each has its own sentence.
-    """
+def _watch(running: dict[int, subprocess.Popen], other_code: int) -> int:
+    """Wait for all; the code of the first that failed, after a sentence about it."""
     first, deadline = 0, float("inf")
     while running:
         time.sleep(LOOK_SECONDS)
@@ -84,7 +81,7 @@ def _watch(running: dict[int, subprocess.Popen], other_code: int, passed_on: Seq
         if failed and not first:
             index = min(failed, key=lambda index: failed[index] == other_code)
             first, deadline = _shell_code(failed[index]), time.monotonic() + END_SECONDS
-            if not passed_on:
+            if first < CAUGHT or failed[index] < 0:  # Else it said itself which signal it got.
                 print(f"Process {index} {_said(failed[index])}.", file=sys.stderr)
         for index, code in ended.items():
             if code is not None:
@@ -98,7 +95,7 @@ def _watch(running: dict[int, subprocess.Popen], other_code: int, passed_on: Seq
 
 
 def _shell_code(code: int) -> int:
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else CAUGHT - code
 
 
 def _said(code: int) -> str:

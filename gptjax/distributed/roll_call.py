@@ -65,7 +65,10 @@ class Coordinator:
         self._thread.start()
 
     def close(self) -> None:
-        """Let all connections go."""
+        """Wait a moment for the others to go first, since process 0's end is that of JAX's service.
+
+        Without it a process that still saves is aborted.
+        """
         self._over = True
         self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
@@ -79,9 +82,11 @@ class Coordinator:
         server = await asyncio.start_server(self._attend, **options)
         await self._closed.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-            await asyncio.wait([task])
+        if attending := asyncio.all_tasks() - {asyncio.current_task()}:
+            _, left = await asyncio.wait(attending, timeout=NOTICE_SECONDS)
+            for task in left:
+                task.cancel()
+            await asyncio.wait(attending)
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection, from its first line to its end."""
@@ -126,7 +131,7 @@ class Coordinator:
                 self._tell_all(stop_at=1 + max(self._steps.values()), number=content["number"])
         elif kind == "leave":
             writer = self._writers.pop(index)
-            self._tell_all(left=f"{self._name(index)} stopped: {content['sentence']}")
+            self._tell_all(left=f"{self._name(index)} stopped: {content['sentence'].rstrip('.')}")
             _tell(writer, goodbye=True)
 
     def _gather(self, index: int, name: str, value: Any, seconds: float) -> None:
