@@ -83,10 +83,11 @@ def run_experiment(
 
 def _script_apart(arguments: list[str]) -> list[str]:
     """What stands behind the script of `launch` is the script's, flags too: tyro wants a `--`."""
-    scripts = [place for place, word in enumerate(arguments) if word.endswith(".py")]
-    if arguments[:1] != ["launch"] or not scripts or "--" in arguments:
+    place = next((place for place, word in enumerate(arguments) if word.endswith(".py")), None)
+    if arguments[:1] != ["launch"] or place is None:
         return arguments
-    return [*arguments[: scripts[0]], "--", *arguments[scripts[0] :]]
+    script, flags, of_script = arguments[place], arguments[1:place], arguments[place + 1 :]
+    return ["launch", script, *flags, "--", *of_script]
 
 
 def _take_preset(

@@ -69,6 +69,8 @@ class Coordinator:
 
         Without it a process that still saves is aborted.
         """
+        if self._over and not self._thread.is_alive():
+            return
         self._over = True
         self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()

@@ -1,0 +1,342 @@
+"""Processes that meet: here threads, which need no JAX; tests/test_processes.py has real ones."""
+
+import contextlib
+import queue
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from gptjax import distributed
+from gptjax.config import InputError
+from gptjax.distributed.places import Place, find_place, first_host, free_port
+from gptjax.distributed.report import check_same, code_hash
+from gptjax.distributed.roll_call import END, Coordinator, Member
+
+HOST = socket.gethostname()
+
+
+class Met:
+    """Some processes of a run, in threads, and the sentences that would have ended them."""
+
+    def __init__(self, stack: contextlib.ExitStack, count: int, there: int | None = None):
+        self.coordinator = stack.enter_context(contextlib.closing(Coordinator(count)))
+        self.address = f"localhost:{self.coordinator.port}"
+        self.ended: list[queue.Queue[str]] = [queue.Queue() for _ in range(count)]
+        self.members = [self.join(index, count) for index in range(there or count)]
+        for member in self.members:
+            stack.callback(member.close)
+        self._threads = stack.enter_context(ThreadPoolExecutor(count))
+
+    def join(self, index: int, count: int) -> Member:
+        return Member(Place(index, count, self.address), 5, self.ended[index].put)
+
+    def each(self, do) -> list:
+        """What `do(member)` gives for every member, all at the same time."""
+        return list(self._threads.map(do, self.members))
+
+
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def test_all_get_what_each_brought_in_the_order_of_processes(stack):
+    met = Met(stack, 3)
+    values = met.each(lambda member: member.gather("a place", member.place.index * 10, 5))
+    assert values == [[0, 10, 20]] * 3
+    assert met.each(lambda member: member.gather("a place", None, 5)) == [[None] * 3] * 3
+
+
+def test_who_does_not_come_is_named(stack):
+    met = Met(stack, 4, there=2)
+
+    def wait(member: Member) -> str:
+        with pytest.raises(InputError) as error:
+            member.gather("the start", None, 0.3)
+        return str(error.value)
+
+    assert (
+        met.each(wait) == ["Process 2 and process 3 of 4 did not come to the start in 0.3 s."] * 2
+    )
+
+
+def test_who_is_there_and_does_not_come_is_named_with_its_host(stack):
+    met = Met(stack, 2)
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} of 2 did not come to lunch"):
+        met.members[0].gather("lunch", None, 0.2)
+
+
+def test_one_that_was_started_as_one_of_others_is_named(stack):
+    met = Met(stack, 2, there=1)
+    stranger = met.join(1, 3)
+    stack.callback(stranger.close)
+    sentence = f"Process 1 on {HOST} was started as one of 3, process 0 on {HOST} as one of 2."
+    for member in (stranger, met.members[0]):
+        with pytest.raises(InputError) as error:
+            member.gather("the start", None, 5)
+        assert str(error.value) == sentence
+
+
+def test_one_that_is_there_twice_is_named(stack):
+    met = Met(stack, 3, there=2)
+    twin = met.join(1, 3)
+    stack.callback(twin.close)
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} is there twice"):
+        twin.gather("the start", None, 5)
+
+
+def test_a_stranger_on_the_port_disturbs_nobody(stack):
+    met = Met(stack, 2)
+    for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b""):
+        with socket.create_connection(("127.0.0.1", int(met.address.rpartition(":")[2]))) as other:
+            other.sendall(words)
+    assert met.each(lambda member: member.gather("the start", 1, 5)) == [[1, 1]] * 2
+    assert all(ended.empty() for ended in met.ended)
+
+
+def test_the_others_hear_at_once_that_one_has_ended(stack):
+    met = Met(stack, 3)
+    met.each(lambda member: member.gather("the start", None, 5))
+    met.members[2]._connection.shutdown(socket.SHUT_RDWR)  # As the kernel does for a dead process.
+    for ended in met.ended[:2]:
+        assert ended.get(timeout=2) == f"Process 2 on {HOST} ended without a word"
+
+
+def test_all_hear_that_process_0_has_ended(stack, monkeypatch):
+    monkeypatch.setattr("gptjax.distributed.roll_call.NOTICE_SECONDS", 0.1)
+    met = Met(stack, 2)
+    met.coordinator.close()
+    assert met.ended[1].get(timeout=2) == (
+        f"Process 0, the coordinator at {met.address}, ended without a word"
+    )
+
+
+def test_who_leaves_with_a_mistake_gives_the_others_time_for_the_same(stack, monkeypatch):
+    monkeypatch.setattr("gptjax.distributed.roll_call.GRACE_SECONDS", 0.3)
+    met = Met(stack, 2)
+    met.members[1].leave("its disk is full.")
+    met.members[1].close()
+    with pytest.raises(queue.Empty):
+        met.ended[0].get(timeout=0.1)
+    assert met.ended[0].get(timeout=2) == f"Process 1 on {HOST} stopped: its disk is full"
+
+
+def test_a_failed_collective_is_blamed_on_who_left(stack):
+    met = Met(stack, 2)
+    met.members[1].leave("its disk is full.")
+    met.members[0].blame()
+    assert met.ended[0].get(timeout=1) == f"Process 1 on {HOST} stopped: its disk is full"
+
+
+def test_after_the_end_nobody_is_missed(stack):
+    met = Met(stack, 2)
+    met.each(lambda member: member.gather(END, None, 5))
+    met.members[1].close()
+    with pytest.raises(queue.Empty):
+        met.ended[0].get(timeout=0.2)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_all_stop_at_the_same_step_whoever_got_the_signal(stack, ahead):
+    met = Met(stack, 3)
+    steps = threading.Barrier(3)
+
+    def train(member: Member) -> tuple[int, int | None]:
+        for step in range(1, 200):
+            if step % 3 == 0:  # As collectives do, which let processes drift by a few steps.
+                steps.wait(timeout=5)
+            time.sleep(0.001 * ((member.place.index + ahead) % 3))
+            caught = signal.SIGTERM if member.place.index == 1 and step >= 20 else None
+            if stop := member.agreed_stop(step, caught):
+                return step, stop
+        return 0, None
+
+    stopped = met.each(train)
+    assert len(set(stopped)) == 1
+    step, number = stopped[0]
+    assert 20 < step < 40
+    assert number == signal.SIGTERM
+
+
+def test_one_process_is_alone_without_anything_around_it(monkeypatch):
+    for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.joined():
+        assert distributed.is_first()
+        assert distributed.meet("a place", 3) == [3]
+        assert distributed.agreed_stop(7, None) is None
+        assert distributed.agreed_stop(7, signal.SIGINT) == signal.SIGINT
+
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "gpu003:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "2",
+}
+SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NODELIST": "gpu[003-005]",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_PROCID": "1",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        (EXPLICIT, Place(2, 4, "gpu003:1234")),
+        (SLURM, Place(1, 3, "gpu003:22442")),
+        ({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib3:7"}, None),
+        ({**SLURM, **EXPLICIT}, Place(2, 4, "gpu003:1234")),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, None),  # The script that sbatch starts.
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, Place(1, 2, "a:1")),
+        ({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+    ],
+)
+def test_the_environment_tells_which_process_this_is(environment, place):
+    if environment.get("JAX_COORDINATOR_ADDRESS") == "ib3:7":
+        place = Place(1, 3, "ib3:7")
+    assert find_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_COORDINATOR_ADDRESS is set, but not JAX_PROCESS_ID and JAX_NUM_PROCESSES: set all "
+            "three or none.",
+        ),
+        (
+            {**EXPLICIT, "JAX_PROCESS_ID": "4"},
+            "JAX_PROCESS_ID is 4: it must be below JAX_NUM_PROCESSES, which is 4.",
+        ),
+        (
+            {**EXPLICIT, "JAX_PROCESS_ID": "two"},
+            "JAX_PROCESS_ID is 'two': it must be a whole number.",
+        ),
+        (
+            {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "gpu003"},
+            "JAX_COORDINATOR_ADDRESS is 'gpu003': it must be HOST:PORT.",
+        ),
+        (
+            OPEN_MPI,
+            "Open MPI started this, but JAX_COORDINATOR_ADDRESS is not set: mpirun -x "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT with the host of rank 0.",
+        ),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_a_sentence(environment, message):
+    with pytest.raises(InputError) as error:
+        find_place(environment)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,login", "gpu7"),
+        ("gpu[003-005,9],login", "gpu003"),
+        ("gpu[12,15]", "gpu12"),
+        ("rack[1-2]-gpu[3-4],x", "rack1-gpu3"),
+    ],
+)
+def test_the_first_of_slurms_hosts(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_what_differs_is_named_by_process_host_and_field():
+    reports = [
+        {"versions": {"jax": "0.10.2"}, "code": "a", "config": {"train": {"steps": 20}}},
+        {"versions": {"jax": "0.10.2"}, "code": "a", "config": {"train": {"steps": 20}}},
+        {"versions": {"jax": "0.10.1"}, "code": "b", "config": {"train": {"steps": 30}}},
+    ]
+    check_same("the same code", ["one", "two"], reports[:2])
+    with pytest.raises(InputError) as error:
+        check_same("the same code", ["one", "two", "three"], reports)
+    assert str(error.value) == (
+        "All processes need the same code of process 0 on one, but process 2 on three has "
+        "versions.jax: 0.10.2 -> 0.10.1; code: a -> b; config.train.steps: 20 -> 30."
+    )
+
+
+def test_the_hash_of_the_code_sees_every_module(tmp_path):
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "layers" / "a.py").write_text("a = 1\n")
+    first = code_hash(tmp_path)
+    (tmp_path / "notes.txt").write_text("no code")
+    assert code_hash(tmp_path) == first
+    (tmp_path / "layers" / "a.py").write_text("a = 2\n")
+    second = code_hash(tmp_path)
+    (tmp_path / "layers" / "a.py").rename(tmp_path / "a.py")
+    assert len({first, second, code_hash(tmp_path)}) == 3
+
+
+def test_a_coordinator_that_cannot_be_reached_is_a_sentence_in_time(command, monkeypatch):
+    address = f"localhost:{free_port()}"
+    for name, value in {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": address}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GPTJAX_START_SECONDS", "1")
+    start = time.monotonic()
+    code, printed, errors = command("doctor")
+    assert time.monotonic() - start < 3
+    assert (code, printed) == (2, "")
+    assert errors == (
+        f"Process 2 of 4 cannot reach the coordinator, process 0 at {address}, in 1 s: connection "
+        "refused.\n"
+    )
+
+
+@pytest.mark.parametrize("seconds", ["0", "soon", "-1"])
+def test_a_time_limit_that_makes_no_sense_is_a_sentence(command, monkeypatch, seconds):
+    for name, value in EXPLICIT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GPTJAX_START_SECONDS", seconds)
+    assert command("doctor")[::2] == (
+        2,
+        f"GPTJAX_START_SECONDS is '{seconds}': it must be a whole number above 0.\n",
+    )
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+    with (
+        socket.create_server(("", 0)) as taken,
+        pytest.raises(InputError, match=r"cannot listen on port \d+: [Aa]ddress already in use"),
+    ):
+        Coordinator(2, taken.getsockname()[1])
+
+
+def test_doctor_prints_a_page_for_a_bug_report(command):
+    code, printed, errors = command("doctor")
+    assert (code, errors) == (0, "")
+    for word in ("python", "jaxlib", "flax", "optax", f"code     {code_hash()[:12]}", "system"):
+        assert word in printed
+    assert printed.endswith(f"process 0 of 1: 8 × cpu on {HOST}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--local", "0", "a.py"), "--local is 0: it must be at least 1."),
+        (("--devices", "0", "a.py"), "--devices is 0: it must be at least 1."),
+        (("--local", "2", "no/such.py", "--x"), "launch: there is no script no/such.py."),
+        (("--local", "two", "a.py"), "two"),
+        (("--local", "2"), "Missing from gptjax launch: PATH An experiment"),
+        (("--lokal", "2", "a.py"), "Unknown flag --lokal: did you mean --local?"),
+    ],
+)
+def test_a_launch_that_makes_no_sense_is_a_sentence(command, words, message):
+    code, printed, errors = command("launch", *words)
+    assert (code, printed) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
