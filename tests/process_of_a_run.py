@@ -44,9 +44,7 @@ def save_twice(self, state, progress, validation_loss=None) -> None:
 
 def run(config, out: Path, overwrite: bool) -> None:
     """Train, and show nothing."""
-    quickstart.train(
-        config, out, overwrite, objectives=("causal",), show=lambda *_: "no samples"
-    )
+    quickstart.train(config, out, overwrite, objectives=("causal",), show=lambda *_: "no samples")
 
 
 loop.agreed_stop, Checkpoints.save = troubled, save_twice
