@@ -35,11 +35,12 @@ def troubled(step: int, number: int | None) -> int | None:
 
 
 def save_twice(self, state, progress, validation_loss=None) -> None:
-    """As arrays, too."""
+    """As arrays, too; and on disk before the next step, whatever happens to that."""
     if jax.process_index() == 0:
         arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
         np.savez(self.directory.parent / f"{int(state.step)}.npz", *arrays)
     save(self, state, progress, validation_loss)
+    self.wait()
 
 
 def run(config, out: Path, overwrite: bool) -> None:
