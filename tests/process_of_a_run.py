@@ -4,6 +4,7 @@ Started by tests/test_processes.py, in tests' manner of importing experiments. L
 parameters of each checkpoint in OUT/STEP.npz, as process 0 saved them.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -12,15 +13,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import quickstart
-
 from gptjax.cli import run_experiment
 from gptjax.config import InputError
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+quickstart = importlib.import_module("quickstart")
 trouble, process, at = os.environ.get("TROUBLE", "none 0 0").split()
 agreed_stop, save = loop.agreed_stop, Checkpoints.save
 

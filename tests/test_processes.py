@@ -1,5 +1,6 @@
 """Runs in several processes of this machine, which must come to what one process comes to."""
 
+import importlib
 import json
 import math
 import os
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 from conftest import EXPERIMENTS, ROOT
 
+from gptjax.cli import run_experiment
+from gptjax.runs import load_run
 from gptjax.training.metrics import read_jsonl
+from gptjax.transformer import split
 
 SCRIPT = Path(__file__).with_name("process_of_a_run.py")
 STEPS, SAVED = 8, 4
@@ -43,40 +47,33 @@ def text(tmp_path_factory) -> Path:
 
 
 def launched(out: Path, text: Path, *flags: str, processes: int = 2, trouble: str = "none 0 0"):
-    """Exit code, output, errors and seconds from the first error line to the end."""
+    """Exit code, output, errors and seconds from the first line of errors to the end."""
     words = ["launch", f"--local={processes}", str(SCRIPT), *FLAGS, f"--out={out}", *flags]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptjax", *words, f"--data.source={text}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TROUBLE": trouble},
-    )
-    alarm = threading.Timer(300, process.terminate)
-    alarm.start()
-    assert process.stdout
-    assert process.stderr
-    printed: list[str] = []
-    reader = threading.Thread(target=lambda: printed.append(process.stdout.read()))
-    reader.start()
-    errors, first = "", math.inf
-    for line in process.stderr:
-        first = min(first, time.monotonic())
-        errors += line
-    alarm.cancel()
-    reader.join()
-    process.stdout.close()
-    process.stderr.close()
-    process.wait()
-    return process.returncode, printed[0], errors, time.monotonic() - first
+    printed, errors, first = out.with_suffix(".printed"), "", math.inf
+    with (
+        printed.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "gptjax", *words, f"--data.source={text}"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TROUBLE": trouble},
+        ) as process,
+    ):
+        alarm = threading.Timer(300, process.terminate)
+        alarm.start()
+        assert process.stderr
+        for line in process.stderr:
+            first = min(first, time.monotonic())
+            errors += line
+        alarm.cancel()
+    return process.returncode, printed.read_text(), errors, time.monotonic() - first
 
 
 def in_one_process(out: Path, text: Path, monkeypatch, *flags: str) -> None:
     """The same, here, on eight devices."""
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
-    import quickstart
-
-    from gptjax.cli import run_experiment
+    quickstart = importlib.import_module("quickstart")
 
     def run(config, out, overwrite) -> None:
         train = quickstart.train
@@ -112,13 +109,7 @@ def saved_arrays(out: Path, step: int) -> list[np.ndarray]:
 
 
 def restored_arrays(out: Path, step: int) -> list[np.ndarray]:
-    from flax import nnx
-
-    from gptjax.runs import load_run
-    from gptjax.transformer import split
-
     params = split(load_run(out, step).model)[1]
-    assert isinstance(params, nnx.State | dict)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 

@@ -13,8 +13,8 @@ import importlib.util
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from gptjax.config import InputError
 
@@ -26,7 +26,8 @@ SLURM_PORTS = range(20000, 30000)
 """Below those that Linux gives to connections; the number of the job chooses one."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """A process among those of a run."""
 
     index: int
