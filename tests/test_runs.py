@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from gptjax.config import ExperimentConfig, InputError, TransformerConfig, from_dict, to_dict
+from gptjax import distributed
+from gptjax.config import (
+    ExperimentConfig,
+    InputError,
+    MeshConfig,
+    TransformerConfig,
+    from_dict,
+    to_dict,
+)
 from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
 from gptjax.runs import (
     CHECKPOINTS,
@@ -57,6 +65,29 @@ def test_the_same_config_goes_on_where_it_stopped_and_tells_when_it_is_finished(
     assert _content(tmp_path) == before
     write_json(tmp_path / RESULT, {})
     assert _open(tmp_path) is True
+
+
+def test_another_mesh_goes_on_in_the_same_directory(tmp_path):
+    _open(tmp_path)
+    parted = dataclasses.replace(CONFIGURED, mesh=MeshConfig(fsdp=2, tensor=4))
+    assert _open(tmp_path, parted) is False
+
+
+def test_the_other_processes_of_a_run_look_at_what_the_first_has_made(tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "meet", met.append)
+    with pytest.raises(InputError, match=r"--out must be in a file system that all hosts share"):
+        _open(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    _open(tmp_path / "run")
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    monkeypatch.setattr(distributed, "meet", met.append)
+    assert _open(tmp_path / "run", overwrite=True) is False
+    with pytest.raises(InputError, match="another config"):
+        _open(tmp_path / "run", OTHER)
+    assert len(met) == 3
 
 
 def test_another_config_is_refused_with_the_differing_fields(tmp_path):

@@ -175,6 +175,25 @@ def test_evaluation_pads_only_what_the_last_batch_lacks():
     np.testing.assert_array_equal(weights[1].ravel(), [1] + 11 * [0])
 
 
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("length", [14, 40])
+def test_the_hosts_of_an_evaluation_have_its_rows_among_them(length, hosts):
+    bucket = [rows(np.arange(length, dtype=np.uint8), rest=True)]
+    shares = [EvaluationBatches(bucket, 4, host, hosts) for host in range(hosts)]
+    for whole, *parts in zip(EvaluationBatches(bucket, 4), *shares, strict=True):
+        joined = Batch.stack([row for part in parts for row in unstacked(part)])
+        np.testing.assert_array_equal(joined.weights, whole.weights)
+        filled = whole.weights > 0
+        np.testing.assert_array_equal(joined.tokens[filled], whole.tokens[filled])
+        np.testing.assert_array_equal(joined.targets[filled], whole.targets[filled])
+    with pytest.raises(InputError, match="multiple of the 3 hosts"):
+        EvaluationBatches(bucket, 4, 0, 3)
+
+
+def unstacked(batch: Batch) -> list[Batch]:
+    return [batch.apply(lambda array, row=row: array[row]) for row in range(len(batch.tokens))]
+
+
 def test_bits_per_byte_of_a_hand_case():
     # 3 predictions of ln 2 nats are 3 bits, over 5 bytes.
     assert bits_per_byte(Predicted(tokens=3, bytes=5), np.log(2)) == pytest.approx(3 / 5)

@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import OptimizerConfig, TrainConfig, TransformerConfig, build, split
-from gptjax.config import DataConfig, MeshConfig
+from gptjax.config import DataConfig, InputError, MeshConfig
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import open_corpus, open_sources
 from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.feed import AHEAD, Feed
+from gptjax.training.feed import AHEAD, Feed, own_rows, share_of
 from gptjax.training.loop import Fit, Interrupted, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
@@ -204,3 +204,30 @@ def test_a_run_on_such_batches_goes_on_bit_for_bit(texts, tmp_path, kind):
     assert parts == losses
     assert list(losses) == list(range(1, STEPS + 1))
     assert all(0 <= line["data_wait"] <= 1 for line in whole.lines.values())
+
+
+@pytest.mark.parametrize(
+    ("held", "shares"),
+    [
+        ([{0, 1}, {2, 3}], [(0, 2), (1, 2)]),
+        ([{0}, {0}, {1}, {1}], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # Two share heads.
+        ([{0, 1}, {0, 1}], [(0, 1), (0, 1)]),
+        ([{1, 3}, {0, 2}], [(1, 2), (0, 2)]),
+    ],
+)
+def test_processes_read_the_rows_that_their_devices_hold(held, shares):
+    for process, (host, hosts) in enumerate(shares):
+        assert share_of(held, process) == {"host": host, "hosts": hosts}
+
+
+def test_processes_without_rows_or_with_some_in_common_are_refused():
+    with pytest.raises(InputError, match="no device of process 1: all need one"):
+        share_of([{0}, set()], 0)
+    with pytest.raises(InputError, match="some rows in common and others not"):
+        share_of([{0, 1}, {1, 2}], 0)
+
+
+def test_one_process_reads_all_rows():
+    for sizes in ({}, {"tensor": 2}, {"fsdp": 2, "sequence": 2}):
+        mesh = build_mesh(MeshConfig(**sizes), BATCH_SIZE)
+        assert own_rows(mesh) == {"host": 0, "hosts": 1}
