@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from gptjax.cli import run_experiment
 from gptjax.config import InputError
@@ -35,8 +36,8 @@ def troubled(step: int, number: int | None) -> int | None:
 
 def save_twice(self, state, progress, validation_loss=None) -> None:
     """As arrays, too; and on disk before the next step, whatever happens to that."""
+    arrays = process_allgather(jax.tree.leaves(state.params), tiled=True)
     if jax.process_index() == 0:
-        arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
         np.savez(self.directory.parent / f"{int(state.step)}.npz", *arrays)
     save(self, state, progress, validation_loss)
     self.wait()
