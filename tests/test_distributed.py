@@ -173,6 +173,22 @@ def test_one_process_is_alone_without_anything_around_it(monkeypatch):
         assert distributed.agreed_stop(7, signal.SIGINT) == signal.SIGINT
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tpu_host_that_is_alone_goes_on_alone(monkeypatch, known):
+    asked = []
+
+    def initialize(**options) -> None:
+        asked.append(options)
+        if not known:
+            raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with distributed.joined():
+        assert distributed.is_first()
+    assert asked == [{"initialization_timeout": 300}]
+
+
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "gpu003:1234",
     "JAX_NUM_PROCESSES": "4",

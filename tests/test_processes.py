@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -198,3 +199,32 @@ def test_all_stop_when_process_0_is_killed(tmp_path, text):
     assert code == 128 + 9
     assert "Process 0 was ended by SIGKILL.\n" in errors
     assert seconds < SECONDS_TO_STOP
+
+
+@pytest.mark.slow
+def test_doctor_compares_hosts_and_names_one_that_differs(tmp_path):
+    program = f"{ROOT / 'gptjax' / '__main__.py'}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "gptjax", "launch", "--local=2", "--devices=3", program]
+    same = subprocess.run(
+        [*words, "doctor"], capture_output=True, text=True, env=environment, check=True
+    )
+    host = socket.gethostname()
+    assert "2 processes, each with 3 × cpu.\n" in same.stdout
+    assert same.stdout.endswith(
+        f"process 0 of 2: 3 × cpu on {host}\nprocess 1 of 2: 3 × cpu on {host}\n"
+    )
+    unequal = tmp_path / "unequal.py"
+    unequal.write_text(
+        "import os, runpy, sys\n"
+        "os.environ['JAX_NUM_CPU_DEVICES'] = str(1 + int(os.environ['JAX_PROCESS_ID']))\n"
+        f"runpy.run_path({program!r}, run_name='__main__')\n"
+    )
+    differs = subprocess.run(
+        [*words[:-1], str(unequal), "doctor"], capture_output=True, text=True, env=environment
+    )
+    assert differs.returncode == 2
+    assert (
+        f"All processes need the same devices of process 0 on {host}, but process 1 on {host} has "
+        "devices: 1 × cpu -> 2 × cpu.\n"
+    ) in differs.stderr

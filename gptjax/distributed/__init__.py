@@ -95,8 +95,7 @@ def joined(config: Any = None) -> Iterator[None]:
     jax.config.update("jax_enable_preemption_service", False)
     with contextlib.ExitStack() as stack:
         if place is None:
-            jax.distributed.initialize(initialization_timeout=seconds)
-            if jax.process_count() == 1:
+            if _tpu_alone(seconds):
                 yield
                 return
             place = _tpu_place(stack)
@@ -147,6 +146,16 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
         )
     there = member.gather("the start of the devices", {"devices": devices()}, seconds)
     check_same("the same devices", hosts, there)
+    print(f"{place.count} processes, each with {devices()}.")
+
+
+def _tpu_alone(seconds: int) -> bool:
+    """Initialise JAX where there are TPUs, which asks the machine; whether its host is alone."""
+    try:
+        jax.distributed.initialize(initialization_timeout=seconds)
+    except ValueError:  # The machine knows of no others: a notebook's, say.
+        return True
+    return jax.process_count() == 1
 
 
 def _tpu_place(stack: contextlib.ExitStack) -> Place:

@@ -8,7 +8,8 @@ initialised, over which go lines of JSON.
 The end of a process closes its connection, whatever killed it, and all others are told at once. A
 machine that lost its power or its network closes nothing: there TCP asks, and gives up after
 `SILENT_SECONDS`. A process that is there and stands still is left to JAX's heartbeats, and to the
-time limit of what the others wait for.
+time limit of what the others wait for. With process 0 JAX's service ends, too, and JAX may abort
+the others before they have said why.
 """
 
 import asyncio
