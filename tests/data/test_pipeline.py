@@ -180,7 +180,10 @@ def test_evaluation_pads_only_what_the_last_batch_lacks():
 def test_the_hosts_of_an_evaluation_have_its_rows_among_them(length, hosts):
     bucket = [rows(np.arange(length, dtype=np.uint8), rest=True)]
     shares = [EvaluationBatches(bucket, 4, host, hosts) for host in range(hosts)]
-    for whole, *parts in zip(EvaluationBatches(bucket, 4), *shares, strict=True):
+    batches = EvaluationBatches(bucket, 4)
+    assert {len(share) for share in shares} == {len(batches)}
+    for index in range(len(batches)):
+        whole, *parts = (each[index] for each in (batches, *shares))
         joined = Batch.stack([row for part in parts for row in unstacked(part)])
         np.testing.assert_array_equal(joined.weights, whole.weights)
         filled = whole.weights > 0

@@ -228,6 +228,6 @@ def test_processes_without_rows_or_with_some_in_common_are_refused():
 
 
 def test_one_process_reads_all_rows():
-    for sizes in ({}, {"tensor": 2}, {"fsdp": 2, "sequence": 2}):
-        mesh = build_mesh(MeshConfig(**sizes), BATCH_SIZE)
+    for config in (MeshConfig(), MeshConfig(tensor=2), MeshConfig(fsdp=2, sequence=2)):
+        mesh = build_mesh(config, BATCH_SIZE)
         assert own_rows(mesh) == {"host": 0, "hosts": 1}
