@@ -12,7 +12,7 @@ import pytest
 
 from gptjax import distributed
 from gptjax.config import InputError
-from gptjax.distributed.places import Place, find_place, first_host, free_port
+from gptjax.distributed.places import Place, find_place, first_host, free_port, has_tpu
 from gptjax.distributed.report import check_same, code_hash
 from gptjax.distributed.roll_call import END, Coordinator, Member
 
@@ -182,11 +182,21 @@ def test_a_tpu_host_that_is_alone_goes_on_alone(monkeypatch, known):
         if not known:
             raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+    monkeypatch.setattr(distributed, "has_tpu", lambda _: True)
     monkeypatch.setattr("jax.distributed.initialize", initialize)
     with distributed.joined():
         assert distributed.is_first()
     assert asked == [{"initialization_timeout": 300}]
+
+
+def test_tpu_chips_are_used_where_there_are_some_and_jax_may(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.glob", lambda folder, _: iter([folder / "0"]))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert has_tpu({})
+    assert has_tpu({"JAX_PLATFORMS": "tpu,cpu"})
+    assert not has_tpu({"JAX_PLATFORMS": "cpu"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not has_tpu({})
 
 
 EXPLICIT = {

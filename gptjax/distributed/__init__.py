@@ -83,7 +83,7 @@ def joined(config: Any = None) -> Iterator[None]:
         is missing or differs, or variables that make no sense.
     """
     place = find_place(os.environ)
-    if place is None and not has_tpu():
+    if place is None and not has_tpu(os.environ):
         yield
         return
     seconds = _start_seconds()

@@ -92,7 +92,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def has_tpu() -> bool:
-    """Whether this machine has TPU chips, and the library that drives them."""
+def has_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether this machine has TPU chips, the library that drives them, and is to use them."""
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+        return False
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     return bool(chips) and importlib.util.find_spec("libtpu") is not None

@@ -70,7 +70,7 @@ class Coordinator:
 
         Without it a process that still saves is aborted.
         """
-        if self._over and not self._thread.is_alive():
+        if self._over:
             return
         self._over = True
         self._loop.call_soon_threadsafe(self._closed.set)
@@ -145,7 +145,6 @@ class Coordinator:
         elif len(values) == self._count:
             del self._waiting[name]
             self._tell_all(gathered=[values[other] for other in range(self._count)], at=name)
-            self._over = self._over or name == END
         elif len(values) == 1:
             self._loop.call_later(seconds, self._expire, name, values, seconds)
 
