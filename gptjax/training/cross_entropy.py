@@ -183,11 +183,18 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
             table_gradient, shares.width, scatter_dimension=1, tiled=True
         )
     others = tuple(name for name in shares.rows if name not in shares.width)
-    return _summed((loss, plain), shares.rows), (
-        hidden_gradient if shares.gathered else _summed(hidden_gradient, shares.vocabulary),
+    if not shares.gathered:
+        hidden_gradient = _summed(hidden_gradient, shares.vocabulary)
+    gradients = (
+        hidden_gradient,
         _summed(table_gradient, others),
         _summed(bias_gradient, shares.rows),
     )
+    if shares.rows:
+        # The backward pass of the layers waits for the table's sum, so that it does not run beside
+        # the whole table's gradient: [V, D] in float32.
+        gradients = jax.lax.optimization_barrier(gradients)
+    return _summed((loss, plain), shares.rows), gradients
 
 
 def _summed(tree: Any, axes: tuple[str, ...]) -> Any:
