@@ -151,6 +151,7 @@ REFUSED = [
     (MeshConfig, {"expert": 0}, "at least 1"),
     (MeshConfig, {"pipeline": 0}, "at least 1"),
     (TransformerConfig, {"microbatches": -1}, "at least 0"),
+    (TransformerConfig, {"remat_layers": 3, "scan_layers": True}, "a divisor of depth"),
     (MeshConfig, {"slices": 0}, "at least 1"),
     (MeshConfig, {"data": 3, "slices": 2}, "a multiple of the 2 slices, or 0"),
     (MeshConfig, {"pmap": True, "fsdp": 2}, "False with other axes than data"),

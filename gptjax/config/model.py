@@ -100,6 +100,8 @@ class TransformerConfig:
     """What of a block is recomputed in the backward pass: nothing; all; all but products with
     weights, or but attention's and the feed-forward layer's outputs; or all, the block's input
     waiting in the host's memory."""
+    remat_layers: int = 1
+    """Blocks that are recomputed together, of which only the first one's input is kept."""
     microbatches: int = 0
     """Parts in which a batch passes the stages of a pipeline; 0 takes about 4 a stage."""
 
@@ -130,7 +132,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_minimum(self, 1, "context", "depth", "width", "heads", "compression")
+        check_minimum(self, 1, "context", "depth", "width", "heads", "compression", "remat_layers")
         check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
         check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
         check_minimum(self, 0, "logit_cap", "segments", "microbatches")
@@ -141,11 +143,19 @@ class TransformerConfig:
         check(self, "heads", divides, f"a divisor of width {self.width}")
         divides = self.heads % self.key_value_heads == 0
         check(self, "kv_heads", divides, f"a divisor of heads {self.heads}")
+        turns = self.remat_layers == 1 or self._groups_divide()
+        check(self, "remat_layers", turns, "1, or with scan_layers a divisor of depth in turns")
         self._check_attention()
         self._check_positions()
         self._check_family()
         among = self.experts == 0 or 1 <= self.experts_per_token <= self.experts
         check(self, "experts_per_token", among, f"between 1 and experts {self.experts}")
+
+    def _groups_divide(self) -> bool:
+        """Whether layers are scanned, in whole groups of whole turns of the kinds of attention."""
+        whole = self.remat_layers % len(self.attention_pattern) == 0
+        depths = self.depth, self.encoder_depth or self.depth
+        return whole and self.scan_layers and all(d % self.remat_layers == 0 for d in depths)
 
     def _check_attention(self) -> None:
         pattern = self.attention_pattern

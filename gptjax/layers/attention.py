@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import TransformerConfig
 from gptjax.layers import kernels
 from gptjax.layers.dropout import dropout
-from gptjax.layers.linear import DEFAULT_STD, Linear
+from gptjax.layers.linear import DEFAULT_STD, Linear, project
 from gptjax.layers.norms import RMSNorm
 from gptjax.layers.positions import rotate
 from gptjax.sharding import constrain
@@ -267,9 +267,30 @@ class Attention(nnx.Module):
         self.config = config
         self.compressed = compressed
 
-    def keys_values(self, x: jax.Array, angles: jax.Array | None = None) -> KVCache:
-        """What others see of x [B, S, D]; `angles` [B or 1, S, R / 2] are the rotary ones."""
-        keys, values = self.key(x), self.value(x)
+    def projected(self, x: jax.Array, angles: jax.Array | None) -> tuple[jax.Array, KVCache]:
+        """What x [B, T, D] looks with [B, T, N, H], and what others see of it.
+
+        `angles` [B or 1, T, R / 2] are the rotary ones of its places; None rotates nothing.
+        """
+        keys, values, queries = project(x, self.key, self.value, self.query)
+        return self._queries(queries, angles), self._keys_values(keys, values, angles)
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """What x [B, T, D] looks with at another sequence, [B, T, N, H]."""
+        return self._queries(*project(x, self.query))
+
+    def keys_values(self, x: jax.Array) -> KVCache:
+        """What another sequence sees of x [B, S, D]."""
+        return self._keys_values(*project(x, self.key, self.value))
+
+    def _queries(self, queries, angles=None) -> jax.Array:
+        if self.config.qk_norm:
+            queries = self.query_norm(queries)
+        if angles is not None:
+            queries = rotate(queries, angles, self.config.pairing)
+        return constrain(queries, "BTNH")
+
+    def _keys_values(self, keys, values, angles=None) -> KVCache:
         if self.config.qk_norm:
             keys = self.key_norm(keys)
         if angles is not None:
@@ -278,27 +299,25 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        queries: jax.Array,
         seen: KVCache,
         *,
         mask: jax.Array | None,
         sight: kernels.Sight | None = None,
         bias: jax.Array | None = None,
-        angles: jax.Array | None = None,
         reach: jax.Array | None = None,
         key: jax.Array | None = None,
         return_weights: bool = False,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Look from x at `seen`.
+        """Look at `seen`.
 
         Args:
-          x: [B, T, D].
+          queries: [B, T, N, H].
           seen: keys and values [B, S, K, H].
           mask: [B or 1, T, S]; of compressed attention, `compressed_mask`'s.
           sight: the rule that `mask` follows, which `config.attention_kernel` needs; it is not
             asked for a cache.
           bias: [B or 1, N, T, S], added to the scores.
-          angles: [B or 1, T, R / 2], the rotary angles of x's positions; None rotates nothing.
           reach: places of `seen` that are filled, where it is a cache; None is all.
           key: dropout key; None drops nothing.
           return_weights: whether the weights are asked for.
@@ -308,12 +327,6 @@ class Attention(nnx.Module):
           attention stand in the first 1 + S // c columns, the others are 0.
         """
         config = self.config
-        queries = self.query(x)
-        if config.qk_norm:
-            queries = self.query_norm(queries)
-        if angles is not None:
-            queries = rotate(queries, angles, config.pairing)
-        queries = constrain(queries, "BTNH")
         keys, values = self._compress(seen) if self.compressed else seen
         scale = config.head_width**-0.5 if config.attention_scaled else 1.0
         drops = key is not None and config.dropout > 0

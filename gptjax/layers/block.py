@@ -118,18 +118,18 @@ class Block(nnx.Module):
         captured: dict[str, Any] = {"residual": x}
 
         normed = self._before(self.attention_norm, x)
-        seen, reach = self.attention.keys_values(normed, view.angles), None
+        queries, seen = self.attention.projected(normed, view.angles)
+        reach = None
         if cache is not None:
             reach = jnp.max(start) + x.shape[1]
             seen = cache.own.swapped().write(seen, start)
             cache = cache._replace(own=seen.swapped())
         attended, captured["attention"] = self.attention(
-            normed,
+            queries,
             seen,
             mask=view.mask,
             sight=view.sight,
             bias=view.bias,
-            angles=view.angles,
             reach=reach,
             key=keys[0],
             return_weights="attention" in capture,
@@ -148,7 +148,7 @@ class Block(nnx.Module):
                 assert memory is not None
                 seen = self.cross_attention.keys_values(memory)
             crossed, captured["cross_attention"] = self.cross_attention(
-                normed,
+                self.cross_attention.queries(normed),
                 seen,
                 mask=view.memory_mask,
                 sight=view.memory_sight,
@@ -176,7 +176,7 @@ class Block(nnx.Module):
 
     def _before(self, norm, x: jax.Array) -> jax.Array:
         """What a layer reads of the stream."""
-        return constrain(x if self.config.norm_placement == "post" else norm(x), "BTD")
+        return constrain(x if self.config.norm_placement == "post" else norm(x), "BtD")
 
     def _after(self, norm, norm_after, x: jax.Array, added: jax.Array) -> jax.Array:
         """The stream with what a layer adds."""

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
-from gptjax.layers.linear import DEFAULT_STD, Linear
+from gptjax.layers.linear import DEFAULT_STD, Linear, project
 from gptjax.sharding import constrain
 
 
@@ -41,8 +41,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, D]."""
-        gate = None if self.gate is None else self.gate(x)
-        fed = activate(self.activation, self.up(x), gate)
+        if self.gate is None:
+            (up,), gate = project(x, self.up), None
+        else:
+            up, gate = project(x, self.up, self.gate)
+        fed = activate(self.activation, up, gate)
         return self.down(checkpoint_name(constrain(fed, "BTF"), "feedforward"))
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.sharding import auto_mesh, gathered
+from gptjax.sharding import auto_mesh, constrain, gathered
 
 DEFAULT_STD = 0.02
 """Standard deviation of GPT-2's initialisation (its released code, `model.py`)."""
@@ -53,3 +53,47 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y += self.bias.reshape(fan_out).astype(x.dtype)
         return y.reshape(*leading, *self.outputs)
+
+
+def project(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
+    """x [B, T, D] through several layers that read the same.
+
+    Where heads and channels are parted among devices, each has all tokens for its part only while
+    it multiplies: between the layers they are parted, and the backward pass brings them together
+    once more (Korthikanti et al. 2022, section 4.2.2). Its gradients by x are summed over devices
+    once for all layers.
+    """
+    if auto_mesh() is None:
+        return tuple(layer(x) for layer in layers)
+    kernels = tuple(gathered(layer.kernel.astype(x.dtype), layer.axes) for layer in layers)
+    products = _products(x, kernels)
+    return tuple(
+        y if layer.bias is None else y + layer.bias.astype(x.dtype)
+        for y, layer in zip(products, layers, strict=True)
+    )
+
+
+@jax.custom_vjp
+def _products(x: jax.Array, kernels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    whole = constrain(x, "BTD")
+    return tuple(jnp.tensordot(whole, kernel, 1) for kernel in kernels)
+
+
+def _products_forward(x, kernels):
+    return _products(x, kernels), (x, kernels)
+
+
+def _products_backward(residuals, gradients):
+    x, kernels = residuals
+    # Not before the gradients are there, and not the copy that the forward pass may have.
+    x, gradients = jax.lax.optimization_barrier((x, gradients))
+    whole = constrain(x, "BTD")
+    x_gradient = jnp.zeros_like(x)
+    for gradient, kernel in zip(gradients, kernels, strict=True):
+        outputs = tuple(range(2, gradient.ndim)), tuple(range(1, kernel.ndim))
+        x_gradient += jnp.tensordot(gradient, kernel, outputs)
+    by_kernels = tuple(jnp.tensordot(whole, gradient, ((0, 1), (0, 1))) for gradient in gradients)
+    return constrain(x_gradient, "BtD"), by_kernels
+
+
+_products.defvjp(_products_forward, _products_backward)

@@ -20,7 +20,8 @@ PARTS_A_STAGE = 4
 """Of a batch where nothing else is asked: a bubble of at most a fifth (Huang et al., section 2)."""
 
 RunTurn = Callable[[Any, jax.Array, Any, Any], tuple[jax.Array, Any]]
-"""(a turn's parameters, x, what belongs to its rows, its keys) → (x, other outputs [p, B, ...])."""
+"""(a turn's parameters, x, what belongs to its rows, its keys) → (x, other outputs, a turn of p
+layers giving [p, B, ...])."""
 
 
 def stages() -> int:
@@ -58,8 +59,8 @@ def run_stages(
     """Thread x through all turns of the stacks, as the stages of a pipeline.
 
     Args:
-      turn: one layer of each of the p kinds.
-      stacks: p trees of [turns, ...] arrays.
+      turn: p layers.
+      stacks: their parameters, [turns, ...] arrays.
       x: [B, T, D].
       rows: what belongs to the rows of x, arrays [B, ...], or [1, ...] where it is the same to all.
       keys: of the layers' dropout, [turns, p], or None.
@@ -69,6 +70,12 @@ def run_stages(
       x behind the last layer, and the turns' other outputs, [turns, p, B, ...].
     """
     count, batch = stages(), len(x)
+    turns = len(jax.tree.leaves(stacks)[0])
+    if turns % count:
+        raise InputError(
+            f"The {turns} groups of layers that run together are no multiple of the {count} stages "
+            "of the pipeline: choose another depth, remat_layers or pipeline."
+        )
     parts = microbatches(batch, asked)
     entering = _parted(x, parts)
     leaves, structure = jax.tree.flatten(rows)

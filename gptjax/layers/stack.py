@@ -122,28 +122,35 @@ def run_layers(
       What leaves the last layer, the cache in the form in which it came, and the other outputs,
       [L, ...].
     """
-    if config.remat != "none":
-        run = jax.checkpoint(run, static_argnums=0, policy=REMAT_POLICIES[config.remat])
+    policy = REMAT_POLICIES.get(config.remat)
+    if config.remat != "none" and config.remat_layers == 1:
+        run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
     keys = None if key is None else jax.random.split(key, depth)
-
-    def turn(params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any) -> tuple[jax.Array, Any]:
-        """A layer of each kind; caches, keys and outputs are [p, ...]."""
-        outputs = []
-        for kind in range(kinds):
-            own_cache, own_key = jax.tree.map(lambda leaf, kind=kind: leaf[kind], (cache, keys))
-            x, *output = run(kind, params[kind], x, rows, own_cache, own_key)
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
     staged = cache is None and stages() > 1
     if not (staged or config.scan_layers):
         return _unrolled(run, kinds, x, rows, layers or unstacked(stacks, depth), cache, keys)
-    by_turn = jax.tree.map(lambda leaf: leaf.reshape(-1, kinds, *leaf.shape[1:]), (cache, keys))
+
+    together = max(kinds, config.remat_layers)
+
+    def turn(params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any) -> tuple[jax.Array, Any]:
+        """Layers of each kind; parameters are [layers of the kind, ...], the rest [layers, ...]."""
+        outputs = []
+        for index in range(together):
+            own = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], params[index % kinds])
+            own_cache, own_key = jax.tree.map(lambda leaf, at=index: leaf[at], (cache, keys))
+            x, *output = run(index % kinds, own, x, rows, own_cache, own_key)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    if config.remat != "none" and config.remat_layers > 1:
+        turn = jax.checkpoint(turn, policy=policy)
+    params = _grouped(list(stacks), together // kinds)
+    by_turn = _grouped((cache, keys), together)
     if staged:
         x, outputs = run_stages(
             lambda params, x, rows, keys: turn(params, x, rows, None, keys),
-            list(stacks),
+            params,
             x,
             rows,
             by_turn[1],
@@ -151,10 +158,15 @@ def run_layers(
         )
     else:
         x, outputs = jax.lax.scan(
-            lambda x, given: turn(given[0], x, rows, *given[1]), x, (list(stacks), by_turn)
+            lambda x, given: turn(given[0], x, rows, *given[1]), x, (params, by_turn)
         )
     cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return x, cache, outputs
+
+
+def _grouped(tree: Any, size: int) -> Any:
+    """[n, ...] → [n / size, size, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
 
 
 def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], cache, keys):
