@@ -1,0 +1,126 @@
+"""Whatever the mesh, the compiled step gives one device's loss and gradient."""
+
+import functools
+import itertools
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from gptjax.config import MeshConfig, TransformerConfig
+from gptjax.equivalence import ROUNDING, ROWS, Case, difference
+from gptjax.sharding import AXES, build_mesh
+from gptjax.training.step import compile_train_step, init_state
+from gptjax.transformer import parameter_axes
+
+DEVICES = 8
+CHUNK = 11
+"""Tokens whose logits exist at a time on a device: no divisor of any device's tokens."""
+
+
+def config_of(family: str, parts: int) -> TransformerConfig:
+    """A tiny model of which every axis can be parted into so many."""
+    sizes = dict(
+        vocab_size=64,
+        context=16,
+        depth=parts,
+        width=8 * parts,
+        heads=2 * parts,
+        hidden=8 * parts,
+        scan_layers=True,
+        remat="full",
+    )
+    of_family = {
+        "decoder": dict(
+            positions="rotary",
+            norm="rmsnorm",
+            feedforward="swiglu",
+            kv_heads=parts,
+            experts=2 * parts,
+        ),
+        "encoder": dict(
+            segments=2,
+            encoder_heads="pretraining",
+            head_bias=True,
+            embedding_norm=True,
+            norm_placement="post",
+            final_norm=False,
+        ),
+        "encoder_decoder": dict(positions="relative", feedforward="relu", tied=False),
+    }
+    return TransformerConfig(family=family, **sizes, **of_family[family])
+
+
+@functools.cache
+def case_of(family: str, parts: int) -> Case:
+    config = config_of(family, parts)
+    case = Case(config, config)
+    if family == "encoder":
+        labels = np.arange(ROWS, dtype=np.int32) % 2
+        case.batch = case.batch._replace(next_sentence=labels)
+    return case
+
+
+def error(family: str, parts: int, accumulate: int = 1, **sizes: int) -> float:
+    """Of the loss and the gradient under a mesh, which the state's sharding is kept through."""
+    case = case_of(family, parts)
+    mesh = build_mesh(MeshConfig(**sizes), ROWS // accumulate)
+    keep_gradient = optax.trace(decay=0.0)
+    state = init_state(lambda: case.params, keep_gradient, mesh, parameter_axes(case.config))
+    step = compile_train_step(
+        case.loss(chunk=CHUNK), keep_gradient, state, case.batch, mesh, accumulate=accumulate
+    )
+    after, metrics = jax.block_until_ready(step(state, case.batch))
+    return difference((metrics.loss, after.optimizer.trace), case.plain)
+
+
+PAIRED = [
+    ("pipeline", "data", "fsdp"),
+    ("pipeline", "data", "sequence"),
+    ("pipeline", "expert", "tensor"),
+    ("data", "expert", "tensor"),
+    ("fsdp", "expert", "sequence"),
+    ("fsdp", "sequence", "tensor"),
+]
+
+
+def test_every_two_axes_meet_in_the_meshes_below():
+    met = {pair for axes in PAIRED for pair in itertools.combinations(axes, 2)}
+    assert met == set(itertools.combinations(AXES, 2))
+
+
+@pytest.mark.parametrize("axes", PAIRED, ids="-".join)
+def test_a_decoder_with_experts_under_every_two_axes(axes):
+    assert error("decoder", 2, **dict.fromkeys(axes, 2)) <= ROUNDING
+
+
+@pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize(
+    "axes", [("fsdp", "sequence", "tensor"), ("pipeline", "data", "tensor")], ids="-".join
+)
+def test_other_families_under_several_axes(family, axes):
+    assert error(family, 2, **dict.fromkeys(axes, 2)) <= ROUNDING
+
+
+def test_parts_of_a_batch_under_several_axes():
+    assert error("decoder", 2, accumulate=2, pipeline=2, fsdp=2, tensor=2) <= ROUNDING
+
+
+MESHES = [
+    dict(zip(AXES, sizes, strict=True))
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
+    if math.prod(sizes) == DEVICES
+]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    "mesh", MESHES, ids=lambda mesh: "-".join(f"{k}{n}" for k, n in mesh.items() if n > 1)
+)
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_every_family_under_every_mesh_of_eight(family, mesh, record_property):
+    found = error(family, DEVICES, **mesh)
+    record_property("error", found)
+    assert found <= ROUNDING
