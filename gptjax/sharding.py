@@ -149,7 +149,9 @@ def auto_mesh() -> AbstractMesh | None:
     return mesh if any(sizes[name] > 1 for name in mesh.auto_axes) else None
 
 
-def parameter_sharding(name: str, axes: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def parameter_sharding(
+    name: str, axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """Who holds which part of the parameter `name` with these axes.
 
     Raises:

@@ -1,8 +1,10 @@
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from gptjax.config import MeshConfig
 from gptjax.sharding import build_mesh
@@ -66,3 +68,9 @@ print(faults[2] - faults[1])
 """
     faults = int(run_python(program))
     assert (faults < 100) == keeps
+
+
+def test_who_holds_what_of_every_preset_is_as_written_down():
+    golden = ROOT / "tests" / "golden"
+    layouts = runpy.run_path(str(golden / "make_layouts.py"))["layouts"]
+    assert list(layouts()) == (golden / "layouts.txt").read_text().splitlines()

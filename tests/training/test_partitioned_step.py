@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,42 +21,47 @@ CHUNK = 11
 """Tokens whose logits exist at a time on a device: no divisor of any device's tokens."""
 
 
-def config_of(family: str, parts: int) -> TransformerConfig:
-    """A tiny model of which every axis can be parted into so many."""
-    sizes = dict(
+FAMILIES: dict[str, dict[str, Any]] = {
+    "decoder": {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "feedforward": "swiglu",
+        "attention_cap": 20.0,
+    },
+    "encoder": {
+        "family": "encoder",
+        "segments": 2,
+        "encoder_heads": "pretraining",
+        "head_bias": True,
+        "embedding_norm": True,
+        "norm_placement": "post",
+        "final_norm": False,
+    },
+    "encoder_decoder": {
+        "family": "encoder_decoder",
+        "positions": "relative",
+        "feedforward": "relu",
+        "tied": False,
+    },
+}
+
+
+@functools.cache
+def case_of(family: str, parts: int) -> Case:
+    """A tiny model of which every axis can be parted into so many, the decoder with experts."""
+    config = TransformerConfig(
         vocab_size=64,
         context=16,
         depth=parts,
         width=8 * parts,
         heads=2 * parts,
+        kv_heads=parts,
         hidden=8 * parts,
+        experts=2 * parts if family == "decoder" else 0,
         scan_layers=True,
         remat="full",
+        **FAMILIES[family],
     )
-    of_family = {
-        "decoder": dict(
-            positions="rotary",
-            norm="rmsnorm",
-            feedforward="swiglu",
-            kv_heads=parts,
-            experts=2 * parts,
-        ),
-        "encoder": dict(
-            segments=2,
-            encoder_heads="pretraining",
-            head_bias=True,
-            embedding_norm=True,
-            norm_placement="post",
-            final_norm=False,
-        ),
-        "encoder_decoder": dict(positions="relative", feedforward="relu", tied=False),
-    }
-    return TransformerConfig(family=family, **sizes, **of_family[family])
-
-
-@functools.cache
-def case_of(family: str, parts: int) -> Case:
-    config = config_of(family, parts)
     case = Case(config, config)
     if family == "encoder":
         labels = np.arange(ROWS, dtype=np.int32) % 2
@@ -63,8 +69,8 @@ def case_of(family: str, parts: int) -> Case:
     return case
 
 
-def error(family: str, parts: int, accumulate: int = 1, **sizes: int) -> float:
-    """Of the loss and the gradient under a mesh, which the state's sharding is kept through."""
+def error(family: str, parts: int, accumulate: int = 1, **sizes: Any) -> float:
+    """Of the loss and the gradient of a step under the mesh of these sizes."""
     case = case_of(family, parts)
     mesh = build_mesh(MeshConfig(**sizes), ROWS // accumulate)
     keep_gradient = optax.trace(decay=0.0)
