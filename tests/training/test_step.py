@@ -81,6 +81,14 @@ def test_many_devices_are_one(devices):
     assert_same(state.optimizer, expected.optimizer)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pmap_is_jit_on_one_device_and_on_many(accumulate):
+    found = stepped(steps=2, devices=4, pmap=True, accumulate=accumulate)
+    assert_same(found[1], stepped(steps=2)[1])
+    # The same program on the same shares: Adam's signs of nothing are the same too.
+    assert_same(found, stepped(steps=2, devices=4, accumulate=accumulate))
+
+
 def test_parts_on_many_devices_are_one_large_batch():
     assert_same(stepped(accumulate=4, devices=2)[1], reference()[1])
 
