@@ -99,7 +99,8 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
       devices: to choose from; None takes JAX's.
 
     Raises:
-      InputError: axes whose product is not the number of devices, or that do not divide the rows.
+      InputError: axes whose product is not the number of devices, or that do not divide the rows;
+        other slices than the devices have, or that do not share `data` evenly.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
@@ -107,7 +108,7 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
     if others == 1 and not config.data and config.slices == 1:
         sizes[DATA] = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
         devices = devices[: sizes[DATA]]
-    sizes[DATA] = sizes[DATA] or len(devices) // others
+    sizes[DATA] = sizes[DATA] or max(len(devices) // others, 1)
     product = math.prod(sizes.values())
     if product != len(devices):
         told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
@@ -130,6 +131,14 @@ def _arranged(shape: list[int], devices: Sequence[Any], slices: int) -> np.ndarr
     """Devices so that neighbours in the mesh are neighbours in the machine."""
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if found != slices:
+        raise InputError(
+            f"MeshConfig.slices is {slices}: the {len(devices)} devices are of {found}."
+        )
+    data = shape[AXES.index(DATA)]
+    if data % slices:
+        raise InputError(f"The mesh has data {data}: it must be a multiple of the {slices} slices.")
     across = [slices if name == DATA else 1 for name in AXES]
     within = [size // over for size, over in zip(shape, across, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(

@@ -1,13 +1,17 @@
+import importlib
 import os
 import runpy
 import subprocess
 import sys
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import EXPERIMENTS, ROOT
 
-from gptjax.config import MeshConfig
-from gptjax.sharding import build_mesh
+from gptjax.cli import run_experiment
+from gptjax.config import InputError, MeshConfig
+from gptjax.sharding import AXES, build_mesh, parameter_sharding
 
 SMALL, MEDIUM, LARGE = 1_000_000, 20_000_000, 100_000_000
 
@@ -68,6 +72,105 @@ print(faults[2] - faults[1])
 """
     faults = int(run_python(program))
     assert (faults < 100) == keeps
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "sentence"),
+    [
+        ({"fsdp": 3}, 24, r"The mesh is data 2 x fsdp 3, 6 devices: there are 8\."),
+        ({"data": 4}, 8, r"The mesh is data 4, 4 devices: there are 8\."),
+        ({"tensor": 16}, 8, r"The mesh is tensor 16, 16 devices: there are 8\."),
+        ({"data": 2, "fsdp": 2, "expert": 2}, 12, "12 rows: it must be a multiple of the 8 parts"),
+        ({"slices": 2}, 8, r"MeshConfig\.slices is 2: the 8 devices are of 1\."),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, rows, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build_mesh(MeshConfig(**sizes), rows)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "others"),
+    [
+        ("data", -1, {}),
+        ("tensor", 0, {}),
+        ("data", 3, {"slices": 2}),
+        ("pmap", True, {"fsdp": 2}),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused(field, value, others):
+    with pytest.raises(InputError, match=rf"MeshConfig\.{field} is {value}: it must be "):
+        MeshConfig(**{field: value}, **others)
+
+
+def test_what_data_is_left_follows_from_the_other_axes():
+    assert build_mesh(MeshConfig(fsdp=2, tensor=2), rows=8).shape["data"] == 2
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sentence"),
+    [
+        ("DF", (6, 5), r"layer\.kernel has F = 5, which tensor = 2 does not divide: 6 would\."),
+        ("LD", (3, 6), r"layer\.kernel has L = 3, which pipeline = 2 does not divide: 4 would\."),
+        ("NF", (4, 4), r"The mesh axis tensor would part two axes of layer\.kernel \(NF\)\."),
+    ],
+)
+def test_a_parameter_that_cannot_be_parted_is_named(axes, shape, sentence):
+    mesh = build_mesh(MeshConfig(pipeline=2, fsdp=2, tensor=2), rows=8)
+    with pytest.raises(InputError, match=sentence):
+        parameter_sharding("layer.kernel", axes, shape, mesh)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device of a machine of several slices."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
+    process_index: int = 0
+
+
+CHIPS = [Chip(number, number % 2) for number in range(16)]
+
+
+def test_only_data_crosses_slices():
+    mesh = build_mesh(MeshConfig(data=4, fsdp=2, tensor=2, slices=2), 8, CHIPS)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    by_data = np.moveaxis(slices, AXES.index("data"), 0).reshape(4, -1)
+    np.testing.assert_array_equal(by_data, np.repeat([0, 0, 1, 1], 4).reshape(4, 4))
+
+
+def test_slices_that_the_devices_do_not_have_are_refused():
+    with pytest.raises(InputError, match=r"MeshConfig\.slices is 4: the 16 devices are of 2\."):
+        build_mesh(MeshConfig(data=4, fsdp=4, slices=4), 16, CHIPS)
+    with pytest.raises(InputError, match=r"data 1: it must be a multiple of the 2 slices\."):
+        build_mesh(MeshConfig(fsdp=16, slices=2), 16, CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--mesh.fsdp=3", "The mesh is data 2 x fsdp 3, 6 devices: there are 8."),
+        (
+            "--mesh.pipeline=8",
+            "attention.key.bias has L = 4, which pipeline = 8 does not divide: 8",
+        ),
+    ],
+)
+def test_an_experiment_says_what_does_not_fit_in_a_sentence(
+    flag, sentence, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    quickstart = importlib.import_module("quickstart")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", flag, f"--out={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        run_experiment(quickstart.quickstart, {"quickstart": quickstart.DEFAULTS}, "runs", "")
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert sentence in told
+    assert told.count("\n") == 1
 
 
 def test_who_holds_what_of_every_preset_is_as_written_down():

@@ -81,12 +81,11 @@ def test_many_devices_are_one(devices):
     assert_same(state.optimizer, expected.optimizer)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_pmap_is_jit_on_one_device_and_on_many(accumulate):
-    found = stepped(steps=2, devices=4, pmap=True, accumulate=accumulate)
-    assert_same(found[1], stepped(steps=2)[1])
-    # The same program on the same shares: Adam's signs of nothing are the same too.
-    assert_same(found, stepped(steps=2, devices=4, accumulate=accumulate))
+def test_pmap_is_jit_on_one_device_and_on_two():
+    state, metrics = stepped(steps=2, devices=2, pmap=True)
+    assert_same(metrics, stepped(steps=2)[1])
+    # The same shares: what is nothing but rounding is the same too, and Adam's signs of it.
+    assert_same((state, metrics), stepped(steps=2, devices=2))
 
 
 def test_parts_on_many_devices_are_one_large_batch():
