@@ -4,6 +4,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -158,3 +159,32 @@ def test_gradients_are_clipped_by_their_global_norm():
     large = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e4), PARAMS)
     first, second = (transformation.update(g, state, PARAMS)[0] for g in (small, large))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, second)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_first_moment_in_bfloat16_takes_half_and_steps_alike(name):
+    def stepped(moments: Any) -> tuple[Any, Any]:
+        config = OptimizerConfig(name=name, moments=moments, epsilon=1e-2, **STEADY)
+        transformation = build_optimizer(config, steps=10)
+        params, state = PARAMS, transformation.init(PARAMS)
+        for number in range(3):
+            gradient = jax.tree.map(
+                lambda leaf, scale=number + 1: scale * jnp.cos(9 * leaf), params
+            )
+            updates, state = transformation.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    def moments_of(state: Any, which: str) -> list[jax.Array]:
+        found = jax.tree_util.tree_leaves_with_path(state)
+        return [leaf for path, leaf in found if f".{which}" in map(str, path)]
+
+    (half, half_state), (whole, whole_state) = stepped("bfloat16"), stepped("float32")
+    first, second = moments_of(half_state, "mu"), moments_of(half_state, "nu")
+    assert {leaf.dtype.name for leaf in first} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in second} == {"float32"}
+    in_float32 = moments_of(whole_state, "mu")
+    assert 2 * sum(leaf.nbytes for leaf in first) == sum(leaf.nbytes for leaf in in_float32)
+    moved = optax.tree.sub(whole, PARAMS)
+    apart = optax.tree.norm(optax.tree.sub(half, whole)) / optax.tree.norm(moved)
+    assert 0 < apart < 0.05

@@ -70,15 +70,20 @@ def case_of(family: str, parts: int) -> Case:
     return case
 
 
-def error(family: str, parts: int, accumulate: int = 1, **sizes: Any) -> float:
-    """Of the loss and the gradient of a step under the mesh of these sizes."""
-    case = case_of(family, parts)
+def step_under(case: Case, *, accumulate: int = 1, sizes: dict[str, Any], **changes: Any):
+    """The compiled step under the mesh of these sizes, with `changes` of the model; its state."""
     mesh = build_mesh(MeshConfig(**sizes), ROWS // accumulate)
     keep_gradient = optax.trace(decay=0.0)
     state = init_state(lambda: case.params, keep_gradient, mesh, parameter_axes(case.config))
-    step = compile_train_step(
-        case.loss(chunk=CHUNK), keep_gradient, state, case.batch, mesh, accumulate=accumulate
-    )
+    loss = case.loss(chunk=CHUNK, **changes)
+    step = compile_train_step(loss, keep_gradient, state, case.batch, mesh, accumulate=accumulate)
+    return step, state
+
+
+def error(family: str, parts: int, sizes: dict[str, Any], **how: Any) -> float:
+    """Of the loss and the gradient of a step under the mesh of these sizes."""
+    case = case_of(family, parts)
+    step, state = step_under(case, sizes=sizes, **how)
     after, metrics = jax.block_until_ready(step(state, case.batch))
     return difference((metrics.loss, after.optimizer.trace), case.plain)
 
@@ -93,6 +98,9 @@ PAIRED = [
 ]
 
 
+THREE = ("pipeline", "fsdp", "tensor")
+
+
 def test_every_two_axes_meet_in_the_meshes_below():
     met = {pair for axes in PAIRED for pair in itertools.combinations(axes, 2)}
     assert met == set(itertools.combinations(AXES, 2))
@@ -100,7 +108,7 @@ def test_every_two_axes_meet_in_the_meshes_below():
 
 @pytest.mark.parametrize("axes", PAIRED, ids="-".join)
 def test_a_decoder_with_experts_under_every_two_axes(axes):
-    assert error("decoder", 2, **dict.fromkeys(axes, 2)) <= ROUNDING
+    assert error("decoder", 2, dict.fromkeys(axes, 2)) <= ROUNDING
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
@@ -108,11 +116,29 @@ def test_a_decoder_with_experts_under_every_two_axes(axes):
     "axes", [("fsdp", "sequence", "tensor"), ("pipeline", "data", "tensor")], ids="-".join
 )
 def test_other_families_under_several_axes(family, axes):
-    assert error(family, 2, **dict.fromkeys(axes, 2)) <= ROUNDING
+    assert error(family, 2, dict.fromkeys(axes, 2)) <= ROUNDING
 
 
 def test_parts_of_a_batch_under_several_axes():
-    assert error("decoder", 2, accumulate=2, pipeline=2, fsdp=2, tensor=2) <= ROUNDING
+    assert error("decoder", 2, dict.fromkeys(THREE, 2), accumulate=2) <= ROUNDING
+
+
+def test_a_block_whose_input_waits_with_the_host_under_several_axes():
+    assert error("encoder", 2, dict.fromkeys(THREE, 2), remat="offload") <= ROUNDING
+
+
+def test_dropout_in_a_pipeline_follows_the_step_alone():
+    case = case_of("encoder", 2)
+    step, state = step_under(case, sizes=dict.fromkeys(THREE, 2), dropout=0.5)
+
+    def loss(number: int) -> float:
+        of_step = jax.tree.map(lambda leaf: leaf.copy(), state)._replace(step=np.int32(number))
+        return float(step(jax.device_put(of_step, shardings), case.batch)[1].loss)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert loss(0) == loss(0)
+    assert loss(1) != loss(0)
+    assert abs(loss(0) - float(case.plain[0])) > 1e-3
 
 
 MESHES = [
@@ -128,6 +154,6 @@ MESHES = [
 )
 @pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
 def test_every_family_under_every_mesh_of_eight(family, mesh, record_property):
-    found = error(family, DEVICES, **mesh)
+    found = error(family, DEVICES, mesh)
     record_property("error", found)
     assert found <= ROUNDING
