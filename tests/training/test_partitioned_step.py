@@ -1,5 +1,6 @@
 """Whatever the mesh, the compiled step gives one device's loss and gradient."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,6 +13,7 @@ import pytest
 
 from gptjax.config import MeshConfig, TransformerConfig
 from gptjax.equivalence import ROUNDING, ROWS, Case, difference
+from gptjax.presets import preset
 from gptjax.sharding import AXES, build_mesh
 from gptjax.training.step import compile_train_step, init_state
 from gptjax.transformer import parameter_axes
@@ -70,7 +72,7 @@ def case_of(family: str, parts: int) -> Case:
     return case
 
 
-def step_under(case: Case, *, accumulate: int = 1, sizes: dict[str, Any], **changes: Any):
+def step_under(case: Case, sizes: dict[str, Any], accumulate: int = 1, **changes: Any) -> Any:
     """The compiled step under the mesh of these sizes, with `changes` of the model; its state."""
     mesh = build_mesh(MeshConfig(**sizes), ROWS // accumulate)
     keep_gradient = optax.trace(decay=0.0)
@@ -80,10 +82,9 @@ def step_under(case: Case, *, accumulate: int = 1, sizes: dict[str, Any], **chan
     return step, state
 
 
-def error(family: str, parts: int, sizes: dict[str, Any], **how: Any) -> float:
-    """Of the loss and the gradient of a step under the mesh of these sizes."""
-    case = case_of(family, parts)
-    step, state = step_under(case, sizes=sizes, **how)
+def error_of(case: Case, sizes: dict[str, Any], **how: Any) -> float:
+    """Of the loss and the gradient of that step."""
+    step, state = step_under(case, sizes, **how)
     after, metrics = jax.block_until_ready(step(state, case.batch))
     return difference((metrics.loss, after.optimizer.trace), case.plain)
 
@@ -108,7 +109,7 @@ def test_every_two_axes_meet_in_the_meshes_below():
 
 @pytest.mark.parametrize("axes", PAIRED, ids="-".join)
 def test_a_decoder_with_experts_under_every_two_axes(axes):
-    assert error("decoder", 2, dict.fromkeys(axes, 2)) <= ROUNDING
+    assert error_of(case_of("decoder", 2), dict.fromkeys(axes, 2)) <= ROUNDING
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
@@ -116,20 +117,32 @@ def test_a_decoder_with_experts_under_every_two_axes(axes):
     "axes", [("fsdp", "sequence", "tensor"), ("pipeline", "data", "tensor")], ids="-".join
 )
 def test_other_families_under_several_axes(family, axes):
-    assert error(family, 2, dict.fromkeys(axes, 2)) <= ROUNDING
+    assert error_of(case_of(family, 2), dict.fromkeys(axes, 2)) <= ROUNDING
 
 
 def test_parts_of_a_batch_under_several_axes():
-    assert error("decoder", 2, dict.fromkeys(THREE, 2), accumulate=2) <= ROUNDING
+    assert error_of(case_of("decoder", 2), dict.fromkeys(THREE, 2), accumulate=2) <= ROUNDING
 
 
 def test_a_block_whose_input_waits_with_the_host_under_several_axes():
-    assert error("encoder", 2, dict.fromkeys(THREE, 2), remat="offload") <= ROUNDING
+    assert error_of(case_of("encoder", 2), dict.fromkeys(THREE, 2), remat="offload") <= ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["alibi", "gemma-style", "lstm", "t-dmca"])
+def test_other_variants_under_several_axes(name):
+    tiny = {"vocab_size": 64, "context": 16, "depth": 2, "width": 16, "hidden": 24, "heads": 4}
+    config = dataclasses.replace(preset(name), **tiny, scan_layers=True)
+    case = Case(config, config)
+    if name != "t-dmca":  # The others' rows may hold several documents.
+        documents = np.repeat([[1] * 5 + [2] * 11], ROWS, axis=0)
+        case.batch = case.batch._replace(documents=documents)
+    assert error_of(case, dict.fromkeys(("fsdp", "sequence", "tensor"), 2)) <= ROUNDING
 
 
 def test_dropout_in_a_pipeline_follows_the_step_alone():
     case = case_of("encoder", 2)
-    step, state = step_under(case, sizes=dict.fromkeys(THREE, 2), dropout=0.5)
+    step, state = step_under(case, dict.fromkeys(THREE, 2), dropout=0.5)
 
     def loss(number: int) -> float:
         of_step = jax.tree.map(lambda leaf: leaf.copy(), state)._replace(step=np.int32(number))
@@ -154,6 +167,6 @@ MESHES = [
 )
 @pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
 def test_every_family_under_every_mesh_of_eight(family, mesh, record_property):
-    found = error(family, DEVICES, mesh)
+    found = error_of(case_of(family, DEVICES), mesh)
     record_property("error", found)
     assert found <= ROUNDING
