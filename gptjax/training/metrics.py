@@ -13,24 +13,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from gptjax.chips import chip_of
 from gptjax.config import InputError
 from gptjax.distributed import is_first
 from gptjax.training.console import ConsoleWriter
 
 MFU_FORMULA = "MFU = tokens/s × training FLOPs a token / peak FLOP/s"
 """Model FLOPs utilisation, after PaLM (Chowdhery et al. 2022, appendix B)."""
-
-PEAK_FLOPS = {
-    # Dense bfloat16 FLOP/s a chip, from the vendors' data sheets, by a part of the device kind.
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 class Peak(NamedTuple):
@@ -45,9 +34,10 @@ class Peak(NamedTuple):
 def peak_flops() -> Peak:
     """The peak of the devices in use: the data sheet's where it is known, else measured here."""
     device, count = jax.devices()[0], jax.device_count()
-    for name, flops in PEAK_FLOPS.items():
-        if name in device.device_kind:
-            return Peak(count * flops, f"{count} × {device.device_kind}, dense bfloat16 data sheet")
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        flops = count * chip.flops / chip.devices
+        return Peak(flops, f"{count} × {device.device_kind}, dense bfloat16 data sheet")
     if device.platform == "cpu":
         # Virtual CPU devices share the cores that one product already uses.
         return Peak(measured_matmul_flops(), "a 2048 × 2048 × 2048 float32 product, measured now")

@@ -1,0 +1,232 @@
+"""What devices send each other in a step: found in the compiled program, and as theory has it."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.preflight.hlo import HOST_SPACE, Instruction, Program
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+SUMS = ("all-reduce", "reduce-scatter")
+SCATTERS = "all-reduce-scatter"
+"""Begins the name of a TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program."""
+
+    kind: str
+    bytes: int
+    """Of the whole that is gathered, summed or exchanged, on one device, each time."""
+    count: int
+    """Times a step."""
+    group: tuple[int, ...]
+    """Devices that take part, as places in the mesh; one group of those that do so at once."""
+    axes: tuple[str, ...]
+    """The mesh's axes along which they lie."""
+
+    @property
+    def sent(self) -> float:
+        """Bytes a step that a device sends, by a ring."""
+        others = (len(self.group) - 1) / max(len(self.group), 1)
+        rounds = {"all-reduce": 2 * others, "collective-permute": 1.0}
+        return self.count * self.bytes * rounds.get(self.kind, others)
+
+
+def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
+    """Those of a program that was compiled for a mesh of these sizes; groups of one are none.
+
+    Parts of an asynchronous one share a channel and count once.
+    """
+    found: dict[str, Collective] = {}
+    for name, computation in program.computations.items():
+        times = program.counts.get(name, 0)
+        for instruction in computation.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS or not times:
+                continue
+            group = device_group(instruction.attributes, math.prod(mesh.values()))
+            if len(group) < 2:
+                continue
+            size = _whole(instruction, kind, len(group))
+            if kind == "all-reduce" and name.startswith(SCATTERS):
+                kind = "reduce-scatter"
+            key = instruction.channel or instruction.name
+            earlier = found.get(key)
+            if earlier is None or earlier.count < times:
+                found[key] = Collective(kind, size, times, group, _axes(group, mesh))
+    return list(found.values())
+
+
+def _whole(instruction: Instruction, kind: str, devices: int) -> int:
+    """Bytes of the whole; what `…-start` gives begins with what it is given."""
+    given = [array for array in instruction.arrays if array.space != HOST_SPACE]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        given = given[1:2] if kind == "collective-permute" else given[len(given) // 2 :]
+    size = sum(array.bytes for array in given)
+    return size * devices if kind == "reduce-scatter" else size
+
+
+def device_group(attributes: str, devices: int) -> tuple[int, ...]:
+    """The first group of devices in an instruction's attributes, in any of XLA's ways to say it.
+
+    They are `replica_groups={{0,1},{2,3}}`, `replica_groups=[2,2]<=[4]` (rows of an iota, with
+    `T(1,0)` transposed), `replica_groups=mesh['a'=2,'b'=2] {'a'}`, `source_target_pairs={{0,1}}`;
+    `replica_groups={}` is all of them.
+    """
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", attributes):
+        ids = np.array(re.findall(r"\d+", pairs[1]), int).reshape(-1, 2)
+        return tuple(int(device) for device in _chain(ids))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return tuple(map(int, listed[1].split(",")))
+    iota = r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if rows := re.search(iota, attributes):
+        shape, source = _numbers(rows[1]), _numbers(rows[2])
+        order = _numbers(rows[3]) if rows[3] else list(range(len(source)))
+        ids = np.arange(math.prod(source)).reshape(source).transpose(order)
+        return tuple(int(device) for device in ids.reshape(shape)[0])
+    if named := re.search(r"replica_groups=@?\w*mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", attributes):
+        return _named_group(named[1], named[2])
+    return tuple(range(devices))
+
+
+def _chain(pairs: np.ndarray) -> list[int]:
+    """The devices that are reached from the first pair's source, one sending to the next."""
+    following = dict(pairs.tolist())
+    chain = [int(pairs[0, 0])]
+    while (after := following.get(chain[-1])) is not None and after not in chain:
+        chain.append(after)
+    return chain
+
+
+def _named_group(sizes: str, used: str) -> tuple[int, ...]:
+    """A group along axes of XLA's own mesh; `'a':(2)4` is 4 of them, from 2 on, of a split axis."""
+    lengths = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
+    places = np.arange(math.prod(lengths.values())).reshape(tuple(lengths.values()))
+    taken: list[int | slice] = [0] * len(lengths)
+    names = list(lengths)
+    for name, before, count in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", used):
+        step = lengths[name] // (int(before) * int(count)) if count else 1
+        stop = int(count) * step if count else lengths[name]
+        taken[names.index(name)] = slice(0, stop, step)
+    return tuple(int(place) for place in np.ravel(places[tuple(taken)]))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _axes(group: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    coordinates = np.unravel_index(np.array(group), tuple(mesh.values()))
+    varies = (len(np.unique(along)) > 1 for along in coordinates)
+    return tuple(name for name, differs in zip(mesh, varies, strict=True) if differs)
+
+
+class Weight(NamedTuple):
+    """A parameter, as its sharding has it."""
+
+    elements: int
+    """Of the whole."""
+    axes: tuple[str, ...]
+    """The mesh's axes over which it is parted."""
+
+
+class Expected(NamedTuple):
+    """What theory says of one kind of traffic."""
+
+    what: str
+    axis: str
+    kinds: tuple[str, ...]
+    """The collectives that are compared with it."""
+    bytes: float
+    """A step, on one device, as `Collective.bytes` times its count."""
+    found: float
+    """The same, of the program."""
+    note: str
+    """What the compiler chose that theory did not ask for."""
+
+
+class Shapes(NamedTuple):
+    """What theory is told of a step."""
+
+    weights: Iterable[Weight]
+    element: int
+    """Bytes of a number in the products."""
+    layers: int
+    tokens: int
+    """Of a step, on one device's part of the batch; along `tensor` they count whole."""
+    width: int
+    parts: int
+    """That a batch is computed in."""
+    remat: bool
+    """Whether the forward pass runs twice."""
+    experts_per_token: int
+    training: bool
+
+
+def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -> list[Expected]:
+    """Theory beside what was found, an axis of the mesh at a time.
+
+    Sources: FSDP, Zhao et al. 2023, section 3; tensor parallelism, Shoeybi et al. 2019, section 3,
+    where an all-gather and a reduce-scatter together are one all-reduce (Korthikanti et al. 2022);
+    experts, Lepikhin et al. 2020. A program may send more: sums of losses and norms, masks.
+    """
+    rows = []
+    weights = list(shapes.weights)
+    gathers = 2 if shapes.training else 1
+    layer = shapes.layers * shapes.tokens * shapes.width * shapes.element
+
+    def add(what: str, axis: str, kinds: tuple[str, ...], amount: float) -> None:
+        own = [one for one in found if axis in one.axes and one.kind in kinds]
+        total = sum(one.count * one.bytes for one in own)
+        whole = sum(one.count * one.bytes for one in own if one.kind == "all-reduce")
+        note = ""
+        if axis == "fsdp" and kinds == SUMS and whole > total / 10:
+            note = f"{whole / total:.0%} of it by a plain all-reduce, which sends twice as much"
+        rows.append(Expected(what, axis, kinds, amount, total, note))
+
+    if mesh.get("fsdp", 1) > 1:
+        local = _elements(weights, "fsdp", mesh) * shapes.element * shapes.parts
+        add(f"weights gathered {gathers} times", "fsdp", ("all-gather",), gathers * local)
+        if shapes.training:
+            add("gradients summed once", "fsdp", SUMS, local)
+    if mesh.get("data", 1) > 1 and shapes.training:
+        amount = sum(weight.elements / _parted(weight, mesh) for weight in weights)
+        add("gradients summed once", "data", SUMS, amount * shapes.element)
+    if mesh.get("tensor", 1) > 1:
+        passes = (2 + shapes.remat) if shapes.training else 1
+        kinds = ("all-gather", "all-reduce", "reduce-scatter")
+        # Each of 2 all-reduces a layer and pass; found, a gather and a scatter count half each.
+        what = f"activations, {2 * passes} all-reduces a layer"
+        row = Expected(what, "tensor", kinds, 2 * passes * layer, _equivalent(found), "")
+        rows.append(row)
+    if mesh.get("expert", 1) > 1:
+        passes = (2 + shapes.remat) if shapes.training else 1
+        amount = 2 * passes * layer * shapes.experts_per_token
+        add("tokens to experts and back", "expert", ("all-to-all",), amount)
+    return rows
+
+
+def _elements(weights: list[Weight], axis: str, mesh: Mapping[str, int]) -> float:
+    """Numbers on a device of those weights that are parted over `axis`, once it is gathered."""
+    parted = (weight for weight in weights if axis in weight.axes)
+    return sum(weight.elements / _parted(weight, mesh) * mesh[axis] for weight in parted)
+
+
+def _parted(weight: Weight, mesh: Mapping[str, int]) -> int:
+    return math.prod(mesh[axis] for axis in weight.axes)
+
+
+def _equivalent(found: list[Collective]) -> float:
+    """Bytes of all-reduces along `tensor`, of which a gather and a scatter are half each."""
+    share = {"all-reduce": 1.0, "all-gather": 0.5, "reduce-scatter": 0.5}
+    return sum(
+        one.count * one.bytes * share[one.kind]
+        for one in found
+        if one.axes == ("tensor",) and one.kind in share
+    )

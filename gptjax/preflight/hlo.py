@@ -1,0 +1,251 @@
+"""The text of a compiled program (`compiled.as_text()`), read: what runs how often on what.
+
+XLA's text has a line an instruction, but for kernels, whose metadata goes on over lines that begin
+at column 0; so a computation ends only at a line that is `}`. Which source line an instruction
+comes from stands in tables before the first computation.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16}
+"""Of the types whose name does not end with them."""
+HOST_SPACE = 5
+"""XLA's memory spaces: 0 is HBM, 5 the host's memory, the others are on the processor."""
+
+
+class Array(NamedTuple):
+    """An array of a shape, as `bf16[8,128]{1,0:T(8,128)S(1)}`."""
+
+    type: str
+    dimensions: tuple[int, ...]
+    space: int
+    """The memory in which it lies."""
+
+    @property
+    def bytes(self) -> int:
+        """Without padding."""
+        return math.prod(self.dimensions) * _bits(self.type) // 8
+
+
+def _bits(name: str) -> int:
+    if name in BITS:
+        return BITS[name]
+    digits = re.match(r"[a-z]+(\d+)", name)
+    return int(digits[1]) if digits else 0
+
+
+def arrays(shape: str) -> list[Array]:
+    """The arrays of a shape, of a tuple all of them in order."""
+    return [
+        Array(
+            kind,
+            tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size),
+            int(space[1]) if (space := re.search(r"S\((\d+)\)", layout)) else 0,
+        )
+        for kind, sizes, layout in re.findall(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?", shape)
+    ]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    """All that follows the operands."""
+    root: bool = False
+
+    @functools.cached_property
+    def arrays(self) -> list[Array]:
+        """What it gives."""
+        return arrays(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of all it gives."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def op_name(self) -> str:
+        """Where in the traced program it comes from: `jit(step)/jvp()/while/body/dot_general`."""
+        return self._attribute(r'op_name="([^"]*)"')
+
+    @property
+    def channel(self) -> str:
+        """The channel of a collective, which its repeated parts share."""
+        return self._attribute(r"channel_id=(\d+)")
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it runs: a fusion's, a loop's, a condition's."""
+        single = r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+        names = re.findall(single, self.attributes)
+        several = re.search(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes)
+        return names + (re.findall(r"[\w.-]+", several[1]) if several else [])
+
+    def _attribute(self, pattern: str) -> str:
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
+
+@dataclass
+class Program:
+    """A compiled program."""
+
+    computations: dict[str, dict[str, Instruction]]
+    """By name, their instructions by name, in order."""
+    entry: str
+    """The computation that runs first."""
+    frames: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
+    """By `stack_frame_id`: file, function and line, the innermost first."""
+
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """How often each computation runs in one step; both branches of a condition run once."""
+        counts: dict[str, int] = {}
+
+        def run(name: str, times: int) -> None:
+            counts[name] = counts.get(name, 0) + times
+            for instruction in self.computations[name].values():
+                if instruction.opcode.endswith(("-update", "-done")):
+                    continue  # The rest of what was counted at its start.
+                inner = times
+                if instruction.opcode == "while":
+                    inner *= self.trips(instruction)
+                for called in instruction.called:
+                    if called in self.computations and called != name:
+                        run(called, inner)
+
+        run(self.entry, 1)
+        return counts
+
+    def trips(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs.
+
+        Where XLA does not say, it is the constant that the loop's condition compares with; 1 if
+        there is none.
+        """
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
+        limits = [
+            int(instruction.operands[0])
+            for name in (self._reached(condition[1]) if condition else ())
+            for instruction in self.computations[name].values()
+            if instruction.opcode == "constant" and re.fullmatch(r"[su]\d+\[\]", _plain(instruction.shape))
+        ]
+        return max([1, *limits])
+
+    def _reached(self, name: str) -> Iterator[str]:
+        yield name
+        for instruction in self.computations[name].values():
+            for called in instruction.called:
+                if called in self.computations:
+                    yield from self._reached(called)
+
+    @functools.cached_property
+    def instructions(self) -> dict[str, Instruction]:
+        """Every instruction by name, which is one in all of the program."""
+        return {
+            instruction.name: instruction
+            for computation in self.computations.values()
+            for instruction in computation.values()
+        }
+
+    def source(self, instruction: Instruction) -> list[tuple[str, str, int]]:
+        """File, function and line that traced it, the innermost first."""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        return self.frames.get(frame[1], []) if frame else []
+
+
+def _plain(shape: str) -> str:
+    return re.sub(r"\{[^}]*\}", "", shape)
+
+
+def read_program(text: str) -> Program:
+    """The program in `compiled.as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if current is None:
+            header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line)
+            if header:
+                current = computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+        elif line == "}":
+            current = None
+        elif line.startswith("  ") and (instruction := _instruction(line)):
+            current[instruction.name] = instruction
+    return Program(computations, entry, _frames(text))
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"  (ROOT )?%?([\w.-]+) = ", line)
+    if head is None:
+        return None
+    shape_end = _closing(line, head.end()) if line[head.end()] == "(" else line.find(" ", head.end())
+    opcode = re.match(r" *([\w-]+)\(", line[shape_end:])
+    if opcode is None:
+        return None
+    opening = shape_end + opcode.end() - 1
+    closing = _closing(line, opening)
+    within = line[opening + 1 : closing - 1]
+    operands = re.findall(r"%([\w.-]+)", within) or re.findall(r"^-?\d+$", within)
+    return Instruction(
+        head[2],
+        line[head.end() : shape_end],
+        opcode[1],
+        tuple(operands),
+        line[closing:],
+        root=head[1] is not None,
+    )
+
+
+def _closing(line: str, opening: int) -> int:
+    """The place after the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for place in range(opening, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[place], 0)
+        if depth == 0:
+            return place + 1
+    return len(line)
+
+
+def _frames(text: str) -> dict[str, list[tuple[str, str, int]]]:
+    """The tables of source lines, by the number of a stack frame."""
+
+    def rows(title: str) -> dict[str, str]:
+        table = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, flags=re.MULTILINE)
+        lines = table[1].splitlines() if table else []
+        return {number: row for number, _, row in (line.partition(" ") for line in lines)}
+
+    def numbers(row: str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\d+)", row))
+
+    files, functions = rows("FileNames"), rows("FunctionNames")
+    places = {number: numbers(row) for number, row in rows("FileLocations").items()}
+    frames = {number: numbers(row) for number, row in rows("StackFrames").items()}
+
+    def stack(number: str, seen: tuple[str, ...] = ()) -> list[tuple[str, str, int]]:
+        frame = frames.get(number)
+        if frame is None or number in seen:
+            return []
+        place = places[frame["file_location_id"]]
+        here = (
+            files[place["file_name_id"]].strip('"'),
+            functions[place["function_name_id"]].strip('"'),
+            int(place["line"]),
+        )
+        # A frame's parent is numbered from 1 where 1 is none.
+        parent = str(int(frame.get("parent_frame_id", "0")) - 1)
+        return [here, *stack(parent, (*seen, number))]
+
+    return {number: stack(number) for number in frames}

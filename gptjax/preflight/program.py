@@ -1,0 +1,173 @@
+"""The program that is compiled: the very step that `fit` or `generate` would run, of shapes alone.
+
+A training step is put together as experiments/quickstart.py does it; a step of decoding reads one
+token a sequence with a full cache, by the compiled function of `gptjax.generate`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import DataConfig, ExperimentConfig, InputError, TrainConfig, TransformerConfig
+from gptjax.data.batch import Batch
+from gptjax.generate import compiled_read
+from gptjax.presets import preset
+from gptjax.sharding import BATCH, build_mesh
+from gptjax.training.losses import training_loss
+from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import State, lower_train_step, state_shapes
+from gptjax.transformer import build, parameter_axes, split
+
+
+class Lowered(NamedTuple):
+    """A program that is ready to be compiled, and what it is a program of."""
+
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    params: Any
+    """Shapes of the parameters, with their shardings."""
+    optimizer: Any
+    """Of the optimizer's state; None in decoding."""
+    cache: Any
+    """Of the decoding cache; None in training."""
+
+
+def default_config(name: str) -> ExperimentConfig:
+    """A preset as it is trained at scale: bfloat16 products, layers scanned and recomputed.
+
+    Raises:
+      InputError: an unknown preset.
+    """
+    scale = {"dtype": "bfloat16", "scan_layers": True, "remat": "full"}
+    model = dataclasses.replace(preset(name), **scale)
+    return ExperimentConfig(model=model, data=_data(model), train=TrainConfig(batch_size=8))
+
+
+def _data(model: TransformerConfig) -> DataConfig:
+    """What a model of the family is trained to predict."""
+    if model.family == "encoder":
+        pairs = model.encoder_heads == "pretraining"
+        return DataConfig(objective="next_sentence" if pairs else "masked_lm")
+    if model.family == "encoder_decoder":
+        return DataConfig(objective="sequence_to_sequence", target=("embedded",))
+    return DataConfig()
+
+
+def batch_shapes(config: ExperimentConfig) -> Batch:
+    """The arrays of a training batch, as `gptjax.data.rows` makes them, at full length."""
+    rows, length = config.train.batch_size, config.model.context
+
+    def array(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, length), dtype)
+
+    batch = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
+    objective = config.data.objective
+    if config.data.packing == "first_fit" or objective == "masked_lm":
+        batch = batch._replace(documents=array(jnp.int32), positions=array(jnp.int32))
+    if objective == "next_sentence":
+        labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        batch = batch._replace(
+            valid=array(jnp.bool_), segments=array(jnp.int32), next_sentence=labels
+        )
+    if objective in ("sequence_to_sequence", "prefix", "span_corruption"):
+        batch = batch._replace(source=array(jnp.int32), source_valid=array(jnp.bool_))
+    return batch
+
+
+def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowered:
+    """The training step of `config` on `devices`.
+
+    Raises:
+      InputError: a mesh that does not match the devices, the batch or a parameter.
+    """
+    mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate, devices)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    state: State = state_shapes(_init(config.model), optimizer, mesh, parameter_axes(config.model))
+    lowered = lower_train_step(
+        training_loss(graphdef, config.train),
+        optimizer,
+        state,
+        batch_shapes(config),
+        mesh,
+        seed=config.train.seed,
+        accumulate=config.train.accumulate,
+    )
+    return Lowered(lowered, mesh, state.params, state.optimizer, None)
+
+
+def _init(model: TransformerConfig) -> Any:
+    return lambda: split(build(model, rngs=nnx.Rngs(0)))[1]
+
+
+def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowered:
+    """A step of decoding `batch_size` sequences, one token each, the cache full.
+
+    Parameters and cache are parted by the same rules as in training.
+
+    Raises:
+      InputError: a family that does not decode, layers that are not scanned, or a mesh as above.
+    """
+    model, rows = config.model, config.train.batch_size
+    if model.family == "encoder":
+        raise InputError("A model of the family encoder does not decode.")
+    if not model.scan_layers:
+        raise InputError("TransformerConfig.scan_layers is False: --decode compiles scanned layers.")
+    mesh = build_mesh(config.mesh, rows, devices)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
+    # The shardings of parameters are the state's, whatever the optimizer.
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    params = state_shapes(_init(model), optimizer, mesh, parameter_axes(model)).params
+
+    def shaped(shape: tuple[int, ...], dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return shaped(leaf.shape, leaf.dtype, _cache_spec(leaf.shape, mesh))
+
+    source = None
+    if model.family == "encoder_decoder":
+        source = jax.ShapeDtypeStruct((rows, model.context), jnp.int32)
+    cache = jax.tree.map(
+        placed, jax.eval_shape(functools.partial(_empty_cache, graphdef, rows), params, source)
+    )
+    row = P(BATCH)
+    arguments = (
+        params,
+        None,
+        cache,
+        shaped((rows, 1), jnp.int32, row),
+        shaped((rows, 1), jnp.bool_, row),
+        shaped((rows,), jnp.int32, row),
+        None if source is None else shaped(source.shape, jnp.bool_, row),
+    )
+    with jax.set_mesh(mesh):
+        lowered = compiled_read(graphdef).lower(*arguments)
+    return Lowered(lowered, mesh, params, None, cache)
+
+
+def _empty_cache(graphdef: nnx.GraphDef, rows: int, params: Any, source: Any) -> Any:
+    model = nnx.merge(graphdef, params)
+    return model.empty_cache(rows) if source is None else model.empty_cache(source)
+
+
+def _cache_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Of a leaf [L, B, K, S, H], or an LSTM's [L, B, D]: rows and heads are parted."""
+    tensor = mesh.shape["tensor"]
+    parted = len(shape) == 5 and shape[2] % tensor == 0
+    return P(None, BATCH, "tensor") if parted else P(None, BATCH)
+
+
+def bytes_held(tree: Any) -> int:
+    """Bytes of one device's part of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

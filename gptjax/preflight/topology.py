@@ -1,0 +1,199 @@
+"""The machine that is compiled for: chips that are not there, as JAX devices.
+
+`v5e:4x4` is a TPU slice of that shape, `h100:64` so many GPUs on hosts of 8. libtpu and the CUDA
+plugin describe them without any accelerator (the extra `preflight`).
+"""
+
+import importlib.metadata
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from gptjax.chips import Chip, known_chips
+from gptjax.config import InputError, near_names
+
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks the metadata server of a TPU VM otherwise.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # It locks the machine's TPUs otherwise, which are not used.
+    # What it would ask for and complain about on standard error.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+DEFAULT_MEMORY_FRACTION = 0.75
+"""Of a GPU's memory, which JAX takes when it starts (its documentation, GPU memory allocation)."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that can be compiled for."""
+
+    name: str
+    chip: Chip
+    slices: int
+    devices: tuple[Any, ...]
+
+    @property
+    def available(self) -> int:
+        """Bytes that a program may take on one device."""
+        if self.chip.available:
+            return self.chip.available
+        fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
+        return int(fraction * self.chip.memory)
+
+    @property
+    def hosts(self) -> int:
+        """How many switches of GPUs there are; 1 for a TPU, whose torus goes past its hosts."""
+        return math.ceil(len(self.devices) / self.chip.host) if self.chip.host else 1
+
+
+def prepare_environment() -> None:
+    """Keep JAX on the CPU and libtpu to itself; before either has started.
+
+    A setting of the user's stands.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def open_topology(name: str, slices: int = 1) -> Topology:
+    """The devices of `v5e:4x4` or `h100:8`.
+
+    Raises:
+      InputError: an unknown chip or shape; libtpu or the CUDA plugin missing, or another version
+        than JAX goes with; a libtpu that another process has locked.
+    """
+    kind, _, shape = name.partition(":")
+    chips = known_chips()
+    if kind not in chips:
+        names = ", ".join(sorted(map(_example, chips.values())))
+        near = near_names(kind, chips)
+        hint = near if near.startswith("did") else f"accepted are {names}."
+        raise InputError(f"Unknown topology {name!r}: {hint}")
+    chip = chips[kind]
+    check_packages(chip)
+    if chip.platform == "tpu":
+        return Topology(name, chip, slices, _tpu_devices(name, chip, shape, slices))
+    if slices != 1:
+        raise InputError(f"--slices is {slices}: GPUs have hosts and no slices, as {kind}:16.")
+    return Topology(name, chip, 1, _gpu_devices(name, chip, shape))
+
+
+def _example(chip: Chip) -> str:
+    return f"{chip.name}:{chip.topologies[-1] if chip.topologies else 'COUNT'}"
+
+
+def check_packages(chip: Chip) -> None:
+    """What compiles for `chip` is installed, in the version that this JAX goes with.
+
+    Raises:
+      InputError: it is not; the sentence ends with the command.
+    """
+    tpu = chip.platform == "tpu"
+    version = importlib.metadata.version("jax")
+    command = f'pip install "jax[{"tpu" if tpu else "cuda12-local"}]=={version}"'
+    packages = ("libtpu",) if tpu else ("jax-cuda12-plugin", "jax-cuda12-pjrt")
+    for package in packages:
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError(
+                f"Compiling for {chip.name} needs {package}, which is not installed: {command}"
+            ) from None
+        wanted = _libtpu_of_jax() if tpu else version
+        if wanted and not f"{found}.".startswith(f"{wanted}."):
+            raise InputError(
+                f"{package} is {found}, and jax {version} goes with {wanted}: {command}"
+            )
+
+
+def _libtpu_of_jax() -> str:
+    """The version of libtpu that `jax[tpu]` asks for, "" where it does not say."""
+    for requirement in importlib.metadata.requires("jax") or []:
+        if wanted := re.match(r"libtpu==([\d.]+?)(?:\.\*)?\s*;", requirement):
+            return wanted[1]
+    return ""
+
+
+def _tpu_devices(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
+    # libtpu itself takes shapes that cannot be had, as v5e:4x4x4.
+    if shape not in chip.topologies:
+        accepted = ", ".join(f"{chip.name}:{known}" for known in chip.topologies)
+        raise InputError(f"Unknown topology {name!r}: accepted are {accepted}.")
+    options: dict[str, Any] = dict(chip.options)
+    if slices > 1:
+        options["num_slices"] = slices
+    if shape == "1x1":
+        options["chips_per_host_bounds"] = (1, 1, 1)  # A host has 4 of them otherwise.
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.name}:{shape}", **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "lockfile" in str(error) or "already in use" in str(error):
+            raise InputError(
+                "Another process holds libtpu: unset ALLOW_MULTIPLE_LIBTPU_LOAD, or wait for it."
+            ) from error
+        raise
+    return tuple(described.devices)
+
+
+def _gpu_devices(name: str, chip: Chip, shape: str) -> tuple[Any, ...]:
+    count = int(shape) if shape.isdecimal() else 0
+    if count < 1 or (count > chip.host and count % chip.host):
+        raise InputError(
+            f"Unknown topology {name!r}: accepted are {chip.name}:1 to {chip.name}:{chip.host}, "
+            f"and multiples of {chip.host}."
+        )
+    hosts = math.ceil(count / chip.host)
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        topology=f"1x{hosts}x{count // hosts}",
+        target_config=gpu_target(chip),
+    )
+    return tuple(described.devices)
+
+
+def gpu_target(chip: Chip) -> str:
+    """XLA's `GpuTargetConfigProto` of a chip, in text form.
+
+    What all of them share is in the CUDA C++ programming guide (compute capabilities 8.0 to 10.0).
+    """
+    gpu = chip.gpu
+    major, minor = gpu["capability"]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu["shared"]}
+  shared_memory_per_block_optin: {gpu["shared_block"]}
+  core_count: {gpu["cores"]}
+  fpus_per_core: {gpu["lanes"]}
+  clock_rate_ghz: {gpu["clock"]}
+  l2_cache_size: {gpu["cache"]}
+  memory_bandwidth: {int(chip.bandwidth)}
+  device_memory_size: {chip.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{gpu["name"]}"
+"""
