@@ -19,20 +19,19 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from gptjax import distributed
-from gptjax.commands import COMMANDS
+from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
 
 def main() -> None:
-    """`gptjax sample|params|certify|convert|data|build-dataset|doctor|launch …`."""
-    commands = {name: _deferred(command) for name, command in COMMANDS.items()}
+    """`gptjax sample|params|certify|convert|data|build-dataset|preflight|doctor|launch …`."""
 
     def parse_and_run(arguments: list[str]) -> None:
         _parse(
             tyro.extras.subcommand_cli_from_dict,
-            commands,
+            {name: _deferred(command) for name, command in commands(arguments).items()},
             prog="gptjax",
             description=__doc__,
             args=_script_apart(arguments),

@@ -15,6 +15,7 @@ LAYERS = "gptjax.layers.*"
 DATA = "gptjax.data.*"
 DISTRIBUTED = "gptjax.distributed.*"
 TRAINING = "gptjax.training.*"
+PREFLIGHT = "gptjax.preflight.*"
 
 ALLOWED = {
     # module: what it may import of ours; the first line that fits a module is its own.
@@ -50,10 +51,23 @@ ALLOWED = {
         "gptjax.equivalence",
         "gptjax.runs",
     ],
+    "gptjax.preflight.settings": [CONFIG, "gptjax.presets"],
+    PREFLIGHT: [
+        CONFIG,
+        "gptjax.chips",
+        "gptjax.ledger",
+        "gptjax.sharding",
+        DATA,
+        "gptjax.transformer",
+        TRAINING,
+        "gptjax.generate",
+        PREFLIGHT,
+    ],
     "gptjax.commands.*": [
         CONFIG,
         DISTRIBUTED,
         "gptjax.certify",
+        PREFLIGHT,
         "gptjax.presets",
         "gptjax.ledger",
         DATA,

@@ -3,14 +3,17 @@
 The parameters are the flags, and the docstring is their help.
 """
 
+from collections.abc import Callable, Sequence
+
 from gptjax.commands.hosts import doctor, launch
 from gptjax.commands.models import certify, convert, params, sample
+from gptjax.commands.preflight import preflight_for
 from gptjax.commands.texts import build_dataset, data
 
 __all__ = [
-    "COMMANDS",
     "build_dataset",
     "certify",
+    "commands",
     "convert",
     "data",
     "doctor",
@@ -19,13 +22,17 @@ __all__ = [
     "sample",
 ]
 
-COMMANDS = {
-    "sample": sample,
-    "params": params,
-    "certify": certify,
-    "convert": convert,
-    "data": data,
-    "build-dataset": build_dataset,
-    "doctor": doctor,
-    "launch": launch,
-}
+
+def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """Every command by name; a preset among `arguments` gives the defaults of preflight's flags."""
+    return {
+        "sample": sample,
+        "params": params,
+        "certify": certify,
+        "convert": convert,
+        "data": data,
+        "build-dataset": build_dataset,
+        "preflight": preflight_for(arguments),
+        "doctor": doctor,
+        "launch": launch,
+    }

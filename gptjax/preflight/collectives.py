@@ -11,7 +11,8 @@ import numpy as np
 from gptjax.preflight.hlo import HOST_SPACE, Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-SUMS = ("all-reduce", "reduce-scatter")
+SUMS = ("all-reduce", "reduce-scatter", "collective-permute")
+"""A ring of permutes between the parts of a product is how TPUs sum its gradient."""
 SCATTERS = "all-reduce-scatter"
 """Begins the name of a TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
 
@@ -184,11 +185,7 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
     def add(what: str, axis: str, kinds: tuple[str, ...], amount: float) -> None:
         own = [one for one in found if axis in one.axes and one.kind in kinds]
         total = sum(one.count * one.bytes for one in own)
-        whole = sum(one.count * one.bytes for one in own if one.kind == "all-reduce")
-        note = ""
-        if axis == "fsdp" and kinds == SUMS and whole > total / 10:
-            note = f"{whole / total:.0%} of it by a plain all-reduce, which sends twice as much"
-        rows.append(Expected(what, axis, kinds, amount, total, note))
+        rows.append(Expected(what, axis, kinds, amount, total, _note(own, total, axis)))
 
     if mesh.get("fsdp", 1) > 1:
         local = _elements(weights, "fsdp", mesh) * shapes.element * shapes.parts
@@ -197,7 +194,9 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
             add("gradients summed once", "fsdp", SUMS, local)
     if mesh.get("data", 1) > 1 and shapes.training:
         amount = sum(weight.elements / _parted(weight, mesh) for weight in weights)
-        add("gradients summed once", "data", SUMS, amount * shapes.element)
+        # Where rows alone are parted, a device has gradients of its own, in float32.
+        alone = mesh["data"] == math.prod(mesh.values())
+        add("gradients summed once", "data", SUMS, amount * (4 if alone else shapes.element))
     if mesh.get("tensor", 1) > 1:
         passes = (2 + shapes.remat) if shapes.training else 1
         kinds = ("all-gather", "all-reduce", "reduce-scatter")
@@ -210,6 +209,19 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
         amount = 2 * passes * layer * shapes.experts_per_token
         add("tokens to experts and back", "expert", ("all-to-all",), amount)
     return rows
+
+
+def _note(own: list[Collective], total: float, axis: str) -> str:
+    """What theory did not ask for, where that is a tenth of what was found or more."""
+    said = []
+    for kind, means in (
+        ("all-reduce", "a plain all-reduce, which sends twice as much" if axis == "fsdp" else ""),
+        ("collective-permute", "rings of permutes"),
+    ):
+        size = sum(one.count * one.bytes for one in own if one.kind == kind)
+        if means and total and size >= total / 10:
+            said.append(f"{size / total:.0%} of it by {means}")
+    return ", ".join(said)
 
 
 def _elements(weights: list[Weight], axis: str, mesh: Mapping[str, int]) -> float:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+CALLS = ("calls", "body", "condition", "to_apply", "true_computation", "false_computation")
+"""What names a computation that an instruction runs."""
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16}
 """Of the types whose name does not end with them."""
 HOST_SPACE = 5
@@ -86,9 +88,8 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """The computations that it runs: a fusion's, a loop's, a condition's."""
-        single = r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)"
-        names = re.findall(single, self.attributes)
-        several = re.search(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", self.attributes)
+        names = re.findall(rf"\b(?:{'|'.join(CALLS)})=%?([\w.-]+)", self.attributes)
+        several = re.search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
         return names + (re.findall(r"[\w.-]+", several[1]) if several else [])
 
     def _attribute(self, pattern: str) -> str:
@@ -140,7 +141,8 @@ class Program:
             int(instruction.operands[0])
             for name in (self._reached(condition[1]) if condition else ())
             for instruction in self.computations[name].values()
-            if instruction.opcode == "constant" and re.fullmatch(r"[su]\d+\[\]", _plain(instruction.shape))
+            if instruction.opcode == "constant"
+            and re.fullmatch(r"[su]\d+\[\]", _plain(instruction.shape))
         ]
         return max([1, *limits])
 
@@ -191,7 +193,8 @@ def _instruction(line: str) -> Instruction | None:
     head = re.match(r"  (ROOT )?%?([\w.-]+) = ", line)
     if head is None:
         return None
-    shape_end = _closing(line, head.end()) if line[head.end()] == "(" else line.find(" ", head.end())
+    tuple_shape = line[head.end()] == "("
+    shape_end = _closing(line, head.end()) if tuple_shape else line.find(" ", head.end())
     opcode = re.match(r" *([\w-]+)\(", line[shape_end:])
     if opcode is None:
         return None

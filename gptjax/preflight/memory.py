@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.preflight.hlo import Array, Instruction, Program
+from gptjax.preflight.hlo import Instruction, Program
 
 KINDS = (
     "parameters",
@@ -25,9 +25,12 @@ KINDS = (
 )
 ALIASES = ("get-tuple-element", "bitcast", "tuple", "copy-done", "opt-barrier")
 """Instructions that give a value another name and copy nothing."""
+CONTROL = ("while", "conditional", "call")
 PLUMBING = ("sharding.py", "linear.py")
 """Modules that every layer goes through: a value is named by who called them."""
 LISTED = 12
+LEAST_LISTED = 0.001
+"""Of the peak; a smaller buffer says nothing."""
 SMALLEST = 1 / 4096
 """Values below this share of all are left out of the search for the peak."""
 
@@ -131,6 +134,8 @@ def memory_at_peak(
     backward = any(_is_backward(program.instructions.get(value.name)) for value in alive)
     buffers = []
     for value in alive:
+        if value.shape.startswith("("):
+            continue  # A tuple is a list of places.
         instruction = program.instructions.get(value.name)
         kind = _kind(value, instruction, model, backward)
         buffers.append(Buffer(value.size, kind, _bare(value.shape), _source(program, instruction)))
@@ -142,8 +147,8 @@ def memory_at_peak(
             room -= taken
     kinds["temporaries"] += room
     padding = sum(plan.arguments.values()) - sum(held.values()) if plan.arguments else 0
-    largest = sorted(buffers, key=lambda buffer: -buffer.bytes)[:LISTED]
-    return Memory(peak, kinds, max(0, padding), tuple(largest))
+    listed = sorted((one for one in buffers if one.bytes > LEAST_LISTED * peak), reverse=True)
+    return Memory(peak, kinds, max(0, padding), tuple(listed[:LISTED]))
 
 
 def _alive_at_peak(program: Program, plan: _Plan) -> list[_Value]:
@@ -183,7 +188,7 @@ class _Times:
             self._starts[instruction.name] = self._clock
             for operand in instruction.operands:
                 self._users.setdefault(operand, []).append(instruction)
-            if instruction.opcode in ("while", "conditional", "call"):
+            if instruction.opcode in CONTROL:
                 for called in instruction.called:
                     if called in self._program.computations:
                         self._run(called)
@@ -195,8 +200,7 @@ class _Times:
         instruction = self._program.instructions.get(name)
         if instruction is None or name not in self._starts:
             return 0, -1
-        inner = instruction.opcode in ("while", "conditional", "call")
-        begins = self._stops[name] if inner else self._starts[name]
+        begins = (self._stops if instruction.opcode in CONTROL else self._starts)[name]
         return begins, max(begins, self._last_read(name, index))
 
     def _last_read(self, name: str, index: tuple[int, ...]) -> int:
@@ -207,6 +211,10 @@ class _Times:
                 if place and int(place[1]) != index[0]:
                     continue
             last = max(last, self._starts[user.name])
+            if user.opcode in CONTROL:  # What a loop carries stays in its place all the while.
+                last = max(last, self._stops[user.name])
+            if user.opcode == "while":
+                last = max(last, self._last_read(user.name, index))
             if user.opcode in ALIASES:
                 within = index[1:] if user.opcode == "get-tuple-element" else index
                 if user.opcode == "tuple":
@@ -219,8 +227,8 @@ def _kind(value: _Value, instruction: Instruction | None, model: Model, backward
     """What a value is, by its shape and by where in the program it is made.
 
     Logits have an axis of the vocabulary and none of the width. Gradients have the shape of a
-    parameter and are made in the backward pass. Saved activations are made in the forward pass
-    and are a stack of layers, or are there when the backward pass is at the peak.
+    parameter and are made in the backward pass, or by a product. Saved activations are made in the
+    forward pass and are a stack of layers, or are there when the backward pass is at the peak.
     """
     found = re.match(r"[a-z]\w*\[([\d,]*)\]", value.shape)
     sizes = [int(size) for size in found[1].split(",") if size] if found else []
@@ -228,10 +236,13 @@ def _kind(value: _Value, instruction: Instruction | None, model: Model, backward
         return "logits"
     name = instruction.op_name if instruction else ""
     shape = tuple(sorted(size for size in sizes if size > 1))
-    if "transpose(" in name or not name:
-        return "gradients" if shape in model.gradients else "temporaries"
-    if "jvp(" in name and len(sizes) > 1 and (backward or sizes[0] in model.layers):
-        return "temporaries" if shape in model.gradients else "saved activations"
+    if shape in model.gradients:
+        # Products that give a parameter's shape; in the forward pass that is the head's gradient.
+        made = not name or "transpose(" in name or name.endswith(("dot_general", "while"))
+        return "gradients" if made else "temporaries"
+    forward = "jvp(" in name and "transpose(" not in name
+    if forward and len(sizes) > 1 and (backward or sizes[0] in model.layers):
+        return "saved activations"
     return "temporaries"
 
 
@@ -269,16 +280,3 @@ def parameter_shapes(shapes: Iterable[Sequence[int]]) -> frozenset[tuple[int, ..
             if len(sizes) > 1:
                 found.add(sizes)
     return frozenset(found)
-
-
-def largest_arrays(program: Program, arrays: int = LISTED) -> list[tuple[Array, str]]:
-    """The largest arrays that any instruction makes, where there is no plan."""
-    made = [
-        (array, _source(program, instruction))
-        for name, computation in program.computations.items()
-        if name in program.counts
-        for instruction in computation.values()
-        for array in instruction.arrays
-        if instruction.opcode not in (*ALIASES, "parameter", "while")
-    ]
-    return sorted(made, key=lambda pair: -pair[0].bytes)[:arrays]

@@ -4,7 +4,6 @@ A training step is put together as experiments/quickstart.py does it; a step of 
 token a sequence with a full cache, by the compiled function of `gptjax.generate`.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import DataConfig, ExperimentConfig, InputError, TrainConfig, TransformerConfig
+from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.generate import compiled_read
-from gptjax.presets import preset
 from gptjax.sharding import BATCH, build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
@@ -37,27 +35,6 @@ class Lowered(NamedTuple):
     """Of the optimizer's state; None in decoding."""
     cache: Any
     """Of the decoding cache; None in training."""
-
-
-def default_config(name: str) -> ExperimentConfig:
-    """A preset as it is trained at scale: bfloat16 products, layers scanned and recomputed.
-
-    Raises:
-      InputError: an unknown preset.
-    """
-    scale = {"dtype": "bfloat16", "scan_layers": True, "remat": "full"}
-    model = dataclasses.replace(preset(name), **scale)
-    return ExperimentConfig(model=model, data=_data(model), train=TrainConfig(batch_size=8))
-
-
-def _data(model: TransformerConfig) -> DataConfig:
-    """What a model of the family is trained to predict."""
-    if model.family == "encoder":
-        pairs = model.encoder_heads == "pretraining"
-        return DataConfig(objective="next_sentence" if pairs else "masked_lm")
-    if model.family == "encoder_decoder":
-        return DataConfig(objective="sequence_to_sequence", target=("embedded",))
-    return DataConfig()
 
 
 def batch_shapes(config: ExperimentConfig) -> Batch:
@@ -119,7 +96,9 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     if model.family == "encoder":
         raise InputError("A model of the family encoder does not decode.")
     if not model.scan_layers:
-        raise InputError("TransformerConfig.scan_layers is False: --decode compiles scanned layers.")
+        raise InputError(
+            "TransformerConfig.scan_layers is False: it must be True with --decode."
+        )
     mesh = build_mesh(config.mesh, rows, devices)
     graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     # The shardings of parameters are the state's, whatever the optimizer.

@@ -179,4 +179,3 @@ def _written_by(fused: dict[str, Instruction], fusion: Instruction) -> int:
 
 def _in_hbm(instruction: Instruction) -> int:
     return sum(array.bytes for array in instruction.arrays if array.space == HBM)
-

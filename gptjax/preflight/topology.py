@@ -108,12 +108,12 @@ def check_packages(chip: Chip) -> None:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             raise InputError(
-                f"Compiling for {chip.name} needs {package}, which is not installed: {command}"
+                f"Compiling for {chip.name} needs {package}, which is not installed: {command}."
             ) from None
         wanted = _libtpu_of_jax() if tpu else version
         if wanted and not f"{found}.".startswith(f"{wanted}."):
             raise InputError(
-                f"{package} is {found}, and jax {version} goes with {wanted}: {command}"
+                f"{package} is {found}, and jax {version} goes with {wanted}: {command}."
             )
 
 

@@ -1,0 +1,321 @@
+"""What a preflight says: as values for machines, as a table for people."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from gptjax.config import ExperimentConfig, TransformerConfig
+from gptjax.ledger import ledger
+from gptjax.preflight.collectives import Collective, Expected, Shapes, Weight, expected
+from gptjax.preflight.compilation import Compilation, compile_step
+from gptjax.preflight.memory import Memory
+from gptjax.preflight.program import Lowered
+from gptjax.preflight.roofline import SHARES, Roofline, memory_traffic, roofline
+from gptjax.preflight.topology import MEMORY_FRACTION, Topology
+
+GIB = 2**30
+SMALL = 0.001
+"""Share of all that devices send, below which a kind of traffic is not listed by itself."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One program on one topology."""
+
+    name: str
+    config: ExperimentConfig
+    topology: Topology
+    decode: bool
+    mesh: dict[str, int]
+    memory: Memory
+    exhausted: bool
+    collectives: list[Collective]
+    expected: list[Expected]
+    model_flops: float
+    """Useful operations a step, of all devices, by exact counting."""
+    roofline: Roofline
+    compile_seconds: float
+    compile_cpu_seconds: float
+
+    @property
+    def spare(self) -> int:
+        """Bytes that a device has left; below 0 the program does not fit."""
+        return self.topology.available - self.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program runs there at all."""
+        return not self.exhausted and self.spare >= 0
+
+    @property
+    def devices(self) -> int:
+        """Of the mesh."""
+        return math.prod(self.mesh.values())
+
+    @property
+    def tokens(self) -> int:
+        """Read in a step, of all devices."""
+        rows = self.config.train.batch_size
+        return rows if self.decode else rows * self.config.model.context
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation in the longest and in the shortest step."""
+        chip = self.topology.chip
+        least = self.model_flops / (self.devices * chip.flops / chip.devices)
+        shortest, longest = self.roofline.seconds
+        return least / longest, least / shortest
+
+
+def preflight(
+    name: str, config: ExperimentConfig, topology: Topology, *, decode: bool = False
+) -> Report:
+    """Compile one step and say what it needs.
+
+    Raises:
+      InputError: a mesh that does not match, a family that does not decode, or what XLA refuses.
+    """
+    compiled = compile_step(config, topology, decode=decode)
+    mesh = dict(compiled.lowered.mesh.shape)
+    cost = ledger(config.model)
+    rows = config.train.batch_size
+    if decode:
+        useful = repeated = rows * cost.forward_flops
+    else:
+        tokens = rows * config.model.context
+        useful = tokens * cost.training_flops
+        repeated = useful + tokens * _recomputed(config.model)
+    return Report(
+        name=name,
+        config=config,
+        topology=topology,
+        decode=decode,
+        mesh=mesh,
+        memory=compiled.memory,
+        exhausted=compiled.exhausted,
+        collectives=compiled.collectives,
+        expected=expected(_shapes(config, compiled.lowered, decode), mesh, compiled.collectives),
+        model_flops=useful,
+        roofline=roofline(
+            repeated / compiled.lowered.mesh.size,
+            memory_traffic(compiled.program),
+            compiled.collectives,
+            topology.chip,
+            _crosses(compiled),
+        ),
+        compile_seconds=compiled.seconds,
+        compile_cpu_seconds=compiled.cpu_seconds,
+    )
+
+
+def _recomputed(model: TransformerConfig) -> int:
+    """Operations a token that the backward pass repeats of the blocks' forward pass, at most."""
+    cost = ledger(model)
+    everything = cost.forward_flops - cost.unembedding_flops
+    return {"none": 0, "dots": cost.attention_flops}.get(model.remat, everything)
+
+
+def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
+    """What theory is told."""
+    model, mesh = config.model, lowered.mesh.shape
+
+    def weight(leaf: Any) -> Weight:
+        named = [axis for axis in leaf.sharding.spec if axis is not None]
+        axes = [name for axis in named for name in (axis if isinstance(axis, tuple) else (axis,))]
+        return Weight(leaf.size, tuple(name for name in axes if mesh[name] > 1))
+
+    parts = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["sequence"]
+    tokens = config.train.batch_size * (1 if decode else model.context)
+    return Shapes(
+        weights=[weight(leaf) for leaf in jax.tree.leaves(lowered.params)],
+        element=2 if model.dtype == "bfloat16" else 4,
+        layers=(model.depth + (model.encoder_depth or model.depth))
+        if model.family == "encoder_decoder"
+        else model.depth,
+        tokens=tokens // parts,
+        width=model.width,
+        parts=1 if decode else config.train.accumulate,
+        remat=model.remat != "none" and not decode,
+        experts_per_token=model.experts_per_token,
+        training=not decode,
+    )
+
+
+def _crosses(compiled: Compilation) -> Any:
+    """Whether a collective leaves the slice of a TPU or the host of a GPU."""
+    devices = list(compiled.lowered.mesh.devices.flat)
+
+    def place(device: Any) -> tuple[Any, Any]:
+        host = device.process_index if device.platform in ("cuda", "gpu") else 0
+        return getattr(device, "slice_index", 0), host
+
+    return lambda one: len({place(devices[number]) for number in one.group}) > 1
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """All of a report as plain values: bytes, seconds, counts."""
+    config, line = report.config, report.roofline
+    shortest, longest = line.seconds
+    return {
+        "model": report.name,
+        "topology": report.topology.name,
+        "slices": report.topology.slices,
+        "devices": report.devices,
+        "mesh": report.mesh,
+        "step": "decoding" if report.decode else "training",
+        "batch": config.train.batch_size,
+        "batch_per_device": config.train.batch_size / report.devices,
+        "accumulate": config.train.accumulate,
+        "sequence": config.model.context,
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
+        "fits": report.fits,
+        "refused_by_the_compiler": report.exhausted,
+        "available_bytes": report.topology.available,
+        "peak_bytes": report.memory.peak,
+        "spare_bytes": report.spare,
+        "memory": {**report.memory.kinds, "padding of arguments": report.memory.padding},
+        "largest": [buffer._asdict() for buffer in report.memory.largest],
+        "collectives": [
+            {key: value for key, value in asdict(one).items() if key != "group"}
+            | {"devices": len(one.group), "sent": one.sent}
+            for one in report.collectives
+        ],
+        "expected": [row._asdict() for row in report.expected],
+        "model_flops": report.model_flops,
+        "device_flops": line.flops,
+        "memory_traffic_bytes": line.memory_bytes,
+        "interconnect_bytes": line.sent_bytes,
+        "network_bytes": line.network_bytes,
+        "flops_per_byte": line.intensity,
+        "bound": line.bound,
+        "step_seconds": [shortest, longest],
+        "tokens_per_second": [report.tokens / longest, report.tokens / shortest],
+        "mfu": list(report.mfu),
+        "assumptions": assumptions(report),
+        "compile_seconds": report.compile_seconds,
+        "compile_cpu_seconds": report.compile_cpu_seconds,
+    }
+
+
+def assumptions(report: Report) -> list[str]:
+    """What the figures rest on beside the compiled program."""
+    chip = report.topology.chip
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
+    peaks = (
+        f"{chip.flops / 1e12:g} TFLOP/s, {chip.bandwidth / 1e9:g} GB/s of HBM, "
+        f"{chip.interconnect / 1e9:g} GB/s of interconnect, {chip.network / 1e9:g} GB/s of network"
+    )
+    lines = [
+        f"peaks of {chip.name}, a chip of {chip.devices} device(s): {peaks} ({chip.source})",
+        "shortest step: these peaks, all three at once, every link in use",
+        f"longest: one after another at {shares} of them, on the links of one axis of {chip.axes}",
+        "memory traffic by rule: every instruction reads its inputs and writes its outputs once",
+        "gradients, saved activations, logits: told apart by rule; the other kinds of memory exact",
+    ]
+    if not chip.available:
+        share = report.topology.available / chip.memory
+        lines.append(
+            f"a program may take {share:.0%} of the memory ({MEMORY_FRACTION})"
+        )
+    return lines
+
+
+def table(report: Report) -> str:
+    """A report for people."""
+    config, memory = report.config, report.memory
+    model = config.model
+    sizes = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1)
+    step = "a step of decoding" if report.decode else "a training step"
+    slices = f", {report.topology.slices} slices" if report.topology.slices > 1 else ""
+    lines = [
+        f"{report.name}: {step} on {report.topology.name}{slices}, {report.devices} devices "
+        f"({sizes or 'one'})",
+        f"  {config.train.batch_size:,} sequences of {model.context:,}, "
+        f"{config.train.batch_size / report.devices:g} a device, in {config.train.accumulate} "
+        f"part(s); {model.dtype}, remat {model.remat}, layers "
+        f"{'scanned' if model.scan_layers else 'unrolled'}, dropout {model.dropout:g}",
+        _verdict(report),
+        "memory a device at the peak, GiB",
+    ]
+    lines += [
+        f"  {kind:<28}{size / GIB:>12.3f}{size / max(memory.peak, 1):>8.1%}"
+        for kind, size in memory.kinds.items()
+        if size
+    ]
+    lines.append(f"  {'peak':<28}{memory.peak / GIB:>12.3f}")
+    if memory.padding:
+        lines.append(f"  of the temporaries, {memory.padding / GIB:.3f} pad the arguments' tiles")
+    if memory.largest:
+        lines.append("largest buffers, GiB")
+        lines += [
+            f"  {buffer.bytes / GIB:>8.3f}  {buffer.shape:<26} {buffer.kind:<19} {buffer.source}"
+            for buffer in memory.largest
+        ]
+    return "\n".join([*lines, *_traffic(report), *_times(report)])
+
+
+def _verdict(report: Report) -> str:
+    available = f"{report.topology.available / GIB:.2f} GiB"
+    peak = f"{report.memory.peak / GIB:.2f}"
+    if report.fits:
+        return f"  fits: {peak} of {available} a device, {report.spare / GIB:.2f} to spare"
+    over = max(0, -report.spare) / GIB
+    return f"  DOES NOT FIT: {peak} of {available} a device, {over:.2f} too much"
+
+
+def _traffic(report: Report) -> list[str]:
+    """Collectives by kind and axes, and theory beside them."""
+    if not report.collectives:
+        return []
+    by_kind: dict[tuple[str, str], list[Collective]] = {}
+    for one in report.collectives:
+        by_kind.setdefault((one.kind, " x ".join(one.axes)), []).append(one)
+    header = f"{'times':>10}{'GB':>12}{'GB sent':>12}"
+    lines = [f"  {'collectives a step':<40}{header}"]
+    total = sum(one.sent for one in report.collectives)
+    for (kind, axes), ones in sorted(by_kind.items()):
+        sent = sum(one.sent for one in ones)
+        if sent < SMALL * total:
+            continue
+        size = sum(one.count * one.bytes for one in ones)
+        lines.append(
+            f"  {f'{kind} along {axes}':<40}{sum(one.count for one in ones):>10,}"
+            f"{size / 1e9:>12.3f}{sent / 1e9:>12.3f}"
+        )
+    if report.expected:
+        lines.append(f"  {'theory':<52}{'GB':>12}{'found':>12}")
+    for row in report.expected:
+        ratio = f"{row.found / row.bytes:.0%}" if row.bytes else "-"
+        lines.append(
+            f"  {f'{row.axis}: {row.what}':<52}{row.bytes / 1e9:>12.3f}{row.found / 1e9:>12.3f}"
+            f"  {ratio}{f'; {row.note}' if row.note else ''}"
+        )
+    return lines
+
+
+def _times(report: Report) -> list[str]:
+    line = report.roofline
+    shortest, longest = line.seconds
+    low, high = report.mfu
+    rates = f"{report.tokens / longest:,.0f} to {report.tokens / shortest:,.0f}"
+    parts = {
+        name: f"{line.shortest[name] * 1e3:.3g} to {line.longest[name] * 1e3:.3g}"
+        for name in line.shortest
+    }
+    return [
+        "a step by the roofline, not measured",
+        f"  {'model FLOPs, all devices':<28}{report.model_flops:>14.4g}",
+        f"  {'FLOPs a device, as computed':<28}{line.flops:>14.4g}",
+        f"  {'FLOPs a byte of HBM':<28}{line.intensity:>14.1f}",
+        *(f"  {f'ms of {name}':<28}{value:>24}" for name, value in parts.items()),
+        f"  {'ms a step':<28}{f'{shortest * 1e3:.3g} to {longest * 1e3:.3g}':>24}"
+        f"  (bound by {line.bound})",
+        f"  {'tokens a second':<28}{rates:>24}",
+        f"  {'MFU':<28}{f'{low:.0%} to {high:.0%}':>24}",
+        *(f"  - {assumption}" for assumption in assumptions(report)),
+        f"compiled in {report.compile_seconds:.1f} s, {report.compile_cpu_seconds:.1f} s of CPU",
+    ]

@@ -1,0 +1,201 @@
+"""Other meshes, remat policies and batches: found by compiling them, one after another."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from gptjax.config import ExperimentConfig, InputError
+from gptjax.ledger import ledger
+from gptjax.preflight.report import GIB, Report, preflight
+from gptjax.preflight.topology import Topology
+
+REMATS = ("none", "dots", "names", "full", "offload")
+"""From the most memory to the least, about."""
+MOST_TENSOR = 16
+"""Devices that share a head's work; their traffic grows with every one."""
+TRIES_A_KIND = 3
+"""Changes of one kind that are tried before the next kind is."""
+
+
+class Change(NamedTuple):
+    """A config that was tried, and what came of it."""
+
+    what: str
+    report: Report
+
+
+def nearest_changes(
+    report: Report, say: Callable[[str], None], tries: int = TRIES_A_KIND
+) -> list[Change]:
+    """The smallest change of each kind (remat, accumulation, batch, axes) that fits.
+
+    Args:
+      report: of a program that does not fit.
+      say: is told what is tried.
+      tries: changes of each kind at most.
+    """
+    fitting = []
+    for changes in (_remats, _accumulations, _batches, _axes):
+        for what, config in itertools.islice(changes(report), tries):
+            say(f"trying {what}")
+            try:
+                tried = preflight(report.name, config, report.topology, decode=report.decode)
+            except InputError as error:
+                say(f"  {error}")
+                continue
+            say(f"  {tried.memory.peak / GIB:.2f} GiB{'' if tried.fits else ', does not fit'}")
+            if tried.fits:
+                fitting.append(Change(what, tried))
+                break
+    return fitting
+
+
+Changes = Iterator[tuple[str, ExperimentConfig]]
+
+
+def _remats(report: Report) -> Changes:
+    """Every policy that keeps less."""
+    if report.decode:
+        return
+    config = report.config
+    for remat in REMATS[REMATS.index(config.model.remat) + 1 :]:
+        model = dataclasses.replace(config.model, remat=remat)
+        yield f"--model.remat {remat}", dataclasses.replace(config, model=model)
+
+
+def _accumulations(report: Report) -> Changes:
+    """The same batch in more parts, as long as each device has a sequence of every part."""
+    if report.decode:
+        return
+    config = report.config
+    shares = report.mesh["data"] * report.mesh["fsdp"] * report.mesh["expert"]
+    parts = config.train.accumulate * 2
+    while config.train.batch_size % (parts * shares) == 0:
+        train = dataclasses.replace(config.train, accumulate=parts)
+        yield f"--train.accumulate {parts}", dataclasses.replace(config, train=train)
+        parts *= 2
+
+
+def _batches(report: Report) -> Changes:
+    """Half the batch, and half of that."""
+    config, batch = report.config, report.config.train.batch_size
+    while batch % 2 == 0:
+        batch //= 2
+        train = dataclasses.replace(config.train, batch_size=batch, accumulate=1)
+        what = f"--batch-per-device {batch / report.devices:g}"
+        yield what, dataclasses.replace(config, train=train)
+
+
+def _axes(report: Report) -> Changes:
+    """Parameters over more devices, then heads over more, with as many sequences a device."""
+    now = (report.mesh["data"], report.mesh["fsdp"], report.mesh["tensor"])
+    held = now[1] * now[2]
+    for data, fsdp, tensor in sorted(
+        meshes(report.config, _free(report.mesh)), key=lambda axes: (axes[2], axes[0])
+    ):
+        if (data, fsdp, tensor) != now and (fsdp * tensor > held or tensor > now[2]):
+            yield _mesh_flag(data, fsdp, tensor), _with_mesh(report.config, data, fsdp, tensor)
+
+
+def _free(mesh: dict[str, int]) -> int:
+    """Devices that the axes which are searched share."""
+    return mesh["data"] * mesh["fsdp"] * mesh["tensor"]
+
+
+def meshes(config: ExperimentConfig, devices: int) -> list[tuple[int, int, int]]:
+    """(data, fsdp, tensor) whose product is `devices`, and that divide heads and width."""
+    model, slices = config.model, config.mesh.slices
+    found = []
+    for tensor in range(1, min(devices, MOST_TENSOR) + 1):
+        heads = model.heads % tensor == 0 and model.key_value_heads % tensor == 0
+        if devices % tensor or not heads or model.vocab_size % tensor:
+            continue
+        rest = devices // tensor
+        for data in range(1, rest + 1):
+            fsdp = rest // data
+            if rest % data == 0 and data % slices == 0 and model.width % fsdp == 0:
+                found.append((data, fsdp, tensor))
+    return found
+
+
+def _mesh_flag(data: int, fsdp: int, tensor: int) -> str:
+    return f"--mesh data={data},fsdp={fsdp},tensor={tensor}"
+
+
+def _with_mesh(config: ExperimentConfig, data: int, fsdp: int, tensor: int) -> ExperimentConfig:
+    mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+    return dataclasses.replace(config, mesh=mesh)
+
+
+def search(
+    name: str,
+    config: ExperimentConfig,
+    topology: Topology,
+    *,
+    decode: bool,
+    tries: int,
+    say: Callable[[str], None],
+) -> list[Change]:
+    """Programs that fit, the one with most tokens a second in its longest step first.
+
+    Meshes of data, fsdp and tensor, remat policies, and the batch, its half and its double. What
+    cannot fit by its parameters alone is not compiled; of the rest at most `tries`, those first
+    that send and recompute least.
+    """
+    fitting = []
+    candidates = sorted(_candidates(config, topology, decode), key=lambda found: found[0])
+    say(f"{len(candidates)} candidates, of which {min(tries, len(candidates))} are compiled")
+    for number, (_, what, candidate) in enumerate(candidates[:tries], 1):
+        try:
+            report = preflight(name, candidate, topology, decode=decode)
+        except InputError as error:
+            say(f"{number}: {what}: {error}")
+            continue
+        fits = "fits" if report.fits else "does not fit"
+        say(f"{number}: {what}: {report.memory.peak / GIB:.2f} GiB, {fits}")
+        if report.fits:
+            fitting.append(Change(what, report))
+    return sorted(
+        fitting, key=lambda found: -found.report.tokens / found.report.roofline.seconds[1]
+    )
+
+
+def _candidates(
+    config: ExperimentConfig, topology: Topology, decode: bool
+) -> Iterator[tuple[tuple[float, ...], str, ExperimentConfig]]:
+    """Configs with their place in the order in which they are tried."""
+    devices = len(topology.devices)
+    others = config.mesh.sequence * config.mesh.expert * config.mesh.pipeline
+    held = sum(ledger(config.model).state_bytes.values()) if not decode else 0
+    remats = (config.model.remat,) if decode else ("none", "dots", "full")
+    batch = config.train.batch_size
+    for data, fsdp, tensor in meshes(config, devices // others):
+        if held / (fsdp * tensor) > topology.available:
+            continue
+        for remat, size in itertools.product(remats, (batch // 2, batch, 2 * batch)):
+            if size % (data * fsdp * config.mesh.expert) or not size:
+                continue
+            model = dataclasses.replace(config.model, remat=remat)
+            train = dataclasses.replace(config.train, batch_size=size)
+            changed = dataclasses.replace(
+                _with_mesh(config, data, fsdp, tensor), model=model, train=train
+            )
+            what = (
+                f"{_mesh_flag(data, fsdp, tensor)} --model.remat {remat} "
+                f"--batch-per-device {size / devices:g}"
+            )
+            order = (tensor > 1, tensor, abs(size - batch), REMATS.index(remat) % 3, data != 1)
+            yield order, what, changed
+
+
+def ranking(found: list[Change]) -> str:
+    """The programs that fit, as a table."""
+    lines = [f"{'GiB':>8}{'spare':>8}{'ms a step':>20}{'tokens a second':>26}  flags"]
+    for what, report in found:
+        shortest, longest = report.roofline.seconds
+        times = f"{shortest * 1e3:.3g} to {longest * 1e3:.3g}"
+        rates = f"{report.tokens / longest:,.0f} to {report.tokens / shortest:,.0f}"
+        memory = f"{report.memory.peak / GIB:>8.2f}{report.spare / GIB:>8.2f}"
+        lines.append(f"{memory}{times:>20}{rates:>26}  {what}")
+    return "\n".join(lines)
