@@ -13,6 +13,8 @@ from gptjax.preflight.hlo import HOST_SPACE, Instruction, Program
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SUMS = ("all-reduce", "reduce-scatter", "collective-permute")
 """A ring of permutes between the parts of a product is how TPUs sum its gradient."""
+ALL_REDUCES = {"all-reduce": 1, "all-gather": 0.5, "reduce-scatter": 0.5, "collective-permute": 0.5}
+"""A gather and a scatter, or rings of permutes in their stead, are half an all-reduce each."""
 SCATTERS = "all-reduce-scatter"
 """Begins the name of a TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
 
@@ -199,10 +201,11 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
         add("gradients summed once", "data", SUMS, amount * (4 if alone else shapes.element))
     if mesh.get("tensor", 1) > 1:
         passes = (2 + shapes.remat) if shapes.training else 1
-        kinds = ("all-gather", "all-reduce", "reduce-scatter")
-        # Each of 2 all-reduces a layer and pass; found, a gather and a scatter count half each.
         what = f"activations, {2 * passes} all-reduces a layer"
-        row = Expected(what, "tensor", kinds, 2 * passes * layer, _equivalent(found), "")
+        own = [one for one in found if one.axes == ("tensor",) and one.kind in ALL_REDUCES]
+        total = sum(one.count * one.bytes * ALL_REDUCES[one.kind] for one in own)
+        note = _note(own, sum(one.count * one.bytes for one in own), "tensor")
+        row = Expected(what, "tensor", tuple(ALL_REDUCES), 2 * passes * layer, total, note)
         rows.append(row)
     if mesh.get("expert", 1) > 1:
         passes = (2 + shapes.remat) if shapes.training else 1
@@ -232,13 +235,3 @@ def _elements(weights: list[Weight], axis: str, mesh: Mapping[str, int]) -> floa
 
 def _parted(weight: Weight, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in weight.axes)
-
-
-def _equivalent(found: list[Collective]) -> float:
-    """Bytes of all-reduces along `tensor`, of which a gather and a scatter are half each."""
-    share = {"all-reduce": 1.0, "all-gather": 0.5, "reduce-scatter": 0.5}
-    return sum(
-        one.count * one.bytes * share[one.kind]
-        for one in found
-        if one.axes == ("tensor",) and one.kind in share
-    )

@@ -96,9 +96,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     if model.family == "encoder":
         raise InputError("A model of the family encoder does not decode.")
     if not model.scan_layers:
-        raise InputError(
-            "TransformerConfig.scan_layers is False: it must be True with --decode."
-        )
+        raise InputError("TransformerConfig.scan_layers is False: it must be True with --decode.")
     mesh = build_mesh(config.mesh, rows, devices)
     graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     # The shardings of parameters are the state's, whatever the optimizer.

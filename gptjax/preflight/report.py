@@ -218,9 +218,7 @@ def assumptions(report: Report) -> list[str]:
     ]
     if not chip.available:
         share = report.topology.available / chip.memory
-        lines.append(
-            f"a program may take {share:.0%} of the memory ({MEMORY_FRACTION})"
-        )
+        lines.append(f"a program may take {share:.0%} of the memory ({MEMORY_FRACTION})")
     return lines
 
 
