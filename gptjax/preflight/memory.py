@@ -258,6 +258,8 @@ def _source(program: Program, instruction: Instruction | None) -> str:
     named = [frame for frame in ours if not frame[0].endswith(PLUMBING)] or ours
     pieces = instruction.op_name.split("/")
     where = pieces[-1] if instruction.op_name else instruction.opcode
+    if where == "parameter":
+        where = "carried by a loop"
     if named:
         file, function, line = named[0]
         called = function.replace(".<locals>", "")

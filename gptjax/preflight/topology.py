@@ -59,11 +59,13 @@ class Topology:
 def prepare_environment() -> None:
     """Keep JAX on the CPU and libtpu to itself; before either has started.
 
-    A setting of the user's stands.
+    A setting of the user's stands. What is compiled is not looked up in JAX's cache, from which
+    XLA's plans would be missing.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
@@ -81,16 +83,31 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         hint = near if near.startswith("did") else f"accepted are {names}."
         raise InputError(f"Unknown topology {name!r}: {hint}")
     chip = chips[kind]
+    _check_shape(name, chip, shape)
+    if slices < 1 or (slices > 1 and chip.platform != "tpu"):
+        accepted = "at least 1" if slices < 1 else "1 with GPUs, which have hosts, as h100:16"
+        raise InputError(f"--slices is {slices}: it must be {accepted}.")
     check_packages(chip)
     if chip.platform == "tpu":
-        return Topology(name, chip, slices, _tpu_devices(name, chip, shape, slices))
-    if slices != 1:
-        raise InputError(f"--slices is {slices}: GPUs have hosts and no slices, as {kind}:16.")
-    return Topology(name, chip, 1, _gpu_devices(name, chip, shape))
+        return Topology(name, chip, slices, _tpu_devices(chip, shape, slices))
+    return Topology(name, chip, 1, _gpu_devices(chip, int(shape)))
 
 
 def _example(chip: Chip) -> str:
     return f"{chip.name}:{chip.topologies[-1] if chip.topologies else 'COUNT'}"
+
+
+def _check_shape(name: str, chip: Chip, shape: str) -> None:
+    if chip.platform == "tpu":
+        # libtpu itself takes shapes that cannot be had, as v5e:4x4x4.
+        known = shape in chip.topologies
+        accepted = ", ".join(f"{chip.name}:{shape}" for shape in chip.topologies)
+    else:
+        count = int(shape) if shape.isdecimal() else 0
+        known = 1 <= count <= chip.host or (count > 0 and count % chip.host == 0)
+        accepted = f"{chip.name}:1 to {chip.name}:{chip.host}, and multiples of {chip.host}"
+    if not known:
+        raise InputError(f"Unknown topology {name!r}: accepted are {accepted}.")
 
 
 def check_packages(chip: Chip) -> None:
@@ -125,11 +142,7 @@ def _libtpu_of_jax() -> str:
     return ""
 
 
-def _tpu_devices(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
-    # libtpu itself takes shapes that cannot be had, as v5e:4x4x4.
-    if shape not in chip.topologies:
-        accepted = ", ".join(f"{chip.name}:{known}" for known in chip.topologies)
-        raise InputError(f"Unknown topology {name!r}: accepted are {accepted}.")
+def _tpu_devices(chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     options: dict[str, Any] = dict(chip.options)
     if slices > 1:
         options["num_slices"] = slices
@@ -148,13 +161,7 @@ def _tpu_devices(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, .
     return tuple(described.devices)
 
 
-def _gpu_devices(name: str, chip: Chip, shape: str) -> tuple[Any, ...]:
-    count = int(shape) if shape.isdecimal() else 0
-    if count < 1 or (count > chip.host and count % chip.host):
-        raise InputError(
-            f"Unknown topology {name!r}: accepted are {chip.name}:1 to {chip.name}:{chip.host}, "
-            f"and multiples of {chip.host}."
-        )
+def _gpu_devices(chip: Chip, count: int) -> tuple[Any, ...]:
     hosts = math.ceil(count / chip.host)
     described = topologies.get_topology_desc(
         platform="cuda",

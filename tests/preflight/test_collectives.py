@@ -1,0 +1,145 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.preflight.collectives import (
+    Collective,
+    Shapes,
+    Weight,
+    collectives,
+    device_group,
+    expected,
+)
+from gptjax.preflight.hlo import read_program
+
+MESH = {"data": 2, "fsdp": 4}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "group"),
+    [
+        ("channel_id=1, replica_groups={{0,2},{1,3}}, dimensions={0}", (0, 2)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("replica_groups=mesh['a'=8] {'a':(1)2}", (0, 4)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6}}", (0, 1, 2, 3)),
+        ("replica_groups={}, to_apply=%sum", (0, 1, 2, 3, 4, 5, 6, 7)),
+    ],
+)
+def test_groups_of_devices_in_every_way_that_xla_says_them(attributes, group):
+    assert device_group(attributes, 8) == group
+
+
+TEXT = Path(__file__).with_name("collectives.hlo").read_text()
+
+
+def test_collectives_are_counted_with_their_loops_and_once_a_channel():
+    found = {(one.kind, one.axes): one for one in collectives(read_program(TEXT), MESH)}
+    summary = {key: (one.bytes, one.count) for key, one in found.items()}
+    whole = 16 * 8 * 2
+    assert summary == {
+        ("all-gather", ("fsdp",)): (whole, 1),
+        # In the loop: the two halves of a gather are one, and the fusion is a reduce-scatter.
+        ("reduce-scatter", ("fsdp",)): (whole, 1),
+        ("collective-permute", ("data",)): (whole // 4, 1),
+        ("all-reduce", ("data", "fsdp")): (4, 1),
+    }
+    counts = sorted((one.kind, one.count) for one in collectives(read_program(TEXT), MESH))
+    assert counts == [
+        ("all-gather", 1),
+        ("all-gather", 3),
+        ("all-reduce", 1),
+        ("collective-permute", 1),
+        ("reduce-scatter", 1),
+        ("reduce-scatter", 3),
+    ]
+
+
+def test_a_ring_sends_all_but_its_own_part_and_an_all_reduce_twice_that():
+    def sent(kind):
+        return Collective(kind, 800, 2, (0, 1, 2, 3), ("fsdp",)).sent
+
+    assert sent("all-gather") == sent("reduce-scatter") == 2 * 600
+    assert sent("all-reduce") == 2 * 1200
+    assert sent("collective-permute") == 2 * 800
+
+
+def test_a_compiled_program_gathers_each_layers_weights_and_sums_their_gradient():
+    """The real text of XLA, for virtual CPU devices."""
+    layers, width, rows = 3, 32, 16
+    mesh = jax.make_mesh((4,), ("fsdp",), (AxisType.Auto,), devices=jax.devices()[:4])
+    weights = NamedSharding(mesh, P(None, None, "fsdp"))
+    given = NamedSharding(mesh, P("fsdp"))
+
+    def loss(stack, x):
+        @jax.checkpoint
+        def layer(x, weight):
+            whole = jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P()))
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ whole), given), None
+
+        return jax.lax.scan(layer, x, stack)[0].sum()
+
+    text = (
+        jax.jit(jax.grad(loss), in_shardings=(weights, given), out_shardings=weights)
+        .lower(jnp.zeros((layers, width, width)), jnp.zeros((rows, width)))
+        .compile()
+        .as_text()
+    )
+    assert text is not None
+    found = collectives(read_program(text), {"fsdp": 4})
+    whole = layers * width * width * 4
+    gathered = sum(one.count * one.bytes for one in found if one.kind == "all-gather")
+    summed = sum(one.count * one.bytes for one in found if one.kind in ("all-reduce",))
+    assert gathered == 2 * whole
+    assert summed == whole
+
+
+def shapes(**changes) -> Shapes:
+    given = {
+        "weights": [Weight(1000, ("fsdp",)), Weight(80, ())],
+        "element": 2,
+        "layers": 3,
+        "tokens": 10,
+        "width": 8,
+        "parts": 1,
+        "remat": True,
+        "experts_per_token": 1,
+        "training": True,
+    }
+    return Shapes(**{**given, **changes})
+
+
+def test_theory_of_fsdp_is_two_gathers_and_one_sum():
+    found = [
+        Collective("all-gather", 2000, 2, (0, 1, 2, 3), ("fsdp",)),
+        Collective("all-reduce", 2000, 1, (0, 1, 2, 3), ("fsdp",)),
+    ]
+    gathers, sums = expected(shapes(), {"data": 1, "fsdp": 4}, found)
+    assert gathers.bytes == gathers.found == 2 * 2000
+    assert sums.bytes == sums.found == 2000
+    assert "plain all-reduce" in sums.note
+    assert gathers.note == ""
+    (accumulated, _) = expected(shapes(parts=4), {"data": 1, "fsdp": 4}, found)
+    assert accumulated.bytes == 4 * gathers.bytes
+    (decoding,) = expected(shapes(training=False), {"data": 1, "fsdp": 4}, found)
+    assert decoding.bytes == 2000
+
+
+def test_theory_of_data_and_tensor():
+    found = [
+        Collective("all-gather", 160, 18, (0, 1), ("tensor",)),
+        Collective("reduce-scatter", 160, 18, (0, 1), ("tensor",)),
+    ]
+    mesh = {"data": 2, "fsdp": 1, "tensor": 2}
+    data, tensor = expected(shapes(weights=[Weight(1000, ("tensor",))]), mesh, found)
+    assert data.bytes == 500 * 2
+    # 2 all-reduces a layer in the forward pass, its repetition and the backward pass.
+    assert tensor.bytes == tensor.found == 6 * 3 * 10 * 8 * 2
