@@ -127,11 +127,10 @@ def test_the_users_environment_stands(monkeypatch):
     for name in topology.ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "0")
-    cached = jax.config.jax_enable_compilation_cache
     try:
         topology.prepare_environment()
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        jax.config.update("jax_enable_compilation_cache", True)
     assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
     assert os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "0"
 
