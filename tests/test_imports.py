@@ -57,6 +57,7 @@ ALLOWED = {
         "gptjax.chips",
         "gptjax.ledger",
         "gptjax.sharding",
+        LAYERS,
         DATA,
         "gptjax.transformer",
         TRAINING,

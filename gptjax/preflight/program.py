@@ -4,7 +4,9 @@ A training step is put together as experiments/quickstart.py does it; a step of 
 token a sequence with a full cache, by the compiled function of `gptjax.generate`.
 """
 
+import dataclasses
 import functools
+import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.generate import compiled_read
+from gptjax.layers.kernels import resolve_kernel
 from gptjax.sharding import BATCH, build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
@@ -35,6 +38,8 @@ class Lowered(NamedTuple):
     """Of the optimizer's state; None in decoding."""
     cache: Any
     """Of the decoding cache; None in training."""
+    kernel: str
+    """What computes attention, and why."""
 
 
 def batch_shapes(config: ExperimentConfig) -> Batch:
@@ -65,7 +70,8 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
       InputError: a mesh that does not match the devices, the batch or a parameter.
     """
     mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate, devices)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+    model, kernel = _with_kernel(config.model, mesh)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     state: State = state_shapes(_init(config.model), optimizer, mesh, parameter_axes(config.model))
     lowered = lower_train_step(
@@ -77,7 +83,21 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         seed=config.train.seed,
         accumulate=config.train.accumulate,
     )
-    return Lowered(lowered, mesh, state.params, state.optimizer, None)
+    return Lowered(lowered, mesh, state.params, state.optimizer, None, kernel)
+
+
+def _with_kernel(model: TransformerConfig, mesh: Mesh) -> tuple[TransformerConfig, str]:
+    """The model with the attention that its devices take, as an experiment chooses it.
+
+    Without cuDNN, which XLA needs to compile its kernel, XLA's own attention stands for it.
+    """
+    platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
+    chosen, lines = resolve_kernel(model, platform, sequence=mesh.shape["sequence"])
+    lacking = importlib.util.find_spec("nvidia") is None and model.attention_kernel == "auto"
+    if chosen.attention_kernel == "cudnn" and lacking:
+        chosen = dataclasses.replace(chosen, attention_kernel="xla")
+        lines = ["Attention: XLA, since cuDNN is not installed; a run with it needs less memory."]
+    return chosen, " ".join(lines)
 
 
 def _init(model: TransformerConfig) -> Any:
@@ -98,6 +118,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     if not model.scan_layers:
         raise InputError("TransformerConfig.scan_layers is False: it must be True with --decode.")
     mesh = build_mesh(config.mesh, rows, devices)
+    model, kernel = _with_kernel(model, mesh)
     graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     # The shardings of parameters are the state's, whatever the optimizer.
     optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -127,7 +148,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     )
     with jax.set_mesh(mesh):
         lowered = compiled_read(graphdef).lower(*arguments)
-    return Lowered(lowered, mesh, params, None, cache)
+    return Lowered(lowered, mesh, params, None, cache, kernel)
 
 
 def _empty_cache(graphdef: nnx.GraphDef, rows: int, params: Any, source: Any) -> Any:

@@ -31,6 +31,8 @@ class Report:
     mesh: dict[str, int]
     memory: Memory
     exhausted: bool
+    kernel: str
+    """What computes attention, and why."""
     collectives: list[Collective]
     expected: list[Expected]
     model_flops: float
@@ -95,6 +97,7 @@ def preflight(
         mesh=mesh,
         memory=compiled.memory,
         exhausted=compiled.exhausted,
+        kernel=compiled.lowered.kernel,
         collectives=compiled.collectives,
         expected=expected(_shapes(config, compiled.lowered, decode), mesh, compiled.collectives),
         model_flops=useful,
@@ -172,6 +175,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
+        "attention": report.kernel,
         "fits": report.fits,
         "refused_by_the_compiler": report.exhausted,
         "available_bytes": report.topology.available,
@@ -236,6 +240,7 @@ def table(report: Report) -> str:
         f"{config.train.batch_size / report.devices:g} a device, in {config.train.accumulate} "
         f"part(s); {model.dtype}, remat {model.remat}, layers "
         f"{'scanned' if model.scan_layers else 'unrolled'}, dropout {model.dropout:g}",
+        *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
         "memory a device at the peak, GiB",
     ]
