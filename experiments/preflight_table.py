@@ -30,7 +30,7 @@ class Row:
 
 LARGE = "--model.attention full --model.window 0 --model.vocab-size 50304 --seq 2048"
 LLAMA = (
-    "--model.depth 32 --model.width 4096 --model.heads 32 --model.hidden 11008 "
+    "--model.depth 32 --model.width 4096 --model.heads 32 --model.kv-heads 32 --model.hidden 11008 "
     "--model.vocab-size 32000 --model.no-tied --seq 2048"
 )
 ROWS = (
@@ -54,7 +54,7 @@ ROWS = (
     Row(
         "GPT-3 22B",
         "gpt3-13b --topology v5e:16x16 --mesh data=1,fsdp=256 --batch-per-device 4 "
-        f"--model.depth 48 --model.width 6144 --model.heads 48 --model.head-size 128 {LARGE}",
+        f"--model.depth 48 --model.width 6144 --model.heads 64 --model.head-size 96 {LARGE}",
         "5.8",
     ),
     Row(
