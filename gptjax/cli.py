@@ -150,8 +150,8 @@ def _sentence(box: str) -> str:
     words = listed.split(", ")
     flags = [word for word in words if word.startswith("--")]
     names = re.findall(r"^--[\w.-]+", added, flags=re.MULTILINE)
-    if commands := re.search(r"Available subcommands: (.*)", added):
-        names = commands[1].split(", ")
+    if listed_commands := re.search(r"Available subcommands: ([\w\s,-]+)", added):
+        names = re.findall(r"[\w-]+", listed_commands[1])  # The list may be on several lines.
     hint = f"did you mean {' or '.join(names)}?" if names else "see --help."
     return f"Unknown {'flag' if flags else 'argument'} {', '.join(flags or words)}: {hint}"
 

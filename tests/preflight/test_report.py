@@ -108,8 +108,17 @@ def test_a_report_is_a_table_and_json(report):
     assert values["fits"] is True
     assert values["peak_bytes"] + values["spare_bytes"] == values["available_bytes"]
     assert values["memory"]["parameters"] == report.memory.kinds["parameters"]
+    assert values["attention"] == "Attention: XLA."
     text = table(report)
-    for part in ("fits:", "fsdp 4", "saved activations", "FLOPs a byte", "cloud.google.com", "CPU"):
+    for part in (
+        "fits:",
+        "Attention: XLA.",
+        "fsdp 4",
+        "saved activations",
+        "FLOPs a byte",
+        "cloud.google.com",
+        "CPU",
+    ):
         assert part in text
 
 
