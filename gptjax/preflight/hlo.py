@@ -131,24 +131,43 @@ class Program:
     def trips(self, loop: Instruction) -> int:
         """How often the body of a `while` runs.
 
-        Where XLA does not say, it is the constant that the loop's condition compares with; 1 if
-        there is none.
+        Where XLA does not say, it is the constant that the loop's condition compares a counter
+        with, over what the body adds to the counter: XLA unrolls its own loops by twos. 1 if there
+        is no such constant.
         """
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
+        condition, body = (
+            found[1] if (found := re.search(rf"{name}=%?([\w.-]+)", loop.attributes)) else ""
+            for name in ("condition", "body")
+        )
         limits = [
-            int(instruction.operands[0])
-            for name in (self._reached(condition[1]) if condition else ())
-            for instruction in self.computations[name].values()
-            if instruction.opcode == "constant"
-            and re.fullmatch(r"[su]\d+\[\]", _plain(instruction.shape))
+            number
+            for name in self._reached(condition)
+            for instruction in self.computations.get(name, {}).values()
+            if (number := _number(instruction)) is not None
         ]
-        return max([1, *limits])
+        return math.ceil(max([1, *limits]) / self._step(condition, body))
+
+    def _step(self, condition: str, body: str) -> int:
+        """What the body of a loop adds to the counter that its condition reads."""
+        inside = self.computations.get(body, {})
+        root = next((one for one in inside.values() if one.root), None)
+        for read in self.computations.get(condition, {}).values():
+            place = re.search(r"index=(\d+)", read.attributes)
+            if root is None or place is None or int(place[1]) >= len(root.operands):
+                continue
+            after = inside.get(root.operands[int(place[1])])
+            while after is not None and after.opcode == "copy":
+                after = inside.get(after.operands[0])
+            if after is not None and after.opcode == "add":
+                added = [_number(inside[name]) for name in after.operands if name in inside]
+                return max([1, *(number for number in added if number is not None)])
+        return 1
 
     def _reached(self, name: str) -> Iterator[str]:
         yield name
-        for instruction in self.computations[name].values():
+        for instruction in self.computations.get(name, {}).values():
             for called in instruction.called:
                 if called in self.computations:
                     yield from self._reached(called)
@@ -168,8 +187,13 @@ class Program:
         return self.frames.get(frame[1], []) if frame else []
 
 
-def _plain(shape: str) -> str:
-    return re.sub(r"\{[^}]*\}", "", shape)
+def _number(instruction: Instruction) -> int | None:
+    """The value of an integer constant."""
+    scalar = [array.dimensions for array in instruction.arrays] == [()]
+    whole = instruction.shape.startswith(("s", "u"))
+    if instruction.opcode != "constant" or not (scalar and whole):
+        return None
+    return int(instruction.operands[0]) if instruction.operands else None
 
 
 def read_program(text: str) -> Program:

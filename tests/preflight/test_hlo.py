@@ -17,6 +17,8 @@ def test_loops_multiply_what_is_in_them(program):
     assert program.counts["body"] == 3
     # 3 times 5 in the nested loop, whose limit is in a fusion, and 7 that XLA says itself.
     assert program.counts["inner_body"] == 3 * 5 + 7
+    # From 0 by 2 to below 3.
+    assert program.counts["body_by_two"] == 2
     assert program.counts["taken"] == program.counts["left"] == 1
 
 
