@@ -408,10 +408,11 @@ def test_params_of_an_unknown_model_lists_the_near_ones(gptjax):
 
 def test_an_unknown_command_lists_the_known_ones(gptjax):
     _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean sample or params")
-    assert gptjax("sampel").err.endswith(" or build-dataset or preflight?\n")
+    assert gptjax("sampel").err.endswith(" or preflight or doctor or launch?\n")
     _assert_one_sentence(
         gptjax(),
-        "Expected one of {sample, params, certify, convert, data, build-dataset, preflight}.",
+        "Expected one of {sample, params, certify, convert, data, build-dataset, preflight, "
+        "doctor, launch}.",
     )
 
 
