@@ -68,6 +68,8 @@ OUTSIDE = {
     "dtype": "a column: every variant runs in both types",
     "scan_layers": "a column: every variant runs both ways",
     "remat": "a column: every variant runs both ways",
+    "remat_layers": "of scanned layers: tests/layers/test_stack.py",
+    "microbatches": "of a pipeline: tests/training/test_partitioned_step.py",
 }
 """Fields that are no axis of the grid, and why."""
 
