@@ -30,7 +30,7 @@ from gptjax.config import InputError, TransformerConfig
 from gptjax.equivalence import PROPERTIES, Case, difference, product_flops
 from gptjax.layers import attention, linear, stack
 from gptjax.presets import PRESETS, preset
-from gptjax.training import losses, step
+from gptjax.training import cross_entropy, step
 from gptjax.training.checkpoint import Checkpoints
 
 FIELDS = typing.get_type_hints(TransformerConfig)
@@ -100,8 +100,9 @@ class Broken(NamedTuple):
 def _scaled(run: Callable, field: str) -> Callable:
     """`run_layers` with a stream that enters 1% too large where the config's `field` is on."""
 
-    def wrong(layer, stacks, x, *, config, **named):
-        return run(layer, stacks, 1.01 * x if getattr(config, field) else x, config=config, **named)
+    def wrong(layer, stacks, x, rows, *, config, **named):
+        entering = 1.01 * x if getattr(config, field) not in (False, "none") else x
+        return run(layer, stacks, entering, rows, config=config, **named)
 
     return wrong
 
@@ -181,7 +182,7 @@ FAULTS = {
         lambda write: lambda self, new, start: write(self, new, start + 1),
     ),
     "attention's gradient scaled": Broken("attention", attention, "attend", _steeper),
-    "a chunk left out": Broken("chunked", losses, "_over_chunks", _without_last),
+    "a chunk left out": Broken("chunked", cross_entropy, "_over_chunks", _without_last),
     "parts averaged twice": Broken("accumulated", step, "_summed_gradients", _means_of_means),
     "devices not added up": Broken(
         "sharded", step, "sum_over_devices", lambda _: lambda tree, axis: tree

@@ -122,8 +122,8 @@ def run_layers(
       What leaves the last layer, the cache in the form in which it came, and the other outputs,
       [L, ...].
     """
-    policy = REMAT_POLICIES.get(config.remat)
-    if config.remat != "none" and config.remat_layers == 1:
+    policy, grouped = REMAT_POLICIES.get(config.remat), config.remat_layers > 1
+    if config.remat != "none" and not grouped:
         run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
     keys = None if key is None else jax.random.split(key, depth)
@@ -134,18 +134,24 @@ def run_layers(
     together = max(kinds, config.remat_layers)
 
     def turn(params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any) -> tuple[jax.Array, Any]:
-        """Layers of each kind; parameters are [layers of the kind, ...], the rest [layers, ...]."""
+        """Layers of each kind; parameters are [...], or [layers of the kind, ...] in groups.
+
+        A part that is taken out of them would be kept for the backward pass beside the whole; what
+        is recomputed takes it again.
+        """
         outputs = []
         for index in range(together):
-            own = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], params[index % kinds])
+            own = params[index % kinds]
+            if grouped:
+                own = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], own)
             own_cache, own_key = jax.tree.map(lambda leaf, at=index: leaf[at], (cache, keys))
             x, *output = run(index % kinds, own, x, rows, own_cache, own_key)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-    if config.remat != "none" and config.remat_layers > 1:
+    if config.remat != "none" and grouped:
         turn = jax.checkpoint(turn, policy=policy)
-    params = _grouped(list(stacks), together // kinds)
+    params = _grouped(list(stacks), together // kinds) if grouped else list(stacks)
     by_turn = _grouped((cache, keys), together)
     if staged:
         x, outputs = run_stages(
