@@ -98,8 +98,8 @@ class TransformerConfig:
     """Run the blocks as one scanned loop (compiles faster when deep), not one after another."""
     remat: Literal["none", "full", "dots", "names", "offload"] = "none"
     """What of a block is recomputed in the backward pass: nothing; all; all but products with
-    weights, or but attention's and the feed-forward layer's outputs; or all, the block's input
-    waiting in the host's memory."""
+    weights, or but what attention read and the feed-forward layer's first products; or all, the
+    block's input waiting in the host's memory."""
     remat_layers: int = 1
     """Blocks that are recomputed together, of which only the first one's input is kept."""
     microbatches: int = 0

@@ -41,12 +41,10 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] → [B, T, D]."""
-        if self.gate is None:
-            (up,), gate = project(x, self.up), None
-        else:
-            up, gate = project(x, self.up, self.gate)
-        fed = activate(self.activation, up, gate)
-        return self.down(checkpoint_name(constrain(fed, "BTF"), "feedforward"))
+        layers = [self.up] if self.gate is None else [self.up, self.gate]
+        up, *gate = (checkpoint_name(y, "feedforward") for y in project(x, *layers))
+        fed = activate(self.activation, up, gate[0] if gate else None)
+        return self.down(constrain(fed, "BTF"))
 
 
 def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

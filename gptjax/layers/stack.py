@@ -32,7 +32,7 @@ RunLayer = Callable[[int, Any, jax.Array, Any, Any, jax.Array | None], tuple[jax
 (x, its cache, its other outputs)."""
 
 SAVED = ("attention", "feedforward")
-"""What the policy "names" keeps: what a query read, and the feed-forward layer's activations."""
+"""What the policy "names" keeps: what a query read, and what the activation is computed of."""
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

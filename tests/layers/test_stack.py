@@ -62,7 +62,7 @@ def test_layers_that_are_recomputed_together_keep_one_input(capsys):
     [
         ("full", BEFORE_DOWN + 2 * SCORES),
         ("dots", 2 * SCORES),
-        ("names", BEFORE_DOWN + SCORES),
+        ("names", BEFORE_DOWN - 2 * TOKENS * D * F + SCORES),
         ("offload", BEFORE_DOWN + 2 * SCORES),
     ],
 )
