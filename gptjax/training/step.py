@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax.config import InputError
 from gptjax.data.batch import Batch
 from gptjax.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
@@ -261,7 +262,16 @@ def _lower_on_shares(
 
 
 def _lower_pmap(step: Callable, mesh: Mesh, whole: Any, batch: Batch) -> jax.stages.Lowered:
-    """The same by `jax.pmap`, which maps over a leading axis of devices."""
+    """The same by `jax.pmap`, which maps over a leading axis of devices.
+
+    Raises:
+      InputError: several processes, of which each would map over its own devices alone.
+    """
+    if jax.process_count() > 1:
+        raise InputError(
+            f"MeshConfig.pmap is True: it must be False in a run of {jax.process_count()} "
+            "processes, whose devices jit takes together."
+        )
     count = mesh.size
     mapped = jax.pmap(
         step, axis_name=DATA, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)

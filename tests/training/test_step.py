@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, split
+from gptjax.config import InputError
 from gptjax.data.batch import Batch
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
@@ -86,6 +87,12 @@ def test_pmap_is_jit_on_one_device_and_on_two():
     assert_same(metrics, stepped(steps=2)[1])
     # The same shares: what is nothing but rounding is the same too, and Adam's signs of it.
     assert_same((state, metrics), stepped(steps=2, devices=2))
+
+
+def test_pmap_of_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match=r"pmap is True: it must be False in a run of 2 processes"):
+        stepped(devices=2, pmap=True)
 
 
 def test_parts_on_many_devices_are_one_large_batch():
