@@ -14,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from gptjax import Sampling, build, distributed, generate, ledger, plots, preset, split
 from gptjax.cli import run_experiment
@@ -35,6 +36,7 @@ from gptjax.data.pipeline import (
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
 from gptjax.layers.kernels import resolve_kernel
+from gptjax.layers.pipeline import bubble, microbatches
 from gptjax.runs import (
     CHECKPOINTS,
     RESULT,
@@ -45,14 +47,15 @@ from gptjax.runs import (
     saved_tokenizer,
     write_json,
 )
-from gptjax.sharding import build_mesh, configure_cpu
+from gptjax.sharding import build_mesh, configure_cpu, mesh_name
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.feed import own_rows
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import training_loss
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
-from gptjax.transformer import parameter_axes
+from gptjax.training.step import state_shapes
+from gptjax.transformer import Params, parameter_axes
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
@@ -90,21 +93,27 @@ def train(
     tokenizer = saved or learn_tokenizer(config.data, sources)
     corpus = open_corpus(sources, tokenizer, config.data, config.model)
     config = with_vocabulary(config, corpus.vocabulary.size)
+    cost = ledger(config.model)
+    configure_cpu(cost.parameters)
+    mesh, lines = devices(config)
+    platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
+    model, attention = resolve_kernel(config.model, platform, sequence=sequence)
+    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
+    axes = parameter_axes(config.model)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+
+    def init() -> Params:
+        return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+
+    state_shapes(init, optimizer, mesh, axes)  # A mesh that cannot part them leaves no file.
     if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
         print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
         return False
 
-    cost = ledger(config.model)
-    configure_cpu(cost.parameters)
-    peak = peak_flops()
     print(f"{cost.parameters:,} parameters; training on {training_size(corpus)}.")
+    print(*lines, *attention, sep="\n")
+    peak = peak_flops()
     print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
-
-    mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate)
-    platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
-    model, lines = resolve_kernel(config.model, platform, sequence=sequence)
-    print(*lines, sep="\n")
-    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     learning_rate = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
@@ -128,12 +137,12 @@ def train(
     ):
         fitted = fit(
             config.train,
-            lambda: split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1],
+            init,
             mesh=mesh,
-            axes=parameter_axes(config.model),
+            axes=axes,
             pmap=config.mesh.pmap,
             loss=training_loss(graphdef, config.train),
-            optimizer=build_optimizer(config.optimizer, config.train.steps),
+            optimizer=optimizer,
             batches=batches,
             validation=EvaluationBatches(corpus.validation, config.train.batch_size, **hosts),
             checkpoints=checkpoints,
@@ -154,6 +163,19 @@ def train(
         f"tensorboard/, checkpoints/."
     )
     return True
+
+
+def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
+    """The mesh of a run, and lines about it where there is more than one device."""
+    rows = config.train.batch_size // config.train.accumulate
+    mesh = build_mesh(config.mesh, rows)
+    platform, stages = mesh.devices.flat[0].platform, mesh.shape["pipeline"]
+    lines = [f"Mesh: {mesh_name(mesh.shape)}, {mesh.size} x {platform}."] if mesh.size > 1 else []
+    if stages > 1:
+        parts = microbatches(rows, config.model.microbatches, mesh.shape)
+        idle = bubble(stages, parts)
+        lines.append(f"Pipeline: {stages} stages, {parts} microbatches, a bubble of {idle:.0%}.")
+    return mesh, lines
 
 
 def training_size(corpus: Corpus) -> str:

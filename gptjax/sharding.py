@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,9 +111,8 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
     sizes[DATA] = sizes[DATA] or max(len(devices) // others, 1)
     product = math.prod(sizes.values())
     if product != len(devices):
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         raise InputError(
-            f"The mesh is {told or 'one device'}, {product} devices: there are {len(devices)}."
+            f"The mesh is {mesh_name(sizes)}, {product} devices: there are {len(devices)}."
         )
     parts = math.prod(sizes[name] for name in BATCH)
     if rows % parts:
@@ -122,6 +121,12 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
             f"that {' x '.join(BATCH)} make of it."
         )
     return Mesh(_arranged(list(sizes.values()), devices, config.slices), AXES, axis_types=_AUTO)
+
+
+def mesh_name(sizes: Mapping[str, int]) -> str:
+    """Devices along each axis, as `data 2 x tensor 4`."""
+    told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return told or "one device"
 
 
 _AUTO = (AxisType.Auto,) * len(AXES)

@@ -7,7 +7,7 @@ last part has left the first, stages run idle: the bubble.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,22 +30,25 @@ def stages() -> int:
     return 1 if mesh is None else dict(mesh.shape)["pipeline"]
 
 
-def microbatches(rows: int, asked: int) -> int:
+def microbatches(rows: int, asked: int, mesh: Mapping[str, int]) -> int:
     """Parts in which `rows` pass the stages: `asked`, or by default about 4 a stage.
+
+    Args:
+      rows: of a batch, or of the parts that it is computed in.
+      asked: `TransformerConfig.microbatches`, 0 for the default.
+      mesh: devices along each axis.
 
     Raises:
       InputError: more parts than there are, or parts that the mesh cannot split any more.
     """
-    mesh = auto_mesh()
-    assert mesh is not None
-    split = math.prod(dict(mesh.shape)[name] for name in BATCH)
+    split = math.prod(mesh[name] for name in BATCH)
     possible = [n for n in range(1, rows // split + 1) if rows % (n * split) == 0]
     if asked and asked not in possible:
         raise InputError(
             f"TransformerConfig.microbatches is {asked}: of {rows} rows on {split} parts of the "
             f"mesh it must be one of {', '.join(map(str, possible))}."
         )
-    return asked or max(n for n in possible if n <= PARTS_A_STAGE * stages())
+    return asked or max(n for n in possible if n <= PARTS_A_STAGE * mesh["pipeline"])
 
 
 def bubble(stages: int, microbatches: int) -> float:
@@ -69,14 +72,17 @@ def run_stages(
     Returns:
       x behind the last layer, and the turns' other outputs, [turns, p, B, ...].
     """
-    count, batch = stages(), len(x)
+    mesh = auto_mesh()
+    assert mesh is not None
+    sizes = dict(mesh.shape)
+    count, batch = sizes["pipeline"], len(x)
     turns = len(jax.tree.leaves(stacks)[0])
     if turns % count:
         raise InputError(
             f"The {turns} groups of layers that run together are no multiple of the {count} stages "
             "of the pipeline: choose another depth, remat_layers or pipeline."
         )
-    parts = microbatches(batch, asked)
+    parts = microbatches(batch, asked, sizes)
     entering = _parted(x, parts)
     leaves, structure = jax.tree.flatten(rows)
     own = [leaf.shape[0] == batch for leaf in leaves]

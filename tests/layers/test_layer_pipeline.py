@@ -21,12 +21,11 @@ def test_the_bubble_is_the_share_of_turns_in_which_a_stage_has_no_part(stages, p
 
 
 def test_a_batch_passes_in_four_parts_a_stage_or_as_many_as_it_has():
-    with jax.set_mesh(MESH):
-        assert microbatches(64, 0) == 16
-        assert bubble(4, microbatches(64, 0)) <= 1 / 5
-        assert microbatches(16, 0) == 8  # Each has a row on both devices along data.
-        assert microbatches(24, 0) == 12
-        assert microbatches(64, 32) == 32
+    assert microbatches(64, 0, MESH.shape) == 16
+    assert bubble(4, microbatches(64, 0, MESH.shape)) <= 1 / 5
+    assert microbatches(16, 0, MESH.shape) == 8  # Each has a row on both devices along data.
+    assert microbatches(24, 0, MESH.shape) == 12
+    assert microbatches(64, 32, MESH.shape) == 32
 
 
 def test_parts_that_the_mesh_cannot_split_are_refused():
@@ -34,8 +33,8 @@ def test_parts_that_the_mesh_cannot_split_are_refused():
         r"TransformerConfig\.microbatches is 16: of 16 rows on 2 parts of the mesh it must be one "
         r"of 1, 2, 4, 8\."
     )
-    with jax.set_mesh(MESH), pytest.raises(InputError, match=sentence):
-        microbatches(16, 16)
+    with pytest.raises(InputError, match=sentence):
+        microbatches(16, 16, MESH.shape)
 
 
 def turn(params, x, rows, keys):
