@@ -5,12 +5,13 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import pytest
 from conftest import EXPERIMENTS, ROOT
 
 from gptjax.cli import run_experiment
-from gptjax.config import InputError, MeshConfig
+from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig
 from gptjax.sharding import AXES, build_mesh, parameter_sharding
 
 SMALL, MEDIUM, LARGE = 1_000_000, 20_000_000, 100_000_000
@@ -159,7 +160,7 @@ def test_slices_that_the_devices_do_not_have_are_refused():
         ),
     ],
 )
-def test_an_experiment_says_what_does_not_fit_in_a_sentence(
+def test_an_experiment_says_what_does_not_fit_in_a_sentence_and_writes_nothing(
     flag, sentence, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
@@ -171,6 +172,32 @@ def test_an_experiment_says_what_does_not_fit_in_a_sentence(
     assert ended.value.code == 2
     assert sentence in told
     assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "lines"),
+    [
+        ({"data": 1}, 1, []),
+        ({"tensor": 4}, 8, ["Mesh: data 2 x tensor 4, 8 x cpu."]),
+        (
+            {"pipeline": 4, "fsdp": 2},
+            16,
+            [
+                "Mesh: pipeline 4 x fsdp 2, 8 x cpu.",
+                "Pipeline: 4 stages, 4 microbatches, a bubble of 43%.",
+            ],
+        ),
+    ],
+)
+def test_an_experiment_says_over_which_devices_it_is_spread(sizes, rows, lines, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    quickstart = importlib.import_module("quickstart")
+    train = TrainConfig(batch_size=rows, accumulate=2 if rows > 8 else 1)
+    config = ExperimentConfig(mesh=MeshConfig(**sizes), train=train)
+    count = 8 if lines else 1
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:count])
+    assert quickstart.devices(config)[1] == lines
 
 
 def test_who_holds_what_of_every_preset_is_as_written_down():
