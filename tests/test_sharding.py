@@ -182,10 +182,10 @@ def test_an_experiment_says_what_does_not_fit_in_a_sentence_and_writes_nothing(
         ({"tensor": 4}, 8, ["Mesh: data 2 x tensor 4, 8 x cpu."]),
         (
             {"pipeline": 4, "fsdp": 2},
-            16,
+            32,
             [
                 "Mesh: pipeline 4 x fsdp 2, 8 x cpu.",
-                "Pipeline: 4 stages, 4 microbatches, a bubble of 43%.",
+                "Pipeline: 4 stages, 8 microbatches, a bubble of 27%.",
             ],
         ),
     ],
