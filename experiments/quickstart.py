@@ -96,6 +96,7 @@ def train(
     cost = ledger(config.model)
     configure_cpu(cost.parameters)
     mesh, lines = devices(config)
+    hosts = own_rows(mesh)
     platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
     model, attention = resolve_kernel(config.model, platform, sequence=sequence)
     graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
@@ -105,7 +106,7 @@ def train(
     def init() -> Params:
         return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
 
-    state_shapes(init, optimizer, mesh, axes)  # A mesh that cannot part them leaves no file.
+    state_shapes(init, optimizer, mesh, axes)  # What the mesh cannot part leaves no file.
     if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
         print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
         return False
@@ -118,7 +119,6 @@ def train(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
     order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
-    hosts = own_rows(mesh)
     if config.data.on_the_fly:
         batches = streamed_batches(
             sources,
