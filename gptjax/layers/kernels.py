@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError, TransformerConfig
-from gptjax.sharding import auto_mesh, spec
+from gptjax.sharding import auto_mesh, mesh_axes, spec
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 """Where each kernel runs, in the words of `jax.Device.platform`."""
@@ -133,7 +133,7 @@ def takes(kernel: str, query: jax.Array, key: jax.Array) -> bool:
     `resolve_kernel` knows the longest row only: prompts and batches of pairs may be shorter.
     """
     if kernel == "splash":
-        queries = _parting(query).shard_shape(query.shape)[1]
+        queries = query.shape[1] // _sharers(query)
         return queries % LANES == 0 and key.shape[1] % LANES == 0
     return kernel == "cudnn"
 
@@ -182,14 +182,13 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, make_splash_mha
 
     (_, queries, heads, _), keys = query.shape, key.shape[1]
-    parting = _parting(query)
-    own_queries = parting.shard_shape(query.shape)[1]
+    sharers = _sharers(query)
     kernel = make_splash_mha(
         _splash_mask(sight, heads, queries, keys),
-        block_sizes=_splash_blocks(own_queries, keys),
+        block_sizes=_splash_blocks(queries // sharers, keys),
         attn_logits_soft_cap=cap or None,
         head_shards=1,
-        q_seq_shards=queries // own_queries,
+        q_seq_shards=sharers,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -200,18 +199,20 @@ def splash(
         ids = None if segments is None else SegmentIds(*segments)
         return jax.vmap(kernel)(*by_head, ids).swapaxes(1, 2)
 
-    rows, places, parted_heads, _ = parting.spec
+    # Splash has no scale. That of heads of 64, 1 / 8, is exact in bfloat16; others round queries.
+    given = kernel, scale * query, key, value, segments
+    mesh = auto_mesh()
+    if mesh is None:
+        return attend_by_head(*given)
+    parts = rows, places, parted_heads, _ = spec("BTNH", query.shape)
     specs = (
-        kernel.manual_sharding_spec(NamedSharding(parting.mesh, P(None, places))),
-        parting.spec,
+        kernel.manual_sharding_spec(NamedSharding(mesh, P(None, places))),
+        parts,
         P(rows, None, parted_heads),
         P(rows, None, parted_heads),
         None if segments is None else (P(rows, places), P(rows)),
     )
-    # Splash has no scale. That of heads of 64, 1 / 8, is exact in bfloat16; others round queries.
-    return _on_each_device(attend_by_head, specs, specs[1])(
-        kernel, scale * query, key, value, segments
-    )
+    return _on_each_device(mesh, attend_by_head, specs, parts)(*given)
 
 
 def _segments(sight: Sight, queries: int) -> tuple[jax.Array, jax.Array] | None:
@@ -299,26 +300,29 @@ def cudnn(
             implementation=implementation,
         )
 
-    rows, _, heads, _ = _parting(query).spec
+    mesh = auto_mesh()
+    if mesh is None:
+        return attend_rows(query, key, value, sight)
+    rows, _, heads, _ = spec("BTNH", query.shape)
     whole = P(rows, None, heads)
-    return _on_each_device(attend_rows, (whole, whole, whole, P(rows)), whole)(
+    return _on_each_device(mesh, attend_rows, (whole, whole, whole, P(rows)), whole)(
         query, key, value, sight
     )
 
 
-def _parting(query: jax.Array) -> NamedSharding:
-    """How queries [B, T, N, H] are parted over the mesh, if there is one."""
-    parts = P(None, None, None, None) if auto_mesh() is None else spec("BTNH", query.shape)
-    return NamedSharding(jax.sharding.get_abstract_mesh(), parts)
+def _sharers(query: jax.Array) -> int:
+    """Devices among which the places of queries [B, T, N, H] are parted."""
+    mesh = auto_mesh()
+    if mesh is None:
+        return 1
+    parted = mesh_axes(P(spec("BTNH", query.shape)[1]))
+    return math.prod(dict(mesh.shape)[name] for name in parted)
 
 
 def _on_each_device(
-    attend: Callable[..., jax.Array], in_specs: tuple[Any, ...], out_specs: Any
+    mesh: AbstractMesh, attend: Callable[..., jax.Array], in_specs: Any, out_specs: Any
 ) -> Callable[..., jax.Array]:
     """`attend` of each device's part, since the compiler cannot part a kernel."""
-    mesh = auto_mesh()
-    if mesh is None:
-        return attend
     return jax.shard_map(
         attend,
         in_specs=in_specs,

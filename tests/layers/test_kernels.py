@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptjax import InputError, TransformerConfig, build, preset, split
 from gptjax.config import MeshConfig
@@ -122,6 +123,22 @@ def test_each_device_of_a_mesh_takes_its_part(attend):
     assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, parts), 4)
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_a_device_that_was_given_its_rows_takes_them_all():
+    """As `gptjax.training.step` gives them where a batch alone is split."""
+    mesh = build_mesh(MeshConfig(data=2), 2, jax.devices()[:2])
+    *given, _ = inputs(128, 128)
+    sight = Sight(causal=True)
+
+    def attend(query, key, value):
+        assert kernels.takes("splash", query, key)
+        return interpreted(query, key, value, sight)
+
+    of_rows = jax.shard_map(
+        attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    np.testing.assert_allclose(jax.jit(of_rows)(*given), reference(*given, sight), atol=1e-5)
 
 
 def test_queries_that_see_no_key_yield_numbers():
