@@ -70,9 +70,11 @@ def _look_up_backward(_, residuals, gradient):
         own, mine = _own(indices, size, vocabulary)
         added = jnp.zeros((size, table.shape[1]), table.dtype)
         added = added.at[jnp.where(mine, own, size)].add(gradient.astype(table.dtype), mode="drop")
+        added = added.astype(gradient.dtype)  # As the gradients of products, which are sent so.
         if within:
             added = jax.lax.psum_scatter(added, within, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(added, others) if others else added
+        added = jax.lax.psum(added, others) if others else added
+        return added.astype(table.dtype)
 
     within = tuple(name for name in parted if name in mesh_axes(rows))
     summed = jax.shard_map(

@@ -178,6 +178,9 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
     loss, plain, table_gradient, bias_gradient = sums
     shape = tokens.hidden.shape
     hidden_gradient = hidden_gradient.reshape(-1, shape[-1])[: tokens.targets.size].reshape(shape)
+    if shares.rows:
+        # As the gradients of other products: added up in float32 here, sent as the products' type.
+        table_gradient = table_gradient.astype(tokens.hidden.dtype)
     if shares.width:
         table_gradient = jax.lax.psum_scatter(
             table_gradient, shares.width, scatter_dimension=1, tiled=True
@@ -187,7 +190,7 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
         hidden_gradient = _summed(hidden_gradient, shares.vocabulary)
     gradients = (
         hidden_gradient,
-        _summed(table_gradient, others),
+        _summed(table_gradient, others).astype(jnp.float32),
         _summed(bias_gradient, shares.rows),
     )
     if shares.rows:
