@@ -33,8 +33,10 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
     ) -> None:
         """Compile a step for chips that are not there: does it fit, and how long does it take.
 
-        Exit code 1 if it does not fit. bfloat16, scanned layers and full remat unless told
-        otherwise. Needs the extra `preflight`.
+        Exit code 1 if it does not fit. Unless told otherwise: bfloat16, scanned layers, full remat
+        and the loss in chunks of 1,024 tokens (--model.dtype, --model.scan-layers, --model.remat,
+        --train.loss-chunk); all else as in the preset, dropout too, with which attention takes no
+        kernel: --model.dropout 0. Needs the extra `preflight`.
 
         Args:
           name: A preset's name.

@@ -137,6 +137,10 @@ class Weight(NamedTuple):
     """Of the whole."""
     axes: tuple[str, ...]
     """The mesh's axes over which it is parted."""
+    gathers: int = 2
+    """Times that a step of training needs it whole."""
+    sums: int = 1
+    """Times that its gradient is summed."""
 
 
 class Expected(NamedTuple):
@@ -181,7 +185,6 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
     """
     rows = []
     weights = list(shapes.weights)
-    gathers = 2 if shapes.training else 1
     layer = shapes.layers * shapes.tokens * shapes.width * shapes.element
 
     def add(what: str, axis: str, kinds: tuple[str, ...], amount: float) -> None:
@@ -190,15 +193,22 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
         rows.append(Expected(what, axis, kinds, amount, total, _note(own, total, axis)))
 
     if mesh.get("fsdp", 1) > 1:
-        local = _elements(weights, "fsdp", mesh) * shapes.element * shapes.parts
-        add(f"weights gathered {gathers} times", "fsdp", ("all-gather",), gathers * local)
+        whole = [(one, _gathered(one, mesh)) for one in weights if "fsdp" in one.axes]
+        size = shapes.element * shapes.parts
+        gathers = sum((one.gathers if shapes.training else 1) * amount for one, amount in whole)
+        times = ", layers' twice, others once" if shapes.training else ""
+        add(f"weights gathered{times}", "fsdp", ("all-gather",), gathers * size)
         if shapes.training:
-            add("gradients summed once", "fsdp", SUMS, local)
+            sums = sum(one.sums * amount for one, amount in whole)
+            add(_summed(weights), "fsdp", SUMS, sums * size)
     if mesh.get("data", 1) > 1 and shapes.training:
-        amount = sum(weight.elements / _parted(weight, mesh) for weight in weights)
-        # Where rows alone are parted, a device has gradients of its own, in float32.
-        alone = mesh["data"] == math.prod(mesh.values())
-        add("gradients summed once", "data", SUMS, amount * (4 if alone else shapes.element))
+        if mesh["data"] == math.prod(mesh.values()):
+            # A device has whole gradients of its own, in float32, and sends them together.
+            amount = 4 * sum(one.elements for one in weights)
+            add("gradients summed once", "data", SUMS, amount)
+        else:
+            amount = sum(one.sums * one.elements / _parted(one, mesh) for one in weights)
+            add(_summed(weights), "data", SUMS, amount * shapes.element)
     if mesh.get("tensor", 1) > 1:
         passes = (2 + shapes.remat) if shapes.training else 1
         what = f"activations, {2 * passes} all-reduces a layer"
@@ -227,10 +237,14 @@ def _note(own: list[Collective], total: float, axis: str) -> str:
     return ", ".join(said)
 
 
-def _elements(weights: list[Weight], axis: str, mesh: Mapping[str, int]) -> float:
-    """Numbers on a device of those weights that are parted over `axis`, once it is gathered."""
-    parted = (weight for weight in weights if axis in weight.axes)
-    return sum(weight.elements / _parted(weight, mesh) * mesh[axis] for weight in parted)
+def _summed(weights: list[Weight]) -> str:
+    tied = any(one.sums > 1 for one in weights)
+    return "gradients summed once" + (", a tied table's once a use" if tied else "")
+
+
+def _gathered(weight: Weight, mesh: Mapping[str, int]) -> float:
+    """Numbers on a device of a weight that is parted over `fsdp`, once it is gathered."""
+    return weight.elements / _parted(weight, mesh) * mesh["fsdp"]
 
 
 def _parted(weight: Weight, mesh: Mapping[str, int]) -> int:

@@ -124,15 +124,24 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
     """What theory is told."""
     model, mesh = config.model, lowered.mesh.shape
 
-    def weight(leaf: Any) -> Weight:
+    def weight(path: Any, leaf: Any) -> Weight:
         named = [axis for axis in leaf.sharding.spec if axis is not None]
         axes = [name for axis in named for name in (axis if isinstance(axis, tuple) else (axis,))]
-        return Weight(leaf.size, tuple(name for name in axes if mesh[name] > 1))
+        axes = tuple(name for name in axes if mesh[name] > 1)
+        where = jax.tree_util.keystr(path)
+        # The layers' are let go after the forward pass. Each reader of the table has its gradient.
+        reads = 1 + model.tied + (model.family == "encoder_decoder")
+        return Weight(
+            leaf.size,
+            axes,
+            gathers=2 if "['blocks']" in where else 1,
+            sums=reads if where == "['embedding']['table']" else 1,
+        )
 
     parts = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["sequence"]
     tokens = config.train.batch_size * (1 if decode else model.context)
     return Shapes(
-        weights=[weight(leaf) for leaf in jax.tree.leaves(lowered.params)],
+        weights=[weight(*leaf) for leaf in jax.tree.leaves_with_path(lowered.params)],
         element=2 if model.dtype == "bfloat16" else 4,
         layers=(model.depth + (model.encoder_depth or model.depth))
         if model.family == "encoder_decoder"
@@ -174,6 +183,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "sequence": config.model.context,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
+        "remat_layers": config.model.remat_layers,
+        "loss_chunk": config.train.loss_chunk,
+        "dropout": config.model.dropout,
         "scan_layers": config.model.scan_layers,
         "attention": report.kernel,
         "fits": report.fits,
@@ -238,8 +250,8 @@ def table(report: Report) -> str:
         f"({sizes or 'one'})",
         f"  {config.train.batch_size:,} sequences of {model.context:,}, "
         f"{config.train.batch_size / report.devices:g} a device, in {config.train.accumulate} "
-        f"part(s); {model.dtype}, remat {model.remat}, layers "
-        f"{'scanned' if model.scan_layers else 'unrolled'}, dropout {model.dropout:g}",
+        "part(s)",
+        f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
         "memory a device at the peak, GiB",
@@ -259,6 +271,18 @@ def table(report: Report) -> str:
             for buffer in memory.largest
         ]
     return "\n".join([*lines, *_traffic(report), *_times(report)])
+
+
+def _choices(report: Report) -> str:
+    """What decides most of the memory, whether by default or by a flag."""
+    config, model = report.config, report.config.model
+    said = [model.dtype, f"layers {'scanned' if model.scan_layers else 'unrolled'}"]
+    if not report.decode:
+        together = f" of {model.remat_layers} layers together" if model.remat_layers > 1 else ""
+        chunk = config.train.loss_chunk
+        loss = f"in chunks of {chunk:,} tokens" if chunk else "of all tokens at once"
+        said += [f"remat {model.remat}{together}", f"loss {loss}", f"dropout {model.dropout:g}"]
+    return ", ".join(said)
 
 
 def _verdict(report: Report) -> str:

@@ -14,15 +14,20 @@ from gptjax.config import (
 )
 from gptjax.presets import preset
 
+LOSS_CHUNK = 1024
+"""Tokens whose scores are there at once. For GPT-2, 8 sequences of 1,024 have 1.5 GiB of them."""
+
 
 def default_config(name: str) -> ExperimentConfig:
-    """A preset as it is trained at scale: bfloat16 products, layers scanned and recomputed.
+    """A preset as it is trained at scale: bfloat16 products, layers scanned and recomputed, the
+    loss in chunks. All else, dropout too, is the preset's.
 
     Raises:
       InputError: an unknown preset.
     """
     model = dataclasses.replace(preset(name), dtype="bfloat16", scan_layers=True, remat="full")
-    return ExperimentConfig(model=model, data=_data(model), train=TrainConfig(batch_size=8))
+    train = TrainConfig(batch_size=8, loss_chunk=LOSS_CHUNK)
+    return ExperimentConfig(model=model, data=_data(model), train=train)
 
 
 def _data(model: TransformerConfig) -> DataConfig:

@@ -123,6 +123,7 @@ def test_theory_of_fsdp_is_two_gathers_and_one_sum():
         Collective("all-reduce", 2000, 1, (0, 1, 2, 3), ("fsdp",)),
     ]
     gathers, sums = expected(shapes(), {"data": 1, "fsdp": 4}, found)
+    assert gathers.what == "weights gathered, layers' twice, others once"
     assert gathers.bytes == gathers.found == 2 * 2000
     assert sums.bytes == sums.found == 2000
     assert "plain all-reduce" in sums.note
@@ -131,6 +132,17 @@ def test_theory_of_fsdp_is_two_gathers_and_one_sum():
     assert accumulated.bytes == 4 * gathers.bytes
     (decoding,) = expected(shapes(training=False), {"data": 1, "fsdp": 4}, found)
     assert decoding.bytes == 2000
+
+
+def test_theory_of_a_tied_table_is_one_gather_and_a_sum_for_each_use():
+    weights = [Weight(1000, ("fsdp",)), Weight(500, ("fsdp",), gathers=1, sums=2)]
+    gathers, sums = expected(shapes(weights=weights), {"data": 1, "fsdp": 4}, [])
+    assert gathers.bytes == 2 * (2 * 1000 + 500)
+    assert sums.bytes == 2 * (1000 + 2 * 500)
+    assert sums.what.endswith("a tied table's once a use")
+    # Where rows alone are parted, a device adds up its own gradients first.
+    (alone,) = expected(shapes(weights=weights), {"data": 4, "fsdp": 1}, [])
+    assert alone.bytes == 4 * 1500
 
 
 def test_theory_of_data_and_tensor():
