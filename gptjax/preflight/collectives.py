@@ -44,26 +44,65 @@ class Collective:
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """Those of a program that was compiled for a mesh of these sizes; groups of one are none.
 
-    Parts of an asynchronous one share a channel and count once.
+    Parts of an asynchronous one share a channel and count once; with several slices, collectives
+    of other kinds may have the same.
     """
-    found: dict[str, Collective] = {}
+    found: dict[tuple[str, str], Collective] = {}
     for name, computation in program.computations.items():
         times = program.counts.get(name, 0)
         for instruction in computation.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS or not times:
+            read = _between_slices if instruction.opcode == "send" else _within_a_slice
+            one = read(instruction, name, times, mesh) if times else None
+            if one is None or len(one.group) < 2:
                 continue
-            group = device_group(instruction.attributes, math.prod(mesh.values()))
-            if len(group) < 2:
-                continue
-            size = _whole(instruction, kind, len(group))
-            if kind == "all-reduce" and name.startswith(SCATTERS):
-                kind = "reduce-scatter"
-            key = instruction.channel or instruction.name
+            key = (
+                instruction.opcode.removesuffix("-start"),
+                instruction.channel or instruction.name,
+            )
             earlier = found.get(key)
             if earlier is None or earlier.count < times:
-                found[key] = Collective(kind, size, times, group, _axes(group, mesh))
+                found[key] = one
     return list(found.values())
+
+
+def _within_a_slice(
+    instruction: Instruction, computation: str, times: int, mesh: Mapping[str, int]
+) -> Collective | None:
+    """A collective among the devices of a slice, or of GPUs wherever they are."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    group = device_group(instruction.attributes, math.prod(mesh.values()))
+    size = _whole(instruction, kind, len(group))
+    if kind == "all-reduce" and computation.startswith(SCATTERS):
+        kind = "reduce-scatter"
+    return Collective(kind, size, times, group, _axes(group, mesh))
+
+
+def _between_slices(
+    instruction: Instruction, _: str, times: int, mesh: Mapping[str, int]
+) -> Collective | None:
+    """What a TPU's hosts do for it with those of other slices: a device sends them its part.
+
+    The text has a `send` with `_xla_megascale_transfer_type="ALL_REDUCE"` and the slices that take
+    part, `_xla_megascale_target="{1,2}x{0:3}"`. Slices lie along `data`.
+    """
+    said = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    slices = re.search(r'_xla_megascale_target="\{([^}]*)\}', instruction.attributes)
+    if said is None or slices is None:
+        return None
+    count = 0
+    for part in slices[1].split(","):
+        first, _, last = part.partition(":")
+        count += int(last or first) - int(first) + 1
+    names = list(mesh)
+    step = (
+        mesh["data"] // count * math.prod(mesh[name] for name in names[names.index("data") + 1 :])
+    )
+    group = tuple(step * number for number in range(count))
+    kind = said[1].lower().replace("_", "-")
+    kind = kind if kind in KINDS else "collective-permute"
+    return Collective(kind, instruction.arrays[0].bytes, times, group, _axes(group, mesh))
 
 
 def _whole(instruction: Instruction, kind: str, devices: int) -> int:

@@ -63,6 +63,38 @@ def test_collectives_are_counted_with_their_loops_and_once_a_channel():
     ]
 
 
+BETWEEN_SLICES = """\
+HloModule two_slices
+
+ENTRY %main (given: f32[512,8]) -> f32[128,8] {
+  %given = f32[512,8]{1,0} parameter(0)
+  %after-all = token[] after-all()
+  %scattered = f32[128,8]{1,0} reduce-scatter(%given), channel_id=4, replica_groups={{0,1,2,3}}
+  %send = (f32[128,8]{1,0}, u32[], token[]) send(%scattered, %after-all), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_reduce_operation="SUM",\
+_xla_megascale_target="{SLICES}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[128,8]{1,0}, u32[], token[]) recv(%after-all), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=4, is_host_transfer=true
+  %recv-done = (f32[128,8]{1,0}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  ROOT %summed = f32[128,8]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+"""As libtpu 0.0.42 writes a sum over two slices, without what no reader needs."""
+
+
+@pytest.mark.parametrize(
+    ("slices", "data", "group"), [("1,2", 2, (0, 4)), ("1:3", 6, (0, 8, 16)), ("1,2", 4, (0, 8))]
+)
+def test_a_sum_over_slices_is_read_from_what_a_device_sends_its_host(slices, data, group):
+    program = read_program(BETWEEN_SLICES.replace("SLICES", slices))
+    mesh = {"pipeline": 1, "data": data, "fsdp": 4}
+    scattered, summed = collectives(program, mesh)
+    assert (scattered.kind, scattered.bytes, scattered.axes) == ("reduce-scatter", 16384, ("fsdp",))
+    assert (summed.kind, summed.bytes, summed.axes) == ("all-reduce", 4096, ("data",))
+    assert summed.group == group
+
+
 def test_a_ring_sends_all_but_its_own_part_and_an_all_reduce_twice_that():
     def sent(kind):
         return Collective(kind, 800, 2, (0, 1, 2, 3), ("fsdp",)).sent
