@@ -225,8 +225,9 @@ def assumptions(report: Report) -> list[str]:
         f"{chip.flops / 1e12:g} TFLOP/s, {chip.bandwidth / 1e9:g} GB/s of HBM, "
         f"{chip.interconnect / 1e9:g} GB/s of interconnect, {chip.network / 1e9:g} GB/s of network"
     )
+    counted = f", which are {chip.devices} devices each" if chip.devices > 1 else ""
     lines = [
-        f"peaks of {chip.name}, a chip of {chip.devices} device(s): {peaks} ({chip.source})",
+        f"peaks of {chip.name} chips{counted}: {peaks} ({chip.source})",
         "shortest step: these peaks, all three at once, every link in use",
         f"longest: one after another at {shares} of them, on the links of one axis of {chip.axes}",
         "memory traffic by rule: every instruction reads its inputs and writes its outputs once",
@@ -245,12 +246,12 @@ def table(report: Report) -> str:
     sizes = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1)
     step = "a step of decoding" if report.decode else "a training step"
     slices = f", {report.topology.slices} slices" if report.topology.slices > 1 else ""
+    parts = f", in {config.train.accumulate} parts" if config.train.accumulate > 1 else ""
     lines = [
         f"{report.name}: {step} on {report.topology.name}{slices}, {report.devices} devices "
         f"({sizes or 'one'})",
         f"  {config.train.batch_size:,} sequences of {model.context:,}, "
-        f"{config.train.batch_size / report.devices:g} a device, in {config.train.accumulate} "
-        "part(s)",
+        f"{config.train.batch_size / report.devices:g} a device{parts}",
         f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
@@ -314,11 +315,11 @@ def _traffic(report: Report) -> list[str]:
             f"{size / 1e9:>12.3f}{sent / 1e9:>12.3f}"
         )
     if report.expected:
-        lines.append(f"  {'theory':<52}{'GB':>12}{'found':>12}")
+        lines.append(f"  {'theory':<56}{'GB':>12}{'found':>12}")
     for row in report.expected:
         ratio = f"{row.found / row.bytes:.0%}" if row.bytes else "-"
         lines.append(
-            f"  {f'{row.axis}: {row.what}':<52}{row.bytes / 1e9:>12.3f}{row.found / 1e9:>12.3f}"
+            f"  {f'{row.axis}: {row.what}':<56}{row.bytes / 1e9:>12.3f}{row.found / 1e9:>12.3f}"
             f"  {ratio}{f'; {row.note}' if row.note else ''}"
         )
     return lines
