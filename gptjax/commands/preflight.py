@@ -107,7 +107,7 @@ def _run(
     if as_json:
         fitting = [{"flags": what, **plain(changed)} for what, changed in changes]
         print(json.dumps({**plain(report), "changes_that_fit": fitting}, indent=2))
-    elif changes:
-        print(f"what would fit\n{ranking(changes)}")
+    elif not report.fits:
+        print(f"what would fit\n{ranking(changes)}" if changes else "none of the changes fits")
     if not report.fits:
         raise SystemExit(1)

@@ -226,13 +226,13 @@ class _Times:
 def _kind(value: _Value, instruction: Instruction | None, model: Model, backward: bool) -> str:
     """What a value is, by its shape and by where in the program it is made.
 
-    Logits have an axis of the vocabulary and none of the width. Gradients have the shape of a
+    Logits have the vocabulary as an outer axis and none of the width. Gradients have the shape of a
     parameter and are made in the backward pass, or by a product. Saved activations are made in the
     forward pass and are a stack of layers, or are there when the backward pass is at the peak.
     """
     found = re.match(r"[a-z]\w*\[([\d,]*)\]", value.shape)
     sizes = [int(size) for size in found[1].split(",") if size] if found else []
-    if set(sizes) & model.vocabulary and not set(sizes) & model.width:
+    if set(sizes[:1] + sizes[-1:]) & model.vocabulary and not set(sizes) & model.width:
         return "logits"
     name = instruction.op_name if instruction else ""
     shape = tuple(sorted(size for size in sizes if size > 1))

@@ -248,10 +248,10 @@ def table(report: Report) -> str:
     slices = f", {report.topology.slices} slices" if report.topology.slices > 1 else ""
     parts = f", in {config.train.accumulate} parts" if config.train.accumulate > 1 else ""
     lines = [
-        f"{report.name}: {step} on {report.topology.name}{slices}, {report.devices} devices "
-        f"({sizes or 'one'})",
+        f"{report.name}: {step} on {report.topology.name}{slices}, "
+        + (f"{report.devices} devices ({sizes})" if sizes else "one device"),
         f"  {config.train.batch_size:,} sequences of {model.context:,}, "
-        f"{config.train.batch_size / report.devices:g} a device{parts}",
+        f"{config.train.batch_size / report.devices:,g} a device{parts}",
         f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
@@ -325,13 +325,19 @@ def _traffic(report: Report) -> list[str]:
     return lines
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _times(report: Report) -> list[str]:
     line = report.roofline
     shortest, longest = line.seconds
     low, high = report.mfu
     rates = f"{report.tokens / longest:,.0f} to {report.tokens / shortest:,.0f}"
     parts = {
-        name: f"{line.shortest[name] * 1e3:.3g} to {line.longest[name] * 1e3:.3g}"
+        name: f"{milliseconds(line.shortest[name])} to {milliseconds(line.longest[name])}"
         for name in line.shortest
     }
     return [
@@ -340,7 +346,7 @@ def _times(report: Report) -> list[str]:
         f"  {'FLOPs a device, as computed':<28}{line.flops:>14.4g}",
         f"  {'FLOPs a byte of HBM':<28}{line.intensity:>14.1f}",
         *(f"  {f'ms of {name}':<28}{value:>24}" for name, value in parts.items()),
-        f"  {'ms a step':<28}{f'{shortest * 1e3:.3g} to {longest * 1e3:.3g}':>24}"
+        f"  {'ms a step':<28}{f'{milliseconds(shortest)} to {milliseconds(longest)}':>24}"
         f"  (bound by {line.bound})",
         f"  {'tokens a second':<28}{rates:>24}",
         f"  {'MFU':<28}{f'{low:.0%} to {high:.0%}':>24}",

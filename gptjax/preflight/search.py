@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gptjax.config import ExperimentConfig, InputError
 from gptjax.ledger import ledger
-from gptjax.preflight.report import GIB, Report, preflight
+from gptjax.preflight.report import GIB, Report, milliseconds, preflight
 from gptjax.preflight.topology import Topology
 
 REMATS = ("none", "dots", "names", "full", "offload")
@@ -194,7 +194,7 @@ def ranking(found: list[Change]) -> str:
     lines = [f"{'GiB':>8}{'spare':>8}{'ms a step':>20}{'tokens a second':>26}  flags"]
     for what, report in found:
         shortest, longest = report.roofline.seconds
-        times = f"{shortest * 1e3:.3g} to {longest * 1e3:.3g}"
+        times = f"{milliseconds(shortest)} to {milliseconds(longest)}"
         rates = f"{report.tokens / longest:,.0f} to {report.tokens / shortest:,.0f}"
         memory = f"{report.memory.peak / GIB:>8.2f}{report.spare / GIB:>8.2f}"
         lines.append(f"{memory}{times:>20}{rates:>26}  {what}")

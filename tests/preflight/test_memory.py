@@ -59,3 +59,12 @@ def test_without_a_plan_all_but_the_state_is_temporary(tmp_path):
     memory = memory_at_peak(program, read_plan(tmp_path), 100, {"parameters": 40}, MODEL)
     assert (memory.kinds["parameters"], memory.kinds["temporaries"]) == (40, 60)
     assert memory.largest == ()
+
+
+def test_a_sequence_as_long_as_the_vocabulary_makes_no_logits(tmp_path):
+    program = read_program((HERE / "step.hlo").read_text())
+    plan = plan_of(tmp_path, (HERE / "step-buffer-assignment.txt").read_text())
+    bytewise = MODEL._replace(vocabulary=frozenset({128}), width=frozenset({64}))
+    memory = memory_at_peak(program, plan, 100 * MIB, {}, bytewise)
+    assert memory.kinds["logits"] == 0
+    assert memory.kinds["saved activations"] == 8 * MIB
