@@ -74,7 +74,8 @@ def _look_up_backward(_, residuals, gradient):
         if within:
             added = jax.lax.psum_scatter(added, within, scatter_dimension=1, tiled=True)
         added = jax.lax.psum(added, others) if others else added
-        return added.astype(table.dtype)
+        # XLA for TPUs fails where an accumulated sum is converted right after it is made.
+        return jax.lax.optimization_barrier(added).astype(table.dtype)
 
     within = tuple(name for name in parted if name in mesh_axes(rows))
     summed = jax.shard_map(

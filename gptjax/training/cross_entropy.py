@@ -190,13 +190,15 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
         hidden_gradient = _summed(hidden_gradient, shares.vocabulary)
     gradients = (
         hidden_gradient,
-        _summed(table_gradient, others).astype(jnp.float32),
+        _summed(table_gradient, others),
         _summed(bias_gradient, shares.rows),
     )
     if shares.rows:
         # The backward pass of the layers waits for the table's sum, so that it does not run beside
         # the whole table's gradient: [V, D] in float32.
         gradients = jax.lax.optimization_barrier(gradients)
+    hidden_gradient, table_gradient, bias_gradient = gradients
+    gradients = (hidden_gradient, table_gradient.astype(jnp.float32), bias_gradient)
     return _summed((loss, plain), shares.rows), gradients
 
 
