@@ -101,6 +101,20 @@ def test_a_process_that_locks_libtpu_is_told_of_in_one_sentence():
 
 @TPU
 @pytest.mark.large
+def test_a_step_in_parts_is_compiled_where_its_sums_are_all_reduces():
+    """XLA failed on the token table's gradient, converted after its sum and then added up."""
+    flags = (
+        "llama-style --topology v5e:4x4 --mesh data=1,fsdp=16 --batch-per-device 4 --seq 128 "
+        "--model.depth 2 --model.width 256 --model.heads 2 --model.kv-heads 2 --model.hidden 512 "
+        "--model.vocab-size 32000 --model.no-tied --train.loss-chunk 128 --train.accumulate 2"
+    )
+    report = values(start(f"{flags} --json"))
+    _, sums = report["expected"]
+    assert 0.9 < sums["found"] / sums["bytes"] < 1.1
+
+
+@TPU
+@pytest.mark.large
 def test_a_program_too_large_is_refused_with_its_largest_buffers():
     flags = (
         "gpt2 --topology v5e:2x2 --mesh data=1,fsdp=4 --seq 1024 --model.dropout 0 --model.depth 1"
