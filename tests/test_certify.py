@@ -54,11 +54,7 @@ AXIS_VALUES = _once(axis_values())
 COMBINATIONS = (
     "transformer-base",
     "bert-base",
-    "gpt1",
-    "gpt3-175b",
     "t-dmca",
-    "gpt-j-6b",
-    "smollm-135m",
     "gemma-style",
     "moe",
 )

@@ -63,7 +63,8 @@ def project(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
     once more (Korthikanti et al. 2022, section 4.2.2). Its gradients by x are summed over devices
     once for all layers.
     """
-    if auto_mesh() is None:
+    mesh = auto_mesh()
+    if mesh is None or dict(mesh.shape)["tensor"] == 1:
         return tuple(layer(x) for layer in layers)
     kernels = tuple(gathered(layer.kernel.astype(x.dtype), layer.axes) for layer in layers)
     products = _products(x, kernels)

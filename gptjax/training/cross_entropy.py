@@ -178,28 +178,30 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
     loss, plain, table_gradient, bias_gradient = sums
     shape = tokens.hidden.shape
     hidden_gradient = hidden_gradient.reshape(-1, shape[-1])[: tokens.targets.size].reshape(shape)
-    if shares.rows:
-        # As the gradients of other products: added up in float32 here, sent as the products' type.
-        table_gradient = table_gradient.astype(tokens.hidden.dtype)
+    gradients = _added_up(hidden_gradient, table_gradient, bias_gradient, shares)
+    return _summed((loss, plain), shares.rows), gradients
+
+
+def _added_up(hidden_gradient, table_gradient, bias_gradient, shares: _Shares):
+    """The gradients summed over devices, each device keeping its part of the table's."""
+    if not shares.gathered:
+        hidden_gradient = _summed(hidden_gradient, shares.vocabulary)
+    if not shares.rows:
+        return hidden_gradient, table_gradient, bias_gradient
+    # As the gradients of other products: added up in float32 here, sent as the products' type.
+    table_gradient = table_gradient.astype(hidden_gradient.dtype)
     if shares.width:
         table_gradient = jax.lax.psum_scatter(
             table_gradient, shares.width, scatter_dimension=1, tiled=True
         )
     others = tuple(name for name in shares.rows if name not in shares.width)
-    if not shares.gathered:
-        hidden_gradient = _summed(hidden_gradient, shares.vocabulary)
-    gradients = (
-        hidden_gradient,
-        _summed(table_gradient, others),
-        _summed(bias_gradient, shares.rows),
+    table_gradient = _summed(table_gradient, others)
+    # The backward pass of the layers waits for the table's sum, so that it does not run beside the
+    # whole table's gradient: [V, D] in float32.
+    hidden_gradient, table_gradient, bias_gradient = jax.lax.optimization_barrier(
+        (hidden_gradient, table_gradient, _summed(bias_gradient, shares.rows))
     )
-    if shares.rows:
-        # The backward pass of the layers waits for the table's sum, so that it does not run beside
-        # the whole table's gradient: [V, D] in float32.
-        gradients = jax.lax.optimization_barrier(gradients)
-    hidden_gradient, table_gradient, bias_gradient = gradients
-    gradients = (hidden_gradient, table_gradient.astype(jnp.float32), bias_gradient)
-    return _summed((loss, plain), shares.rows), gradients
+    return hidden_gradient, table_gradient.astype(jnp.float32), bias_gradient
 
 
 def _summed(tree: Any, axes: tuple[str, ...]) -> Any:
