@@ -128,7 +128,7 @@ def test_each_device_of_a_mesh_takes_its_part(attend):
 def test_a_device_that_was_given_its_rows_takes_them_all():
     """As `gptjax.training.step` gives them where a batch alone is split."""
     mesh = build_mesh(MeshConfig(data=2), 2, jax.devices()[:2])
-    *given, _ = inputs(128, 128)
+    query, key, value, _ = inputs(128, 128)
     sight = Sight(causal=True)
 
     def attend(query, key, value):
@@ -138,7 +138,8 @@ def test_a_device_that_was_given_its_rows_takes_them_all():
     of_rows = jax.shard_map(
         attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
     )
-    np.testing.assert_allclose(jax.jit(of_rows)(*given), reference(*given, sight), atol=1e-5)
+    expected = reference(query, key, value, sight)
+    np.testing.assert_allclose(jax.jit(of_rows)(query, key, value), expected, atol=1e-5)
 
 
 def test_queries_that_see_no_key_yield_numbers():
