@@ -61,6 +61,7 @@ def _look_up_backward(_, residuals, gradient):
     table, indices = residuals
     rows, there, vocabulary, scattered = _places(indices.shape)
     parted = mesh_axes(parameter_spec("D"))
+    within = tuple(name for name in parted if name in mesh_axes(rows))
     others = tuple(name for name in mesh_axes(rows) if name not in parted)
 
     def add_up(indices, gradient):
@@ -77,7 +78,6 @@ def _look_up_backward(_, residuals, gradient):
         # XLA for TPUs fails where an accumulated sum is converted right after it is made.
         return jax.lax.optimization_barrier(added).astype(table.dtype)
 
-    within = tuple(name for name in parted if name in mesh_axes(rows))
     summed = jax.shard_map(
         add_up, in_specs=(rows, there), out_specs=P(vocabulary, within), check_vma=False
     )(indices, gradient)
