@@ -211,7 +211,6 @@ class Shapes(NamedTuple):
     """That a batch is computed in."""
     remat: bool
     """Whether the forward pass runs twice."""
-    experts_per_token: int
     training: bool
 
 
@@ -219,8 +218,8 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
     """Theory beside what was found, an axis of the mesh at a time.
 
     Sources: FSDP, Zhao et al. 2023, section 3; tensor parallelism, Shoeybi et al. 2019, section 3,
-    where an all-gather and a reduce-scatter together are one all-reduce (Korthikanti et al. 2022);
-    experts, Lepikhin et al. 2020. A program may send more: sums of losses and norms, masks.
+    where an all-gather and a reduce-scatter together are one all-reduce (Korthikanti et al. 2022).
+    Of the other axes nothing is said. A program may send more: sums of losses and norms, masks.
     """
     rows = []
     weights = list(shapes.weights)
@@ -256,10 +255,6 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
         note = _note(own, sum(one.count * one.bytes for one in own), "tensor")
         row = Expected(what, "tensor", tuple(ALL_REDUCES), 2 * passes * layer, total, note)
         rows.append(row)
-    if mesh.get("expert", 1) > 1:
-        passes = (2 + shapes.remat) if shapes.training else 1
-        amount = 2 * passes * layer * shapes.experts_per_token
-        add("tokens to experts and back", "expert", ("all-to-all",), amount)
     return rows
 
 

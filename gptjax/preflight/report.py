@@ -150,7 +150,6 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
         width=model.width,
         parts=1 if decode else config.train.accumulate,
         remat=model.remat != "none" and not decode,
-        experts_per_token=model.experts_per_token,
         training=not decode,
     )
 
@@ -231,7 +230,8 @@ def assumptions(report: Report) -> list[str]:
         "shortest step: these peaks, all three at once, every link in use",
         f"longest: one after another at {shares} of them, on the links of one axis of {chip.axes}",
         "memory traffic by rule: every instruction reads its inputs and writes its outputs once",
-        "gradients, saved activations, logits: told apart by rule; the other kinds of memory exact",
+        "parameters, optimizer, cache: exact; gradients, saved activations, logits: told apart by "
+        "rule; temporaries: the rest of the peak",
     ]
     if not chip.available:
         share = report.topology.available / chip.memory

@@ -141,7 +141,7 @@ def search(
 
     Meshes of data, fsdp and tensor, remat policies, and the batch, its half and its double. What
     cannot fit by its parameters alone is not compiled; of the rest at most `tries`, those first
-    that send and recompute least.
+    that send least, and the policies that keep all and nothing before the one between them.
     """
     fitting = []
     candidates = sorted(_candidates(config, topology, decode), key=lambda found: found[0])
@@ -185,7 +185,7 @@ def _candidates(
                 f"{_mesh_flag(data, fsdp, tensor)} --model.remat {remat} "
                 f"--batch-per-device {size / devices:g}"
             )
-            order = (tensor > 1, tensor, abs(size - batch), REMATS.index(remat) % 3, data != 1)
+            order = (tensor > 1, tensor, abs(size - batch), remat == "dots", data != 1)
             yield order, what, changed
 
 

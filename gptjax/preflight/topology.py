@@ -50,11 +50,6 @@ class Topology:
         fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
         return int(fraction * self.chip.memory)
 
-    @property
-    def hosts(self) -> int:
-        """How many switches of GPUs there are; 1 for a TPU, whose torus goes past its hosts."""
-        return math.ceil(len(self.devices) / self.chip.host) if self.chip.host else 1
-
 
 def prepare_environment() -> None:
     """Keep JAX on the CPU and libtpu to itself; before either has started.

@@ -143,7 +143,6 @@ def shapes(**changes) -> Shapes:
         "width": 8,
         "parts": 1,
         "remat": True,
-        "experts_per_token": 1,
         "training": True,
     }
     return Shapes(**{**given, **changes})
