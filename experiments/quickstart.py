@@ -132,7 +132,7 @@ def train(
     else:
         batches = training_batches(corpus.train, config.data.weights, **order, **hosts)
     with (
-        Checkpoints(out / CHECKPOINTS) as checkpoints,
+        Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
         open_writers(out, config.train.steps, checkpoints.last_step or 0) as writers,
     ):
         fitted = fit(

@@ -35,6 +35,7 @@ ALLOWED = {
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
     "gptjax.plots": [],
     "gptjax.runs": [CONFIG, DATA, DISTRIBUTED, TRAINING, "gptjax.transformer"],
+    "gptjax.trial": [CONFIG, "gptjax.sharding", TRAINING, "gptjax.transformer", "gptjax.runs"],
     "gptjax.equivalence": [
         CONFIG,
         LAYERS,

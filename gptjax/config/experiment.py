@@ -148,12 +148,17 @@ class TrainConfig:
     """Steps between two evaluations on the validation part."""
     checkpoint_every: int = 250
     """Steps between two checkpoints; the last and the best are kept."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are kept beside them, to look back; 0 keeps none."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_minimum(self, 1, "steps", "batch_size", "accumulate", "log_every", "eval_every")
         check_minimum(self, 1, "checkpoint_every")
         check_minimum(self, 0, "seed", "z_loss", "balance_loss", "router_z_loss", "loss_chunk")
+        check_minimum(self, 0, "keep_every")
+        saved = self.keep_every % self.checkpoint_every == 0
+        check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
         check(self, "seed", self.seed < 1 << 32, "below 2**32")
         check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         divides = self.batch_size % self.accumulate == 0

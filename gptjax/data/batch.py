@@ -37,6 +37,16 @@ class Batch(NamedTuple):
     """[B], int32: 0 where the second segment follows the first in the text, else 1 (BERT)."""
 
     @classmethod
+    def causal(cls, rows: np.ndarray, weights: np.ndarray | None = None) -> "Batch":
+        """Rows [B, T + 1] of tokens, each to be predicted from those before it.
+
+        `weights` [B, T] are of the predictions of tokens 1 … T; None is 1 for all.
+        """
+        rows = np.asarray(rows, np.int32)
+        weights = np.ones(rows[:, 1:].shape) if weights is None else weights
+        return cls(rows[:, :-1], rows[:, 1:], np.asarray(weights, np.float32))
+
+    @classmethod
     def stack(cls, rows: "Sequence[Batch]") -> "Batch":
         """Rows, whose arrays lack the axis B, as a batch."""
         columns = zip(*rows, strict=True)

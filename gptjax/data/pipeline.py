@@ -84,6 +84,15 @@ def training_batches(
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
+def made_batches(
+    make: Callable[[np.random.Generator], Batch], *, seed: int
+) -> grain.DatasetIterator:
+    """Batches without end, each made by `make` of random numbers that are its own."""
+    numbers = grain.MapDataset.range(ENDLESS).seed(seed)
+    made = numbers.random_map(lambda _, generator: make(generator))
+    return iter(made.to_iter_dataset(READ_OPTIONS))
+
+
 def streamed_batches(
     sources: Sources,
     tokenizer: Tokenizer,

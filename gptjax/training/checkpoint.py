@@ -1,9 +1,9 @@
-"""Checkpoints of a run: the last and the best, written in the background, restored exactly.
+"""Checkpoints of a run: the last, the best and those asked for, written in the background.
 
 The only module that imports Orbax. A checkpoint `DIR/STEP/` holds three items: `params` (the
 nested dict of arrays), `optimizer` (the same, by leaf name), and `progress` (JSON: the data's
 position and what the loop has to remember). Orbax writes into a temporary folder and renames it,
-so a checkpoint is there whole or not at all.
+so a checkpoint is there whole or not at all, and restored it is bit for bit what was saved.
 """
 
 import logging
@@ -34,32 +34,33 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints in a directory; a context manager that waits for the last write.
 
+    Beside the last and the best, those of the steps that `keep_every` divides stay; 0 keeps none.
     With `read_only` nothing there is touched, not even what a live run has half written.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: Path, *, keep_every: int = 0, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = directory.resolve()
 
         def validation_loss(metrics: dict[str, float]) -> float:
             return metrics[VALIDATION_LOSS]
 
-        keep = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(1),
-                preservation_policy.BestN(
-                    n=1,
-                    get_metric_fn=validation_loss,
-                    reverse=True,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        keep = [
+            preservation_policy.LatestN(1),
+            preservation_policy.BestN(
+                n=1,
+                get_metric_fn=validation_loss,
+                reverse=True,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        if keep_every:
+            keep.append(preservation_policy.EveryNSteps(keep_every))
         alone = MultiprocessingOptions(jax.process_index(), {jax.process_index()})
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
+                preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
                 best_fn=validation_loss,  # Without it Orbax keeps no metrics on disk.
                 best_mode="min",
                 create=not read_only,
@@ -82,6 +83,11 @@ class Checkpoints:
         self._manager.close()
 
     @property
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def last_step(self) -> int | None:
         """Step of the newest checkpoint; None where there is none."""
         return self._manager.latest_step()
@@ -94,7 +100,7 @@ class Checkpoints:
     def save(
         self, state: State, progress: dict[str, Any], validation_loss: float | None = None
     ) -> None:
-        """Write `state` in the background; all but the last and the best are then deleted."""
+        """Write `state` in the background; those that need not stay are then deleted."""
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -144,13 +150,13 @@ class Checkpoints:
             raise InputError(f"The checkpoint {where} is damaged and cannot be read.") from error
 
     def _step(self, step: int | None) -> int:
-        steps = self._manager.all_steps()
+        steps = self.steps
         if not steps:
             raise InputError(f"{self.directory} holds no checkpoint.")
         if step is not None and step not in steps:
-            there = ", ".join(map(str, sorted(steps)))
+            there = ", ".join(map(str, steps))
             raise InputError(f"{self.directory} has no checkpoint of step {step}: it has {there}.")
-        return max(steps) if step is None else step
+        return steps[-1] if step is None else step
 
     def _check_leaves(self, step: int, wanted: dict[str, Any]) -> None:
         """Every leaf that is missing, unexpected, or of another shape or dtype, at once."""

@@ -1,0 +1,105 @@
+"""A training run in one call: a config and batches in, a trained model and its curve out.
+
+For notebooks, and wherever batches are made and not read; `experiments/quickstart.py` spells out the
+same wiring for text. It is `fit`, so what is true of a run is true of a trial.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+from flax import nnx
+
+from gptjax.config import ExperimentConfig, InputError, to_dict
+from gptjax.runs import CHECKPOINTS, CONFIG, write_json
+from gptjax.sharding import build_mesh
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.loop import Batches, fit
+from gptjax.training.losses import training_loss
+from gptjax.training.metrics import JsonlWriter, read_jsonl
+from gptjax.training.optimizers import build_optimizer
+from gptjax.transformer import Params, build, split
+
+METRICS = "metrics.jsonl"
+
+
+class Trial(NamedTuple):
+    """What a trial came to."""
+
+    model: Any
+    """After the last step."""
+    lines: list[dict[str, Any]]
+    """Scalars of the logged and the evaluated steps, those of a run's `metrics.jsonl`."""
+    validation_loss: float
+    """After the last step, nats a token."""
+    seconds: float
+    """Wall time, compilation included."""
+
+
+def train(
+    config: ExperimentConfig,
+    batches: grain.DatasetIterator,
+    validation: Batches,
+    *,
+    directory: str | Path | None = None,
+) -> Trial:
+    """Train a model anew.
+
+    Args:
+      config: the model, the optimizer, how long; its `data` is not asked.
+      batches: from `gptjax.data.pipeline`: `training_batches` of text, `made_batches` of anything.
+      validation: a list of batches; each evaluation uses all.
+      directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`; it
+        must not hold a run. None keeps nothing.
+
+    Raises:
+      InputError: a directory that is not empty, or batches that do not fit the devices.
+      Diverged: a loss that is not finite.
+      Interrupted: an interrupt, by keyboard or in a notebook.
+    """
+    if directory is not None:
+        return _train(config, batches, validation, Path(directory))
+    with tempfile.TemporaryDirectory() as temporary:
+        return _train(config, batches, validation, Path(temporary))
+
+
+def _train(
+    config: ExperimentConfig,
+    batches: grain.DatasetIterator,
+    validation: Batches,
+    directory: Path,
+) -> Trial:
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty: a trial begins in a directory of its own.")
+    write_json(directory / CONFIG, {"config": to_dict(config)})
+    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+
+    def init() -> Params:
+        return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+
+    writer = JsonlWriter(directory / METRICS, 0)
+    with Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints:
+        fitted = fit(
+            config.train,
+            init,
+            mesh=build_mesh(config.mesh, config.train.batch_size // config.train.accumulate),
+            loss=training_loss(graphdef, config.train),
+            optimizer=build_optimizer(config.optimizer, config.train.steps),
+            batches=batches,
+            validation=validation,
+            checkpoints=checkpoints,
+            writers=[writer],
+            describe=lambda step, tokens_per_second: {},
+        )
+    writer.close()
+    params = jax.device_put(fitted.params, jax.devices()[0])
+    progress = fitted.progress
+    return Trial(
+        nnx.merge(graphdef, params),
+        read_jsonl(directory / METRICS),
+        progress.last_loss,
+        progress.seconds,
+    )
