@@ -10,13 +10,13 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from gptjax.config import InputError, TransformerConfig, near_names
-from gptjax.layers.block import CAPTURES
+from gptjax.config import InputError, TransformerConfig
 from gptjax.layers.dropout import dropout
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.norms import build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
+from gptjax.layers.taps import check_sites
 from gptjax.sharding import constrain
 
 
@@ -122,17 +122,14 @@ class LanguageModel(nnx.Module):
         """[..., D] → what the head reads [..., D]; only BERT's differs from `hidden`."""
         return hidden
 
-    def _check(
-        self, tokens: jax.Array, capture: Collection[str], known: Collection[str] = CAPTURES
-    ) -> None:
+    def _check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
         length, context = tokens.shape[1], self.config.context
         if length > context:
             raise InputError(f"The sequence has {length} tokens; context allows {context}.")
         if not isinstance(tokens, Tracer):
             self._check_vocabulary(np.asarray(tokens))
-        for name in capture:
-            if name not in known:
-                raise InputError(f"Unknown intermediate {name!r}: {near_names(name, known)}")
+        for names in sites:
+            check_sites(self.config, names or ())
 
     def _check_vocabulary(self, tokens: np.ndarray) -> None:
         """A compiled program cannot refuse: there an unknown token's logits are NaN."""

@@ -10,7 +10,7 @@ Models are Flax NNX modules that are used functionally:
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,6 @@ from flax import nnx
 
 from gptjax.config import InputError, TransformerConfig
 from gptjax.language_model import LanguageModel
-from gptjax.layers.block import CROSS_CAPTURES
 from gptjax.layers.dropout import split_key
 from gptjax.layers.feedforward import gelu
 from gptjax.layers.linear import Linear
@@ -27,12 +26,14 @@ from gptjax.layers.norms import LayerNorm, build_norm
 from gptjax.layers.recurrent import LSTM, empty_state
 from gptjax.layers.stack import (
     BlockStack,
+    Edits,
     StackOutput,
     run_layers,
     stacked,
     stacked_caches,
     unstacked,
 )
+from gptjax.layers.taps import ENCODER, Capture, Taps, by_part, kept_of
 
 Params = dict[str, Any]
 
@@ -71,7 +72,8 @@ class Decoder(LanguageModel):
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
         layers: Sequence[Any] | None = None,
     ) -> StackOutput:
         """Everything before the head.
@@ -86,14 +88,16 @@ class Decoder(LanguageModel):
           cache: from `empty_cache`, for decoding; None attends within `tokens` alone.
           start: the place of the first token in its sequence, a number or [B].
           key: dropout key; None drops nothing.
-          capture: intermediates to return, from `CAPTURES`; those not named are never kept.
+          capture: places of `gptjax.layers.taps` to return; those not named are never kept. Or for
+            each name what to keep of it: {"attention": lambda weights: weights[:, :1]}.
+          edits: interventions by place, from `gptjax.probe`.
           layers: see `BlockStack`.
 
         Raises:
-          InputError: more tokens than `context`, an unknown name in `capture`, or documents with
+          InputError: more tokens than `context`, an unknown place, or documents with
             a cache or for compressed attention.
         """
-        self._check(tokens, capture)
+        self._check(tokens, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         return self.decoder(
             self.embed(tokens, start=start, positions=positions, key=embedding_key),
@@ -104,6 +108,7 @@ class Decoder(LanguageModel):
             start=start,
             key=stack_key,
             capture=capture,
+            edits=edits,
             layers=layers,
         )
 
@@ -140,7 +145,8 @@ class Encoder(LanguageModel):
         documents: jax.Array | None = None,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
     ) -> StackOutput:
         """Everything before the heads.
 
@@ -151,13 +157,13 @@ class Encoder(LanguageModel):
           documents: as `Decoder.hidden`.
           positions: [B, T], the place of each token in its document; None counts from 0.
           key: dropout key; None drops nothing.
-          capture: intermediates to return, from `CAPTURES`.
+          capture, edits: as `Decoder.hidden`.
 
         Raises:
-          InputError: more tokens than `context`, an unknown name in `capture`, or documents for
+          InputError: more tokens than `context`, an unknown place, or documents for
             compressed attention.
         """
-        self._check(tokens, capture)
+        self._check(tokens, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         return self.encoder(
             self.embed(tokens, positions=positions, segments=segments, key=embedding_key),
@@ -166,6 +172,7 @@ class Encoder(LanguageModel):
             positions=positions,
             key=stack_key,
             capture=capture,
+            edits=edits,
         )
 
     def readout(self, hidden: jax.Array) -> jax.Array:
@@ -198,13 +205,17 @@ class EncoderDecoder(LanguageModel):
         *,
         source_valid: jax.Array | None = None,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
     ) -> StackOutput:
-        """Source tokens [B, S], `source_valid` False at padding → the encoder's output."""
-        self._check(source, capture)
+        """Source tokens [B, S], `source_valid` False at padding → the encoder's output.
+
+        Here the places of `capture` and `edits` have no `encoder_` before their names.
+        """
+        self._check(source, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         x = self.embed(source, key=embedding_key)
-        return self.encoder(x, valid=source_valid, key=stack_key, capture=capture)
+        return self.encoder(x, valid=source_valid, key=stack_key, capture=capture, edits=edits)
 
     def hidden(
         self,
@@ -218,33 +229,45 @@ class EncoderDecoder(LanguageModel):
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
         layers: Sequence[Any] | None = None,
     ) -> StackOutput:
-        """Everything before the head; `captured` is the decoder's.
+        """Everything before the head.
 
         Args:
           tokens: [B, T], of the target.
           source: [B, S]; not needed with a cache, which holds what is read of it.
           source_valid: [B, S], False at padding.
           documents, positions: taken for the other families' sake, and refused.
-          valid, cache, start, key, capture, layers: as `Decoder.hidden`.
+          valid, cache, start, key, layers: as `Decoder.hidden`.
+          capture, edits: as `Decoder.hidden`; the encoder, which is not run with a cache, has places
+            that begin with `encoder_`.
 
         Raises:
-          InputError: more tokens than `context`, an unknown name in `capture`, or packed rows.
+          InputError: more tokens than `context`, an unknown place, or packed rows.
         """
         if documents is not None or positions is not None:
             raise InputError(
                 "An encoder-decoder takes one document a row: its batches have no `documents` and "
                 "no `positions`."
             )
-        self._check(tokens, capture, CROSS_CAPTURES)
+        self._check(tokens, capture, edits)
         encoder_key, embedding_key, stack_key = split_key(key, 3)
-        memory = None
+        encoder_capture, capture = by_part(kept_of(capture))
+        encoder_edits, edits = by_part(dict(edits or {}))
+        memory, encoder_captured = None, {}
         if cache is None:
             assert source is not None
-            memory = self.encode(source, source_valid=source_valid, key=encoder_key).hidden
-        return self.decoder(
+            encoded = self.encode(
+                source,
+                source_valid=source_valid,
+                key=encoder_key,
+                capture=encoder_capture,
+                edits=encoder_edits,
+            )
+            memory, encoder_captured = encoded.hidden, encoded.captured
+        output = self.decoder(
             self.embed(tokens, start=start, key=embedding_key),
             valid=valid if cache is None else None,
             memory=memory,
@@ -253,8 +276,11 @@ class EncoderDecoder(LanguageModel):
             start=start,
             key=stack_key,
             capture=capture,
+            edits=edits,
             layers=layers,
         )
+        encoder_captured = {ENCODER + name: x for name, x in encoder_captured.items()}
+        return output._replace(captured=output.captured | encoder_captured)
 
     def decoding_layers(self) -> list[Any]:
         """The parameters of each block that decoding runs through, not stacked."""
@@ -284,7 +310,8 @@ class Recurrent(LanguageModel):
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
         layers: Sequence[Any] | None = None,
     ) -> StackOutput:
         """Everything before the head.
@@ -298,14 +325,14 @@ class Recurrent(LanguageModel):
           cache: the state after the tokens before; None begins anew.
           start: taken for the other decoders' sake; a recurrent state knows no places.
           key: dropout key; None drops nothing.
-          capture: `residual` or nothing.
+          capture, edits: as `Decoder.hidden`.
           layers: see `BlockStack`.
 
         Raises:
-          InputError: more tokens than `context`, or an unknown name in `capture`.
+          InputError: more tokens than `context`, or an unknown place.
         """
         config = self.config
-        self._check(tokens, capture, ("residual",))
+        self._check(tokens, capture, edits)
         embedding_key, layers_key = split_key(key, 2)
         x = self.embed(tokens, key=embedding_key)
         graphdef, params = nnx.split(self.layers, nnx.Param)
@@ -313,12 +340,14 @@ class Recurrent(LanguageModel):
         if documents is not None:
             begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
 
-        def run(_: int, params: Any, x: jax.Array, rows: Any, state: Any, key: Any):
+        def run(_: int, params: Any, x: jax.Array, rows: Any, state: Any, key: Any, edits: Edits):
             valid, begins = rows
+            taps = Taps(capture, edits)
+            x = taps("residual", x)
             after, state = nnx.merge(graphdef, params)(
                 x, state, valid=valid, begins=begins, key=key
             )
-            return after, state, {"residual": x} if "residual" in capture else {}
+            return after, state, taps.captured
 
         states = self.empty_cache(len(tokens)) if cache is None else cache
         x, states, captured = run_layers(
@@ -330,6 +359,7 @@ class Recurrent(LanguageModel):
             depth=config.depth,
             cache=states,
             key=layers_key,
+            edits=edits,
             layers=layers,
         )
         hidden = x if self.norm is None else self.norm(x)

@@ -1,7 +1,7 @@
 """A training run in one call: a config and batches in, a trained model and its curve out.
 
-For notebooks, and wherever batches are made and not read; `experiments/quickstart.py` spells out the
-same wiring for text. It is `fit`, so what is true of a run is true of a trial.
+For notebooks, and wherever batches are made and not read; `experiments/quickstart.py` spells out
+the same wiring for text. It is `fit`, so what is true of a run is true of a trial.
 """
 
 import tempfile
@@ -51,8 +51,8 @@ def train(
       config: the model, the optimizer, how long; its `data` is not asked.
       batches: from `gptjax.data.pipeline`: `training_batches` of text, `made_batches` of anything.
       validation: a list of batches; each evaluation uses all.
-      directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`; it
-        must not hold a run. None keeps nothing.
+      directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`;
+        it must be empty. None keeps nothing.
 
     Raises:
       InputError: a directory that is not empty, or batches that do not fit the devices.

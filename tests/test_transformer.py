@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from gptjax import Decoder, InputError, TransformerConfig, build, preset, split
-from gptjax.layers.block import CAPTURES, CROSS_CAPTURES
 from gptjax.layers.experts import Experts
+from gptjax.layers.taps import sites
 
 TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
 TOKENS = jnp.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
@@ -111,18 +111,16 @@ def test_dropout_is_the_same_scanned_and_unrolled():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_captured_intermediates_are_those_of_the_model(scan_layers):
     model = decoder(scan_layers=scan_layers)
-    plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=CAPTURES)
+    plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=[*sites(TINY)])
     assert plain.captured == {}
     assert_same(plain.hidden, output.hidden)
-    batch, length = TOKENS.shape
-    stream = (TINY.depth, batch, length, TINY.width)
-    assert output.captured["residual"].shape == stream
-    assert output.captured["feedforward"].shape == stream
+    sizes = dict(zip("LBTSDNHF", (3, 2, 8, 8, 16, 2, 8, 64), strict=True))
+    shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in sites(TINY).items()}
+    assert jax.tree.map(jnp.shape, output.captured) == shapes
     attention = output.captured["attention"]
-    assert attention.shape == (TINY.depth, batch, TINY.heads, length, length)
     np.testing.assert_allclose(attention.sum(axis=-1), 1, rtol=1e-6)
     assert (np.triu(attention, 1) == 0).all()
-    embedded = model.embedding(TOKENS) + model.positions(jnp.arange(length))
+    embedded = model.embedding(TOKENS) + model.positions(jnp.arange(8))
     assert_same(output.captured["residual"][0], embedded)
 
 
@@ -178,7 +176,9 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
 def test_bad_calls_are_refused():
     with pytest.raises(InputError, match="9 tokens; context allows 8"):
         decoder()(jnp.zeros((1, 9), jnp.int32))
-    with pytest.raises(InputError, match="Unknown intermediate 'atention': did you mean attention"):
+    with pytest.raises(
+        InputError, match="Unknown place 'atention' of a decoder: did you mean attention"
+    ):
         decoder().hidden(TOKENS, capture=("atention",))
     with pytest.raises(InputError, match="vocab_size is 0"):
         decoder(vocab_size=0)
@@ -232,12 +232,14 @@ def test_cross_attention_is_captured_where_there_is_any():
     config = dataclasses.replace(TINY, family="encoder_decoder", encoder_depth=2)
     model = build(config, rngs=nnx.Rngs(0))
     source = jnp.array([[4, 3, 2, 1, 0]] * 2)
-    captured = model.hidden(TOKENS, source=source, capture=CROSS_CAPTURES).captured
+    captured = model.hidden(TOKENS, source=source, capture=[*sites(config)]).captured
     weights = captured["cross_attention"]
     assert weights.shape == (TINY.depth, 2, TINY.heads, 8, 5)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
-    with pytest.raises(InputError, match="Unknown intermediate 'cross_attention'"):
-        decoder().hidden(TOKENS, capture=CROSS_CAPTURES)
+    assert captured["encoder_attention"].shape == (2, 2, TINY.heads, 5, 5)
+    np.testing.assert_allclose(captured["encoder_attention"].sum(axis=-1), 1, rtol=1e-6)
+    with pytest.raises(InputError, match="'cross_attention' is of an encoder-decoder; this model"):
+        decoder().hidden(TOKENS, capture=("cross_attention",))
 
 
 def test_layers_of_different_kinds_are_captured_together():

@@ -25,6 +25,7 @@ from gptjax.layers.dropout import dropout
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
 from gptjax.layers.norms import RMSNorm
 from gptjax.layers.positions import rotate
+from gptjax.layers.taps import UNTAPPED, Taps
 from gptjax.sharding import constrain
 
 MASKED = -1e30
@@ -124,17 +125,20 @@ def attention_weights(
       cap: scores are bounded by cap · tanh(score / cap) (Gemma 2, 2024); 0 does not.
 
     Returns:
-      [B, N, T, S], float32; what `capture="attention"` shows.
+      [B, N, T, S], float32.
     """
     scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    return _weights(scores, mask, bias, cap)
+    return masked_softmax(_biased(scores, bias, cap), mask)
 
 
-def _weights(scores, mask, bias, cap):
+def _biased(scores, bias, cap):
     if cap:
         scores = cap * jnp.tanh(scores / cap)
-    if bias is not None:
-        scores += bias
+    return scores if bias is None else scores + bias
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Scores [B, N, T, S] as weights, none of them where `mask` [B or 1, T, S] is False."""
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, MASKED)
     return jax.nn.softmax(scores, axis=-1)
@@ -170,7 +174,7 @@ def attend(
 def _attend_forward(query, key, value, mask, bias, scale, cap):
     scores = attention_scores(query, key, scale)
     slope = 1 - jnp.square(jnp.tanh(scores / cap)) if cap else None
-    weights = _weights(scores, mask, bias, cap)
+    weights = masked_softmax(_biased(scores, bias, cap), mask)
     mixture = checkpoint_name(mix(weights, value), "attention")
     return mixture, (query, key, value, bias, weights, slope, mixture)
 
@@ -307,8 +311,8 @@ class Attention(nnx.Module):
         bias: jax.Array | None = None,
         reach: jax.Array | None = None,
         key: jax.Array | None = None,
-        return_weights: bool = False,
-    ) -> tuple[jax.Array, jax.Array | None]:
+        taps: Taps = UNTAPPED,
+    ) -> jax.Array:
         """Look at `seen`.
 
         Args:
@@ -320,35 +324,55 @@ class Attention(nnx.Module):
           bias: [B or 1, N, T, S], added to the scores.
           reach: places of `seen` that are filled, where it is a cache; None is all.
           key: dropout key; None drops nothing.
-          return_weights: whether the weights are asked for.
+          taps: what is looked at or changed. Scores and weights exist in no fast path: where they
+            are asked for, the attention written out here is used.
 
         Returns:
-          The output [B, T, D], and the weights [B, N, T, S] if asked for; those of compressed
-          attention stand in the first 1 + S // c columns, the others are 0.
+          [B, T, D].
         """
         config = self.config
+        queries = taps("query", queries)
+        seen = KVCache(taps("key", seen.key), taps("value", seen.value))
         keys, values = self._compress(seen) if self.compressed else seen
         scale = config.head_width**-0.5 if config.attention_scaled else 1.0
-        drops = key is not None and config.dropout > 0
-        if not (drops or return_weights):
-            cap = config.attention_cap
-            kernel = config.attention_kernel
-            mixture: Any
-            if sight is not None and reach is None and kernels.takes(kernel, queries, keys):
-                mixture = kernels.attend_by(kernel, queries, keys, values, sight, scale, cap)
-            elif reach is None or self.compressed or mask is None:
-                mixture = attend(queries, keys, values, mask, bias, scale, cap)
-            else:
-                mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
-            return self.output(constrain(mixture, "BTNH")), None
-        weights = attention_weights(
-            queries, keys, mask, bias, scale=scale, cap=config.attention_cap
+        cap, kernel = config.attention_cap, config.attention_kernel
+        mixture: Any
+        if (key is not None and config.dropout > 0) or taps.ask("scores", "attention"):
+            scores = _biased(attention_scores(queries, keys, scale), bias, cap)
+            scores = self._tap("scores", scores, seen, taps)
+            weights = self._tap("attention", masked_softmax(scores, mask), seen, taps)
+            mixture = mix(dropout(weights, config.dropout, key), values)
+            mixture = checkpoint_name(mixture, "attention")
+        elif sight is not None and reach is None and kernels.takes(kernel, queries, keys):
+            mixture = kernels.attend_by(kernel, queries, keys, values, sight, scale, cap)
+        elif reach is None or self.compressed or mask is None:
+            mixture = attend(queries, keys, values, mask, bias, scale, cap)
+        else:
+            mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
+        mixture = taps("mixture", constrain(mixture, "BTNH"))
+        return taps("attention_output", self._output(mixture, taps))
+
+    def _tap(self, name: str, x: jax.Array, seen: KVCache, taps: Taps) -> jax.Array:
+        """The place `name` with x [B, N, T, S].
+
+        Layers are stacked in what they show, so that compressed attention's 1 + S // c columns are
+        shown as the first of S, the others 0.
+        """
+        columns = x.shape[-1]
+        missing = max(seen.key.shape[1] - columns, 0)
+        return taps(name, jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x)[
+            ..., :columns
+        ]
+
+    def _output(self, mixture: jax.Array, taps: Taps) -> jax.Array:
+        """[B, T, N, H] → [B, T, D]; head by head where that is asked for."""
+        if not taps.ask("head_output"):
+            return self.output(mixture)
+        kernel = self.output.kernel.astype(mixture.dtype)
+        output = taps("head_output", jnp.einsum("btnh,nhd->btnd", mixture, kernel)).sum(axis=2)
+        return (
+            output if self.output.bias is None else output + self.output.bias.astype(output.dtype)
         )
-        mixture = mix(dropout(weights, config.dropout, key), values)
-        output = self.output(checkpoint_name(mixture, "attention"))
-        # Layers are stacked in what is captured, so that compressed ones are as wide as others.
-        places = max(seen.key.shape[1], weights.shape[-1])
-        return output, jnp.pad(weights, ((0, 0),) * 3 + ((0, places - weights.shape[-1]),))
 
     def _compress(self, seen: KVCache) -> KVCache:
         """[B, S, K, H] → [B, 1 + S // c, K, H]: an empty key, then a convolution of stride c."""

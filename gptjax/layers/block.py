@@ -9,8 +9,7 @@
 | parallel_shared | x + attention(norm(x)) + feedforward(norm(x)) | GPT-J (Wang 2021) |
 """
 
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +23,8 @@ from gptjax.layers.experts import Experts, RouterLosses
 from gptjax.layers.feedforward import FeedForward
 from gptjax.layers.kernels import Sight
 from gptjax.layers.norms import build_norm
+from gptjax.layers.taps import CROSS, UNTAPPED, Taps
 from gptjax.sharding import constrain
-
-CAPTURES = ("residual", "attention", "feedforward")
-"""What a block can return: the stream that enters it [B, T, D], its attention weights
-[B, N, T, S], and what its feed-forward layer adds [B, T, D]."""
-CROSS_CAPTURES = (*CAPTURES, "cross_attention")
-"""With cross-attention, its weights [B, N, T, S'] too."""
 
 
 class View(NamedTuple):
@@ -95,8 +89,8 @@ class Block(nnx.Module):
         cache: BlockCache | None = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
-    ) -> tuple[jax.Array, BlockCache | None, dict[str, jax.Array], RouterLosses | None]:
+        taps: Taps = UNTAPPED,
+    ) -> tuple[jax.Array, BlockCache | None, RouterLosses | None]:
         """One layer of the stack.
 
         Args:
@@ -106,16 +100,15 @@ class Block(nnx.Module):
           cache: of the tokens before x's.
           start: where x's first token belongs in the cache, a number or [B].
           key: dropout key; None drops nothing.
-          capture: a subset of `CAPTURES`.
+          taps: what is looked at or changed.
 
         Returns:
-          The stream after the block [B, T, D], the cache with x in it, what `capture` names, and
-          the losses of the router of a mixture of experts.
+          The stream after the block [B, T, D], the cache with x in it, and the losses of the router
+          of a mixture of experts.
         """
-        x = checkpoint_name(x, "residual")
+        x = taps("residual", checkpoint_name(x, "residual"))
         keys = split_key(key, 5)
         rate, parallel = self.config.dropout, "parallel" in self.config.norm_placement
-        captured: dict[str, Any] = {"residual": x}
 
         normed = self._before(self.attention_norm, x)
         queries, seen = self.attention.projected(normed, view.angles)
@@ -124,7 +117,7 @@ class Block(nnx.Module):
             reach = jnp.max(start) + x.shape[1]
             seen = cache.own.swapped().write(seen, start)
             cache = cache._replace(own=seen.swapped())
-        attended, captured["attention"] = self.attention(
+        attended = self.attention(
             queries,
             seen,
             mask=view.mask,
@@ -132,7 +125,7 @@ class Block(nnx.Module):
             bias=view.bias,
             reach=reach,
             key=keys[0],
-            return_weights="attention" in capture,
+            taps=taps,
         )
         attended = dropout(attended, rate, keys[1])
         if parallel:
@@ -147,32 +140,36 @@ class Block(nnx.Module):
             else:
                 assert memory is not None
                 seen = self.cross_attention.keys_values(memory)
-            crossed, captured["cross_attention"] = self.cross_attention(
+            crossed = self.cross_attention(
                 self.cross_attention.queries(normed),
                 seen,
                 mask=view.memory_mask,
                 sight=view.memory_sight,
                 key=keys[2],
-                return_weights="cross_attention" in capture,
+                taps=taps.within(CROSS),
             )
             crossed = dropout(crossed, rate, keys[3])
             middle = self._after(self.cross_norm, self.cross_norm_after, middle, crossed)
 
         if self.feedforward_norm is not None:
             normed = self._before(self.feedforward_norm, middle)
-        fed, losses = self._feed(normed, training=key is not None)
-        captured["feedforward"] = fed
+        fed, losses = self._feed(normed, taps, training=key is not None)
         fed = dropout(fed, rate, keys[4])
         if parallel:
             after = constrain(x + attended + fed, "BtD")
         else:
             after = self._after(self.feedforward_norm, self.feedforward_norm_after, middle, fed)
-        return after, cache, {name: captured[name] for name in capture}, losses
+        return after, cache, losses
 
-    def _feed(self, x: jax.Array, *, training: bool) -> tuple[jax.Array, RouterLosses | None]:
+    def _feed(
+        self, x: jax.Array, taps: Taps, *, training: bool
+    ) -> tuple[jax.Array, RouterLosses | None]:
+        losses = None
         if isinstance(self.feedforward, Experts):
-            return self.feedforward(x, training=training)
-        return self.feedforward(x), None
+            fed, losses = self.feedforward(x, training=training)
+        else:
+            fed = self.feedforward(x, taps)
+        return taps("feedforward", fed), losses
 
     def _before(self, norm, x: jax.Array) -> jax.Array:
         """What a layer reads of the stream."""

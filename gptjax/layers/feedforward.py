@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
+from gptjax.layers.taps import UNTAPPED, Taps
 from gptjax.sharding import constrain
 
 
@@ -39,12 +40,12 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
         self.activation = config.feedforward
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] → [B, T, D]."""
+    def __call__(self, x: jax.Array, taps: Taps = UNTAPPED) -> jax.Array:
+        """[B, T, D] → [B, T, D]; `taps` say what is looked at or changed."""
         layers = [self.up] if self.gate is None else [self.up, self.gate]
         up, *gate = (checkpoint_name(y, "feedforward") for y in project(x, *layers))
         fed = activate(self.activation, up, gate[0] if gate else None)
-        return self.down(constrain(fed, "BTF"))
+        return self.down(taps("activation", constrain(fed, "BTF")))
 
 
 def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:

@@ -5,7 +5,7 @@ turns (`attention="full,local"`), there are p stacks of L / p layers.
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +26,15 @@ from gptjax.layers.positions import (
     relative_buckets,
     rotary_angles,
 )
+from gptjax.layers.taps import Capture, Intervention, Taps
 
-RunLayer = Callable[[int, Any, jax.Array, Any, Any, jax.Array | None], tuple[jax.Array, Any, Any]]
-"""(kind, the layer's parameters, x, what belongs to x's rows, the layer's cache, its key) →
-(x, its cache, its other outputs)."""
+Edits = Mapping[str, Intervention] | None
+"""Interventions by place, of all layers [L, ...] or of one."""
+RunLayer = Callable[
+    [int, Any, jax.Array, Any, Any, jax.Array | None, Edits], tuple[jax.Array, Any, Any]
+]
+"""(kind, the layer's parameters, x, what belongs to x's rows, the layer's cache, its key, its
+interventions) → (x, its cache, its other outputs)."""
 
 SAVED = ("attention", "feedforward")
 """What the policy "names" keeps: what a query read, and what the activation is computed of."""
@@ -100,6 +105,7 @@ def run_layers(
     depth: int,
     cache: Any,
     key: jax.Array | None,
+    edits: Edits = None,
     layers: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Thread x through `depth` layers: scanned or not, recomputed or not, as `config` says.
@@ -115,25 +121,35 @@ def run_layers(
       depth: L.
       cache: of each layer: a tree of [L, ...] arrays if scanned, else a list of L trees; or None.
       key: dropout key, from which each layer gets its own.
+      edits: interventions, of which each layer gets its own; not in a pipeline.
       layers: the parameters as `unstacked` gives them, where the caller has them so; a loop over
         the layers does not use them.
 
     Returns:
       What leaves the last layer, the cache in the form in which it came, and the other outputs,
       [L, ...].
+
+    Raises:
+      InputError: interventions in a pipeline.
     """
     policy, grouped = REMAT_POLICIES.get(config.remat), config.remat_layers > 1
     if config.remat != "none" and not grouped:
         run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
     keys = None if key is None else jax.random.split(key, depth)
+    edits = _of_layers(edits, depth)
     staged = cache is None and stages() > 1
+    if staged and edits:
+        raise InputError("mesh.pipeline must be 1 for interventions: its stages take none.")
     if not (staged or config.scan_layers):
-        return _unrolled(run, kinds, x, rows, layers or unstacked(stacks, depth), cache, keys)
+        layers = layers or unstacked(stacks, depth)
+        return _unrolled(run, kinds, x, rows, layers, cache, keys, edits)
 
     together = max(kinds, config.remat_layers)
 
-    def turn(params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any) -> tuple[jax.Array, Any]:
+    def turn(
+        params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any, edits: Edits
+    ) -> tuple[jax.Array, Any]:
         """Layers of each kind; parameters are [...], or [layers of the kind, ...] in groups.
 
         A part that is taken out of them would be kept for the backward pass beside the whole; what
@@ -144,18 +160,18 @@ def run_layers(
             own = params[index % kinds]
             if grouped:
                 own = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], own)
-            own_cache, own_key = jax.tree.map(lambda leaf, at=index: leaf[at], (cache, keys))
-            x, *output = run(index % kinds, own, x, rows, own_cache, own_key)
+            given = jax.tree.map(lambda leaf, at=index: leaf[at], (cache, keys, edits))
+            x, *output = run(index % kinds, own, x, rows, *given)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     if config.remat != "none" and grouped:
         turn = jax.checkpoint(turn, policy=policy)
     params = _grouped(list(stacks), together // kinds) if grouped else list(stacks)
-    by_turn = _grouped((cache, keys), together)
+    by_turn = _grouped((cache, keys, edits), together)
     if staged:
         x, outputs = run_stages(
-            lambda params, x, rows, keys: turn(params, x, rows, None, keys),
+            lambda params, x, rows, keys: turn(params, x, rows, None, keys, None),
             params,
             x,
             rows,
@@ -175,13 +191,18 @@ def _grouped(tree: Any, size: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
 
 
-def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], cache, keys):
+def _of_layers(edits: Edits, depth: int) -> Edits:
+    """Interventions whose axis L is `depth` long, not 1."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape[1:])), edits)
+
+
+def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], cache, keys, edits):
     """The layers one after another; the results as `run_layers` gives them."""
     caches, outputs = [], []
     for index, params in enumerate(layers):
         own_cache = None if cache is None else cache[index]
-        own_key = None if keys is None else keys[index]
-        x, own_cache, output = run(index % kinds, params, x, rows, own_cache, own_key)
+        given = jax.tree.map(lambda leaf, at=index: leaf[at], (keys, edits))
+        x, own_cache, output = run(index % kinds, params, x, rows, own_cache, *given)
         caches.append(own_cache)
         outputs.append(output)
     outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
@@ -234,7 +255,8 @@ class BlockStack(nnx.Module):
         cache: Any = None,
         start: jax.Array | int = 0,
         key: jax.Array | None = None,
-        capture: Collection[str] = (),
+        capture: Capture = (),
+        edits: Edits = None,
         layers: Sequence[Any] | None = None,
     ) -> StackOutput:
         """Run the blocks.
@@ -250,7 +272,8 @@ class BlockStack(nnx.Module):
           cache: from `empty_cache`; None attends within x alone.
           start: the place of x's first token in its sequence, a number or [B].
           key: dropout key; None drops nothing.
-          capture: intermediates to return, from `CAPTURES`.
+          capture: what to return of `taps`' places.
+          edits: interventions at them.
           layers: the blocks' parameters as `unstacked` gives them, where a caller that runs many
             times has them so; unrolled only.
 
@@ -266,18 +289,21 @@ class BlockStack(nnx.Module):
         views = self._views(places, positions, keys, valid, documents, memory_valid)
         graphdefs, params = self._split()
 
-        def run(kind: int, params: Any, x: jax.Array, rows: Any, cache: Any, key: Any):
+        def run(
+            kind: int, params: Any, x: jax.Array, rows: Any, cache: Any, key: Any, edits: Edits
+        ):
             views, memory = rows
-            x, cache, captured, losses = nnx.merge(graphdefs[kind], params)(
+            taps = Taps(capture, edits)
+            x, cache, losses = nnx.merge(graphdefs[kind], params)(
                 x,
                 views[config.attention_pattern[kind]],
                 memory=memory,
                 cache=cache,
                 start=start,
                 key=key,
-                capture=capture,
+                taps=taps,
             )
-            return x, cache, (captured, losses)
+            return x, cache, (taps.captured, losses)
 
         x, cache, (captured, losses) = run_layers(
             run,
@@ -288,6 +314,7 @@ class BlockStack(nnx.Module):
             depth=self.depth,
             cache=cache,
             key=key,
+            edits=edits,
             layers=layers,
         )
         losses = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
