@@ -56,6 +56,11 @@ class LanguageModel(nnx.Module):
         """Everything before the head; each family says what it is given."""
         raise NotImplementedError
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm that ends `hidden`, or None; each family has it elsewhere."""
+        raise NotImplementedError
+
     def empty_cache(self, *args: Any, **inputs: Any) -> Any:
         """What decoding keeps between tokens; each family says of what.
 
@@ -122,7 +127,14 @@ class LanguageModel(nnx.Module):
         """[..., D] → what the head reads [..., D]; only BERT's differs from `hidden`."""
         return hidden
 
-    def _check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
+    def check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
+        """Refuse what the model cannot take, before anything is compiled.
+
+        Raises:
+          InputError: tokens [B, T] of another shape, too many or unknown; or unknown `sites`.
+        """
+        if tokens.ndim != 2:
+            raise InputError(f"tokens has the shape {tokens.shape}: it must be [B, T].")
         length, context = tokens.shape[1], self.config.context
         if length > context:
             raise InputError(f"The sequence has {length} tokens; context allows {context}.")

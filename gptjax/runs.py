@@ -4,7 +4,7 @@
 |---|---|
 | config.json | everything needed to rebuild the run: the config and the data's fingerprint |
 | tokenizer.json, tokenizer.model | the tokenizer |
-| checkpoints/ | the last and the best state |
+| checkpoints/ | the last and the best state, and those that train.keep_every keeps |
 | metrics.jsonl, tensorboard/ | scalars of the logged steps |
 | result.json | written last: a directory that has it holds a finished run |
 """
@@ -197,8 +197,7 @@ def load_model(
       InputError: no run, no checkpoint, or one that does not fit its config.
     """
     directory, config = Path(directory), load_config(directory)
-    if not (directory / CHECKPOINTS).is_dir():
-        raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
+    _check_checkpoints(directory)
     graphdef, shapes = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
@@ -210,6 +209,24 @@ def load_model(
         step = checkpoints.last_step if step is None else step
     assert step is not None
     return config, nnx.merge(graphdef, params), step
+
+
+def checkpoint_steps(directory: str | Path) -> list[int]:
+    """The steps whose state a run has kept, in order.
+
+    Raises:
+      InputError: no run, or no checkpoint.
+    """
+    directory = Path(directory)
+    load_config(directory)
+    _check_checkpoints(directory)
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.steps
+
+
+def _check_checkpoints(directory: Path) -> None:
+    if not (directory / CHECKPOINTS).is_dir():
+        raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
 
 
 def save_model(directory: str | Path, model: LanguageModel) -> None:

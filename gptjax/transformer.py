@@ -62,6 +62,11 @@ class Decoder(LanguageModel):
         super().__init__(config, rngs=rngs)
         self.decoder = BlockStack(config, depth=config.depth, causal=True, rngs=rngs)
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm behind the last block, where there is one."""
+        return self.decoder.norm
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -97,7 +102,7 @@ class Decoder(LanguageModel):
           InputError: more tokens than `context`, an unknown place, or documents with
             a cache or for compressed attention.
         """
-        self._check(tokens, capture, edits)
+        self.check(tokens, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         return self.decoder(
             self.embed(tokens, start=start, positions=positions, key=embedding_key),
@@ -136,6 +141,11 @@ class Encoder(LanguageModel):
         if config.encoder_heads == "pretraining":
             self.next_sentence = Linear(width, (2,), axes="D-", bias=True, rngs=rngs)
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm behind the last block, where there is one."""
+        return self.encoder.norm
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -163,7 +173,7 @@ class Encoder(LanguageModel):
           InputError: more tokens than `context`, an unknown place, or documents for
             compressed attention.
         """
-        self._check(tokens, capture, edits)
+        self.check(tokens, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         return self.encoder(
             self.embed(tokens, positions=positions, segments=segments, key=embedding_key),
@@ -199,6 +209,11 @@ class EncoderDecoder(LanguageModel):
         self.encoder = BlockStack(config, depth=depth, causal=False, rngs=rngs)
         self.decoder = BlockStack(config, depth=config.depth, causal=True, cross=True, rngs=rngs)
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm behind the decoder's last block, where there is one."""
+        return self.decoder.norm
+
     def encode(
         self,
         source: jax.Array,
@@ -212,7 +227,7 @@ class EncoderDecoder(LanguageModel):
 
         Here the places of `capture` and `edits` have no `encoder_` before their names.
         """
-        self._check(source, capture, edits)
+        self.check(source, capture, edits)
         embedding_key, stack_key = split_key(key, 2)
         x = self.embed(source, key=embedding_key)
         return self.encoder(x, valid=source_valid, key=stack_key, capture=capture, edits=edits)
@@ -241,8 +256,8 @@ class EncoderDecoder(LanguageModel):
           source_valid: [B, S], False at padding.
           documents, positions: taken for the other families' sake, and refused.
           valid, cache, start, key, layers: as `Decoder.hidden`.
-          capture, edits: as `Decoder.hidden`; the encoder, which is not run with a cache, has places
-            that begin with `encoder_`.
+          capture, edits: as `Decoder.hidden`; the encoder's places begin with `encoder_`, and are
+            there without a cache.
 
         Raises:
           InputError: more tokens than `context`, an unknown place, or packed rows.
@@ -252,7 +267,7 @@ class EncoderDecoder(LanguageModel):
                 "An encoder-decoder takes one document a row: its batches have no `documents` and "
                 "no `positions`."
             )
-        self._check(tokens, capture, edits)
+        self.check(tokens, capture, edits)
         encoder_key, embedding_key, stack_key = split_key(key, 3)
         encoder_capture, capture = by_part(kept_of(capture))
         encoder_edits, edits = by_part(dict(edits or {}))
@@ -300,6 +315,11 @@ class Recurrent(LanguageModel):
         self.layers = stacked(functools.partial(_build_lstm, config), config.depth, rngs)
         self.norm = build_norm(config) if config.final_norm else None
 
+    @property
+    def final_norm(self) -> Any:
+        """The norm behind the last layer, where there is one."""
+        return self.norm
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -332,7 +352,7 @@ class Recurrent(LanguageModel):
           InputError: more tokens than `context`, or an unknown place.
         """
         config = self.config
-        self._check(tokens, capture, edits)
+        self.check(tokens, capture, edits)
         embedding_key, layers_key = split_key(key, 2)
         x = self.embed(tokens, key=embedding_key)
         graphdef, params = nnx.split(self.layers, nnx.Param)

@@ -343,6 +343,14 @@ class BlockStack(nnx.Module):
         """The parameters of each block, for callers that run the stack many times."""
         return unstacked(self._split()[1], self.depth)
 
+    def each(self) -> list[Block]:
+        """The blocks one by one, with the parameters that they have now."""
+        graphdefs = self._split()[0]
+        return [
+            nnx.merge(graphdefs[index % len(graphdefs)], params)
+            for index, params in enumerate(self.layers())
+        ]
+
     def _split(self) -> tuple[list[nnx.GraphDef], list[Any]]:
         """Structure and parameters of each kind's stack."""
         blocks = self.blocks

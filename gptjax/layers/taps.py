@@ -99,9 +99,11 @@ class Taps:
 
 def kept_of(capture: Capture) -> dict[str, Callable[[jax.Array], Any]]:
     """What is kept of each place; of those that are only named, all."""
-    if isinstance(capture, Mapping):
-        return dict(capture)
-    return dict.fromkeys(capture, lambda x: x)
+    return dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture, _whole)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    return x
 
 
 UNTAPPED = Taps()

@@ -1,0 +1,63 @@
+"""Look inside a trained model, and intervene: plain arrays whose axes are letters.
+
+    seen = probe.observe(model, tokens, capture=("attention", "residual"))
+    seen.captured["attention"]  # [L, B, N, T, S]
+
+The places and their axes are in `gptjax.layers.taps`; L layers, B rows, T queries, S keys, N heads,
+H channels of a head, D of the stream, F of the feed-forward layer, V tokens of the vocabulary.
+"""
+
+from gptjax.layers.taps import Intervention, sites
+from gptjax.probe.attention import (
+    HeadScores,
+    TopAttention,
+    attention,
+    entropy,
+    head_scores,
+    mean_distance,
+    repeated_sequences,
+    rollout,
+)
+from gptjax.probe.history import history
+from gptjax.probe.interventions import (
+    ablate_feedforward,
+    ablate_heads,
+    add,
+    patch_heads,
+    patch_positions,
+    replace,
+    replace_each,
+    where,
+    zero,
+)
+from gptjax.probe.logits import Attribution, attribution, logit_lens, token_loss
+from gptjax.probe.observation import Activations, observe
+
+__all__ = [
+    "Activations",
+    "Attribution",
+    "HeadScores",
+    "Intervention",
+    "TopAttention",
+    "ablate_feedforward",
+    "ablate_heads",
+    "add",
+    "attention",
+    "attribution",
+    "entropy",
+    "head_scores",
+    "history",
+    "logit_lens",
+    "mean_distance",
+    "observe",
+    "patch_heads",
+    "patch_positions",
+    "repeated_sequences",
+    "replace",
+    "replace_each",
+    "rollout",
+    "sites",
+    "token_loss",
+    "where",
+    "zero",
+]

@@ -1,0 +1,253 @@
+"""Attention: who looks at whom, and what kind of head that makes."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gptjax.config import InputError
+from gptjax.layers.taps import CROSS, ENCODER
+from gptjax.probe.interventions import check_numbers
+from gptjax.probe.observation import as_arrays, observe, run
+from gptjax.transformer import LanguageModel, split
+
+
+class TopAttention(NamedTuple):
+    """The keys that each query looks at most."""
+
+    weights: jax.Array
+    """[L', B, N', T', k], falling."""
+    places: jax.Array
+    """[L', B, N', T', k], places of the keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Selection:
+    """What is kept of the weights; hashable, so that its program is found again."""
+
+    site: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    rows: tuple[int, ...] | None
+    top: int
+
+    def __call__(self, weights: jax.Array) -> Any:
+        """In a layer: [B, N, T, S] → [B, N', T', S], or the best of it."""
+        if self.heads is not None:
+            weights = weights[:, np.array(self.heads)]
+        if self.rows is not None:
+            weights = weights[:, :, np.array(self.rows)]
+        return TopAttention(*jax.lax.top_k(weights, self.top)) if self.top else weights
+
+    def of_layers(self, captured: dict[str, Any]) -> Any:
+        """Of all layers: those that are chosen; one by one, so that no other is ever stacked."""
+
+        def chosen(leaf: jax.Array) -> jax.Array:
+            return jnp.stack([leaf[layer] for layer in self.layers])
+
+        return jax.tree.map(chosen, captured[self.site])
+
+
+def attention(
+    model: LanguageModel,
+    tokens: Any,
+    *,
+    part: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    top: int = 0,
+    block: int = 0,
+    **inputs: Any,
+) -> Any:
+    """Attention weights of chosen layers, heads and queries; rows sum to 1.
+
+    What is not chosen is dropped inside each layer, so that of a long text no [L, B, N, T, S] is
+    ever held. A decoder's [B, N, T, S] of one layer is not held either if it takes the text `block`
+    queries at a time, as decoding does.
+
+    Args:
+      model: with attention.
+      tokens: [B, T].
+      part: "decoder", "encoder" or "cross" (a decoder's to an encoder); None is the model's own.
+      layers: their numbers, from 0; None is all.
+      heads: as `layers`.
+      rows: places of the queries; None is all.
+      top: keys of each query to return, those with the largest weights; 0 returns all weights.
+      block: queries at a time, of a decoder; 0 takes all at once.
+      inputs: as `observe`.
+
+    Returns:
+      [L', B, N', T', S], float32; or with `top` a `TopAttention`.
+
+    Raises:
+      InputError: a part, layer, head or row that is not there, or as `observe`.
+    """
+    site, depth = _place(model, part)
+    length = inputs["source"].shape[1] if site.startswith(ENCODER) else np.shape(tokens)[-1]
+    columns = inputs["source"].shape[1] if site.startswith((ENCODER, CROSS)) else length
+    layers = range(depth) if layers is None else check_numbers("layers", layers, depth)
+    if heads is not None:
+        heads = check_numbers("heads", heads, model.config.heads)
+    if rows is not None:
+        rows = check_numbers("rows", rows, length)
+    if not 0 <= top <= columns:
+        raise InputError(f"top is {top}: it must be at most the {columns} tokens looked at.")
+    if not block:
+        keep = _Selection(site, tuple(layers), _hashable(heads), _hashable(rows), top)
+        graphdef, params = split(model)
+        return _whole(graphdef, keep, params, *as_arrays(model, tokens, inputs))
+    if model.config.family != "decoder" or inputs:
+        raise InputError(
+            "block must be 0: only a decoder, given nothing but tokens, reads them in blocks."
+        )
+    keep = _Selection(site, tuple(layers), _hashable(heads), None, top)
+    blocks = _by_blocks(model, tokens, keep, block)
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=3), *blocks)
+    return whole if rows is None else jax.tree.map(lambda leaf: leaf[..., np.array(rows), :], whole)
+
+
+def _hashable(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if numbers is None else tuple(numbers)
+
+
+def _place(model: LanguageModel, part: str | None) -> tuple[str, int]:
+    """Where the weights of a part of the model are captured, and of how many layers."""
+    config = model.config
+    if config.family == "recurrent":
+        raise InputError("A model of the family recurrent has no attention.")
+    parts = {config.family: ("attention", config.depth)}
+    if config.family == "encoder_decoder":
+        parts = {
+            "decoder": ("attention", config.depth),
+            "encoder": (ENCODER + "attention", config.encoder_depth or config.depth),
+            "cross": (CROSS + "attention", config.depth),
+        }
+    part = part or next(iter(parts))
+    if part not in parts:
+        raise InputError(
+            f"part is {part!r}: a model of the family {config.family} has {' and '.join(parts)}."
+        )
+    return parts[part]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _whole(graphdef, keep: _Selection, params, tokens, inputs):
+    seen = run(nnx.merge(graphdef, params), tokens, {keep.site: keep}, {}, inputs)
+    return keep.of_layers(seen.captured)
+
+
+def _by_blocks(model: LanguageModel, tokens: Any, keep: _Selection, block: int) -> list[Any]:
+    """The weights of `block` queries at a time, which see what came before in a cache."""
+    tokens, _ = as_arrays(model, tokens, {})
+    batch, length = tokens.shape
+    graphdef, params = split(model)
+    cache, blocks = model.empty_cache(batch), []
+    for start in range(0, length, block):
+        cache, seen = _block(graphdef, keep, params, tokens[:, start : start + block], cache, start)
+        blocks.append(seen if keep.top else seen[..., :length])
+    return blocks
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _block(graphdef, keep: _Selection, params, tokens, cache, start):
+    model = nnx.merge(graphdef, params)
+    output = model.hidden(tokens, cache=cache, start=start, capture={keep.site: keep})
+    return output.cache, keep.of_layers(output.captured)
+
+
+def entropy(weights: jax.Array) -> jax.Array:
+    """How widely each query looks: [..., T, S] → [..., T], nats; log S is at all keys equally."""
+    return jax.scipy.special.entr(weights).sum(axis=-1)
+
+
+def mean_distance(weights: jax.Array) -> jax.Array:
+    """How far away each query looks on average: [..., T, T] → [..., T], tokens."""
+    places = jnp.arange(weights.shape[-1])
+    return (weights * jnp.abs(places[:, None] - places)).sum(axis=-1)
+
+
+def rollout(weights: jax.Array) -> jax.Array:
+    """How much of each token is in each place after all layers, by attention alone.
+
+    The product over layers of half the heads' mean and half the residual stream (Abnar & Zuidema
+    2020, section 3). Feed-forward layers and what values hold are left out: a rough picture.
+
+    Args:
+      weights: [L, B, N, T, T], of one sequence to itself.
+
+    Returns:
+      [B, T, T]; rows sum to 1.
+    """
+    mixed = weights.mean(axis=2) / 2 + jnp.eye(weights.shape[-1]) / 2
+    through = mixed[0]
+    for layer in mixed[1:]:
+        through = layer @ through
+    return through
+
+
+class HeadScores(NamedTuple):
+    """What heads do on repeated random tokens: mean weights [L, N], 0 to 1."""
+
+    previous_token: jax.Array
+    """On the token before."""
+    induction: jax.Array
+    """On the token that came after the same one before (Olsson et al. 2022)."""
+    duplicate_token: jax.Array
+    """On the same token where it stood before."""
+
+
+def repeated_sequences(
+    vocab_size: int, length: int, batch: int, *, seed: int = 0, begin: int | None = None
+) -> np.ndarray:
+    """Random tokens, each row twice over: [B, 2 · length], int32; after `begin` if it is given.
+
+    Nothing of language helps to predict the second half; only the first does.
+    """
+    half = np.random.default_rng(seed).integers(vocab_size, size=(batch, length), dtype=np.int32)
+    rows = np.concatenate([half, half], axis=1)
+    return rows if begin is None else np.insert(rows, 0, begin, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanAlong:
+    """Mean weight on the keys `distances` before the queries from `first` on."""
+
+    distances: tuple[int, ...]
+    first: int
+
+    def __call__(self, weights: jax.Array) -> jax.Array:
+        """[B, N, T, T] → [N, distances]."""
+        means = []
+        for distance in self.distances:
+            diagonal = jnp.diagonal(weights, -distance, axis1=2, axis2=3)
+            means.append(diagonal[..., max(self.first - distance, 0) :].mean(axis=(0, 2)))
+        return jnp.stack(means, axis=-1)
+
+
+def head_scores(model: LanguageModel, sequences: Any, length: int) -> HeadScores:
+    """What each head looks at in the second half of `repeated_sequences`.
+
+    Args:
+      model: a decoder or an encoder.
+      sequences: [B, 2 · length], or one more with a first token.
+      length: of what is repeated.
+
+    Raises:
+      InputError: sequences of another length, or as `observe`.
+    """
+    total = np.shape(sequences)[-1]
+    if length < 2 or total - 2 * length not in (0, 1):
+        raise InputError(
+            f"sequences have {total} tokens: twice length, {2 * length}, or one more is needed, "
+            "and length must be at least 2."
+        )
+    site, _ = _place(model, None)
+    keep = _MeanAlong((1, length - 1, length), total - length)
+    means = observe(model, sequences, {site: keep}).captured[site]
+    return HeadScores(*jnp.moveaxis(means, -1, 0))
