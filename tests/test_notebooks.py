@@ -1,0 +1,211 @@
+"""Every notebook runs as its reader would start it, without a network; all are kept in one form."""
+
+import ast
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECONDS = 180
+"""All cells of a notebook together."""
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+INSTALL = f"""\
+import importlib.util
+
+if importlib.util.find_spec("gptjax") is None:
+    %pip install -q git+{REPOSITORY}"""
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+IMPORTED = {"gptjax", "jax", "numpy", "IPython"}
+STANDARD = {
+    "collections", "dataclasses", "functools", "importlib", "itertools", "math", "pathlib",
+    "string", "tempfile", "time", "typing",
+}  # fmt: skip
+PICTURES = {"image/png", "text/html"}
+LINES = 25
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+class OfflineKernel(AsyncKernelManager):
+    """Kernels of this very Python, which reach no other machine."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        program = str(ROOT / "tests" / "offline_kernel.py")
+        return KernelSpec(argv=[sys.executable, program, "-f", "{connection_file}"])
+
+
+def users_environment(folder: Path) -> dict[str, str]:
+    """Without what tests/conftest.py asks of JAX, pytest of its processes, or IPython's user."""
+    ours = ("JAX_", "XLA_", "PYTEST_", "JUPYTER_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return {**environment, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
+
+
+def execute(notebook: NotebookNode, name: str, folder: Path, seconds: float = SECONDS) -> None:
+    """Run all cells in an empty folder; fail with the cell that raises, is late, or complains."""
+    work = folder / "work"
+    work.mkdir()
+    end = time.monotonic() + seconds
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=OfflineKernel,
+        timeout_func=lambda cell: max(1, round(end - time.monotonic())),
+        resources={"metadata": {"path": str(work)}},
+    )
+    complaints = []
+    try:
+        client.execute(env=users_environment(folder))
+    except (CellExecutionError, CellTimeoutError) as error:
+        complaints.append(COLOUR.sub("", str(error)))
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            if output.output_type == "stream" and output.name == "stderr":
+                complaints.append(f"written to standard error: {output.text}\n{cell.source}")
+    if complaints:
+        pytest.fail(f"{name}: " + "\n".join(complaints), pytrace=False)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def python_of(notebook: NotebookNode) -> ast.Module:
+    """All code but the install cell's, in which alone a line that is not Python may stand."""
+    sources = [cell.source for cell in code_cells(notebook) if cell.source != INSTALL]
+    return ast.parse("\n".join(sources))
+
+
+@pytest.mark.slow
+@every_notebook
+def test_a_notebook_runs_and_shows_a_picture(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    execute(notebook, path.name, tmp_path)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert any(PICTURES & output.get("data", {}).keys() for output in outputs)
+
+
+@every_notebook
+def test_a_notebook_is_kept_without_what_running_it_leaves(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert notebook.metadata == METADATA
+    for cell in notebook.cells:
+        assert cell.cell_type in ("markdown", "code"), cell.id
+        assert cell.metadata == {}, cell.id
+        assert not cell.get("attachments"), cell.id
+    for cell in code_cells(notebook):
+        assert cell.outputs == [], cell.id
+        assert cell.execution_count is None, cell.id
+    # As Jupyter writes it, so that a saved notebook differs in what was edited alone.
+    written = json.dumps(json.loads(path.read_text()), indent=1, sort_keys=True, ensure_ascii=False)
+    assert path.read_text() == written + "\n"
+
+
+@every_notebook
+def test_a_cell_keeps_a_name_that_can_be_read(path):
+    names = [cell.id for cell in nbformat.read(path, as_version=4).cells]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name), name
+        assert not re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){0,3}(-[0-9a-f]{12})?", name), name
+
+
+@every_notebook
+def test_a_notebook_begins_with_its_title_its_badge_and_the_install_cell(path):
+    first, *others = nbformat.read(path, as_version=4).cells
+    page = REPOSITORY.replace("https://github.com/", "https://colab.research.google.com/github/")
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert f"[![Open in Colab]({badge})]({page}/blob/main/notebooks/{path.name})" in first.source
+    assert [cell.source for cell in others].count(INSTALL) == 1
+    assert next(cell for cell in others if cell.cell_type == "code").source == INSTALL
+
+
+@every_notebook
+def test_code_is_short_asserts_and_imports_nothing_that_a_reader_lacks(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in code_cells(notebook):
+        assert 0 < len(cell.source.splitlines()) <= LINES, f"{path.name}\n{cell.source}"
+    nodes = list(ast.walk(python_of(notebook)))
+    assert any(isinstance(node, ast.Assert) for node in nodes)
+    plain = (node.names for node in nodes if isinstance(node, ast.Import))
+    imported = {alias.name for names in plain for alias in names}
+    imported |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= IMPORTED | STANDARD
+
+
+def test_the_install_cell_is_python_to_ipython():
+    ast.parse(TransformerManager().transform_cell(INSTALL))
+
+
+@pytest.fixture
+def fails(tmp_path):
+    """What a notebook of one cell fails with."""
+
+    def message(source: str, seconds: float = SECONDS) -> str:
+        with pytest.raises(pytest.fail.Exception) as failure:
+            execute(new_notebook(cells=[new_code_cell(source)]), "made.ipynb", tmp_path, seconds)
+        return str(failure.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("found = 2\nassert found == 3", "AssertionError"),
+        ("import urllib.request\nurllib.request.urlopen('http://localhost.example')", "offline"),
+        ("import socket\nsocket.create_connection(('192.0.2.1', 80))", "offline"),
+        ("import warnings\nwarnings.warn('old')", "written to standard error"),
+        ("import os\n_ = os.write(2, b'from C')", "written to standard error"),
+    ],
+)
+def test_a_failing_cell_is_shown_with_its_notebook(source, reason, fails):
+    message = fails(source)
+    assert message.startswith("made.ipynb: ")
+    assert source in message
+    assert reason in message
+
+
+def test_a_notebook_that_takes_too_long_is_stopped_at_its_cell(fails):
+    message = fails("import time\ntime.sleep(60)", seconds=2)
+    assert message.startswith("made.ipynb: ")
+    assert "time.sleep(60)" in message
+    assert "timed out" in message
+
+
+def test_a_kernel_is_a_users(tmp_path):
+    """One device, nothing imported, nothing in its folder, all of XLA's optimizations."""
+    source = (
+        "import os, sys\n"
+        "assert not os.listdir()\n"
+        "assert not {'jax', 'numpy', 'gptjax', 'pytest'} & sys.modules.keys()\n"
+        "import jax\n"
+        "assert jax.device_count() == 1\n"
+        "ours = [name for name in os.environ if name.startswith(('JAX_', 'XLA_', 'PYTEST_'))]\n"
+        "assert ours == ['JAX_PLATFORMS']\n"
+        "assert 'refuse_other_hosts' not in globals()"
+    )
+    execute(new_notebook(cells=[new_code_cell(source)]), "made.ipynb", tmp_path)
