@@ -1,4 +1,4 @@
-"""Write the golden models: tiny ones of transformers with random parameters, and their logits.
+"""Write the golden models: tiny ones of transformers with random parameters, and what they compute.
 
     python tests/golden/make_golden.py
 
@@ -100,12 +100,27 @@ def continued(model, name: str, tokens: np.ndarray) -> dict[str, Any]:
     return {"chosen": output.sequences[:, -NEW_TOKENS:].numpy(), "chosen_logits": logits}
 
 
+def looked(output) -> dict[str, np.ndarray]:
+    """Attention weights [L, 2, N, T, S] by the names that `gptjax.probe` has for them."""
+    names = {
+        "attention": "attentions" if "attentions" in output else "decoder_attentions",
+        "cross_attention": "cross_attentions",
+        "encoder_attention": "encoder_attentions",
+    }
+    found = {ours: output.get(theirs) for ours, theirs in names.items()}
+    return {name: torch.stack(layers).numpy() for name, layers in found.items() if layers}
+
+
 def write(name: str) -> None:
-    """One directory: config.json, model.safetensors, expected.npz (tokens [2, T], logits)."""
+    """One directory: config.json, model.safetensors, expected.npz.
+
+    That holds tokens [2, T], logits, and attention weights by name.
+    """
     class_name, fields = GOLDEN[name]
     torch.manual_seed(0)
     kind = getattr(transformers, class_name)
     model = kind(kind.config_class(**fields)).eval()
+    model.set_attn_implementation("eager")  # Others return no weights.
     tokens = np.random.default_rng(0).integers(0, VOCABULARY - 1, (2, CONTEXT))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,7 +130,7 @@ def write(name: str) -> None:
         if name == "marian":
             model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
             given["decoder_input_ids"] = torch.tensor(tokens[:, ::-1].copy())
-        output = model(**given)
+        output = model(**given, output_attentions=True)
         # An encoder continues nothing; the GPT-1 of transformers has no cache, and sees padding.
         more: dict[str, Any] = (
             {} if name in ("bert", "openai-gpt") else continued(model, name, tokens)
@@ -123,7 +138,9 @@ def write(name: str) -> None:
     logits = output.prediction_logits if name == "bert" else output.logits
     model.save_pretrained(HERE / name)
     (HERE / name / "generation_config.json").unlink(missing_ok=True)
-    np.savez(HERE / name / "expected.npz", tokens=tokens, logits=logits.numpy(), **more)
+    np.savez(
+        HERE / name / "expected.npz", tokens=tokens, logits=logits.numpy(), **looked(output), **more
+    )
 
 
 if __name__ == "__main__":
