@@ -35,7 +35,7 @@ ALLOWED = {
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
     "gptjax.plots": [],
     "gptjax.runs": [CONFIG, DATA, DISTRIBUTED, TRAINING, "gptjax.transformer"],
-    "gptjax.probe.history": ["gptjax.runs"],
+    "gptjax.probe.over_training": ["gptjax.runs"],
     "gptjax.probe.*": [CONFIG, LAYERS, "gptjax.transformer", "gptjax.probe.*"],
     "gptjax.trial": [CONFIG, "gptjax.sharding", TRAINING, "gptjax.transformer", "gptjax.runs"],
     "gptjax.equivalence": [

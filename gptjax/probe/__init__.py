@@ -8,17 +8,14 @@ H channels of a head, D of the stream, F of the feed-forward layer, V tokens of 
 """
 
 from gptjax.layers.taps import Intervention, sites
-from gptjax.probe.attention import (
+from gptjax.probe.heads import (
     HeadScores,
-    TopAttention,
-    attention,
     entropy,
     head_scores,
     mean_distance,
     repeated_sequences,
     rollout,
 )
-from gptjax.probe.history import history
 from gptjax.probe.interventions import (
     ablate_feedforward,
     ablate_heads,
@@ -32,6 +29,8 @@ from gptjax.probe.interventions import (
 )
 from gptjax.probe.logits import Attribution, attribution, logit_lens, token_loss
 from gptjax.probe.observation import Activations, observe
+from gptjax.probe.over_training import history
+from gptjax.probe.weights import TopAttention, attention
 
 __all__ = [
     "Activations",

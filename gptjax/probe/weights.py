@@ -1,4 +1,4 @@
-"""Attention: who looks at whom, and what kind of head that makes."""
+"""Attention weights: who looks at whom."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 from gptjax.config import InputError
 from gptjax.layers.taps import CROSS, ENCODER
 from gptjax.probe.interventions import check_numbers
-from gptjax.probe.observation import as_arrays, observe, run
+from gptjax.probe.observation import as_arrays, run
 from gptjax.transformer import LanguageModel, split
 
 
@@ -88,7 +88,7 @@ def attention(
     Raises:
       InputError: a part, layer, head or row that is not there, or as `observe`.
     """
-    site, depth = _place(model, part)
+    site, depth = place_of(model, part)
     length = inputs["source"].shape[1] if site.startswith(ENCODER) else np.shape(tokens)[-1]
     columns = inputs["source"].shape[1] if site.startswith((ENCODER, CROSS)) else length
     layers = range(depth) if layers is None else check_numbers("layers", layers, depth)
@@ -116,8 +116,12 @@ def _hashable(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(numbers)
 
 
-def _place(model: LanguageModel, part: str | None) -> tuple[str, int]:
-    """Where the weights of a part of the model are captured, and of how many layers."""
+def place_of(model: LanguageModel, part: str | None) -> tuple[str, int]:
+    """The place of the weights of a part of the model, and its layers; None is its own attention.
+
+    Raises:
+      InputError: a part that it has not.
+    """
     config = model.config
     if config.family == "recurrent":
         raise InputError("A model of the family recurrent has no attention.")
@@ -159,95 +163,3 @@ def _block(graphdef, keep: _Selection, params, tokens, cache, start):
     model = nnx.merge(graphdef, params)
     output = model.hidden(tokens, cache=cache, start=start, capture={keep.site: keep})
     return output.cache, keep.of_layers(output.captured)
-
-
-def entropy(weights: jax.Array) -> jax.Array:
-    """How widely each query looks: [..., T, S] → [..., T], nats; log S is at all keys equally."""
-    return jax.scipy.special.entr(weights).sum(axis=-1)
-
-
-def mean_distance(weights: jax.Array) -> jax.Array:
-    """How far away each query looks on average: [..., T, T] → [..., T], tokens."""
-    places = jnp.arange(weights.shape[-1])
-    return (weights * jnp.abs(places[:, None] - places)).sum(axis=-1)
-
-
-def rollout(weights: jax.Array) -> jax.Array:
-    """How much of each token is in each place after all layers, by attention alone.
-
-    The product over layers of half the heads' mean and half the residual stream (Abnar & Zuidema
-    2020, section 3). Feed-forward layers and what values hold are left out: a rough picture.
-
-    Args:
-      weights: [L, B, N, T, T], of one sequence to itself.
-
-    Returns:
-      [B, T, T]; rows sum to 1.
-    """
-    mixed = weights.mean(axis=2) / 2 + jnp.eye(weights.shape[-1]) / 2
-    through = mixed[0]
-    for layer in mixed[1:]:
-        through = layer @ through
-    return through
-
-
-class HeadScores(NamedTuple):
-    """What heads do on repeated random tokens: mean weights [L, N], 0 to 1."""
-
-    previous_token: jax.Array
-    """On the token before."""
-    induction: jax.Array
-    """On the token that came after the same one before (Olsson et al. 2022)."""
-    duplicate_token: jax.Array
-    """On the same token where it stood before."""
-
-
-def repeated_sequences(
-    vocab_size: int, length: int, batch: int, *, seed: int = 0, begin: int | None = None
-) -> np.ndarray:
-    """Random tokens, each row twice over: [B, 2 · length], int32; after `begin` if it is given.
-
-    Nothing of language helps to predict the second half; only the first does.
-    """
-    half = np.random.default_rng(seed).integers(vocab_size, size=(batch, length), dtype=np.int32)
-    rows = np.concatenate([half, half], axis=1)
-    return rows if begin is None else np.insert(rows, 0, begin, axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _MeanAlong:
-    """Mean weight on the keys `distances` before the queries from `first` on."""
-
-    distances: tuple[int, ...]
-    first: int
-
-    def __call__(self, weights: jax.Array) -> jax.Array:
-        """[B, N, T, T] → [N, distances]."""
-        means = []
-        for distance in self.distances:
-            diagonal = jnp.diagonal(weights, -distance, axis1=2, axis2=3)
-            means.append(diagonal[..., max(self.first - distance, 0) :].mean(axis=(0, 2)))
-        return jnp.stack(means, axis=-1)
-
-
-def head_scores(model: LanguageModel, sequences: Any, length: int) -> HeadScores:
-    """What each head looks at in the second half of `repeated_sequences`.
-
-    Args:
-      model: a decoder or an encoder.
-      sequences: [B, 2 · length], or one more with a first token.
-      length: of what is repeated.
-
-    Raises:
-      InputError: sequences of another length, or as `observe`.
-    """
-    total = np.shape(sequences)[-1]
-    if length < 2 or total - 2 * length not in (0, 1):
-        raise InputError(
-            f"sequences have {total} tokens: twice length, {2 * length}, or one more is needed, "
-            "and length must be at least 2."
-        )
-    site, _ = _place(model, None)
-    keep = _MeanAlong((1, length - 1, length), total - length)
-    means = observe(model, sequences, {site: keep}).captured[site]
-    return HeadScores(*jnp.moveaxis(means, -1, 0))
