@@ -33,7 +33,7 @@ ALLOWED = {
     "gptjax.generate": [CONFIG, "gptjax.transformer"],
     "gptjax.beam_search": [CONFIG, "gptjax.generate", "gptjax.transformer"],
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
-    "gptjax.plots": [],
+    "gptjax.plots.*": [CONFIG, "gptjax.plots.*"],
     "gptjax.runs": [CONFIG, DATA, DISTRIBUTED, TRAINING, "gptjax.transformer"],
     "gptjax.probe.over_training": ["gptjax.runs"],
     "gptjax.probe.*": [CONFIG, LAYERS, "gptjax.transformer", "gptjax.probe.*"],

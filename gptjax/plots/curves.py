@@ -1,0 +1,159 @@
+"""Figures over training, and of several measurements side by side."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gptjax.config import InputError
+from gptjax.plots.legible import DASHES, LINES, MARKERS, PAGE, finish, wrap
+
+SIZE = 8.0  # Points of text.
+
+
+def _axes(height: float, title: str) -> tuple[Figure, Axes]:
+    """Axes as wide as a page, `height` points high with what stands around them."""
+    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+    axes.tick_params(labelsize=SIZE)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _style(index: int, points: int) -> dict[str, Any]:
+    """How the line of a number looks: a colour, and dashes and marks that are told apart in grey.
+
+    No two of the first 49 are alike; points are marked where there are few.
+    """
+    turn, place = divmod(index, len(LINES))
+    return {
+        "color": LINES[place],
+        "linestyle": DASHES[(place + turn) % len(DASHES)],
+        "marker": MARKERS[(place + turn) % len(MARKERS)] if points <= 30 else None,
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
+
+
+def loss_curve(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Training and validation loss over steps, from the lines of `metrics.jsonl`."""
+    figure, axes = _axes(290, title)
+    trained = [(line["step"], line["cross_entropy"]) for line in lines]
+    held_out = [
+        (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
+    ]
+    axes.plot(*zip(*trained, strict=True), color=LINES[4], linewidth=1, label="training batch")
+    if held_out:
+        axes.plot(
+            *zip(*held_out, strict=True),
+            color=LINES[1],
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
+        step, loss = held_out[-1]
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="right",
+            fontsize=SIZE,
+        )
+    axes.set_xlabel("step", fontsize=SIZE)
+    axes.set_ylabel("cross-entropy, nats a token", fontsize=SIZE)
+    axes.legend(frameon=False, fontsize=SIZE)
+    return finish(figure)
+
+
+def curves(
+    steps: np.ndarray,
+    values: Mapping[str, np.ndarray],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    log_x: bool = False,
+) -> Figure:
+    """Several measurements over training: a line each, and of several seeds a band.
+
+    Args:
+      steps: [steps], or what else the values go along.
+      values: by name, [steps], or [steps, seeds]: their mean is the line, their range the band.
+      xlabel, ylabel: what the axes show.
+      title: above them.
+      log_x: equal ratios of steps are equal distances.
+
+    Raises:
+      InputError: a shape that is neither, or a logarithm of 0 asked for.
+    """
+    if log_x and np.min(steps) <= 0:
+        raise InputError(f"steps begin at {np.min(steps):g}: with log_x they must be above 0.")
+    figure, axes = _axes(290, title)
+    for index, (name, measured) in enumerate(values.items()):
+        measured = np.asarray(measured)
+        if measured.ndim not in (1, 2) or len(measured) != len(steps):
+            raise InputError(
+                f"values of {name!r} have shape {measured.shape}: {len(steps)} steps ask for "
+                f"({len(steps)},) or ({len(steps)}, seeds)."
+            )
+        style = _style(index, len(steps))
+        if measured.ndim == 2 and measured.shape[1] > 1:
+            name = f"{name} (mean and range of {measured.shape[1]} seeds)"
+            low, high = measured.min(1), measured.max(1)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.plot(steps, measured.reshape(len(steps), -1).mean(1), label=name, **style)
+    if log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel(xlabel, fontsize=SIZE)
+    axes.set_ylabel(ylabel, fontsize=SIZE)
+    figure.legend(
+        loc="outside lower center",
+        ncols=min(len(values), 1 + (len(values) > 1) + (len(values) > 8)),
+        frameon=False,
+        fontsize=SIZE,
+        handlelength=4,
+    )
+    return finish(figure)
+
+
+def bars(
+    names: Sequence[str],
+    values: np.ndarray,
+    intervals: np.ndarray | None = None,
+    *,
+    label: str,
+    title: str = "",
+) -> Figure:
+    """Measurements to compare, in the order given, first on top: points, with their intervals.
+
+    Args:
+      names: of what is compared.
+      values: [names].
+      intervals: [names, 2], the lower and the upper end of each.
+      label: what the values are.
+      title: above them.
+    """
+    figure, axes = _axes(72 + 1.8 * SIZE * len(names), title)
+    places = np.arange(len(names))
+    if intervals is not None:
+        low, high = np.asarray(intervals).T
+        axes.hlines(places, low, high, color=LINES[0], linewidth=1.4)
+        for ends in (low, high):
+            axes.plot(ends, places, "|", color=LINES[0], markersize=6)
+    axes.plot(values, places, "o", color=LINES[1], markersize=5)
+    axes.set_yticks(places, names, fontsize=SIZE)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label, fontsize=SIZE)
+    printed = axes.secondary_yaxis("right")
+    printed.set_yticks(places, [f"{value:.4g}" for value in values], fontsize=SIZE)
+    for side in (axes, printed):
+        side.tick_params(axis="y", length=0)
+    printed.spines["right"].set_visible(False)
+    return finish(figure)

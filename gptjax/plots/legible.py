@@ -1,0 +1,181 @@
+"""What makes a figure legible in print, in grey and in any script: sizes, fonts, colours."""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import noto_cjk_sans_otc
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
+from matplotlib.typing import ColorType
+
+from gptjax.config import InputError
+
+PAGE = 518.0
+"""Points across what is printed of a page: A4 or letter, half an inch of margin."""
+
+SMALLEST = 6.0
+"""Points of the smallest text."""
+
+LINE = 1.2
+"""Height of a line of text in units of its size."""
+
+SEQUENTIAL, DIVERGING = "magma_r", "PuOr_r"
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Colours that the colour-blind tell apart (Okabe and Ito 2008), without the yellow."""
+
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 4)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@functools.cache
+def fonts() -> tuple[str, ...]:
+    """Families in the order in which a glyph is looked for: Matplotlib's own, then Noto's CJK.
+
+    Of a character that Chinese, Japanese and Korean write differently it has the Chinese form.
+    """
+    fontManager.addfont(str(noto_cjk_sans_otc.FONT_PATH))
+    return ("DejaVu Sans", "Noto Sans CJK SC")
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Code points that one of the fonts has a glyph for."""
+    return frozenset().union(*(get_font(findfont(family)).get_charmap() for family in fonts()))
+
+
+def token_label(text: str) -> str:
+    """A token's text as it can stand in a figure.
+
+    White space becomes visible; control characters, and what no font has, are escaped.
+    """
+    text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+    return "".join(
+        character
+        if character.isprintable() and ord(character) in _glyphs()
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def typeset(figure: Figure) -> None:
+    """Let every text of a figure fall back on `fonts`.
+
+    Raises:
+      InputError: none of them has a character.
+    """
+    for text in figure.findobj(Text):
+        string = text.get_text()
+        for character in string:
+            if character != "\n" and ord(character) not in _glyphs():
+                raise InputError(
+                    f"No font covers {character!r} (U+{ord(character):04X}) of the text "
+                    f"{string!r}: plots.token_label escapes such characters."
+                )
+        text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *fonts()])))
+
+
+def finish(figure: Figure) -> Figure:
+    """The figure, its texts in our fonts and taken literally: a token may have dollar signs."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    typeset(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path, *, most_pixels: int = 4000) -> None:
+    """Write a figure as its name's suffix says: .png of at most `most_pixels` a side, .pdf, .svg.
+
+    Raises:
+      InputError: a character of the figure is in no font; nothing is written.
+    """
+    typeset(figure)
+    figure.savefig(path, dpi=min(300, math.floor(most_pixels / max(figure.get_size_inches()))))
+
+
+@functools.lru_cache(maxsize=4096)
+def text_width(text: str, size: float) -> float:
+    """Points from the beginning of a text to its end."""
+    font = FontProperties(family=["sans-serif", *fonts()], size=size)
+    return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
+
+
+def widest(texts: list[str], size: float) -> float:
+    """Points that the longest of several texts takes; 0 of none."""
+    return max((text_width(text, size) for text in texts), default=0.0)
+
+
+def shorten(text: str, size: float, width: float) -> str:
+    """As much of a text as fits into `width` points, with an ellipsis where some does not."""
+    if text_width(text, size) <= width:
+        return text
+    kept = text
+    while kept and text_width(kept + "…", size) > width:
+        kept = kept[:-1]
+    return kept + "…" if kept else ""
+
+
+def wrap(text: str, size: float, width: float) -> str:
+    """A text in lines of at most `width` points, broken at spaces, or where there are none."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if text_width(longer, size) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for character in word:
+            if text_width(lines[-1] + character, size) > width:
+                lines.append("")
+            lines[-1] += character
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """Which colour stands for which value."""
+
+    cmap: Colormap
+    norm: Normalize
+
+    def of(self, value: float) -> tuple[float, float, float]:
+        """Red, green and blue of a value, each from 0 to 1."""
+        red, green, blue, _ = self.cmap(float(self.norm(value)))
+        return red, green, blue
+
+    def mappable(self) -> ScalarMappable:
+        """What Matplotlib draws a colour bar of."""
+        return ScalarMappable(self.norm, self.cmap)
+
+
+def scale(values: np.ndarray, most: float | None = None) -> Colours:
+    """Colours for values: from 0 up, or about 0 where some are negative; grey for NaN.
+
+    They end at `most`, or at the largest value there is.
+    """
+    finite = values[np.isfinite(values)]
+    largest = most or float(np.abs(finite).max(initial=0)) or 1.0
+    negative = bool((finite < 0).any())
+    cmap = colormaps[DIVERGING if negative else SEQUENTIAL].with_extremes(bad="0.8")
+    return Colours(cmap, Normalize(-largest if negative else 0, largest))
+
+
+def luminance(colour: ColorType) -> float:
+    """How bright a colour is, from 0 to 1 (WCAG 2.2, relative luminance)."""
+    channels = np.array(to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def ink(background: ColorType) -> str:
+    """Black or white, whichever stands out from a background: by 4.58 to 1 at least (WCAG 2.2)."""
+    bright = luminance(background) + 0.05
+    return "black" if bright / 0.05 > 1.05 / bright else "white"
