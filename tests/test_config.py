@@ -185,6 +185,8 @@ REFUSED = [
     (TrainConfig, {"log_every": 0}, "at least 1"),
     (TrainConfig, {"eval_every": 0}, "at least 1"),
     (TrainConfig, {"checkpoint_every": 0}, "at least 1"),
+    (TrainConfig, {"keep_every": -250}, "at least 0"),
+    (TrainConfig, {"keep_every": 100}, "a multiple of checkpoint_every 250"),
     (ExperimentConfig, {"model": {}}, "TransformerConfig"),
 ]
 

@@ -56,6 +56,7 @@ def quickstart(out: Path, *flags: str) -> subprocess.Popen:
 def test_quickstart_leaves_everything_it_promises(tmp_path):
     out = tmp_path / "run"
     flags = ["--train.steps=20", "--optimizer.learning-rate=0.01"]
+    flags += ["--train.checkpoint-every=4", "--train.keep-every=8"]
     printed = output_of(quickstart(out, *flags))
     assert "MFU = tokens/s" in printed
     assert "python -m gptjax sample" in printed
@@ -63,6 +64,7 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
         "attention.png", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
         "result.json", "samples.txt", "tensorboard", "tokenizer.json", "tokenizer.model",
     }  # fmt: skip
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"8", "16", "20"}
     lines = read_jsonl(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 21))
     names = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}

@@ -20,6 +20,7 @@ from gptjax.data.packing import Windows
 from gptjax.data.pipeline import (
     EvaluationBatches,
     bits_per_byte,
+    made_batches,
     streamed_batches,
     training_batches,
 )
@@ -336,3 +337,32 @@ def test_an_epoch_on_the_fly_has_every_document_once(texts):
         seen += int(next(streamed).weights.sum())
     # The rows that are packed together hold one epoch's end and the next one's beginning.
     assert seen < 1.2 * bytes_in_all
+
+
+def test_each_token_of_a_causal_batch_is_predicted_from_those_before_it():
+    rows = np.arange(15).reshape(3, 5)
+    batch = Batch.causal(rows)
+    np.testing.assert_array_equal(batch.tokens, rows[:, :-1])
+    np.testing.assert_array_equal(batch.targets, rows[:, 1:])
+    np.testing.assert_array_equal(batch.weights, np.ones((3, 4)))
+    assert [array.dtype for array in batch[:3]] == [np.int32, np.int32, np.float32]
+    assert batch.inputs() == {}
+    weights = rows[:, 1:] % 2
+    np.testing.assert_array_equal(Batch.causal(rows, weights).weights, weights)
+
+
+def drawn(generator: np.random.Generator) -> Batch:
+    return Batch.causal(generator.integers(1000, size=(2, 5)))
+
+
+def test_made_batches_follow_from_the_seed_and_go_on_from_their_place():
+    straight = made_batches(drawn, seed=0)
+    first = take(straight, 3)
+    assert first[0] != first[1] != first[2]
+    assert take(made_batches(drawn, seed=0), 3) == first
+    assert take(made_batches(drawn, seed=1), 3) != first
+    state = json.loads(json.dumps(straight.get_state()))
+    following = take(straight, 3)
+    resumed = made_batches(drawn, seed=0)
+    resumed.set_state(state)
+    assert take(resumed, 3) == following
