@@ -90,9 +90,10 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def python_of(notebook: NotebookNode) -> ast.Module:
-    """All code but the install cell's, in which alone a line that is not Python may stand."""
+    """All code but the install cell's; the line that shows figures is the only other magic."""
     sources = [cell.source for cell in code_cells(notebook) if cell.source != INSTALL]
-    return ast.parse("\n".join(sources))
+    lines = "\n".join(sources).splitlines()
+    return ast.parse("\n".join(line for line in lines if line != "%matplotlib inline"))
 
 
 @pytest.mark.slow
