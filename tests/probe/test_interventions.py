@@ -1,5 +1,7 @@
 """What is changed inside changes what follows, and only that."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def score(logits: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_everything_patched_from_a_run_is_that_run(name):
     places = [*probe.sites(config(name))]
-    source = {"source": SOURCE[:, ::-1]} if inputs(name) else {}
+    source: dict[str, Any] = {"source": SOURCE[:, ::-1]} if inputs(name) else {}
     other = probe.observe(model(name), OTHER, places, **source)
     edits = {
         site: probe.replace(probe.where(model(name), site, shape_of(site)), other.captured[site])
