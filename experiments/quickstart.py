@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gptjax import Sampling, build, distributed, generate, ledger, plots, preset, split
+from gptjax import Sampling, build, distributed, generate, ledger, plots, preset, probe, split
 from gptjax.cli import run_experiment
 from gptjax.config import (
     DataConfig,
@@ -190,8 +190,7 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context)]
     labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
     if run.config.model.family == "decoder":
-        output = run.model.hidden(jnp.asarray(sentence[None]), capture=("attention",))
-        weights = np.array(output.captured["attention"][:, 0])
+        weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
         plots.save(plots.attention_grid(weights, labels), out / "attention.png")
 
     prompts = np.tile(sentence, (4, 1))

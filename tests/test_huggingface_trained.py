@@ -11,13 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
-from flax import nnx
 from safetensors.numpy import save_file
 
-from gptjax import from_huggingface
+from gptjax import from_huggingface, probe
 from gptjax.huggingface import files
-from gptjax.layers.attention import attention_scores, mix
-from gptjax.layers.feedforward import gelu_tanh
 
 REFERENCE = ROOT.parent / "shared" / "reference"
 SORTER = REFERENCE / "llm-viz" / "gpt-nano-sort-model.json"
@@ -53,33 +50,38 @@ def sorter(tmp_path_factory: pytest.TempPathFactory):
     return from_huggingface(directory)
 
 
-def _wired_by_hand(block, x):
-    """A block's intermediates under minGPT's names."""
-    ln1 = block.attention_norm(x)
-    q, (k, v) = block.attention.query(ln1), block.attention.keys_values(ln1)
-    att = attention_scores(q, k, q.shape[-1] ** -0.5)
-    masked = jnp.where(jnp.tril(jnp.ones(att.shape[-2:], bool)), att, -jnp.inf)
-    att_sm = jax.nn.softmax(masked)
-    y = mix(att_sm, v)
-    y_proj = block.attention.output(y)
-    ln2 = block.feedforward_norm(x + y_proj)
-    fc = block.feedforward.up(ln2)
-    mlp = block.feedforward.down(gelu_tanh(fc))
-    heads_first = [jnp.moveaxis(each, 2, 1) for each in (q, k, v)]
+def _under_their_names(model, tokens) -> dict[str, jax.Array]:
+    """What the probe sees, under minGPT's names; inside the first block, where these are of it."""
+    seen = probe.observe(model, tokens, [*probe.sites(model.config)])
+    every = seen.captured
+    first = {place: x[0] for place, x in every.items()}
+    heads_first = {name[0]: jnp.moveaxis(first[name], 2, 1) for name in ("query", "key", "value")}
+    flat = [first[name].reshape(first["residual"].shape) for name in ("query", "key", "value")]
+    causal = jnp.tril(jnp.ones(first["scores"].shape[-2:], bool))
+    middle = first["residual"] + first["attention_output"]
+    behind = every["residual"] + every["attention_output"] + every["feedforward"]
+    block = model.decoder.each()[0]
     return {
-        "ln1": ln1,
-        **dict(zip("qkv", heads_first, strict=True)),
-        "qkv": jnp.concatenate([each.reshape(*x.shape) for each in (q, k, v)], axis=-1),
-        "att": masked,
-        "attSm": att_sm,
-        "y": y.reshape(x.shape),
-        "yProj": y_proj,
-        "attnResid": x + y_proj,
-        "ln2": ln2,
-        "fc": fc,
-        "gelu": gelu_tanh(fc),
-        "mlp": mlp,
-        "mlpResid": x + y_proj + mlp,
+        "tok_emb": model.embedding(tokens),
+        "pos_emb": model.positions(jnp.arange(tokens.shape[1]))[None],
+        "x": first["residual"],
+        "ln1": block.attention_norm(first["residual"]),
+        **heads_first,
+        "qkv": jnp.concatenate(flat, axis=-1),
+        "att": jnp.where(causal, first["scores"], -jnp.inf),
+        "attSm": first["attention"],
+        "y": first["mixture"].reshape(middle.shape),
+        "yProj": first["attention_output"],
+        "attnResid": middle,
+        "ln2": block.feedforward_norm(middle),
+        "fc": block.feedforward.up(block.feedforward_norm(middle)),
+        "gelu": first["activation"],
+        "mlp": first["feedforward"],
+        "mlpResid": behind[0],
+        **{f"block{layer}": stream for layer, stream in enumerate(behind)},
+        "ln_f": seen.hidden,
+        "lm_head": seen.logits,
+        "probs": jax.nn.softmax(seen.logits),
     }
 
 
@@ -87,25 +89,7 @@ def test_a_trained_mingpt_agrees_in_every_intermediate(sorter):
     saved = json.loads((SORTER.parent / "gpt-nano-sort-t0-partials.json").read_text())
     del saved["config"]
     wanted = {name: _decoded(tensor) for name, tensor in saved.items()}
-    tokens = wanted.pop("idx").astype(int)
-    hidden = sorter.hidden(tokens, capture=("residual", "attention", "feedforward"))
-    found = {
-        "tok_emb": sorter.embedding(tokens),
-        "pos_emb": sorter.positions(jnp.arange(tokens.shape[1]))[None],
-        "x": hidden.captured["residual"][0],
-        "ln_f": hidden.hidden,
-        "lm_head": sorter(tokens),
-        "probs": jax.nn.softmax(sorter(tokens)),
-    }
-    graphdef, params = nnx.split(sorter.decoder.blocks, nnx.Param)
-    x = found["x"]
-    for layer in range(sorter.config.depth):
-        block = nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params))
-        inside = _wired_by_hand(block, x)
-        for name, captured in (("attSm", "attention"), ("mlp", "feedforward")):
-            np.testing.assert_allclose(hidden.captured[captured][layer], inside[name], atol=1e-5)
-        found |= inside if layer == 0 else {}
-        x = found[f"block{layer}"] = inside["mlpResid"]
+    found = _under_their_names(sorter, wanted.pop("idx").astype(int))
     assert found.keys() == wanted.keys()
     np.testing.assert_allclose(found["lm_head"], wanted["lm_head"], atol=1e-5, rtol=0)
     for name, value in wanted.items():
@@ -128,11 +112,12 @@ def test_a_trained_bert_agrees_in_every_layer():
     model = from_huggingface(Path(MINILM_PACKAGE.origin).parent / "model")
     wanted = np.load(MINILM)
     valid = wanted["attention_mask"] > 0
-    hidden = model.hidden(
+    hidden = probe.observe(
+        model,
         wanted["input_ids"],
+        ("residual", "attention"),
         valid=valid,
         segments=wanted["token_type_ids"],
-        capture=("residual", "attention"),
     )
     streams = [*hidden.captured["residual"], hidden.hidden]
     mean = (hidden.hidden * valid[..., None]).sum(axis=1) / valid.sum(axis=1, keepdims=True)
