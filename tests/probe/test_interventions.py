@@ -32,6 +32,26 @@ def test_everything_patched_from_a_run_is_that_run(name):
         np.testing.assert_array_equal(patched.captured[site], other.captured[site])
 
 
+@pytest.mark.parametrize("name", ["decoder", "compressed", "encoder_decoder"])
+def test_every_place_is_on_the_way_to_the_logits(name):
+    """A change of one layer of any of them alone is felt at the end."""
+    places = [*probe.sites(config(name))]
+    seen = probe.observe(model(name), TOKENS, places, **inputs(name)).captured
+    generator = np.random.default_rng(0)
+
+    def logits(changed: str) -> jax.Array:
+        edits = {}  # One program for all: of the other places the change is 0.
+        for site in places:
+            here = probe.where(model(name), site, shape_of(site), layers=[1])
+            noise = generator.normal(size=seen[site].shape) * (site == changed)
+            edits[site] = probe.add(here, noise.astype(np.float32))
+        return probe.observe(model(name), TOKENS, edits=edits, **inputs(name)).logits
+
+    plain = logits("none")
+    for site in places:
+        assert np.abs(logits(site) - plain).max() > 0.01, site
+
+
 @pytest.mark.parametrize("name", ["decoder", "scanned", "encoder", "recurrent"])
 def test_a_patched_stream_is_the_other_run_from_there_on(name):
     other = probe.observe(model(name), OTHER, ("residual",))
