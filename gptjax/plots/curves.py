@@ -1,5 +1,6 @@
 """Figures over training, and of several measurements side by side."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,7 +153,8 @@ def bars(
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=SIZE)
     printed = axes.secondary_yaxis("right")
-    printed.set_yticks(places, [f"{value:.4g}" for value in values], fontsize=SIZE)
+    decimals = max(0, 3 - math.floor(math.log10(np.max(np.abs(values)) or 1)))
+    printed.set_yticks(places, [f"{value:.{decimals}f}" for value in values], fontsize=SIZE)
     for side in (axes, printed):
         side.tick_params(axis="y", length=0)
     printed.spines["right"].set_visible(False)

@@ -1,15 +1,15 @@
 """Heat maps: one head's attention, heads by layer, layers by token."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from gptjax.config import InputError
 from gptjax.plots.legible import (
+    CLEAR,
     LINE,
     PAGE,
     SMALLEST,
@@ -20,60 +20,11 @@ from gptjax.plots.legible import (
     shorten,
     text_width,
     widest,
-    wrap,
 )
+from gptjax.plots.sheet import LABEL, LARGEST, MARGIN, NAME, Sheet, column_ticks, row_ticks
 
-MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
-LARGEST = 8.0  # Points of the largest text but the title.
-TITLE = 10.0
-LABEL = 60.0  # Points that a label may take.
-BAR = 3 * LINE * LARGEST + GAP  # Points that a colour bar takes, with its numbers and its label.
-LONGEST = 640.0  # Points that the cells take of a page, from top to bottom.
-
-
-@dataclasses.dataclass(frozen=True)
-class Ticks:
-    """Labels along one side of a heat map: as many as there is room for.
-
-    They begin with the first, and one in `step` is there.
-    """
-
-    labels: list[str]
-    step: int
-    size: float
-    turned: bool
-
-    @property
-    def depth(self) -> float:
-        """Points that they take away from the map."""
-        return widest(self.labels, self.size) if self.turned else LINE * self.size
-
-    def put(self, axis: Axis) -> None:
-        """Write them."""
-        places = range(0, len(self.labels), self.step)
-        shown = self.labels[:: self.step]
-        axis.set_ticks(places, shown, fontsize=self.size, rotation=90 if self.turned else 0)
-        axis.set_tick_params(length=0, pad=2)
-
-    def named(self, what: str) -> str:
-        """What an axis is called, and how many of its labels are missing."""
-        return what if self.step == 1 else f"{what} (one in {self.step} is named)"
-
-
-def row_ticks(labels: Sequence[str], pitch: float) -> Ticks:
-    """Labels of rows that are `pitch` points high."""
-    step = math.ceil(LINE * SMALLEST / pitch)
-    size = min(max(pitch / LINE, SMALLEST), LARGEST)
-    return Ticks([shorten(label, size, LABEL) for label in labels], step, size, turned=False)
-
-
-def column_ticks(labels: Sequence[str], pitch: float) -> Ticks:
-    """Labels of columns that are `pitch` points wide: turned where that leaves room for more."""
-    turned = row_ticks(labels, pitch)
-    lying = math.ceil((widest(turned.labels, turned.size) + 2) / pitch)
-    if lying <= turned.step:
-        return dataclasses.replace(turned, step=lying)
-    return dataclasses.replace(turned, turned=True)
+LONGEST = 620.0  # Points that the cells take of a page, from top to bottom.
+MINUS = "\N{MINUS SIGN}"
 
 
 def heat_map(
@@ -87,7 +38,6 @@ def heat_map(
     title: str,
     most: float | None = None,
     texts: Sequence[Sequence[str]] | None = None,
-    printed: bool = True,
     upwards: bool = False,
 ) -> Figure:
     """A figure of one heat map with its labels and, below, what its colours mean.
@@ -100,94 +50,80 @@ def heat_map(
       label: what the values are.
       title: above the map.
       most: the value at which the colours end; else the largest.
-      texts: [R][C], to be printed in the cells, shortened where they must be.
-      printed: without `texts`, print the values where they fit. Where they do not, a minus
-        sign marks negative ones, which grey would not tell from positive ones.
+      texts: [R][C], to be printed in the cells, shortened where they must be. Without, the values
+        are, if they fit; if not, a minus sign marks negative ones, which grey would not tell from
+        positive ones.
       upwards: the first row is at the bottom.
+
+    Raises:
+      InputError: labels are not as many as rows and columns.
     """
+    if values.shape != (len(rows), len(columns)):
+        raise InputError(
+            f"values have shape {values.shape}: there are labels for {len(rows)} rows and "
+            f"{len(columns)} columns."
+        )
     height = min(cell[1], LONGEST / len(rows))
     down = row_ticks(rows, height)
-    left = MARGIN + LINE * LARGEST + widest(down.labels, down.size) + GAP
-    width = min(cell[0], (PAGE - left - 2 * MARGIN) / len(columns))
+    left = NAME + widest(down.labels, down.size)
+    width = min(cell[0], (PAGE - left - 3 * MARGIN) / len(columns))
     along = column_ticks(columns, width)
-    bottom = MARGIN + BAR + 2 * GAP + LINE * LARGEST + along.depth
-    across = max(left + width * len(columns) + 2 * MARGIN, 180.0)
-    title = wrap(title, TITLE, across - 2 * MARGIN)
-    lines = title.count("\n") + 1 if title else 0
-    tall = bottom + height * len(rows) + 2 * MARGIN + lines * LINE * TITLE
-
-    figure = Figure(figsize=(across / 72, tall / 72))
-    size = (width * len(columns) / across, height * len(rows) / tall)
-    axes = figure.add_axes((left / across, bottom / tall, *size))
+    below = along.depth + NAME
+    size = (width * len(columns), height * len(rows))
+    sheet = Sheet(*size, title=title, left=left, below=below)
+    axes = sheet.axes(0, 0, *size)
     colours = scale(values, most)
     axes.imshow(values, cmap=colours.cmap, norm=colours.norm, aspect="auto")
     if upwards:
         axes.invert_yaxis()
+    axes.spines[:].set_linewidth(0.5)
     down.put(axes.yaxis)
     along.put(axes.xaxis)
-    middle = bottom / tall + size[1] / 2
-    figure.supylabel(down.named(names[0]), x=MARGIN / across, y=middle, fontsize=LARGEST, ha="left")
-    under = (MARGIN + BAR + GAP) / tall
-    centre = left / across + size[0] / 2
-    figure.supxlabel(along.named(names[1]), x=centre, y=under, fontsize=LARGEST, va="bottom")
-    colour_bar(figure, colours, label, left=left, width=width * len(columns))
-    figure.suptitle(title, y=1 - MARGIN / tall, fontsize=TITLE, va="top")
-    if texts:
-        shown = [[shorten(text, SMALLEST, width - 2) for text in row] for row in texts]
+    sheet.name_axes(along.named(names[1]), down.named(names[0]))
+    sheet.colour_bar(colours, label)
+    if texts is None:
+        shown = _numbers(values, colours.largest, width)
     else:
-        shown = _numbers(values, width if printed else 0)
+        shown = [[shorten(text, SMALLEST, width - 2) for text in row] for row in texts]
     _write(axes, colours, values, shown, (width, height))
-    return finish(figure)
+    return finish(sheet.figure)
 
 
-def colour_bar(figure: Figure, colours: Colours, label: str, *, left: float, width: float) -> None:
-    """What the colours mean, at the bottom of a figure: at `left` points, under `width` points."""
-    across, tall = 72 * figure.get_size_inches()
-    long = min(max(width, 100.0), 200.0)
-    begin = min(left + (width - long) / 2, across - long - 2 * MARGIN)
-    low = MARGIN + 2 * LINE * LARGEST
-    bar = figure.add_axes((begin / across, low / tall, long / across, LARGEST / tall))
-    figure.colorbar(colours.mappable(), cax=bar, orientation="horizontal")
-    bar.set_xlabel(label, fontsize=LARGEST, labelpad=1)
-    bar.tick_params(labelsize=LARGEST - 1, length=2, pad=1)
-    bar.locator_params(nbins=5)
-
-
-def _numbers(values: np.ndarray, width: float) -> list[list[str]]:
-    """The values in two places where all fit into `width` points; else which are negative.
-
-    What a mask has left, exactly 0, is not printed.
-    """
+def _numbers(values: np.ndarray, largest: float, width: float) -> list[list[str]]:
+    """The values where all fit into `width` points, else a minus where one is clearly negative."""
+    power = math.floor(math.log10(largest))
+    places = max(0, 2 - power if power >= 0 else 1 - power)
     shown = [
-        [f"{value:.2f}" if value and np.isfinite(value) else "" for value in row] for row in values
+        [f"{value:z.{places}f}".replace("-", MINUS) if np.isfinite(value) else "" for value in row]
+        for row in values
     ]
     if max(widest(row, SMALLEST) for row in shown) + 2 <= width:
         return shown
-    clear = -0.1 * np.nanmax(np.abs(values), initial=0)
-    return [["\N{MINUS SIGN}" if value < clear else "" for value in row] for row in values]
+    return [[MINUS if value < -CLEAR * largest else "" for value in row] for row in values]
 
 
 def _write(
     axes: Axes,
     colours: Colours,
     values: np.ndarray,
-    shown: list[list[str]],
+    shown: Sequence[Sequence[str]],
     cell: tuple[float, float],
 ) -> None:
-    """Print texts in cells of so many points, unless one line is too high for them."""
+    """Print texts in cells of so many points, where they fit."""
     width, height = cell
     longest = max(widest(row, 1.0) for row in shown)
     if not longest or height < SMALLEST:
         return
     size = max(SMALLEST, min(LARGEST - 1, (width - 2) / longest, height / LINE))
-    for (row, column), value in np.ndenumerate(values):
+    cells = [(row, column) for row, texts in enumerate(shown) for column in range(len(texts))]
+    for row, column in cells:
         text = shown[row][column]
         if text and text_width(text, size) <= width:
             axes.text(
                 column,
                 row,
                 text,
-                color=ink(colours.of(value)),
+                color=ink(colours.of(values[row, column])),
                 fontsize=size,
                 ha="center",
                 va="center_baseline",
@@ -203,7 +139,8 @@ def attention_map(
 ) -> Figure:
     """One head's attention, large: a row is a token that looks, a column one that is looked at.
 
-    Weights are printed where there are at most 12 tokens.
+    Where there are at most 12 tokens the weights are printed, but for the exact zeros that a mask
+    leaves.
 
     Args:
       weights: [T, S], each row summing to 1.
@@ -213,6 +150,7 @@ def attention_map(
     """
     columns = tokens if columns is None else columns
     side = min(30.0, (PAGE - 40) / len(columns), LONGEST / len(tokens))
+    few = max(weights.shape) <= 12
     return heat_map(
         weights,
         tokens,
@@ -222,7 +160,7 @@ def attention_map(
         label="attention weight",
         title=title,
         most=1.0,
-        printed=max(weights.shape) <= 12,
+        texts=[[f"{weight:.2f}" if few and weight else "" for weight in row] for row in weights],
     )
 
 

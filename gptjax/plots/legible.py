@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import noto_cjk_sans_otc
@@ -28,6 +29,9 @@ LINE = 1.2
 """Height of a line of text in units of its size."""
 
 SEQUENTIAL, DIVERGING = "magma_r", "PuOr_r"
+
+CLEAR = 0.1
+"""Which part of the largest value is clearly not 0."""
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Colours that the colour-blind tell apart (Okabe and Ito 2008), without the yellow."""
@@ -66,6 +70,16 @@ def token_label(text: str) -> str:
     )
 
 
+def check_covered(text: str) -> None:
+    """Refuse a text with a character that none of the fonts has, which would be a box."""
+    for character in text:
+        if character != "\n" and ord(character) not in _glyphs():
+            raise InputError(
+                f"No font covers {character!r} (U+{ord(character):04X}) of the text {text!r}: "
+                "plots.token_label escapes such characters."
+            )
+
+
 def typeset(figure: Figure) -> None:
     """Let every text of a figure fall back on `fonts`.
 
@@ -73,13 +87,7 @@ def typeset(figure: Figure) -> None:
       InputError: none of them has a character.
     """
     for text in figure.findobj(Text):
-        string = text.get_text()
-        for character in string:
-            if character != "\n" and ord(character) not in _glyphs():
-                raise InputError(
-                    f"No font covers {character!r} (U+{ord(character):04X}) of the text "
-                    f"{string!r}: plots.token_label escapes such characters."
-                )
+        check_covered(text.get_text())
         text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *fonts()])))
 
 
@@ -103,12 +111,17 @@ def save(figure: Figure, path: Path, *, most_pixels: int = 4000) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def text_width(text: str, size: float) -> float:
-    """Points from the beginning of a text to its end."""
+    """Points from the beginning of a text to its end.
+
+    Raises:
+      InputError: no font has one of its characters.
+    """
+    check_covered(text)
     font = FontProperties(family=["sans-serif", *fonts()], size=size)
     return text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
 
 
-def widest(texts: list[str], size: float) -> float:
+def widest(texts: Sequence[str], size: float) -> float:
     """Points that the longest of several texts takes; 0 of none."""
     return max((text_width(text, size) for text in texts), default=0.0)
 
@@ -144,7 +157,13 @@ class Colours:
     """Which colour stands for which value."""
 
     cmap: Colormap
-    norm: Normalize
+    largest: float
+    negative: bool
+
+    @property
+    def norm(self) -> Normalize:
+        """Values to numbers from 0 to 1."""
+        return Normalize(-self.largest if self.negative else 0, self.largest)
 
     def of(self, value: float) -> tuple[float, float, float]:
         """Red, green and blue of a value, each from 0 to 1."""
@@ -165,7 +184,7 @@ def scale(values: np.ndarray, most: float | None = None) -> Colours:
     largest = most or float(np.abs(finite).max(initial=0)) or 1.0
     negative = bool((finite < 0).any())
     cmap = colormaps[DIVERGING if negative else SEQUENTIAL].with_extremes(bad="0.8")
-    return Colours(cmap, Normalize(-largest if negative else 0, largest))
+    return Colours(cmap, largest, negative)
 
 
 def luminance(colour: ColorType) -> float:

@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gptjax.plots.legible import LINE, PAGE, finish, ink, scale, shorten, text_width, wrap
+from gptjax.config import InputError
+from gptjax.plots.legible import CLEAR, PAGE, finish, ink, scale, shorten, text_width
+from gptjax.plots.sheet import LARGEST, MARGIN, Sheet
 
-SIZE = 8.0  # Points of text.
-MARGIN, BAR = 8.0, 72.0  # Points around all, and for the colour bar.
+PITCH = 1.8 * LARGEST  # Points from one line to the next.
 
 
 def token_values(
@@ -17,51 +18,52 @@ def token_values(
 ) -> Figure:
     """A text in lines, every token coloured by its value: its loss, say.
 
+    Clearly negative ones are underlined, since in grey they look like positive ones.
+
     Args:
       tokens: T labels; after one that ends in ↵ a new line begins.
       values: [T].
       label: what the values are.
       title: above the text.
+
+    Raises:
+      InputError: there are more values or fewer than tokens.
     """
-    values = np.asarray(values, float)
-    colours = scale(values)
-    width, high = PAGE - 2 * MARGIN - BAR, 2 * LINE * SIZE
-    title = wrap(title, SIZE + 2, PAGE - 2 * MARGIN)
-    above = MARGIN + LINE * (SIZE + 2) * (title.count("\n") + 1 if title else 0)
+    if np.shape(values) != (len(tokens),):
+        raise InputError(f"values have shape {np.shape(values)}: there are {len(tokens)} tokens.")
+    width = PAGE - 3 * MARGIN
     places, lines = _lines(tokens, width)
-    height = max(high * lines, 60.0) + above + MARGIN
-    figure = Figure(figsize=(PAGE / 72, height / 72))
-    text = (MARGIN / PAGE, MARGIN / height, width / PAGE, 1 - (above + MARGIN) / height)
-    axes = figure.add_axes(text)
-    axes.set(xlim=(0, width), ylim=(height - above - MARGIN, 0))
+    sheet = Sheet(width, PITCH * lines, title=title)
+    axes = sheet.axes(0, 0, width, PITCH * lines)
+    axes.set(xlim=(0, width), ylim=(PITCH * lines, 0))
     axes.set_axis_off()
-    for token, (x, line, across), value in zip(tokens, places, values, strict=True):
+    colours = scale(values)
+    high = 0.85 * PITCH
+    for token, (x, y, across), value in zip(tokens, places, values, strict=True):
         colour = colours.of(value)
-        corner = (x, line * high)
-        axes.add_patch(Rectangle(corner, across, 0.8 * high, facecolor=colour, linewidth=0))
+        axes.add_patch(Rectangle((x, y), across, high, facecolor=colour, linewidth=0))
+        if value < -CLEAR * colours.largest:
+            axes.hlines(y + 0.9 * high, x + 1.5, x + across - 1.5, color=ink(colour), linewidth=0.6)
         axes.text(
             x + across / 2,
-            (line + 0.4) * high,
-            shorten(token, SIZE, width),
+            y + high / 2,
+            shorten(token, LARGEST, width),
             color=ink(colour),
-            fontsize=SIZE,
+            fontsize=LARGEST,
             ha="center",
             va="center_baseline",
         )
-    bar = figure.add_axes((1 - (BAR - 8) / PAGE, text[1], 8 / PAGE, min(120 / height, text[3])))
-    figure.colorbar(colours.mappable(), cax=bar).set_label(label, fontsize=SIZE)
-    bar.tick_params(labelsize=SIZE - 1)
-    figure.suptitle(title, fontsize=SIZE + 2, y=1 - MARGIN / height, va="top")
-    return finish(figure)
+    sheet.colour_bar(colours, label)
+    return finish(sheet.figure)
 
 
-def _lines(tokens: Sequence[str], width: float) -> tuple[list[tuple[float, int, float]], int]:
-    """Where each token stands (points from the left, line, points across), and the lines."""
+def _lines(tokens: Sequence[str], width: float) -> tuple[list[tuple[float, float, float]], int]:
+    """Where each token stands (points from the left and the top, points across), and the lines."""
     places, x, line = [], 0.0, 0
     for token in tokens:
-        across = min(text_width(token, SIZE) + 3, width)
+        across = min(text_width(token, LARGEST) + 3, width)
         if x + across > width:
             x, line = 0.0, line + 1
-        places.append((x, line, across))
+        places.append((x, PITCH * line, across))
         x = width if token.endswith("↵") else x + across + 0.5
     return places, line + 1

@@ -1,0 +1,106 @@
+"""A figure laid out in points: a title, room for what is shown, and what its colours mean."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+from gptjax.plots.legible import LINE, SMALLEST, Colours, shorten, widest, wrap
+
+MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
+LARGEST, TITLE = 8.0, 10.0  # Points of the largest text, and of the title.
+NAME = LINE * LARGEST + GAP  # Points that the name of an axis takes.
+BAR = 3 * LINE * LARGEST  # Points that a colour bar takes with its numbers and its label.
+LABEL = 60.0  # Points that the label of a tick may take.
+
+
+class Sheet:
+    """A figure around a room of so many points."""
+
+    def __init__(
+        self, width: float, height: float, *, title: str, left: float = 0, below: float = 0
+    ) -> None:
+        """A room of `width` and `height`, beside it `left` points and under it `below` for labels.
+
+        There is a margin around all, room for a colour bar at the bottom and the title on top.
+        """
+        self.left, self.bottom = MARGIN + left, MARGIN + BAR + GAP + below
+        self.width, self.height = width, height
+        self.across = max(self.left + width + 2 * MARGIN, 180.0)
+        title = wrap(title, TITLE, self.across - 2 * MARGIN)
+        above = (title.count("\n") + 1) * LINE * TITLE + GAP if title else 0
+        self.tall = self.bottom + height + above + MARGIN
+        self.figure = Figure(figsize=(self.across / 72, self.tall / 72))
+        self.figure.suptitle(title, y=1 - MARGIN / self.tall, fontsize=TITLE, va="top")
+
+    def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Axes so many points from the left and the bottom of the room."""
+        return self._axes(self.left + left, self.bottom + bottom, width, height)
+
+    def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        place = (left / self.across, bottom / self.tall, width / self.across, height / self.tall)
+        return self.figure.add_axes(place)
+
+    def name_axes(self, across: str, down: str) -> None:
+        """What the columns and the rows of the room are."""
+        centre = (self.left + self.width / 2) / self.across
+        middle = (self.bottom + self.height / 2) / self.tall
+        low, left = (MARGIN + BAR + GAP) / self.tall, MARGIN / self.across
+        self.figure.supxlabel(across, x=centre, y=low, fontsize=LARGEST, va="bottom")
+        self.figure.supylabel(down, x=left, y=middle, fontsize=LARGEST, ha="left")
+
+    def colour_bar(self, colours: Colours, label: str) -> None:
+        """What the colours mean, at the bottom."""
+        long = min(max(self.width, 100.0), 200.0)
+        begin = self.left + (self.width - long) / 2
+        begin = min(max(begin, 3 * MARGIN), self.across - long - 3 * MARGIN)
+        bar = self._axes(begin, MARGIN + 2 * LINE * LARGEST, long, LARGEST)
+        self.figure.colorbar(colours.mappable(), cax=bar, orientation="horizontal")
+        bar.set_xlabel(label, fontsize=LARGEST, labelpad=1)
+        bar.tick_params(labelsize=LARGEST - 1, length=2, pad=1)
+        bar.locator_params(nbins=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ticks:
+    """Labels along one side of a heat map: from the first, one in `step`, as room allows."""
+
+    labels: list[str]
+    step: int
+    size: float
+    turned: bool = False
+
+    @property
+    def depth(self) -> float:
+        """Points that the labels of columns take from top to bottom."""
+        return widest(self.labels, self.size) if self.turned else LINE * self.size
+
+    def put(self, axis: Axis) -> None:
+        """Write them."""
+        places, shown = range(0, len(self.labels), self.step), self.labels[:: self.step]
+        axis.set_ticks(places, shown, fontsize=self.size, rotation=90 if self.turned else 0)
+        axis.set_tick_params(length=0, pad=2)
+
+    def named(self, what: str) -> str:
+        """What an axis is called, and how many of its labels are there."""
+        return what if self.step == 1 else f"{what} (one in {self.step} is named)"
+
+
+def row_ticks(labels: Sequence[str], pitch: float) -> Ticks:
+    """Labels of rows that are `pitch` points high."""
+    size = min(max(pitch / LINE, SMALLEST), LARGEST)
+    step = math.ceil(LINE * SMALLEST / pitch)
+    return Ticks([shorten(label, size, LABEL) for label in labels], step, size)
+
+
+def column_ticks(labels: Sequence[str], pitch: float) -> Ticks:
+    """Labels of columns that are `pitch` points wide: turned where that leaves room for more."""
+    lying = row_ticks(labels, pitch)
+    apart = 1 if max(map(len, labels)) == 1 else GAP
+    step = math.ceil((widest(lying.labels, lying.size) + apart) / pitch)
+    if step <= lying.step:
+        return dataclasses.replace(lying, step=step)
+    return dataclasses.replace(lying, turned=True)
