@@ -136,7 +136,7 @@ def test_no_text_lies_on_another_one_or_leaves_the_page_or_is_small(name, monkey
     figure = _figure(name)
     texts = _drawn(figure, monkeypatch)
     assert texts
-    assert min(text.get_fontsize() for text in texts) >= 6
+    assert min(float(text.get_fontsize()) for text in texts) >= 6
     assert figure.get_size_inches()[0] <= 7.2
     assert figure.get_size_inches()[1] <= 10.5
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
@@ -160,7 +160,7 @@ def test_text_on_colours_stands_out_and_stays_in_its_cell(name, monkeypatch):
         x, y = text.get_position()
         if axes.get_images():
             (image,) = axes.get_images()
-            ground = image.to_rgba(image.get_array())[round(y), round(x)]
+            ground = image.to_rgba(np.ma.asarray(image.get_array()))[round(y), round(x)]
             assert (box.width, abs(box.height)) <= (1, 1.05)
         elif rectangles := [patch for patch in axes.patches if isinstance(patch, Rectangle)]:
             (ground,) = (
@@ -248,7 +248,7 @@ def test_the_fonts_have_simplified_and_traditional_chinese():
 
 def test_chinese_is_drawn_and_in_its_chinese_form(tmp_path):
     pictures = []
-    for text in ("令", "骨", "\u2fff\u4ee4"[1]):
+    for text in ("令", "骨", "令"):
         plots.save(plots.attention_map(np.ones((1, 1)), [text]), tmp_path / "one.png")
         pictures.append(imread(tmp_path / "one.png"))
     assert (pictures[0] != pictures[1]).any()  # Two boxes would be alike.
@@ -527,10 +527,10 @@ def test_curves_of_several_seeds_are_their_mean_and_range():
     )
     (axes,) = figure.axes
     lines = axes.get_lines()
-    np.testing.assert_allclose(lines[0].get_ydata(), one)
-    np.testing.assert_allclose(lines[1].get_ydata(), several.mean(1))
+    np.testing.assert_allclose(np.asarray(lines[0].get_xydata())[:, 1], one)
+    np.testing.assert_allclose(np.asarray(lines[1].get_xydata())[:, 1], several.mean(1))
     (band,) = axes.collections
-    vertices = band.get_paths()[0].vertices
+    vertices = np.asarray(band.get_paths()[0].vertices)
     for step, low, high in zip(STEPS, several.min(1), several.max(1), strict=True):
         reached = vertices[vertices[:, 0] == step, 1]
         np.testing.assert_allclose([reached.min(), reached.max()], [low, high])
@@ -550,7 +550,8 @@ def test_points_to_compare_stand_in_their_order_with_their_intervals():
     assert axes.get_ylim() == (1.5, -0.5)
     np.testing.assert_array_equal(axes.get_lines()[-1].get_xydata(), [[2, 0], [0.625, 1]])
     (ranges,) = axes.collections
-    assert [segment[:, 0].tolist() for segment in ranges.get_segments()] == intervals.tolist()
+    ends = [np.asarray(path.vertices)[:, 0].tolist() for path in ranges.get_paths()]
+    assert ends == intervals.tolist()
     assert _ticks(axes.child_axes[0].yaxis) == ["2.000", "0.625"]
 
 
