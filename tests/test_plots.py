@@ -468,6 +468,13 @@ def test_scores_are_printed_with_as_many_digits_as_their_size_asks_for():
     assert printed(0.5, np.nan) == ["0.50"]
 
 
+@pytest.mark.parametrize("length", [24, 28, 32])
+def test_numbers_are_printed_all_or_none(length):
+    values = _random(2, length) - 0.1
+    axes, _ = plots.patching_map(values, _tokens(length), label="nats").axes
+    assert len(axes.texts) == 2 * length or set(_texts(axes)) <= {"\N{MINUS SIGN}"}
+
+
 def test_negative_values_are_coloured_about_0_and_keep_a_sign_where_numbers_have_no_room():
     values = _random(12, 64) - 0.25
     axes, _ = plots.patching_map(values, _tokens(64), label="nats").axes
@@ -506,7 +513,7 @@ def test_the_logit_lens_has_a_guess_in_every_cell_the_embeddings_at_the_bottom()
 
 def test_a_text_reads_as_it_was_and_breaks_after_its_line_ends():
     tokens = ["one", "·two↵", *["·more"] * 40]
-    values = np.linspace(-1, 1, 42)
+    values = np.linspace(-1, 0.5, 42)
     axes, bar = plots.token_values(tokens, values, label="nats").axes
     assert _texts(axes) == tokens
     places = [text.get_position() for text in axes.texts]
