@@ -33,7 +33,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-IMPORTED = {"gptjax", "jax", "numpy", "IPython"}
+IMPORTED = {"gptjax", "flax", "jax", "numpy", "IPython"}
 STANDARD = {
     "collections", "dataclasses", "functools", "importlib", "itertools", "math", "pathlib",
     "string", "tempfile", "time", "typing",
