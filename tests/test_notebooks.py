@@ -35,7 +35,7 @@ METADATA = {
 }
 IMPORTED = {"gptjax", "flax", "jax", "numpy", "IPython"}
 STANDARD = {
-    "collections", "dataclasses", "functools", "importlib", "itertools", "math", "pathlib",
+    "collections", "dataclasses", "functools", "importlib", "itertools", "math", "pathlib", "re",
     "string", "tempfile", "time", "typing",
 }  # fmt: skip
 PICTURES = {"image/png", "text/html"}
