@@ -40,3 +40,9 @@ def test_pictures_and_links_into_the_project_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", README):
         path = target[0] or target[1]
         assert path.startswith("http") or (ROOT / path).exists(), path
+
+
+def test_every_notebook_is_in_the_table_with_its_badge():
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"| [{path.stem}](notebooks/{path.name}) | " in README
+        assert f"/blob/main/notebooks/{path.name}) |" in README
