@@ -24,7 +24,9 @@ NESTEROV_BETA = 0.95
 """Muon's momentum (Jordan 2024)."""
 
 
-def learning_rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: OptimizerConfig, peak: float | jax.Array, steps: int
+) -> optax.Schedule:
     """Step → learning rate: a linear warm-up to `peak`, then what `config.schedule` names.
 
     Sources: cosine, Loshchilov & Hutter 2017; wsd (warm-up, stable, decay), Hu et al. 2024.
@@ -47,13 +49,22 @@ def learning_rate_schedule(config: OptimizerConfig, peak: float, steps: int) -> 
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build_optimizer(
+    config: OptimizerConfig, steps: int, learning_rate: float | jax.Array | None = None
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) with AdamW for all but matrices.
+
+    Args:
+      config: which, and how.
+      steps: of the whole run.
+      learning_rate: the peak of AdamW's, where one program trains at several; None takes the
+        config's.
 
     Raises:
       InputError: a warm-up as long as the run.
     """
-    adamw_rate = learning_rate_schedule(config, config.learning_rate, steps)
+    peak = config.learning_rate if learning_rate is None else learning_rate
+    adamw_rate = learning_rate_schedule(config, peak, steps)
     if config.name == "adamw":
         update = optax.adamw(
             adamw_rate,

@@ -100,7 +100,7 @@ def train_step(
     *,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     accumulate: int = 1,
     axis: str | None = None,
 ) -> tuple[State, Metrics]:
