@@ -38,6 +38,15 @@ ALLOWED = {
     "gptjax.probe.over_training": ["gptjax.runs"],
     "gptjax.probe.*": [CONFIG, LAYERS, "gptjax.transformer", "gptjax.probe.*"],
     "gptjax.trial": [CONFIG, "gptjax.sharding", TRAINING, "gptjax.transformer", "gptjax.runs"],
+    "gptjax.together": [
+        CONFIG,
+        "gptjax.sharding",
+        DATA,
+        TRAINING,
+        "gptjax.transformer",
+        "gptjax.trial",
+    ],
+    "gptjax.statistics": [CONFIG],
     "gptjax.equivalence": [
         CONFIG,
         LAYERS,

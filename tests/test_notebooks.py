@@ -35,8 +35,8 @@ METADATA = {
 }
 IMPORTED = {"gptjax", "flax", "jax", "numpy", "IPython"}
 STANDARD = {
-    "collections", "dataclasses", "functools", "importlib", "itertools", "math", "pathlib", "re",
-    "string", "tempfile", "time", "typing",
+    "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "math",
+    "pathlib", "re", "string", "tempfile", "time", "typing",
 }  # fmt: skip
 PICTURES = {"image/png", "text/html"}
 LINES = 25

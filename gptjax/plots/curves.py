@@ -79,6 +79,7 @@ def curves(
     ylabel: str,
     title: str = "",
     log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
     """Several measurements over training: a line each, and of several seeds a band.
 
@@ -87,7 +88,7 @@ def curves(
       values: by name, [steps], or [steps, seeds]: their mean is the line, their range the band.
       xlabel, ylabel: what the axes show.
       title: above them.
-      log_x: equal ratios of steps are equal distances.
+      log_x, log_y: equal ratios are equal distances.
 
     Raises:
       InputError: a shape that is neither, or a logarithm of 0 asked for.
@@ -102,6 +103,11 @@ def curves(
                 f"values of {name!r} have shape {measured.shape}: {len(steps)} steps ask for "
                 f"({len(steps)},) or ({len(steps)}, seeds)."
             )
+        if log_y and np.min(measured) <= 0:
+            raise InputError(
+                f"values of {name!r} go down to {np.min(measured):g}: with log_y they must be "
+                "above 0."
+            )
         style = _style(index, len(steps))
         if measured.ndim == 2 and measured.shape[1] > 1:
             name = f"{name} (mean and range of {measured.shape[1]} seeds)"
@@ -112,6 +118,8 @@ def curves(
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
+    if log_y:
+        axes.set_yscale("log")
     axes.set_xlabel(xlabel, fontsize=SIZE)
     axes.set_ylabel(ylabel, fontsize=SIZE)
     figure.legend(
