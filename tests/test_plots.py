@@ -581,3 +581,14 @@ def test_points_to_compare_stand_in_their_order_with_their_intervals():
 def test_what_does_not_fit_is_refused_in_one_sentence(draw, sentence):
     with pytest.raises(InputError, match=sentence):
         draw()
+
+
+def test_a_logarithmic_axis_takes_what_has_a_logarithm():
+    steps = np.array([1, 2, 3])
+    figure = plots.curves(steps, {"a": 10.0**steps}, xlabel="x", ylabel="y", log_y=True)
+    assert figure.axes[0].get_yscale() == "log"
+    assert (
+        plots.curves(steps, {"a": steps}, xlabel="x", ylabel="y").axes[0].get_yscale() == "linear"
+    )
+    with pytest.raises(InputError, match="'a' go down to 0: with log_y"):
+        plots.curves(steps, {"a": steps - 1}, xlabel="x", ylabel="y", log_y=True)
