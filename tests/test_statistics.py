@@ -50,6 +50,16 @@ def test_intervals_exclude_zero_where_holms_test_rejects(seed):
     assert {name for name, interval in found.items() if interval.excludes_zero} == expected
 
 
+def test_behind_the_first_that_fails_nothing_is_different():
+    # p = 0.04 each: alone enough, and of three not even for the last that is asked.
+    values = np.array([-2, -1, 0, 1, 2]) + 3.0 * np.sqrt(2.5 / 5)
+    assert 0.03 < stats.ttest_1samp(values, 0)[1] < 0.05
+    assert paired_differences({"base": 0 * values, "a": values}, "base")["a"].excludes_zero
+    three = {name: values for name in "abc"}
+    found = paired_differences({"base": 0 * values, **three}, "base")
+    assert not any(interval.excludes_zero for interval in found.values())
+
+
 def test_of_many_equal_variants_hardly_one_is_called_different():
     generator = np.random.default_rng(3)
     wrong = 0
