@@ -55,7 +55,7 @@ def test_behind_the_first_that_fails_nothing_is_different():
     values = np.array([-2, -1, 0, 1, 2]) + 3.0 * np.sqrt(2.5 / 5)
     assert 0.03 < stats.ttest_1samp(values, 0)[1] < 0.05
     assert paired_differences({"base": 0 * values, "a": values}, "base")["a"].excludes_zero
-    three = {name: values for name in "abc"}
+    three = dict.fromkeys("abc", values)
     found = paired_differences({"base": 0 * values, **three}, "base")
     assert not any(interval.excludes_zero for interval in found.values())
 
