@@ -12,6 +12,8 @@ from gptjax.config import InputError
 from gptjax.plots.legible import DASHES, LINES, MARKERS, PAGE, finish, wrap
 
 SIZE = 8.0  # Points of text.
+FEW = 8
+"""Points on a logarithmic axis that are ticks themselves: powers of ten might be none of them."""
 
 
 def _axes(height: float, title: str) -> tuple[Figure, Axes]:
@@ -118,8 +120,13 @@ def curves(
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
+        if len(steps) <= FEW:
+            axes.set_xticks(steps)
+            axes.set_xticks([], minor=True)
     if log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_xlabel(xlabel, fontsize=SIZE)
     axes.set_ylabel(ylabel, fontsize=SIZE)
     figure.legend(
