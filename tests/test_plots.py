@@ -592,3 +592,9 @@ def test_a_logarithmic_axis_takes_what_has_a_logarithm():
     )
     with pytest.raises(InputError, match="'a' go down to 0: with log_y"):
         plots.curves(steps, {"a": steps - 1}, xlabel="x", ylabel="y", log_y=True)
+
+
+def test_few_points_on_a_logarithmic_axis_are_its_ticks():
+    steps = np.array([3, 30, 70])
+    figure = plots.curves(steps, {"a": steps}, xlabel="x", ylabel="y", log_x=True)
+    assert _labels(figure) == ["3", "30", "70"]
