@@ -53,9 +53,9 @@ def test_intervals_exclude_zero_where_holms_test_rejects(seed):
 def test_behind_the_first_that_fails_nothing_is_different():
     # p = 0.04 each: alone enough, and of three not even for the last that is asked.
     values = np.array([-2, -1, 0, 1, 2]) + 3.0 * np.sqrt(2.5 / 5)
-    assert 0.03 < stats.ttest_1samp(values, 0)[1] < 0.05
+    assert 0.03 < np.asarray(stats.ttest_1samp(values, 0))[1] < 0.05
     assert paired_differences({"base": 0 * values, "a": values}, "base")["a"].excludes_zero
-    three = dict.fromkeys("abc", values)
+    three = {"a": values, "b": values, "c": values}
     found = paired_differences({"base": 0 * values, **three}, "base")
     assert not any(interval.excludes_zero for interval in found.values())
 
