@@ -1,0 +1,213 @@
+// Tokens in two columns, and a line from each that looks to each that is looked at.
+
+const ROW = 20;
+const LEAST = 0.02; // Weaker lines are not drawn unless a token is chosen: a row has 50 at most.
+const MOST_LINES = 3000;
+const LEVELS = 24;
+
+const headsView = {
+  name: "Head view",
+
+  layout(ctx, part, width) {
+    ctx.font = font();
+    const squares = state.shown.length > 1 ? 9 * state.shown.length + 8 : 60;
+    const most = Math.max(60, Math.min(180, (width - squares - 260) / 2));
+    const left = widest(ctx, part.rows, most), right = widest(ctx, part.columns, most);
+    const gap = Math.max(120, Math.min(420, width - left - right - squares - 130));
+    const start = Math.max(16, (width - left - gap - right - squares - 64) / 2);
+    const from = start + 34 + left;
+    return { from, to: from + gap, left, right, squares, top: 34 };
+  },
+
+  extent(ctx, part, width) {
+    const { to, right, squares, top } = this.layout(ctx, part, width);
+    return { width: to + right + squares + 24, height: top + ROW * Math.max(part.T, part.S) + 12 };
+  },
+
+  /** The row and the column that alone are looked at; those under the mouse come first. */
+  focus() {
+    if (hover?.row != null) return { row: hover.row };
+    if (state.token != null) return { row: state.token, column: hover?.column };
+    return { column: hover?.column };
+  },
+
+  draw(ctx, part, view) {
+    const at = this.layout(ctx, part, view.width), focus = this.focus();
+    const y = (token) => at.top + ROW * (token + 0.5) - view.top;
+    const drawn = this.lines(ctx, part, view, at, focus, y);
+    this.tokens(ctx, part, view, at, focus, y);
+    ctx.fillStyle = colours.page;
+    ctx.fillRect(0, 0, view.width, at.top - 4);
+    ctx.fillStyle = colours.faint;
+    ctx.font = font(12);
+    ctx.textAlign = "right";
+    ctx.fillText("looks", at.from, 16);
+    ctx.textAlign = "left";
+    ctx.fillText("is looked at", at.to, 16);
+    this.least = drawn;
+  },
+
+  /** Returns the weight below which lines were left out. */
+  lines(ctx, part, view, at, focus, y) {
+    const weights = part.weights[state.layer];
+    const alone = focus.row != null || focus.column != null;
+    const rows = this.rows(part, view, at, focus);
+    const least = alone ? 1 / part.levels : this.threshold(part, weights, rows);
+    const lane = Math.min(2.5, 13 / state.shown.length); // So that heads do not hide each other.
+    state.shown.forEach((head, place) => {
+      const aside = lane * (place - (state.shown.length - 1) / 2);
+      const paths = new Map();
+      for (let t = rows[0]; t < rows[1]; t++) {
+        const start = part.start(head, t), reach = part.reach(t), from = y(t) + aside;
+        const full = fullOf(part, weights, start, reach);
+        const first = focus.row == null && focus.column != null ? focus.column : 0;
+        const last = focus.row == null && focus.column != null ? first + 1 : reach;
+        for (let s = first; s < Math.min(last, reach); s++) {
+          const code = weights[start + s];
+          if (code < least * part.levels) continue;
+          const level = Math.min(LEVELS, Math.ceil((LEVELS * code) / full));
+          if (!paths.has(level)) paths.set(level, new Path2D());
+          const path = paths.get(level), to = y(s) + aside, bend = (at.to - at.from) / 3;
+          path.moveTo(at.from + 7, from);
+          path.bezierCurveTo(at.from + bend, from, at.to - bend, to, at.to - 7, to);
+        }
+      }
+      ctx.strokeStyle = headColour(part.heads[head]);
+      ctx.setLineDash(headDash(part.heads[head]));
+      for (const [level, path] of [...paths].sort(([one], [other]) => one - other)) {
+        ctx.globalAlpha = 0.04 + (0.9 * level) / LEVELS;
+        ctx.lineWidth = 0.8 + (1.7 * level) / LEVELS;
+        ctx.stroke(path);
+      }
+    });
+    ctx.globalAlpha = 1;
+    ctx.setLineDash([]);
+    return alone ? 0 : least;
+  },
+
+  /** Of which rows there are lines: the one, all for a column, or else those in sight. */
+  rows(part, view, at, focus) {
+    if (focus.row != null) return [focus.row, focus.row + 1];
+    if (focus.column != null) return [0, part.T];
+    const first = Math.max(0, Math.floor((view.top - at.top) / ROW));
+    return [first, Math.min(part.T, Math.ceil((view.top + view.height - at.top) / ROW))];
+  },
+
+  /** The weight that at most MOST_LINES of the rows' lines reach, LEAST or more. */
+  threshold(part, weights, rows) {
+    const counts = new Uint32Array(101);
+    for (const head of state.shown)
+      for (let t = rows[0]; t < rows[1]; t++) {
+        const start = part.start(head, t), reach = part.reach(t);
+        for (let s = 0; s < reach; s++)
+          counts[Math.floor((100 * weights[start + s]) / part.levels)]++;
+      }
+    let hundredth = 100, lines = counts[100];
+    while (hundredth > 100 * LEAST && lines + counts[hundredth - 1] <= MOST_LINES)
+      lines += counts[--hundredth];
+    return hundredth / 100;
+  },
+
+  tokens(ctx, part, view, at, focus, y) {
+    ctx.textBaseline = "middle";
+    const first = Math.max(0, Math.floor((view.top - at.top) / ROW));
+    const last = first + Math.ceil(view.height / ROW) + 1;
+    for (let token = first; token < Math.min(last, part.T); token++) {
+      const chosen = token === focus.row;
+      if (chosen) plate(ctx, at.from - at.left - 5, y(token), at.left + 9);
+      ctx.textAlign = "right";
+      ctx.font = font(10);
+      ctx.fillStyle = colours.faint;
+      ctx.fillText(token, at.from - at.left - 9, y(token));
+      ctx.font = font(13, chosen ? 600 : 400);
+      ctx.fillStyle = chosen ? colours["on-chosen"] : colours.ink;
+      ctx.fillText(fit(ctx, part.rows[token], at.left), at.from, y(token));
+    }
+    for (let token = first; token < Math.min(last, part.S); token++) {
+      const chosen = token === focus.column;
+      if (chosen) plate(ctx, at.to - 4, y(token), at.right + 9);
+      ctx.textAlign = "left";
+      ctx.font = font(13, chosen ? 600 : 400);
+      ctx.fillStyle = chosen ? colours["on-chosen"] : colours.ink;
+      ctx.fillText(fit(ctx, part.columns[token], at.right), at.to, y(token));
+      if (focus.row != null) this.shares(ctx, part, at, focus.row, token, y(token));
+    }
+  },
+
+  /** Behind a token: how much of it each head takes, at a place of its own, or the number. */
+  shares(ctx, part, at, row, column, y) {
+    const start = at.to + at.right + 14;
+    if (state.shown.length === 1) {
+      ctx.font = font(11);
+      ctx.fillStyle = colours.faint;
+      ctx.fillText(digits(part.weight(state.layer, state.shown[0], row, column)), start, y);
+      return;
+    }
+    state.shown.forEach((head, place) => {
+      const weights = part.weights[state.layer], reach = part.reach(row);
+      const full = fullOf(part, weights, part.start(head, row), reach) / part.levels;
+      ctx.fillStyle = colours.edge;
+      ctx.fillRect(start + 9 * place, y + 6, 7, 1);
+      const height = 12 * Math.min(1, part.weight(state.layer, head, row, column) / full);
+      ctx.fillStyle = headColour(part.heads[head]);
+      ctx.fillRect(start + 9 * place, y + 6 - height, 7, height);
+    });
+  },
+
+  hit(ctx, part, view, x, y) {
+    const at = this.layout(ctx, part, view.width);
+    const token = Math.floor((y + view.top - at.top) / ROW);
+    if (y < at.top - 4 || token < 0) return null;
+    const middle = (at.from + at.to) / 2;
+    if (x < middle) return x > at.from - at.left - 36 && token < part.T ? { row: token } : null;
+    return x < at.to + at.right + at.squares + 16 && token < part.S ? { column: token } : null;
+  },
+
+  tip(part, found) {
+    if (found.column != null && state.token != null) {
+      const looks = [...named(part.rows, state.token), " looks at ",
+        ...named(part.columns, found.column)];
+      return [looks, ...state.shown.map((head) => [`head ${part.heads[head]}: `,
+        digits(part.weight(state.layer, head, state.token, found.column))])];
+    }
+    const isRow = found.row != null, others = isRow ? part.columns : part.rows;
+    const most = [];
+    for (const head of state.shown)
+      for (let other = 0; other < others.length; other++)
+        most.push({ head, other, weight: isRow
+          ? part.weight(state.layer, head, found.row, other)
+          : part.weight(state.layer, head, other, found.column) });
+    most.sort((one, other) => other.weight - one.weight);
+    const title = isRow
+      ? [...named(part.rows, found.row), " looks most at"]
+      : [...named(part.columns, found.column), " is looked at most by"];
+    return [title, ...most.slice(0, 4).map(({ head, other, weight }) =>
+      [`${digits(weight)} `, ...named(others, other), `, head ${part.heads[head]}`])];
+  },
+
+  click(part, found) {
+    if (found.row != null) choose({ token: state.token === found.row ? null : found.row });
+    else if (part.same) choose({ token: found.column });
+  },
+
+  caption() {
+    const which = this.least ? ` Lines from ${digits(this.least)} on: a token that is pointed at or
+      chosen by a click shows all of its own.` : "";
+    return `Tokens on the left look at those on the right; a line's hue is its head.${which}`;
+  },
+};
+
+function plate(ctx, x, y, width) {
+  ctx.fillStyle = colours.chosen;
+  ctx.beginPath();
+  ctx.roundRect(x, y - 9, width, 18, 4);
+  ctx.fill();
+}
+
+/** The code that is shown as the strongest colour, of a row that begins at `start`. */
+function fullOf(part, weights, start, reach) {
+  if (state.scale === "one") return part.levels;
+  let largest = 1;
+  for (let s = 0; s < reach; s++) if (weights[start + s] > largest) largest = weights[start + s];
+  return largest;
+}

@@ -1,0 +1,300 @@
+// The state of the page, its controls, and when it is drawn.
+
+const VIEWS = { heads: headsView, model: modelView, map: mapView, neurons: neuronsView };
+const byId = (id) => document.getElementById(id);
+const stage = byId("stage"), canvas = byId("canvas"), context = canvas.getContext("2d");
+
+const state = {
+  view: "heads",
+  part: 0,
+  layer: 0, // Indices, like `head` and `shown`, among those that the page has.
+  head: 0,
+  shown: [0], // The heads of the head view.
+  token: null, // The one that looks, chosen by a click.
+  scale: "one", // The strongest colour is 1, or "row": each row's largest weight.
+  zoom: false,
+};
+let hover = null;
+
+/** Only a file, or a page that is served, has an address of its own; a notebook's frame has none. */
+const hasAddress = /^(file|https?):$/.test(location.protocol);
+
+function remember() {
+  if (!hasAddress) return;
+  const words = Object.entries(state).filter(([, value]) => value != null);
+  history.replaceState(null, "", `#${new URLSearchParams(words)}`);
+}
+
+/** What the address says, as far as this page has it. */
+function recalled() {
+  const words = new URLSearchParams(location.hash.slice(1));
+  const index = (name, length) => {
+    const value = Number(words.get(name) ?? NaN);
+    return Number.isInteger(value) && value >= 0 && value < length ? value : null;
+  };
+  const part = index("part", parts.length) ?? state.part, { layers, heads, T } = parts[part];
+  const head = index("head", heads.length) ?? 0;
+  const shown = [...new Set((words.get("shown") ?? "").split(",").filter(Boolean).map(Number))];
+  const known = shown.length && shown.every((one) => Number.isInteger(one) && heads[one] != null);
+  return {
+    view: words.get("view") in VIEWS ? words.get("view") : state.view,
+    part,
+    layer: index("layer", layers.length) ?? 0,
+    head,
+    shown: known ? shown : [head],
+    token: index("token", T),
+    scale: words.get("scale") === "row" ? "row" : "one",
+    zoom: words.get("zoom") === "true",
+  };
+}
+
+/** Every change of the state goes this way. */
+function choose(changes) {
+  const before = { ...state };
+  const another = (changes.part ?? state.part) !== state.part;
+  if (another) Object.assign(state, { layer: 0, head: 0, shown: [0], token: null });
+  Object.assign(state, changes);
+  if (state.view === "neurons" && !parts[state.part].width) state.view = "heads";
+  if (before.view !== state.view || another) stage.scrollTo(0, 0);
+  hover = null;
+  remember();
+  showControls();
+  resize();
+  need();
+}
+
+/** Has what the view needs unpacked, and drawn as soon as it is there. */
+async function need() {
+  const { part, layer, view } = state;
+  await parts[part].load(layer);
+  if (view === "neurons") await parts[part].loadVectors(layer);
+  resize();
+}
+
+function chip(text, pressed, action, { label = "", own = "", apart = false } = {}) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = text;
+  if (pressed != null) button.setAttribute("aria-pressed", pressed);
+  if (label) button.setAttribute("aria-label", label);
+  if (own && pressed) button.style.setProperty("--own", own);
+  button.classList.toggle("apart", apart);
+  button.addEventListener("click", action);
+  return button;
+}
+
+/** Replaces the buttons of a group, and keeps the focus where it was. */
+function fill(id, buttons) {
+  const group = byId(id), at = [...group.children].indexOf(document.activeElement);
+  group.replaceChildren(...buttons);
+  group.children[at]?.focus();
+}
+
+function showControls() {
+  const part = parts[state.part], many = state.view === "heads", all = part.heads.map((_, i) => i);
+  fill("views", Object.entries(VIEWS).filter(([name]) => name !== "neurons" || part.width)
+    .map(([name, view]) => {
+      const button = chip(view.name, null, () => choose({ view: name }));
+      button.setAttribute("role", "tab");
+      button.setAttribute("aria-selected", name === state.view);
+      return button;
+    }));
+  byId("parts-choice").hidden = parts.length === 1;
+  fill("parts", parts.map((one, index) =>
+    chip(one.name, index === state.part, () => choose({ part: index }))));
+  fill("layers", part.layers.map((name, layer) =>
+    chip(name, layer === state.layer, () => choose({ layer }), { label: `layer ${name}` })));
+  const heads = part.heads.map((name, head) => {
+    const pressed = many ? state.shown.includes(head) : head === state.head;
+    const own = many ? headColour(name) : "";
+    return chip(name, pressed, () => chooseHead(head), { label: `head ${name}`, own });
+  });
+  if (many && all.length > 1)
+    heads.push(
+      chip("all", null, () => choose({ shown: all }), { apart: true }),
+      chip("one", null, () => choose({ shown: [state.head] })),
+    );
+  fill("heads", heads);
+  showToken(part);
+  showScale(part);
+}
+
+/** In the head view a click adds a head or takes it away; elsewhere there is one. */
+function chooseHead(head) {
+  if (state.view !== "heads") return choose({ head, shown: [head] });
+  const others = state.shown.filter((one) => one !== head);
+  if (others.length === state.shown.length) return choose({ head, shown: [...others, head].sort((a, b) => a - b) });
+  if (others.length) choose({ head: others.includes(state.head) ? state.head : others[0], shown: others });
+}
+
+function showToken(part) {
+  byId("token-choice").hidden = state.view !== "neurons";
+  const token = neuronsView.token(part), slider = byId("token");
+  slider.max = part.T - 1;
+  slider.value = token;
+  byId("token-text").textContent = `${part.rows[token]} (${token})`;
+}
+
+function showScale(part) {
+  const ramp = byId("ramp"), image = ramp.getContext("2d");
+  for (let x = 0; x < ramp.width; x++) {
+    image.fillStyle = css(pixelOf(x / (ramp.width - 1)));
+    image.fillRect(x, 0, 1, ramp.height);
+  }
+  fill("most", [
+    chip("1", state.scale === "one", () => choose({ scale: "one" })),
+    chip("row's largest", state.scale === "row", () => choose({ scale: "row" })),
+    ...(state.view === "map" && Math.max(part.T, part.S) > 24
+      ? [chip("large cells", state.zoom, () => choose({ zoom: !state.zoom }), { apart: true })]
+      : []),
+  ]);
+  const vectors = part.width
+    ? `, queries and keys to 1/${2 * part.vectorLevels} of their largest numbers` : "";
+  byId("precision").textContent =
+    `Weights are kept to within ${(0.5 / part.levels).toFixed(6)}${vectors}.`;
+}
+
+/** Canvas and scroll bars to the size of the view and of the window, then all drawn. */
+function resize() {
+  const { clientWidth: width, clientHeight: height } = stage, pixels = devicePixelRatio;
+  const part = parts[state.part], view = VIEWS[state.view];
+  if (canvas.width !== Math.round(width * pixels) || canvas.height !== Math.round(height * pixels)) {
+    canvas.width = Math.round(width * pixels);
+    canvas.height = Math.round(height * pixels);
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+  }
+  const extent = view.extent(context, part, width, height);
+  byId("extent").style.width = `${Math.max(width, Math.floor(extent.width))}px`;
+  byId("extent").style.height = `${Math.max(height, Math.floor(extent.height))}px`;
+  if (stage.clientWidth !== width || stage.clientHeight !== height) return resize();
+  draw();
+}
+
+function viewport() {
+  const { clientWidth: width, clientHeight: height, scrollLeft: left, scrollTop: top } = stage;
+  return { width, height, left, top };
+}
+
+function draw() {
+  const part = parts[state.part], view = VIEWS[state.view], seen = viewport();
+  if (!part.weights[state.layer]) return;
+  context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
+  context.fillStyle = colours.page;
+  context.fillRect(0, 0, seen.width, seen.height);
+  view.draw(context, part, seen);
+  const caption = view.caption(part).replace(/\s+/g, " ");
+  if (byId("caption").textContent !== caption) byId("caption").textContent = caption;
+  canvas.setAttribute("aria-label", `${view.name}, ${part.name}, layer ${part.layers[state.layer]}`);
+  stage.dataset.drawn = `${state.view} ${state.part} ${state.layer}`;
+}
+
+let asked = 0;
+function drawSoon() {
+  asked ||= requestAnimationFrame(() => {
+    asked = 0;
+    draw();
+  });
+}
+
+/** The tooltip's lines, each of texts and tokens; a token stands in its own direction. */
+function showTip(lines, x, y) {
+  const tip = byId("tip");
+  tip.replaceChildren(...lines.map((pieces) => {
+    const line = document.createElement("div");
+    line.append(...pieces.map((piece) => {
+      if (typeof piece === "string") return piece;
+      const token = document.createElement("b"), apart = document.createElement("bdi");
+      apart.textContent = Array.from(piece.token).slice(0, 80).join("");
+      token.append(apart);
+      return token;
+    }));
+    return line;
+  }));
+  tip.hidden = !lines.length;
+  const { offsetWidth: width, offsetHeight: height } = tip;
+  tip.style.left = `${Math.max(4, x + 16 + width > innerWidth ? x - width - 12 : x + 16)}px`;
+  tip.style.top = `${Math.max(4, y + 18 + height > innerHeight ? y - height - 12 : y + 18)}px`;
+}
+
+function found(event) {
+  const box = canvas.getBoundingClientRect(), part = parts[state.part];
+  if (!part.weights[state.layer]) return null;
+  const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+  return VIEWS[state.view].hit(context, part, viewport(), x, y);
+}
+
+function point(event) {
+  const before = JSON.stringify(hover);
+  hover = found(event);
+  if (JSON.stringify(hover) !== before) drawSoon();
+  const lines = hover ? VIEWS[state.view].tip(parts[state.part], hover) : [];
+  showTip(lines, event.clientX, event.clientY);
+  canvas.style.cursor = hover ? "pointer" : "default";
+}
+
+function leave() {
+  hover = null;
+  showTip([], 0, 0);
+  drawSoon();
+}
+
+/** One further along an axis of `count` places, or where it is at its end. */
+function step(place, by, count) {
+  return Math.min(count - 1, Math.max(0, place + by));
+}
+
+function press(event) {
+  if (event.target.matches("input") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const part = parts[state.part], by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
+  const views = Object.keys(VIEWS);
+  if (by && /Left|Right/.test(event.key)) {
+    const head = step(state.head, by, part.heads.length);
+    choose({ head, shown: [head] });
+  } else if (by && event.shiftKey) {
+    choose({ token: step(state.token ?? (by > 0 ? -1 : part.T), by, part.T) });
+  } else if (by) choose({ layer: step(state.layer, by, part.layers.length) });
+  else if (event.key === "Escape") choose({ token: null });
+  else if (views[event.key - 1]) choose({ view: views[event.key - 1] });
+  else return;
+  leave();
+  event.preventDefault();
+}
+
+function listen() {
+  canvas.addEventListener("mousemove", point);
+  canvas.addEventListener("mouseleave", leave);
+  canvas.addEventListener("click", (event) => {
+    const what = found(event);
+    if (what) VIEWS[state.view].click(parts[state.part], what);
+    point(event);
+  });
+  stage.addEventListener("scroll", drawSoon);
+  addEventListener("keydown", press);
+  addEventListener("hashchange", () => choose(recalled()));
+  byId("token").addEventListener("input", (event) => choose({ token: Number(event.target.value) }));
+  byId("theme").addEventListener("click", () => {
+    setTheme(colours.theme === "dark" ? "light" : "dark");
+    choose({});
+  });
+  new ResizeObserver(resize).observe(stage);
+}
+
+/** Layers that nobody has asked for yet are unpacked one by one, for the model view. */
+async function start() {
+  setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  if (hasAddress) Object.assign(state, recalled());
+  listen();
+  choose({});
+  for (const part of parts)
+    for (let layer = 0; layer < part.layers.length; layer++) {
+      await part.load(layer);
+      if (state.view === "model") drawSoon();
+    }
+  stage.dataset.unpacked = "all";
+}
+
+start().catch((error) => {
+  byId("caption").textContent = `This page could not be drawn: ${error.message}.`;
+  throw error;
+});

@@ -1,0 +1,232 @@
+"""Attention weights as one HTML page: it asks for no network, and is a file or stands in a notebook.
+
+| view | what it shows |
+|---|---|
+| head view | tokens in two columns, and lines from each that looks to those that it looks at |
+| model view | every head of every layer, small |
+| heat map | one head, tokens on both axes |
+| neuron view | a query and the keys that it is held against, channel by channel |
+
+The page is written by hand, in attention_page/. What it shows is packed into it: whole numbers of
+16 bits, deflated, and of causal attention the lower half alone; the browser unpacks a layer when it
+is looked at.
+"""
+
+import base64
+import dataclasses
+import functools
+import html
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.config import InputError
+
+PAGE = Path(__file__).parent / "attention_page"
+SCRIPTS = (
+    "payload.js",
+    "colours.js",
+    "text.js",
+    "heads_view.js",
+    "map_views.js",
+    "neurons_view.js",
+    "page.js",
+)
+"""In this order they are one script."""
+
+FEW = 1 << 22
+"""So many numbers of a kind are kept in 16 bits; of more, the page would grow too large."""
+WEIGHT_LEVELS = (65535, 16383)
+"""Steps from 0 to 1 of a few weights, and of many."""
+VECTOR_LEVELS = (32767, 127)
+"""Steps from 0 to the largest number of a query or key, of a few numbers and of many."""
+FRAME_HEIGHT = 680
+"""Pixels of the frame in a notebook."""
+
+
+class AttentionPart(NamedTuple):
+    """One kind of a model's attention to one text."""
+
+    name: str
+    """Which: "decoder", "encoder" or "cross"; "attention" where there is one kind."""
+    rows: Sequence[str]
+    """[T], the tokens that look, as they are to be read (`plots.token_label`)."""
+    columns: Sequence[str]
+    """[S], the tokens that are looked at."""
+    weights: np.ndarray
+    """[L, N, T, S], each from 0 to 1."""
+    query: np.ndarray | None = None
+    """[L, T, N, H], what the scores are computed of; None leaves the neuron view out."""
+    key: np.ndarray | None = None
+    """[L, S, K, H], where K divides N."""
+    layers: Sequence[int] | None = None
+    """[L], their numbers in the model; None counts from 0."""
+    heads: Sequence[int] | None = None
+    """[N], likewise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionView:
+    """A page of the attention to one text; a notebook shows it where it ends a cell.
+
+    Raises:
+      InputError: arrays that do not fit each other, or weights that are none.
+    """
+
+    parts: Sequence[AttentionPart]
+    title: str = "Attention"
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InputError("An attention view needs at least one part.")
+        for part in self.parts:
+            _check(part)
+
+    @functools.cached_property
+    def html(self) -> str:
+        """The whole page."""
+        packed = [_pack(part, index) for index, part in enumerate(self.parts)]
+        header = {"parts": [header for header, _ in packed]}
+        return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
+            title=html.escape(self.title),
+            style=(PAGE / "page.css").read_text(encoding="utf-8"),
+            header=_script_json(header),
+            blocks="".join(block for _, blocks in packed for block in blocks),
+            script="".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the page, whole or not at all.
+
+        Raises:
+          InputError: a file that is there already, unless `overwrite`; a directory; or no place
+            where a file can be written.
+        """
+        path = Path(path)
+        check_unused(path, overwrite=overwrite)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.html, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}.") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _repr_html_(self) -> str:
+        """A frame with the page in it: neither can change the other."""
+        return (
+            f'<iframe srcdoc="{html.escape(self.html)}" title="{html.escape(self.title)}" '
+            f'width="100%" height="{FRAME_HEIGHT}" sandbox="allow-scripts" '
+            'style="border: 1px solid #8884; border-radius: 6px"></iframe>'
+        )
+
+
+def check_unused(path: Path, *, overwrite: bool = False) -> None:
+    """A file can be written at `path`, and none is lost.
+
+    Raises:
+      InputError: a file that is there already, unless `overwrite`; a directory, or no directory
+        around it.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a directory: give the path of a file.")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already: choose another, or --overwrite it.")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no directory {path.parent}.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: the directory {path.parent} may not be written.")
+
+
+def _check(part: AttentionPart) -> None:
+    shape, tokens = part.weights.shape, (len(part.rows), len(part.columns))
+    if len(shape) != 4 or shape[2:] != tokens or not part.weights.size:
+        raise InputError(
+            f"The weights of {part.name} are {list(shape)}: they must be [L, N, T, S], here "
+            f"[L, N, {tokens[0]}, {tokens[1]}]."
+        )
+    # What rounding adds to 1 is not seen.
+    if not (part.weights.min() >= 0 and part.weights.max() <= 1.001):
+        raise InputError(f"The weights of {part.name} are not all from 0 to 1.")
+    layers, heads = shape[:2]
+    for name, numbers, count in (("layers", part.layers, layers), ("heads", part.heads, heads)):
+        if numbers is not None and len(numbers) != count:
+            raise InputError(f"{part.name} names {len(numbers)} {name} of {count}.")
+    if part.query is None and part.key is None:
+        return
+    query, key = (None if x is None else x.shape for x in (part.query, part.key))
+    fits = query is not None and key is not None and len(query) == len(key) == 4
+    fits = fits and query[:3] == (layers, tokens[0], heads) and query[3] == key[3]
+    fits = fits and key[:2] == (layers, tokens[1]) and key[2] > 0 and heads % key[2] == 0
+    if not fits or not (np.isfinite(part.query).all() and np.isfinite(part.key).all()):
+        raise InputError(
+            f"The query and key of {part.name} must be finite, [L, T, N, H] and [L, S, K, H] as "
+            f"the weights {list(shape)} are [L, N, T, S]; they are {query} and {key}."
+        )
+
+
+def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
+    """What the page is told of a part, and the blocks of its numbers."""
+    layers, heads, rows, columns = part.weights.shape
+    causal = rows == columns and not np.triu(part.weights, 1).any()
+    levels = WEIGHT_LEVELS[part.weights.size > FEW]
+    header: dict[str, Any] = {
+        "name": part.name,
+        "rows": list(part.rows),
+        "columns": list(part.columns),
+        "layers": [int(n) for n in (range(layers) if part.layers is None else part.layers)],
+        "heads": [int(n) for n in (range(heads) if part.heads is None else part.heads)],
+        "causal": causal,
+        "same": list(part.rows) == list(part.columns),
+        "levels": levels,
+        "width": 0,
+    }
+    half = np.tril_indices(rows)
+    blocks = [
+        _block(f"weights-{index}-{number}", _planes(levels * (layer[:, *half] if causal else layer)))
+        for number, layer in enumerate(part.weights)
+    ]
+    if part.query is not None and part.key is not None:
+        vector_levels = VECTOR_LEVELS[part.query.size + part.key.size > FEW]
+        header |= {
+            "width": part.query.shape[3],
+            "keyHeads": part.key.shape[2],
+            "vectorLevels": vector_levels,
+        }
+        blocks += [
+            _block(f"{name}-{index}-{number}", _vectors(layer, vector_levels))
+            for name, vectors in (("query", part.query), ("key", part.key))
+            for number, layer in enumerate(vectors)
+        ]
+    return header, blocks
+
+
+def _vectors(vectors: np.ndarray, levels: int) -> bytes:
+    """[T, N, H] → the largest number of each vector [T, N], float32, then all as parts of it."""
+    largest = np.abs(vectors).max(-1).astype("<f4")
+    parts = vectors / np.where(largest, largest, 1)[..., None]
+    return largest.tobytes() + _planes(levels + levels * parts)
+
+
+def _planes(numbers: np.ndarray) -> bytes:
+    """Numbers from 0 to 65535, rounded: all high bytes, then all low ones, as they deflate best."""
+    codes = np.clip(np.rint(numbers), 0, 65535).astype(np.uint16)
+    return (codes >> 8).astype(np.uint8).tobytes() + codes.astype(np.uint8).tobytes()
+
+
+def _block(identity: str, content: bytes) -> str:
+    packed = base64.b64encode(zlib.compress(content)).decode()
+    return f'<script id="{identity}" type="text/plain">{packed}</script>\n'
+
+
+def _script_json(content: Any) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element."""
+    text = json.dumps(content, ensure_ascii=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
