@@ -1,4 +1,4 @@
-"""Attention weights as one HTML page: it asks for no network, and is a file or stands in a notebook.
+"""Attention weights as one HTML page, a file or a cell of a notebook, that asks for no network.
 
 | view | what it shows |
 |---|---|
@@ -159,17 +159,20 @@ def _check(part: AttentionPart) -> None:
     for name, numbers, count in (("layers", part.layers, layers), ("heads", part.heads, heads)):
         if numbers is not None and len(numbers) != count:
             raise InputError(f"{part.name} names {len(numbers)} {name} of {count}.")
-    if part.query is None and part.key is None:
+    if part.query is None or part.key is None:
+        if part.query is not part.key:
+            raise InputError(f"{part.name} has a query or a key: the neuron view needs both.")
         return
-    query, key = (None if x is None else x.shape for x in (part.query, part.key))
-    fits = query is not None and key is not None and len(query) == len(key) == 4
-    fits = fits and query[:3] == (layers, tokens[0], heads) and query[3] == key[3]
-    fits = fits and key[:2] == (layers, tokens[1]) and key[2] > 0 and heads % key[2] == 0
-    if not fits or not (np.isfinite(part.query).all() and np.isfinite(part.key).all()):
+    query, key = part.query.shape, part.key.shape
+    fits = query[:3] == (layers, tokens[0], heads) and key[:2] == (layers, tokens[1])
+    fits = fits and len(query) == len(key) == 4 and query[3] == key[3] > 0
+    if not fits or not key[2] or heads % key[2]:
         raise InputError(
-            f"The query and key of {part.name} must be finite, [L, T, N, H] and [L, S, K, H] as "
-            f"the weights {list(shape)} are [L, N, T, S]; they are {query} and {key}."
+            f"The query and key of {part.name} are {list(query)} and {list(key)}: they must be "
+            f"[L, T, N, H] and [L, S, K, H] where the weights are [L, N, T, S], here {list(shape)}."
         )
+    if not (np.isfinite(part.query).all() and np.isfinite(part.key).all()):
+        raise InputError(f"The query and key of {part.name} are not all finite.")
 
 
 def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
@@ -190,7 +193,9 @@ def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
     }
     half = np.tril_indices(rows)
     blocks = [
-        _block(f"weights-{index}-{number}", _planes(levels * (layer[:, *half] if causal else layer)))
+        _block(
+            f"weights-{index}-{number}", _planes(levels * (layer[:, *half] if causal else layer))
+        )
         for number, layer in enumerate(part.weights)
     ]
     if part.query is not None and part.key is not None:

@@ -26,7 +26,7 @@ RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
 
 def main() -> None:
-    """`gptjax sample|params|certify|convert|data|build-dataset|preflight|doctor|launch …`."""
+    """`gptjax COMMAND …`, of those in `gptjax.commands`."""
 
     def parse_and_run(arguments: list[str]) -> None:
         _parse(

@@ -411,8 +411,8 @@ def test_an_unknown_command_lists_the_known_ones(gptjax):
     assert gptjax("sampel").err.endswith(" or preflight or doctor or launch?\n")
     _assert_one_sentence(
         gptjax(),
-        "Expected one of {sample, params, certify, convert, data, build-dataset, preflight, "
-        "doctor, launch}.",
+        "Expected one of {sample, params, certify, convert, attention, data, build-dataset, "
+        "preflight, doctor, launch}.",
     )
 
 

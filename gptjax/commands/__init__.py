@@ -5,12 +5,14 @@ The parameters are the flags, and the docstring is their help.
 
 from collections.abc import Callable, Sequence
 
+from gptjax.commands.attention import attention
 from gptjax.commands.hosts import doctor, launch
 from gptjax.commands.models import certify, convert, params, sample
 from gptjax.commands.preflight import preflight_for
 from gptjax.commands.texts import build_dataset, data
 
 __all__ = [
+    "attention",
     "build_dataset",
     "certify",
     "commands",
@@ -30,6 +32,7 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
         "params": params,
         "certify": certify,
         "convert": convert,
+        "attention": attention,
         "data": data,
         "build-dataset": build_dataset,
         "preflight": preflight_for(arguments),
