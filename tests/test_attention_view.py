@@ -415,6 +415,11 @@ def test_the_keyboard_reaches_all(opened):
         for key in keys:
             keyboard.press(key)
         assert expected.items() <= state(frame).items()
+    keyboard.press("1")
+    keyboard.press("Shift+ArrowDown")
+    assert frame.locator("#tip div").first.inner_text() == "·cat (1) looks most at"
+    keyboard.press("Shift+ArrowUp")
+    keyboard.press("4")
     frame.locator("#token").focus()
     keyboard.press("ArrowRight")  # Of the slider, not of the page.
     assert state(frame)["token"] == "1"

@@ -1,5 +1,5 @@
-// Colours, for light and for dark pages. Ramps go evenly through lightness in OKLab (Ottosson 2020),
-// so that equal steps of a weight look equal, and look alike to the colour-blind.
+// Colours, for light and for dark pages. Ramps go evenly through lightness in OKLab (Ottosson
+// 2020), so that equal steps of a weight look equal, and look alike to the colour-blind.
 
 /** OKLCH as bytes of sRGB. */
 function srgb(lightness, chroma, hue) {
@@ -26,7 +26,8 @@ function ramp(dark, hue) {
     const p = i / (STEPS - 1);
     const lightness = dark ? 0.21 + 0.74 * p : 0.985 - 0.685 * p;
     // Near white and near black screens have little colour; at 0 it is the page's own grey.
-    const chroma = Math.min(0.15, 0.42 * (1 - lightness), 0.38 * lightness) * Math.min(1, 0.1 + 4 * p);
+    const most = Math.min(0.15, 0.42 * (1 - lightness), 0.38 * lightness);
+    const chroma = most * Math.min(1, 0.2 + 4 * p);
     const [red, green, blue] = srgb(lightness, chroma, hue);
     pixels[i] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
   }

@@ -2,7 +2,7 @@
 
 const ROW = 20;
 const LEAST = 0.02; // Weaker lines are not drawn unless a token is chosen: a row has 50 at most.
-const MOST_LINES = 3000;
+const MOST_LINES = 1000;
 const LEVELS = 24;
 
 const headsView = {
@@ -75,7 +75,7 @@ const headsView = {
       ctx.strokeStyle = headColour(part.heads[head]);
       ctx.setLineDash(headDash(part.heads[head]));
       for (const [level, path] of [...paths].sort(([one], [other]) => one - other)) {
-        ctx.globalAlpha = 0.04 + (0.9 * level) / LEVELS;
+        ctx.globalAlpha = 0.08 + (0.87 * level) / LEVELS;
         ctx.lineWidth = 0.8 + (1.7 * level) / LEVELS;
         ctx.stroke(path);
       }

@@ -190,8 +190,8 @@ const modelView = {
     return this.pictures.of(`${part.index}|${layer}|${head}`, () => {
       const { codes, width, height } = part.thumbnails[layer][head];
       const codeAt = (t, s) => codes[t * width + s];
-      return picture(width, height, codeAt, (t) =>
-        state.scale === "one" ? part.levels : Math.max(1, ...codes.subarray(t * width, (t + 1) * width)));
+      const largest = (t) => Math.max(1, ...codes.subarray(t * width, (t + 1) * width));
+      return picture(width, height, codeAt, state.scale === "one" ? () => part.levels : largest);
     });
   },
 

@@ -12,7 +12,8 @@ const neuronsView = {
     const spare = view.width - label - 2 * band - 216;
     const start = Math.max(8, spare / 2);
     const key = start + label, product = key + band + 18;
-    return { start, key, product, band, sum: product + band + 62, bar: product + band + 76, top: 78 };
+    const sum = product + band + 62;
+    return { start, key, product, band, sum, bar: sum + 14, top: 78 };
   },
 
   extent(ctx, part, width, height) {
@@ -129,10 +130,11 @@ const neuronsView = {
       const channel = Math.floor(((mouse - start) / at.band) * part.width);
       return channel >= 0 && channel < part.width ? channel : null;
     };
-    if (y < at.top) return y < 34 && channelIn(at.key) != null ? { channel: channelIn(at.key) } : null;
+    const ofQuery = channelIn(at.key);
+    if (y < at.top) return y < 34 && ofQuery != null ? { channel: ofQuery } : null;
     const column = Math.floor((y + view.top - at.top) / LINE);
     if (column >= part.reach(this.token(part))) return null;
-    return { column, channel: channelIn(at.key) ?? channelIn(at.product) };
+    return { column, channel: ofQuery ?? channelIn(at.product) };
   },
 
   tip(part, { column, channel }) {

@@ -16,7 +16,7 @@ const state = {
 };
 let hover = null;
 
-/** Only a file, or a page that is served, has an address of its own; a notebook's frame has none. */
+/** A file, or a page that is served, has an address of its own; a notebook's frame has none. */
 const hasAddress = /^(file|https?):$/.test(location.protocol);
 
 function remember() {
@@ -123,8 +123,10 @@ function showControls() {
 function chooseHead(head) {
   if (state.view !== "heads") return choose({ head, shown: [head] });
   const others = state.shown.filter((one) => one !== head);
-  if (others.length === state.shown.length) return choose({ head, shown: [...others, head].sort((a, b) => a - b) });
-  if (others.length) choose({ head: others.includes(state.head) ? state.head : others[0], shown: others });
+  if (others.length === state.shown.length)
+    choose({ head, shown: [...others, head].sort((one, other) => one - other) });
+  else if (others.length)
+    choose({ head: others.includes(state.head) ? state.head : others[0], shown: others });
 }
 
 function showToken(part) {
@@ -154,21 +156,22 @@ function showScale(part) {
     `Weights are kept to within ${(0.5 / part.levels).toFixed(6)}${vectors}.`;
 }
 
-/** Canvas and scroll bars to the size of the view and of the window, then all drawn. */
+/** Canvas and scroll bars to the size of the view and of the window; then all is drawn. */
 function resize() {
   const { clientWidth: width, clientHeight: height } = stage, pixels = devicePixelRatio;
   const part = parts[state.part], view = VIEWS[state.view];
-  if (canvas.width !== Math.round(width * pixels) || canvas.height !== Math.round(height * pixels)) {
-    canvas.width = Math.round(width * pixels);
-    canvas.height = Math.round(height * pixels);
+  const across = Math.round(width * pixels), down = Math.round(height * pixels);
+  if (canvas.width !== across || canvas.height !== down) {
+    canvas.width = across;
+    canvas.height = down;
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
   }
   const extent = view.extent(context, part, width, height);
   byId("extent").style.width = `${Math.max(width, Math.floor(extent.width))}px`;
   byId("extent").style.height = `${Math.max(height, Math.floor(extent.height))}px`;
-  if (stage.clientWidth !== width || stage.clientHeight !== height) return resize();
-  draw();
+  if (stage.clientWidth !== width || stage.clientHeight !== height) resize();
+  else drawSoon();
 }
 
 function viewport() {
@@ -185,7 +188,8 @@ function draw() {
   view.draw(context, part, seen);
   const caption = view.caption(part).replace(/\s+/g, " ");
   if (byId("caption").textContent !== caption) byId("caption").textContent = caption;
-  canvas.setAttribute("aria-label", `${view.name}, ${part.name}, layer ${part.layers[state.layer]}`);
+  const layer = `layer ${part.layers[state.layer]}`;
+  canvas.setAttribute("aria-label", `${view.name}, ${part.name}, ${layer}`);
   stage.dataset.drawn = `${state.view} ${state.part} ${state.layer}`;
 }
 
@@ -246,19 +250,28 @@ function step(place, by, count) {
 
 function press(event) {
   if (event.target.matches("input") || event.ctrlKey || event.metaKey || event.altKey) return;
-  const part = parts[state.part], by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[event.key];
-  const views = Object.keys(VIEWS);
-  if (by && /Left|Right/.test(event.key)) {
+  const part = parts[state.part], views = Object.keys(VIEWS), { key } = event;
+  const by = { ArrowUp: -1, ArrowLeft: -1, ArrowDown: 1, ArrowRight: 1 }[key];
+  leave();
+  if (by && /Left|Right/.test(key)) {
     const head = step(state.head, by, part.heads.length);
     choose({ head, shown: [head] });
   } else if (by && event.shiftKey) {
     choose({ token: step(state.token ?? (by > 0 ? -1 : part.T), by, part.T) });
+    tell(part);
   } else if (by) choose({ layer: step(state.layer, by, part.layers.length) });
-  else if (event.key === "Escape") choose({ token: null });
-  else if (views[event.key - 1]) choose({ view: views[event.key - 1] });
+  else if (key === "Escape") choose({ token: null });
+  else if (views[key - 1]) choose({ view: views[key - 1] });
   else return;
-  leave();
   event.preventDefault();
+}
+
+/** What the chosen token looks at, for a reader without a mouse. */
+function tell(part) {
+  if (!part.weights[state.layer]) return;
+  const { left, top } = stage.getBoundingClientRect();
+  if (state.view === "heads") stage.scrollTop = ROW * state.token - stage.clientHeight / 2;
+  showTip(headsView.tip(part, { row: state.token }), left, top);
 }
 
 function listen() {
@@ -277,7 +290,10 @@ function listen() {
     setTheme(colours.theme === "dark" ? "light" : "dark");
     choose({});
   });
-  new ResizeObserver(resize).observe(stage);
+  new ResizeObserver(() => {
+    resize();
+    draw(); // At once: a frame without would be blank.
+  }).observe(stage);
 }
 
 /** Layers that nobody has asked for yet are unpacked one by one, for the model view. */

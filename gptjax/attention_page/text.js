@@ -6,7 +6,7 @@ function font(size = 13, weight = 400) {
   return `${weight} ${size}px ${getComputedStyle(document.body).fontFamily}`;
 }
 
-/** The text, or as much of its beginning as is at most `width` pixels wide in the context's font. */
+/** The text, or its beginning, at most `width` pixels wide in the context's font. */
 function fit(ctx, text, width) {
   const name = `${ctx.font}|${width}|${text}`;
   if (!fitted.has(name)) {
