@@ -5,6 +5,8 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import EXPERIMENTS
 
 from gptjax.attention_view import PAGE, SCRIPTS, AttentionPart, AttentionView
 from gptjax.config import InputError
@@ -202,6 +205,20 @@ def test_a_page_that_is_not_whole_is_not_left(stopped, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     if caught.type is InputError:
         assert str(caught.value).endswith("a.html: No space left on device.")
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_page_of_512_tokens_and_144_heads_is_small_and_quick():
+    command = [sys.executable, EXPERIMENTS / "attention_page.py"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)
+    size, drawn, unpacked_after = (
+        float(re.search(words, ended.stdout)[1])  # pyright: ignore[reportOptionalSubscript]
+        for words in (r"([\d.]+) MB", r"drawn after ([\d.]+) s", r"unpacked after ([\d.]+) s")
+    )
+    assert size < 40
+    assert drawn <= unpacked_after < 10  # Alone on two cores, less than 3.
+    assert ended.stdout.count(" view") + ended.stdout.count("| heat map") >= 6
 
 
 # What follows is asked of the page in a browser.

@@ -151,6 +151,7 @@ def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
 def test_every_experiment_is_run_by_a_test():
     tested = {
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
+        "attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
     # Compiling the table takes many minutes; tests/preflight run the command that it calls.
     others = {"torch_baselines.py", "preflight_table.py"}
