@@ -2,7 +2,7 @@
 
 const ROW = 20;
 const LEAST = 0.02; // Weaker lines are not drawn unless a token is chosen: a row has 50 at most.
-const MOST_LINES = 1000;
+const MOST_LINES = 600;
 const LEVELS = 24;
 
 const headsView = {
