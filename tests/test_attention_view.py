@@ -268,7 +268,15 @@ def settle(frame: Any) -> None:
 
 
 def picture(frame: Any) -> np.ndarray:
-    """The canvas [height, width, 3]."""
+    """The canvas [height, width, 3], once it stays as it is."""
+    frame.wait_for_selector("#stage[data-drawn]")
+    before, now = np.empty(0), _canvas(frame)
+    while not np.array_equal(before, now):
+        before, now = now, _canvas(frame)
+    return now
+
+
+def _canvas(frame: Any) -> np.ndarray:
     settle(frame)
     width, height, data = frame.evaluate("""() => {
       const { width, height } = document.getElementById("canvas");
@@ -445,6 +453,7 @@ def test_the_keyboard_reaches_all(opened):
 
 @needs_chromium
 def test_a_picture_of_the_model_view_opens_its_head(opened):
+    words = "view=map&layer=1&head=2"
     frame = opened(AttentionView([part()]), "view=model")
     found = tips(frame, 20)
     assert {tip.split("\n")[0] for tip in found} == {
@@ -452,9 +461,9 @@ def test_a_picture_of_the_model_view_opens_its_head(opened):
     }
     frame.page.mouse.click(*found["layer 1, head 2\na click opens it"])
     assert {"view": "map", "layer": "1", "head": "2"}.items() <= state(frame).items()
-    straight = opened(AttentionView([part()]), "view=map&layer=1&head=2")
     frame.page.mouse.move(2, 2)
-    assert np.array_equal(picture(frame), picture(straight))
+    shown = picture(frame)
+    assert np.array_equal(shown, picture(opened(AttentionView([part()]), words)))
 
 
 @needs_chromium

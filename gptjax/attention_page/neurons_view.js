@@ -44,7 +44,6 @@ const neuronsView = {
   },
 
   draw(ctx, part, view) {
-    if (!part.vectors[state.layer]) return;
     const at = this.layout(ctx, part, view), token = this.token(part);
     const { looks, keys, products, scores, ...most } = this.numbers(part);
     const left = -view.left;
@@ -138,7 +137,6 @@ const neuronsView = {
   },
 
   tip(part, { column, channel }) {
-    if (!part.vectors[state.layer]) return [];
     const { looks, keys, products, scores } = this.numbers(part), token = this.token(part);
     const query = channel == null ? "" : `channel ${channel}: q ${looks[channel].toFixed(3)}`;
     if (column == null) return [named(part.rows, token), [query]];

@@ -57,6 +57,7 @@ function choose(changes) {
   if (state.view === "neurons" && !parts[state.part].width) state.view = "heads";
   if (before.view !== state.view || another) stage.scrollTo(0, 0);
   hover = null;
+  delete stage.dataset.drawn;
   remember();
   showControls();
   resize();
@@ -179,9 +180,15 @@ function viewport() {
   return { width, height, left, top };
 }
 
+/** Whether all that the view shows is unpacked. */
+function ready() {
+  const { weights, vectors } = parts[state.part];
+  return weights[state.layer] && (state.view !== "neurons" || vectors[state.layer]);
+}
+
 function draw() {
   const part = parts[state.part], view = VIEWS[state.view], seen = viewport();
-  if (!part.weights[state.layer]) return;
+  if (!ready()) return;
   context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, seen.width, seen.height);
@@ -223,7 +230,7 @@ function showTip(lines, x, y) {
 
 function found(event) {
   const box = canvas.getBoundingClientRect(), part = parts[state.part];
-  if (!part.weights[state.layer]) return null;
+  if (!ready()) return null;
   const [x, y] = [event.clientX - box.left, event.clientY - box.top];
   return VIEWS[state.view].hit(context, part, viewport(), x, y);
 }
@@ -268,7 +275,7 @@ function press(event) {
 
 /** What the chosen token looks at, for a reader without a mouse. */
 function tell(part) {
-  if (!part.weights[state.layer]) return;
+  if (!ready()) return;
   const { left, top } = stage.getBoundingClientRect();
   if (state.view === "heads") stage.scrollTop = ROW * state.token - stage.clientHeight / 2;
   showTip(headsView.tip(part, { row: state.token }), left, top);
