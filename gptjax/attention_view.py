@@ -16,6 +16,7 @@ import base64
 import dataclasses
 import functools
 import html
+import io
 import json
 import os
 import zlib
@@ -24,7 +25,10 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+import noto_cjk_sans_otc
 import numpy as np
+from fontTools.subset import Options, Subsetter
+from fontTools.ttLib import TTCollection
 
 from gptjax.config import InputError
 
@@ -46,6 +50,9 @@ WEIGHT_LEVELS = (65535, 16383)
 """Steps from 0 to 1 of a few weights, and of many."""
 VECTOR_LEVELS = (32767, 127)
 """Steps from 0 to the largest number of a query or key, of a few numbers and of many."""
+FONT = "Noto Sans CJK SC"
+FIRST_CJK = "\u2e80"
+"""From this character on a browser may have no font of its own."""
 FRAME_HEIGHT = 680
 """Pixels of the frame in a notebook."""
 
@@ -95,11 +102,30 @@ class AttentionView:
         header = {"parts": [header for header, _ in packed]}
         return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
             title=html.escape(self.title),
-            style=(PAGE / "page.css").read_text(encoding="utf-8"),
+            style=self._font() + (PAGE / "page.css").read_text(encoding="utf-8"),
             header=_script_json(header),
             blocks="".join(block for _, blocks in packed for block in blocks),
             script="".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS),
         )
+
+    def _font(self) -> str:
+        """The glyphs of the Chinese, Japanese and Korean characters: not every system has them."""
+        texts = [self.title]
+        for part in self.parts:
+            texts += [*part.rows, *part.columns]
+        characters = {c for text in texts for c in text if c >= FIRST_CJK}
+        with TTCollection(noto_cjk_sans_otc.FONT_PATH, lazy=True) as fonts:
+            font = next(each for each in fonts if each["name"].getDebugName(1) == FONT)
+            characters &= set(map(chr, font.getBestCmap()))
+            if not characters:
+                return ""
+            subsetter = Subsetter(Options(layout_features=[], name_IDs=[], desubroutinize=True))
+            subsetter.populate(text="".join(characters))
+            subsetter.subset(font)
+            font.flavor, packed = "woff", io.BytesIO()
+            font.save(packed)
+        data = base64.b64encode(packed.getvalue()).decode()
+        return f'@font-face {{ font-family: Tokens; src: url("data:font/woff;base64,{data}"); }}\n'
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the page, whole or not at all.

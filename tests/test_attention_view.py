@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import EXPERIMENTS
+from fontTools.ttLib import TTFont
 
 from gptjax.attention_view import PAGE, SCRIPTS, AttentionPart, AttentionView
 from gptjax.config import InputError
@@ -256,9 +258,9 @@ def opened(browser, tmp_path) -> Iterator[Any]:
     for page in pages:
         page.close()
     assert said == []
-    assert {url.partition("#")[0] for url in asked} <= {
+    outside = {url.partition("#")[0] for url in asked if not url.startswith("data:")}
+    assert outside <= {
         *(f"file://{tmp_path}/{number + 1}.html" for number in range(len(pages))),
-        "data:,",
         "about:srcdoc",
     }
 
@@ -511,6 +513,32 @@ def test_tokens_are_text_whatever_they_say(opened):
     assert frame.inner_text("h1") == ODD[0]
     assert frame.evaluate("window.broken") is None
     assert frame.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_page_carries_the_glyphs_of_its_chinese_tokens_alone():
+    assert "@font-face" not in AttentionView([part(ODD[:6])]).html
+    page = AttentionView([part(), part(CHINESE, name="b")], title="律").html
+    found = re.search(r"data:font/woff;base64,([^\"]*)", page)
+    assert found
+    font = TTFont(io.BytesIO(base64.b64decode(found[1])))
+    assert {chr(code) for code in font.getBestCmap() or ()} == {*CHINESE, "律"}
+    assert len(found[1]) < 20_000
+
+
+@needs_chromium
+def test_chinese_tokens_are_no_boxes(opened):
+    frame = opened(AttentionView([part(CHINESE)]))
+    assert frame.evaluate("[...document.fonts].map((face) => face.status)") == ["loaded"]
+    drawn = frame.evaluate(
+        """(characters) => characters.map((character) => {
+      const context = new OffscreenCanvas(40, 40).getContext("2d");
+      context.font = `30px ${getComputedStyle(document.body).fontFamily}`;
+      context.fillText(character, 4, 30);
+      return context.getImageData(0, 0, 40, 40).data.join();
+    })""",
+        CHINESE,
+    )
+    assert len(set(drawn)) == len(set(CHINESE))  # One box is as the other.
 
 
 @needs_chromium

@@ -305,6 +305,8 @@ function listen() {
 
 /** Layers that nobody has asked for yet are unpacked one by one, for the model view. */
 async function start() {
+  // A canvas waits for no font; without one, the system's own glyphs are drawn.
+  await Promise.allSettled([...document.fonts].map((face) => face.load()));
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   if (hasAddress) Object.assign(state, recalled());
   listen();
