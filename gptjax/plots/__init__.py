@@ -6,7 +6,13 @@ apart and that stay in order in grey. In a notebook they are shown after `%matpl
 
 from gptjax.plots.curves import bars, curves, loss_curve
 from gptjax.plots.heads import attention_grid
-from gptjax.plots.heatmaps import attention_map, logit_lens_table, patching_map, score_grid
+from gptjax.plots.heatmaps import (
+    attention_map,
+    heat_map,
+    logit_lens_table,
+    patching_map,
+    score_grid,
+)
 from gptjax.plots.legible import save, token_label
 from gptjax.plots.texts import token_values
 
@@ -15,6 +21,7 @@ __all__ = [
     "attention_map",
     "bars",
     "curves",
+    "heat_map",
     "logit_lens_table",
     "loss_curve",
     "patching_map",
