@@ -151,11 +151,18 @@ def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
 def test_every_experiment_is_run_by_a_test():
     tested = {
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
+        "long_attention.py",
         "attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
     # Compiling the table takes many minutes; tests/preflight run the command that it calls.
     others = {"torch_baselines.py", "preflight_table.py"}
     assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested | others
+
+
+def test_long_attention_tells_time_and_memory():
+    flags = ["--tokens", "64", "--block", "16", "--model", "quickstart", "--layer", "1"]
+    printed = output_of(start("long_attention.py", *flags))
+    assert re.search(r"64 tokens, block 16: [\d.]+ s .* peak [\d.]+ GiB", printed)
 
 
 def test_benchmark_prints_and_writes_its_figures(tmp_path):
