@@ -35,7 +35,7 @@ METADATA = {
 }
 IMPORTED = {"gptjax", "flax", "jax", "numpy", "IPython"}
 STANDARD = {
-    "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "math",
+    "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "math", "os",
     "pathlib", "re", "string", "tempfile", "time", "typing",
 }  # fmt: skip
 PICTURES = {"image/png", "text/html"}
