@@ -114,7 +114,7 @@ def test_captured_intermediates_are_those_of_the_model(scan_layers):
     plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=[*sites(TINY)])
     assert plain.captured == {}
     assert_same(plain.hidden, output.hidden)
-    sizes = dict(zip("LBTSDNHF", (3, 2, 8, 8, 16, 2, 8, 64), strict=True))
+    sizes = dict(zip("LBTSDNKHF", (3, 2, 8, 8, 16, 2, 2, 8, 64), strict=True))
     shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in sites(TINY).items()}
     assert jax.tree.map(jnp.shape, output.captured) == shapes
     attention = output.captured["attention"]
