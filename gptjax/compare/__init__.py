@@ -1,0 +1,1 @@
+"""Variants compared fairly: from a question to a report."""

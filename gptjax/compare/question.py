@@ -1,0 +1,89 @@
+"""The question that a comparison answers, and what may be spent on it."""
+
+from dataclasses import dataclass, field
+
+from gptjax.config import DataConfig, InputError, OptimizerConfig, near_names
+from gptjax.config.checks import check, check_minimum, check_types
+
+MEASURES = ("params", "flops", "seconds")
+"""Of a variant: its parameters, training FLOPs a token, seconds a token."""
+BUDGETS = ("tokens", "flops", "seconds")
+"""Of a run: what it may spend."""
+SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Is B better than A? Each variant is trained on the same batches, seed by seed."""
+
+    variants: tuple[str, ...]
+    """Presets, presets with overrides (gpt2:norm=rmsnorm,feedforward=swiglu), or with all values of
+    an axis (gpt2:positions=*). The first is the baseline."""
+    match: str = "params"
+    """What all variants have in common, by their width: params, flops (of training, a token),
+    seconds (measured, a token) as the baseline has; params=1M sets it for all; none changes no
+    width."""
+    tolerance: float = 0.01
+    """How far from it a variant may be."""
+    budget: str = "tokens=1M"
+    """What each run may spend: tokens=20M, flops=1e15, seconds=60."""
+    seeds: int = 5
+    """Runs of each variant that are compared."""
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    """Peak learning rates, of which each variant takes its best; one is taken by all."""
+    search_seeds: int = 2
+    """Runs of each variant and rate that choose; their seeds are not compared."""
+    mup_width: int = 0
+    """Rates are chosen at this width, and carried to the real one by muP; 0 chooses there."""
+    confidence: float = 0.95
+    """Of all statements together."""
+    evaluations: int = 10
+    """Points of each curve."""
+    context: int = 0
+    """Tokens of a row, for all; 0 takes the baseline's."""
+    batch_size: int = 16
+    """Rows of a step."""
+    dropout: float = 0.0
+    """Of all variants that say none themselves."""
+    scale: str = ""
+    """Sizes to compare at, in the place of match: params=0.3M,1M,3M."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Of all variants; rates are in the place of its learning_rate."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_minimum(self, 1, "seeds", "search_seeds", "evaluations", "batch_size")
+        check_minimum(self, 0, "mup_width", "context")
+        for name in ("tolerance", "confidence"):
+            check(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
+        check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check(self, "variants", bool(self.variants), "at least one variant")
+        check(self, "rates", bool(self.rates), "at least one learning rate")
+        check(self, "rates", all(rate > 0 for rate in self.rates), "above 0")
+
+
+def parse_quantity(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
+    """`params=0.3M,1M` → the name of what is counted, and how much; none of a name alone.
+
+    Raises:
+      InputError: an unknown name, or what is no number.
+    """
+    name, equals, values = text.partition("=")
+    if name not in known:
+        raise InputError(f"--{flag} has an unknown measure {name!r}: {near_names(name, known)}")
+    return name, tuple(_number(flag, text, word) for word in values.split(",")) if equals else ()
+
+
+def _number(flag: str, text: str, word: str) -> float:
+    factor = SUFFIXES.get(word[-1:], 1.0)
+    try:
+        value = float(word if factor == 1.0 else word[:-1]) * factor
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise InputError(
+            f"--{flag} is {text!r}: {word!r} must be a number above 0, as 300000, 0.3M or 3e5."
+        )
+    return value

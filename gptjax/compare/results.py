@@ -1,0 +1,104 @@
+"""What a comparison comes to: outcomes of single runs, and what is known of each variant."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from gptjax.compare.question import Comparison
+from gptjax.config import OptimizerConfig, TransformerConfig
+
+FORMAT = 1
+"""Of what a comparison leaves on disk; another one's is refused."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to: a line of results.jsonl."""
+
+    variant: str
+    size: str
+    """Of --scale, as params=1M; empty without."""
+    purpose: Literal["search", "final"]
+    """Whether it helped to choose the learning rate, or is compared."""
+    seed: int
+    learning_rate: float
+    steps: int
+    tokens: int
+    """That it was trained on."""
+    validation_loss: float | None
+    """After the last step, nats a token; None of a run that failed."""
+    curve_steps: tuple[int, ...]
+    """When it was evaluated."""
+    curve_losses: tuple[float, ...]
+    """What came out, nats a token."""
+    seconds: float
+    """Its share of the wall time of the runs that it was trained with, compilation included."""
+    error: str
+    """Why it failed, in a sentence; empty if it did not."""
+    directory: str
+    """Of the run, below that of the comparison."""
+
+
+class Costs(NamedTuple):
+    """What a variant takes, measured in turn with all others."""
+
+    tokens_per_second: float
+    """Of training, one run on all devices."""
+    peak_bytes: int
+    """That the step holds at once, by XLA's plan of it: arguments, results and all between."""
+    compile_seconds: float
+    """Of the training step."""
+    decode_tokens_per_second: float | None
+    """One sequence with its cache; None of a family that does not decode."""
+    tpu_peak_bytes: int | None
+    """Of the same step compiled for a TPU v5e; None without libtpu."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant at one size."""
+
+    variant: str
+    size: str
+    model: TransformerConfig
+    """As matched."""
+    optimizer: OptimizerConfig
+    """With the learning rate that its final runs took."""
+    parameters: int
+    training_flops: int
+    """A token."""
+    target: float | None
+    """Of what was matched; None where nothing was, or the variant is what others are matched to."""
+    reached: float | None
+    """What the variant has of it."""
+    steps: int
+    searched: dict[float, tuple[float | None, ...]]
+    """Validation losses of the search's seeds by learning rate; empty where there was no choice."""
+    finals: tuple[Outcome, ...]
+    """By seed, failed ones too."""
+    costs: Costs | None
+    """None where they could not be measured."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that the report is made of."""
+
+    comparison: Comparison
+    command: str
+    """That was run."""
+    commit: str
+    """Of the code; empty outside a repository."""
+    environment: dict[str, Any]
+    """Of `gptjax.runs.environment`: versions, device, machine."""
+    data: str
+    """What was trained and evaluated on, in a line."""
+    sizes: tuple[str, ...]
+    """One empty one without --scale."""
+    entries: tuple[Entry, ...]
+    """By size, then by variant in the order asked for; the first of each size is the baseline."""
+    outcomes: tuple[Outcome, ...]
+    """Of all runs, the search's and the failed ones too."""
+    notes: tuple[str, ...]
+    """Sentences on what could not be done or matched."""
+    seconds: float
+    """Wall time of all runs, in whichever calls they ran."""
