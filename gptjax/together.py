@@ -1,8 +1,8 @@
 """Several runs in one program: seeds and learning rates side by side, each as if it ran alone.
 
-The runs share nothing but the compilation. They are parted over the devices, and within a step a
-device takes its runs one after another: `jax.vmap` over them was slower than separate runs, since
-XLA has no fast product of many small matrices on a CPU.
+The runs share nothing but the compilation. They are parted over the devices, and those of one
+device are one by `jax.vmap`. A CPU's core takes one run at a time, and the next when that has
+ended: many small matrices in one product are slower there than one after another.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import ExperimentConfig, InputError, MeshConfig
+from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig
 from gptjax.data.batch import Batch
+from gptjax.ledger import ledger
 from gptjax.sharding import DATA, build_mesh
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.loop import Batches
@@ -30,6 +31,13 @@ from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import Metrics, State, train_step
 from gptjax.transformer import build, split
 from gptjax.trial import Trial
+
+
+MOST_PARAMETERS = 500_000
+"""Of models that are trained side by side on a CPU's cores; all cores on one run of a larger one
+are faster (experiments/README.md)."""
+BYTES_PER_PARAMETER = 64
+"""That a run may take of an accelerator: 16 are its state, the rest is for what a step computes."""
 
 
 class Knobs(NamedTuple):
@@ -41,23 +49,37 @@ class Knobs(NamedTuple):
     """[R], float32: `optimizer.learning_rate`."""
 
 
+def most_at_once(parameters: int) -> int:
+    """How many runs of a model of so many parameters to train side by side here; 1 is alone."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return len(devices) if parameters <= MOST_PARAMETERS else 1
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 0)
+    return len(devices) * int(memory // (BYTES_PER_PARAMETER * parameters)) or 1
+
+
 def train_together(
     configs: Sequence[ExperimentConfig],
     batches: Sequence[grain.DatasetIterator],
     validation: Sequence[Batches],
+    *,
+    at_once: int = 0,
+    progress: Callable[[int], None] = lambda steps: None,
 ) -> list[Trial]:
     """What `trial.train` gives for each of `configs`, from one program that trains them all.
 
-    Where `train` would raise `Diverged`, the run keeps the parameters that it had, its lines tell
-    of a loss that is not finite, and the others go on. As many devices are used as share the runs
-    evenly; with dropout, a run draws what it would draw on one device. A second call with the same
-    shapes, and configs that differ in no more than these may, compiles nothing.
+    Where `train` would raise `Diverged`, the run keeps the parameters that it had, its `Trial`
+    says at which step, and the others go on. With dropout, a run draws what it would draw on one
+    device. A second call with the same shapes, and configs that differ in no more than these may,
+    compiles nothing.
 
     Args:
       configs: alike in all but `train.seed` and `optimizer.learning_rate`; `data` and `mesh` are
         not asked.
       batches: of each run, all of the same shape.
       validation: of each run, the same number of batches for all.
+      at_once: runs side by side, in rounds of so many; 0 takes `most_at_once`.
+      progress: told after each step how many runs made one.
 
     Raises:
       InputError: configs that differ in more, or not as many batches as configs.
@@ -69,34 +91,78 @@ def train_together(
             f"{[len(each) for each in validation]} batches: each config needs one of both, and "
             "all validations the same number of batches."
         )
-    start = time.perf_counter()
     common = _common(configs)
-    program = _program(common, build_mesh(MeshConfig(), len(configs)))
+    at_once = at_once or most_at_once(ledger(common.model).parameters)
+    size = min(at_once, len(configs))
+    program = _program(common, build_mesh(MeshConfig(), size))
+    trials = []
+    for first in range(0, len(configs), size):
+        chosen = [min(first + place, len(configs) - 1) for place in range(size)]
+        trained = _train_round(
+            program,
+            common.train,
+            [configs[run] for run in chosen],
+            [batches[run] for run in sorted(set(chosen))],
+            [validation[run] for run in chosen],
+            progress,
+        )
+        trials += trained
+    return trials
+
+
+def _train_round(
+    program: "_Program",
+    train: TrainConfig,
+    configs: Sequence[ExperimentConfig],
+    batches: Sequence[grain.DatasetIterator],
+    validation: Sequence[Batches],
+    progress: Callable[[int], None],
+) -> list[Trial]:
+    """As many runs as there are `batches`; what a last round has more repeats its last run."""
+    start = time.perf_counter()
+    runs, spare = len(batches), len(configs) - len(batches)
     knobs = Knobs(
         jnp.array([config.train.seed for config in configs], jnp.uint32),
         jnp.array([config.optimizer.learning_rate for config in configs], jnp.float32),
     )
     state = program.init(knobs)
-    lines: list[list[dict[str, Any]]] = [[] for _ in configs]
+    lines: list[list[dict[str, Any]]] = [[] for _ in range(runs)]
+    diverged = np.zeros(len(configs), int)
     late = None
-    for step in range(1, common.train.steps + 1):
-        state, metrics = program.step(knobs, state, Batch.stack(list(map(next, batches))))
+
+    def check(step: int, metrics: Metrics) -> None:
+        # As in fit, no more than two steps run.
+        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
+        diverged[~finite & (diverged == 0)] = step
+
+    for step in range(1, train.steps + 1):
+        rows = list(map(next, batches))
+        state, metrics = program.step(knobs, state, Batch.stack(rows + rows[-1:] * spare))
         if late is not None:
-            jax.block_until_ready(late)  # As in fit, no more than two steps run.
-        late = metrics.loss
+            check(*late)
+        late = step, metrics
         columns = {name: getattr(metrics, name) for name in ("loss", "cross_entropy", "grad_norm")}
-        evaluates = step % common.train.eval_every == 0 or step == common.train.steps
+        evaluates = step % train.eval_every == 0 or step == train.steps
         if evaluates:
             columns["validation_loss"] = _evaluated(program, state.params, validation)
-        if evaluates or step % common.train.log_every == 0:
+        if evaluates or step % train.log_every == 0:
             for name, values in jax.device_get(columns).items():
                 columns[name] = values.tolist()
             for run, each in enumerate(lines):
                 each.append({"step": step} | {name: of[run] for name, of in columns.items()})
+        progress(runs)
+    if late is not None:
+        check(*late)
     params = jax.device_get(state.params)
     seconds = time.perf_counter() - start
     return [
-        Trial(program.model(params, run), each, each[-1]["validation_loss"], seconds)
+        Trial(
+            program.model(params, run),
+            each,
+            each[-1]["validation_loss"],
+            seconds,
+            int(diverged[run]),
+        )
         for run, each in enumerate(lines)
     ]
 
@@ -150,7 +216,11 @@ def _program(config: ExperimentConfig, mesh: Mesh) -> _Program:
 
     def each(function: Callable, **options: Any) -> Callable:
         def over_runs(*arguments: Any) -> Any:
-            return jax.lax.map(lambda of_run: function(*of_run), arguments)
+            if len(jax.tree.leaves(arguments)[0]) > 1:
+                return jax.vmap(function)(*arguments)
+            # Of a single run no axis stays, behind which XLA would find its fast products no more.
+            only = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+            return jax.tree.map(lambda leaf: leaf[None], only)
 
         shared = jax.shard_map(
             over_runs, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA), check_vma=False

@@ -5,6 +5,8 @@ the same wiring for text. It is `fit`, so what is true of a run is true of a tri
 """
 
 import tempfile
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +15,12 @@ import jax
 from flax import nnx
 
 from gptjax.config import ExperimentConfig, InputError, to_dict
-from gptjax.runs import CHECKPOINTS, CONFIG, write_json
+from gptjax.runs import CHECKPOINTS, CONFIG, load_config, write_json
 from gptjax.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
 from gptjax.training.losses import training_loss
-from gptjax.training.metrics import JsonlWriter, read_jsonl
+from gptjax.training.metrics import JsonlWriter, Writer, read_jsonl
 from gptjax.training.optimizers import build_optimizer
 from gptjax.transformer import Params, build, split
 
@@ -36,6 +38,8 @@ class Trial(NamedTuple):
     """After the last step, nats a token."""
     seconds: float
     """Wall time, compilation included."""
+    diverged: int = 0
+    """The first step whose loss or gradient was not finite; 0 if none was."""
 
 
 def train(
@@ -44,6 +48,7 @@ def train(
     validation: Batches,
     *,
     directory: str | Path | None = None,
+    writers: Sequence[Writer] = (),
 ) -> Trial:
     """Train a model anew.
 
@@ -52,17 +57,18 @@ def train(
       batches: from `gptjax.data.pipeline`: `training_batches` of text, `made_batches` of anything.
       validation: a list of batches; each evaluation uses all.
       directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`;
-        it must be empty. None keeps nothing.
+        a trial of the same config that was interrupted there goes on. None keeps nothing.
+      writers: where else the scalars go.
 
     Raises:
-      InputError: a directory that is not empty, or batches that do not fit the devices.
+      InputError: a directory that holds something else, or batches that do not fit the devices.
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
     if directory is not None:
-        return _train(config, batches, validation, Path(directory))
+        return _train(config, batches, validation, Path(directory), writers)
     with tempfile.TemporaryDirectory() as temporary:
-        return _train(config, batches, validation, Path(temporary))
+        return _train(config, batches, validation, Path(temporary), writers)
 
 
 def _train(
@@ -70,18 +76,25 @@ def _train(
     batches: grain.DatasetIterator,
     validation: Batches,
     directory: Path,
+    writers: Sequence[Writer],
 ) -> Trial:
     directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
+    if (directory / CONFIG).exists():
+        if load_config(directory) != config:
+            raise InputError(f"{directory} holds a trial of another config: choose another one.")
+    elif any(directory.iterdir()):
         raise InputError(f"{directory} is not empty: a trial begins in a directory of its own.")
-    write_json(directory / CONFIG, {"config": to_dict(config)})
+    else:
+        write_json(directory / CONFIG, {"config": to_dict(config)})
     graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
 
     def init() -> Params:
         return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
 
-    writer = JsonlWriter(directory / METRICS, 0)
-    with Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints:
+    with (
+        Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
+        closing(JsonlWriter(directory / METRICS, checkpoints.last_step or 0)) as writer,
+    ):
         fitted = fit(
             config.train,
             init,
@@ -91,10 +104,9 @@ def _train(
             batches=batches,
             validation=validation,
             checkpoints=checkpoints,
-            writers=[writer],
+            writers=[writer, *writers],
             describe=lambda step, tokens_per_second: {},
         )
-    writer.close()
     params = jax.device_put(fitted.params, jax.devices()[0])
     progress = fitted.progress
     return Trial(

@@ -41,6 +41,7 @@ ALLOWED = {
     "gptjax.trial": [CONFIG, "gptjax.sharding", TRAINING, "gptjax.transformer", "gptjax.runs"],
     "gptjax.together": [
         CONFIG,
+        "gptjax.ledger",
         "gptjax.sharding",
         DATA,
         TRAINING,

@@ -8,6 +8,7 @@ from gptjax import ExperimentConfig, InputError, OptimizerConfig, TrainConfig, T
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.together import train_together
+from gptjax.training.loop import Diverged
 from gptjax.trial import train
 
 CONFIG = ExperimentConfig(
@@ -33,16 +34,22 @@ def changed(seed: int, learning_rate: float = 3e-3) -> ExperimentConfig:
     )
 
 
-def trained(configs, seeds):
+def trained(configs, seeds, **how):
     batches = [made_batches(made, seed=seed) for seed in seeds]
-    return train_together(configs, batches, [held_out(seed) for seed in seeds])
+    return train_together(configs, batches, [held_out(seed) for seed in seeds], **how)
 
 
-def test_runs_together_are_those_that_run_alone():
-    # Two seeds, and two rates of one of them: on four devices, a run on each.
+@pytest.mark.parametrize("at_once", [0, 3, 16])
+def test_runs_together_are_those_that_run_alone(at_once, monkeypatch):
+    """On four devices, in rounds of three, and by vmap, two on each of two devices."""
+    # Two seeds, and two rates of one of them.
     configs = [changed(0), changed(1), changed(1, 1e-2), changed(1, 1e-4)]
-    together = trained(configs, [5, 6, 7, 7])
-    for run in (1, 2):
+    steps = []
+    if at_once == 16:
+        monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
+    together = trained(configs, [5, 6, 7, 7], at_once=at_once, progress=steps.append)
+    assert sum(steps) == 4 * CONFIG.train.steps
+    for run in (1, 3):
         seed = [5, 6, 7, 7][run]
         alone = train(configs[run], made_batches(made, seed=seed), held_out(seed))
         np.testing.assert_allclose(together[run].validation_loss, alone.validation_loss, rtol=1e-5)
@@ -59,8 +66,10 @@ def test_runs_together_are_those_that_run_alone():
 
 def test_a_run_that_diverges_stops_alone():
     diverged, alone = trained([changed(0, 1e30), changed(0)], [5, 5])
+    with pytest.raises(Diverged, match=f"Step {diverged.diverged}:"):
+        train(changed(0, 1e30), made_batches(made, seed=5), held_out(5))
     assert not np.isfinite(diverged.lines[-1]["loss"])
-    assert np.isfinite(alone.validation_loss)
+    assert alone.diverged == 0
     assert alone.validation_loss == trained([changed(0), changed(1)], [5, 6])[0].validation_loss
 
 

@@ -48,6 +48,12 @@ def run(config: ExperimentConfig = CONFIG, directory: Path | None = None) -> tri
     return trial.train(config, batches, VALIDATION, directory=directory)
 
 
+def shorter(steps: int, seed: int = 0) -> ExperimentConfig:
+    return dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, seed=seed, steps=steps)
+    )
+
+
 def answers(model: LanguageModel) -> np.ndarray:
     """Logits [B, T, V] of the validation batch."""
     return np.asarray(model(jnp.asarray(VALIDATION[0].tokens)))
@@ -92,8 +98,7 @@ def test_the_seed_alone_decides(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trained, _ = kept
     for seed, same in ((0, True), (1, False)):
-        train = dataclasses.replace(CONFIG.train, seed=seed, steps=3)
-        again = run(dataclasses.replace(CONFIG, train=train))
+        again = run(shorter(3, seed))
         assert (losses(again) == losses(trained)[:3]) is same
     assert not list(tmp_path.iterdir()), "without a directory of its own a trial leaves nothing"
 
@@ -106,3 +111,27 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path):
         f"{tmp_path} is not empty: a trial begins in a directory of its own."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_another_trials_directory_is_refused(kept):
+    _, directory = kept
+    with pytest.raises(InputError, match="holds a trial of another config"):
+        run(shorter(7), directory=directory)
+
+
+def test_a_trial_that_was_interrupted_goes_on(kept, tmp_path):
+    class Interrupting:
+        def write(self, step, scalars):
+            if step == 20:
+                raise KeyboardInterrupt
+
+        def close(self):
+            pass
+
+    trained, _ = kept
+    batches = made_batches(count_on, seed=CONFIG.train.seed)
+    with pytest.raises(KeyboardInterrupt):
+        trial.train(CONFIG, batches, VALIDATION, directory=tmp_path, writers=[Interrupting()])
+    resumed = run(directory=tmp_path)
+    assert losses(resumed) == losses(trained)
+    assert resumed.validation_loss == trained.validation_loss
