@@ -80,6 +80,16 @@ def run_experiment(
     _guarded(parse_and_run)
 
 
+def run_command(command: Callable[..., None], description: str | None) -> None:
+    """Parse the flags that are a function's parameters, and run it."""
+    help_text = f"{description}\n--debug shows the traceback of a mistake."
+
+    def parse_and_run(arguments: list[str]) -> None:
+        _parse(tyro.cli, _deferred(command), args=arguments, description=help_text)()
+
+    _guarded(parse_and_run)
+
+
 def _script_apart(arguments: list[str]) -> list[str]:
     """What stands behind the script of `launch` is the script's, flags too: tyro wants a `--`."""
     place = next((place for place, word in enumerate(arguments) if word.endswith(".py")), None)

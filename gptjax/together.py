@@ -32,7 +32,6 @@ from gptjax.training.step import Metrics, State, train_step
 from gptjax.transformer import build, split
 from gptjax.trial import Trial
 
-
 MOST_PARAMETERS = 500_000
 """Of models that are trained side by side on a CPU's cores; all cores on one run of a larger one
 are faster (experiments/README.md)."""

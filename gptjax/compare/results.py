@@ -6,9 +6,6 @@ from typing import Any, Literal, NamedTuple
 from gptjax.compare.question import Comparison
 from gptjax.config import OptimizerConfig, TransformerConfig
 
-FORMAT = 1
-"""Of what a comparison leaves on disk; another one's is refused."""
-
 
 @dataclass(frozen=True)
 class Outcome:

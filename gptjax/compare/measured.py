@@ -1,0 +1,41 @@
+"""What a comparison owes to a clock, kept so that the next call says the same."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptjax.compare.saved import read_saved, write_saved
+from gptjax.runs import environment
+
+
+class Measured:
+    """A file of measurements, each under what was measured and on what machine."""
+
+    def __init__(self, path: Path):
+        """Read what is there.
+
+        Raises:
+          InputError: a file that another version of gptjax wrote, or that cannot be read.
+        """
+        self._path = path
+        self._known: dict[str, Any] = {}
+        if path.exists():
+            self._known = read_saved(path)["measured"]
+
+    def known(self, what: str, of: Any, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, plain values, or gave when this was asked before.
+
+        `of` is all that it depends on beside the machine, as plain values too.
+        """
+        made = environment()
+        content = [what, of, made["versions"]["jax"], made["device"], made["machine"]]
+        text = json.dumps(content, sort_keys=True)
+        key = f"{what} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if key not in self._known:
+            # Through JSON now too, so that the first call computes with what the next one reads.
+            self._known[key] = json.loads(json.dumps(measure()))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_saved(self._path, {"measured": self._known})
+        return self._known[key]

@@ -1,0 +1,35 @@
+"""JSON files that a comparison leaves, each with the number of its format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptjax.config import InputError
+from gptjax.runs import write_json
+
+FORMAT = 1
+"""Another one's is refused."""
+
+
+def write_saved(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` under this format, whole or not at all."""
+    write_json(path, {"format": FORMAT, **content})
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What `write_saved` wrote.
+
+    Raises:
+      InputError: a file that another version of gptjax wrote, or that cannot be read.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if found != FORMAT:
+        raise InputError(
+            f"{path} is of another version of gptjax (format {found!r}, where {FORMAT} is read): "
+            "choose another --out."
+        )
+    return saved

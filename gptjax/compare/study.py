@@ -1,0 +1,219 @@
+"""A comparison from its question to its report."""
+
+import dataclasses
+import math
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gptjax.compare import costs
+from gptjax.compare.analysis import standings
+from gptjax.compare.cells import Cell, finished
+from gptjax.compare.grid import run_cells, work
+from gptjax.compare.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
+from gptjax.compare.progress import GridProgress, duration
+from gptjax.compare.question import Comparison
+from gptjax.compare.report import write_report
+from gptjax.compare.results import Answer, Costs, Entry, Outcome
+from gptjax.compare.saved import read_saved, write_saved
+from gptjax.config import InputError, to_dict
+from gptjax.ledger import ledger
+from gptjax.runs import environment
+
+QUESTION = "comparison.json"
+
+
+def compare(comparison: Comparison, out: Path, command: str) -> Answer:
+    """Train what is missing of the grid, and write the report.
+
+    Raises:
+      InputError: a flag, a variant or a match that cannot be, or results of another version.
+      Interrupted: a signal while a large model trained; its state is saved.
+    """
+    _open(out)
+    plan = make_plan(comparison, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_saved(out / QUESTION, {"comparison": to_dict(comparison)})
+    with GridProgress(_all_work(plan)) as progress:
+
+        def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
+            return run_cells(cells, out, plan.material, progress)
+
+        tried = [outcomes(plan.search(each)) for each in plan.planned]
+        finals = [
+            outcomes(plan.finals(each, _best_rate(searched, plan)))
+            for each, searched in zip(plan.planned, tried, strict=True)
+        ]
+    taken, notes = _costs(plan)
+    entries = map(_entry, plan.planned, tried, finals, taken)
+    runs = [outcome for of in (*tried, *finals) for outcome in of]
+    answer = Answer(
+        comparison=comparison,
+        command=command,
+        commit=_commit(),
+        environment=environment(),
+        data=plan.material.description,
+        sizes=plan.sizes,
+        entries=tuple(entries),
+        outcomes=tuple(runs),
+        notes=tuple(notes),
+        seconds=sum(outcome.seconds for outcome in runs),
+    )
+    write_report(answer, out)
+    return answer
+
+
+def describe(comparison: Comparison, out: Path) -> str:
+    """The plan as a table, what of it is done, and how long the rest would take.
+
+    Raises:
+      InputError: as `compare`.
+    """
+    _open(out)
+    plan = make_plan(comparison, out)
+    rate = comparison.rates[0]
+    lines = [
+        f"{plan.material.description}.",
+        f"{'variant':<40}{'size':<14}{'width':>6}{'heads':>6}{'hidden':>7}{'depth':>6}"
+        f"{'parameters':>12}{'FLOPs/token':>13}{'off':>8}{'steps':>8}{'runs':>6}",
+    ]
+    configs = [plan.example(each) for each in plan.planned]
+    seconds = costs.estimated_seconds(configs, next(plan.material.batches(0)))
+    left, done, total = 0.0, 0, 0
+    for each, takes in zip(plan.planned, seconds, strict=True):
+        model, cost = each.model, ledger(each.model)
+        cells = [*plan.search(each), *plan.finals(each, rate)]
+        missing = [cell for cell in cells if finished(cell, out, plan.material) is None]
+        total, done = total + len(cells), done + len(cells) - len(missing)
+        left += len(missing) * each.steps * takes
+        off = (
+            "" if not each.target or not each.reached else f"{each.reached / each.target - 1:+.2%}"
+        )
+        lines.append(
+            f"{each.variant.name:<40}{each.size:<14}{model.width:>6}{model.heads:>6}"
+            f"{model.hidden_width:>7}{model.depth:>6}{cost.parameters:>12,}"
+            f"{cost.training_flops:>13,}{off:>8}{each.steps:>8,}{len(cells):>6}"
+        )
+    lines.append(
+        f"{total} runs, of which {out} has {done}; training the others takes about "
+        f"{duration(left)}, by {plan.planned[0].variant.name}'s measured step and the FLOPs of "
+        "each, without evaluations and compilation."
+    )
+    return "\n".join(lines)
+
+
+def summary(answer: Answer) -> str:
+    """What may be said of each variant, a line each."""
+    lines = []
+    for size in answer.sizes:
+        for standing in standings(answer, size):
+            name = " ".join(filter(None, (standing.entry.variant, size)))
+            lines.append(f"{name}: {standing.mean:.4f} nats a token, {standing.verdict}")
+    return "\n".join(lines)
+
+
+def _open(out: Path) -> None:
+    """Refuse a directory that is not a comparison's, or another version's.
+
+    Raises:
+      InputError: it is.
+    """
+    if (out / QUESTION).exists():
+        read_saved(out / QUESTION)
+    elif out.exists() and {path.name for path in out.iterdir()} - {MEASURED}:
+        raise InputError(f"{out} holds files but no {QUESTION}: choose another --out.")
+
+
+def _all_work(plan: Plan) -> float:
+    rate = plan.comparison.rates[0]
+    return sum(
+        work(cell.config)
+        for each in plan.planned
+        for cell in (*plan.search(each), *plan.finals(each, rate))
+    )
+
+
+def _by_rate(searched: Sequence[Outcome]) -> dict[float, tuple[float | None, ...]]:
+    """The losses of the search's seeds."""
+    rates = dict.fromkeys(outcome.learning_rate for outcome in searched)
+    return {
+        rate: tuple(each.validation_loss for each in searched if each.learning_rate == rate)
+        for rate in rates
+    }
+
+
+def _best_rate(searched: Sequence[Outcome], plan: Plan) -> float:
+    """The rate with the least mean loss; one at which a run failed comes behind all others."""
+    means = {
+        rate: math.inf if None in losses else np.mean(np.array(losses, float))
+        for rate, losses in _by_rate(searched).items()
+    }
+    return min(means, key=lambda rate: means[rate], default=plan.comparison.rates[0])
+
+
+def _costs(plan: Plan) -> tuple[list[Costs | None], list[str]]:
+    """Of each variant at each size, in order; and a sentence where they could not be measured."""
+    batch, taken, notes = next(plan.material.batches(0)), [], []
+    for size in plan.sizes:
+        configs = {
+            each.variant.name: plan.example(each._replace(steps=ENDLESS))
+            for each in plan.planned
+            if each.size == size
+        }
+
+        def measure(configs: dict = configs) -> dict:
+            return {name: of._asdict() for name, of in costs.measure(configs, batch).items()}
+
+        of = {name: to_dict(config) for name, config in configs.items()}
+        try:
+            known = plan.measured.known("costs", of, measure)
+        except jax.errors.JaxRuntimeError as error:
+            notes.append(f"Costs {size} could not be measured: {' '.join(str(error).split())}")
+            taken += [None] * len(configs)
+        else:
+            taken += [Costs(**known[name]) for name in configs]
+    return taken, notes
+
+
+def _entry(
+    planned: Planned,
+    searched: Sequence[Outcome],
+    finals: Sequence[Outcome],
+    taken: Costs | None,
+) -> Entry:
+    counted = ledger(planned.model)
+    optimizer = dataclasses.replace(
+        planned.variant.optimizer, learning_rate=finals[0].learning_rate
+    )
+    return Entry(
+        variant=planned.variant.name,
+        size=planned.size,
+        model=planned.model,
+        optimizer=optimizer,
+        parameters=counted.parameters,
+        training_flops=counted.training_flops,
+        target=planned.target,
+        reached=planned.reached,
+        steps=planned.steps,
+        searched=_by_rate(searched),
+        finals=tuple(finals),
+        costs=taken,
+    )
+
+
+def _commit() -> str:
+    """Of the code, with a + where files differ from it; empty outside a repository."""
+    here = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return commit + "+" * bool(changes)
