@@ -154,11 +154,10 @@ def tpu_peak(config: ExperimentConfig) -> int | None:
     """
     if importlib.util.find_spec("libtpu") is None:
         return None
-    train = config.train
-    flags = [f"--train.batch-size={train.batch_size}", "--train.loss-chunk=0"]
+    command = [sys.executable, "-m", "gptjax", "preflight", "quickstart", "--topology", TOPOLOGY]
+    flags = [f"--batch-per-device={config.train.batch_size}", "--train.loss-chunk=0", "--json"]
     ended = subprocess.run(
-        [sys.executable, "-m", "gptjax", "preflight", "quickstart", "--topology", TOPOLOGY]
-        + [f"--batch-per-device={train.batch_size}", "--json", *flags, *_flags(config.model)],
+        [*command, *flags, *_flags(config.model)],
         capture_output=True,
         text=True,
         timeout=TPU_SECONDS,

@@ -1,4 +1,4 @@
-"""What all variants are trained and evaluated on: the same text, tokens, order and held-out rows."""
+"""What all variants are trained and evaluated on: text, tokens, order, held-out rows."""
 
 import dataclasses
 from typing import Any, NamedTuple

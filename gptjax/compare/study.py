@@ -95,7 +95,7 @@ def describe(comparison: Comparison, out: Path) -> str:
         lines.append(
             f"{each.variant.name:<40}{each.size:<14}{model.width:>6}{model.heads:>6}"
             f"{model.hidden_width:>7}{model.depth:>6}{cost.parameters:>12,}"
-            f"{cost.training_flops:>13,}{off:>8}{each.steps:>8,}{len(cells):>6}"
+            f"{cost.training_flops:>13,}{off:>+8.2%}{each.steps:>8,}{len(cells):>6}"
         )
     lines.append(
         f"{total} runs, of which {out} has {done}; training the others takes about "
