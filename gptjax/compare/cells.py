@@ -88,15 +88,17 @@ def keep(cell: Cell, trial: Trial, out: Path, material: Material) -> Outcome:
     if cell.purpose == "final" and not (directory / CONFIG).exists():
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Of a call that was killed.
         save_model(directory, trial.model)
-        save_tokenizer(material.tokenizer, directory)
     directory.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(material.tokenizer, directory)
     lines = "".join(json.dumps(line) + "\n" for line in trial.lines)
     (directory / METRICS).write_text(lines, encoding="utf-8")
     curve = [
         (line["step"], line["validation_loss"]) for line in trial.lines if "validation_loss" in line
     ]
     outcome = _outcome(cell, trial.validation_loss, curve, trial.seconds, "", f"{RUNS}/{name}")
-    _write(cell, outcome, out, material)
+    # With muP the model's config has what the width has changed.
+    trained = dataclasses.replace(cell.config, model=trial.model.config)
+    _write(trained, outcome, out, material)
     return outcome
 
 
@@ -104,14 +106,14 @@ def keep_diverged(cell: Cell, sentence: str, out: Path, material: Material) -> O
     """Write what would come out again: numbers that are no longer finite."""
     name = f"{RUNS}/{cell.directory(material)}"
     outcome = _outcome(cell, None, [], 0.0, sentence, name)
-    _write(cell, outcome, out, material)
+    _write(cell.config, outcome, out, material)
     return outcome
 
 
-def _write(cell: Cell, outcome: Outcome, out: Path, material: Material) -> None:
+def _write(config: ExperimentConfig, outcome: Outcome, out: Path, material: Material) -> None:
     directory = out / outcome.directory
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, {"config": to_dict(cell.config), **material.identity})
+    write_json(directory / CONFIG, {"config": to_dict(config), **material.identity})
     write_saved(directory / RESULT, {"outcome": to_dict(outcome), **environment()})
 
 
