@@ -1,12 +1,12 @@
 """What a variant takes beside its loss, all variants measured in turn."""
 
-import dataclasses
 import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -170,13 +170,12 @@ def tpu_peak(config: ExperimentConfig) -> int | None:
 def _flags(model: TransformerConfig) -> list[str]:
     """The model as flags of `python -m gptjax preflight`."""
     flags = []
-    for name, value in dataclasses.asdict(model).items():
-        flag = f"model.{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            on, _, word = flag.rpartition(".")
-            flags.append(f"--{flag}" if value else f"--{on}.no-{word}")
+    for name, hint in typing.get_type_hints(TransformerConfig).items():
+        value, word = getattr(model, name), name.replace("_", "-")
+        if hint is bool:
+            flags.append(f"--model.{word}" if value else f"--model.no-{word}")
         else:
-            flags.append(f"--{flag}={value}")
+            flags.append(f"--model.{word}={value}")
     return flags
 
 
