@@ -1,0 +1,56 @@
+"""For real: a model with a known defect is found worse, and one that is the same is not."""
+
+from pathlib import Path
+
+import numpy as np
+from compared import tiny
+from gptjax.compare.analysis import standings
+
+from gptjax.compare import costs, study
+from gptjax.compare.grid import run_cells
+from gptjax.compare.plan import make_plan
+from gptjax.compare.progress import GridProgress
+from gptjax.compare.question import Comparison
+from gptjax.config import DataConfig
+from gptjax.statistics import paired_differences
+
+SOUND = "quickstart:depth=1,width=32,heads=2"
+DEFECTS = {
+    "no positions": f"{SOUND},positions=none",
+    "a mask that hides all but the token itself": f"{SOUND},attention=local,window=1",
+    "a learning rate ten times too high": f"{SOUND},optimizer.learning_rate=0.3",
+}
+
+
+def riddles(directory: Path, *variants: str, **fields) -> Comparison:
+    """Four letters again and again, and then four others: the next one is that of four before."""
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), (900, 4))
+    path = directory / "riddles.txt"
+    path.write_text("".join("".join(four) * 4 for four in letters))
+    data = DataConfig(source=(str(path),), tokenizer="characters")
+    return tiny(directory, *variants, data=data, budget="tokens=20480", rates=(3e-2,), **fields)
+
+
+def test_known_defects_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "measure", lambda configs, batch: dict.fromkeys(configs))
+    comparison = riddles(tmp_path, SOUND, *DEFECTS.values(), seeds=4)
+    answer = study.compare(comparison, tmp_path / "out", "it")
+    sound, *others = standings(answer, "")
+    assert sound.mean < 1.2  # Guessing among eight letters is 2.08, and a new four begins with one.
+    for name, standing in zip(DEFECTS, others, strict=True):
+        assert standing.verdict == f"worse than {SOUND}", (name, standing)
+        assert standing.mean > sound.mean + 0.1
+
+
+def test_eight_seeds_against_eight_others_are_not_told_apart(tmp_path):
+    plan = make_plan(riddles(tmp_path, SOUND, seeds=16), tmp_path / "out")
+    (each,) = plan.planned
+    with GridProgress(1.0) as progress:
+        outcomes = run_cells(plan.finals(each, 3e-2), tmp_path / "out", plan.material, progress)
+    losses = np.array([outcome.validation_loss for outcome in outcomes], float)
+    assert len(set(losses)) == 16
+    groups = {"first": losses[:8], "second": losses[8:]}
+    assert not paired_differences(groups, "first")["second"].excludes_zero
+    # It could have been: what eight seeds tell apart is within reach of a defect.
+    shifted = groups | {"second": losses[8:] + 0.3}
+    assert paired_differences(shifted, "first")["second"].excludes_zero
