@@ -18,7 +18,7 @@ SOUND = "quickstart:depth=1,width=32,heads=2"
 DEFECTS = {
     "no positions": f"{SOUND},positions=none",
     "a mask that hides all but the token itself": f"{SOUND},attention=local,window=1",
-    "a learning rate ten times too high": f"{SOUND},optimizer.learning_rate=0.3",
+    "a learning rate ten times too high": f"{SOUND},optimizer.learning_rate=0.1",
 }
 
 
@@ -28,7 +28,7 @@ def riddles(directory: Path, *variants: str, **fields) -> Comparison:
     path = directory / "riddles.txt"
     path.write_text("".join("".join(four) * 4 for four in letters))
     data = DataConfig(source=(str(path),), tokenizer="characters")
-    return tiny(directory, *variants, data=data, budget="tokens=20480", rates=(3e-2,), **fields)
+    return tiny(directory, *variants, data=data, budget="tokens=20480", rates=(1e-2,), **fields)
 
 
 def test_known_defects_are_found(tmp_path, monkeypatch):
@@ -36,7 +36,7 @@ def test_known_defects_are_found(tmp_path, monkeypatch):
     comparison = riddles(tmp_path, SOUND, *DEFECTS.values(), seeds=4)
     answer = study.compare(comparison, tmp_path / "out", "it")
     sound, *others = standings(answer, "")
-    assert sound.mean < 1.2  # Guessing among eight letters is 2.08, and a new four begins with one.
+    assert sound.mean < 1.6  # Guessing one of eight letters is 2.08.
     for name, standing in zip(DEFECTS, others, strict=True):
         assert standing.verdict == f"worse than {SOUND}", (name, standing)
         assert standing.mean > sound.mean + 0.1
@@ -46,7 +46,7 @@ def test_eight_seeds_against_eight_others_are_not_told_apart(tmp_path):
     plan = make_plan(riddles(tmp_path, SOUND, seeds=16), tmp_path / "out")
     (each,) = plan.planned
     with GridProgress(1.0) as progress:
-        outcomes = run_cells(plan.finals(each, 3e-2), tmp_path / "out", plan.material, progress)
+        outcomes = run_cells(plan.finals(each, 1e-2), tmp_path / "out", plan.material, progress)
     losses = np.array([outcome.validation_loss for outcome in outcomes], float)
     assert len(set(losses)) == 16
     groups = {"first": losses[:8], "second": losses[8:]}
