@@ -1,19 +1,19 @@
 """The grid: every variant, in tiny shapes, against every property of gptjax.equivalence.
 
-The variants are the presets (`gpt2`) and every value of every axis (`positions=alibi`), which are
-read from the annotations of `TransformerConfig`, so that a new one is here without another line.
+The variants are the presets (`gpt2`) and every value of every axis of `gptjax.axes`
+(`positions=alibi`), so that a new one is here without another line.
 """
 
 import dataclasses
 import functools
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from gptjax.axes import AXES, OUTSIDE, companions
 from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.equivalence import PROPERTIES, ROWS, Case, NotApplicable
 from gptjax.presets import PRESETS
@@ -22,56 +22,14 @@ from gptjax.runs import environment
 BASE = TransformerConfig(vocab_size=11, context=12, depth=2, width=16, heads=4)
 """What an axis value changes: the defaults, in tiny shapes."""
 
-SETTINGS: dict[str, tuple[Any, ...]] = {
-    "attention": ("full", "local", "compressed", "local,full"),
-    "kv_heads": (1, 2),
+TINY: dict[str, tuple[Any, ...]] = {
     "head_size": (8,),
     "hidden": (20,),
-    "rotary_fraction": (0.5,),
     "attention_cap": (1.0,),
     "logit_cap": (1.0,),
-    "experts": (4,),
-    "segments": (2,),
     "encoder_depth": (1,),
 }
-"""Values of the axes whose annotation does not list them."""
-
-COMPANIONS: dict[str, dict[str, Any]] = {
-    "family=recurrent": {"positions": "none"},
-    "pairing": {"positions": "rotary"},
-    "rotary_fraction": {"positions": "rotary"},
-    "attention=local": {"window": 5},
-    "attention=local,full": {"window": 5, "depth": 4},
-    "query_bias=True": {"bias": False},
-    "output_bias=True": {"bias": False},
-    "segments": {"family": "encoder"},
-    "encoder_heads": {"family": "encoder"},
-    "encoder_depth": {"family": "encoder_decoder"},
-}
-"""What an axis, or one value of it, has no effect without."""
-
-OUTSIDE = {
-    "vocab_size": "a size",
-    "context": "a size",
-    "depth": "a size",
-    "width": "a size",
-    "heads": "a size",
-    "norm_epsilon": "a constant of a formula",
-    "rotary_base": "a constant of a formula",
-    "window": "comes with local attention",
-    "attention_kernel": "the platform's own are no CPU's: tests/layers/test_kernels.py",
-    "compression": "comes with compressed attention",
-    "experts_per_token": "comes with experts",
-    "dropout": "0: what is dropped depends on how a batch is divided",
-    "capacity_factor": "0: which tokens a full expert drops depends on the others of the batch, so "
-    "that parts of a batch, devices and cached decoding rightly differ from the whole",
-    "dtype": "a column: every variant runs in both types",
-    "scan_layers": "a column: every variant runs both ways",
-    "remat": "a column: every variant runs both ways",
-    "remat_layers": "of scanned layers: tests/layers/test_stack.py",
-    "microbatches": "of a pipeline: tests/training/test_partitioned_step.py",
-}
-"""Fields that are no axis of the grid, and why."""
+"""Values that mean something in tiny shapes alone, of the axes that have no others."""
 
 HEAD_WIDTH = 4
 """Of a shrunk preset."""
@@ -82,11 +40,12 @@ OF_REAL_SIZE = ("parameters",)
 
 def axis_values() -> dict[str, TransformerConfig]:
     """`axis=value` → the base with that value, for every value of every axis."""
+    known = {**AXES, **TINY}
     return {
         f"{axis}={value}": _with_value(axis, value)
-        for axis, hint in typing.get_type_hints(TransformerConfig).items()
-        if axis not in OUTSIDE
-        for value in _values(axis, hint)
+        for axis in typing.get_type_hints(TransformerConfig)
+        if axis in known
+        for value in known[axis]
     }
 
 
@@ -155,24 +114,10 @@ def _shrunk_heads(config: TransformerConfig) -> tuple[int, int]:
     return (4 if sharing % 2 == 0 else 3 * kv_heads), kv_heads
 
 
-def _values(axis: str, hint: Any) -> tuple[Any, ...]:
-    """What the field may hold: a Literal's values, both of a bool, or those of `SETTINGS`.
-
-    Raises:
-      InputError: a field of another type that `SETTINGS` and `OUTSIDE` do not know.
-    """
-    if axis in SETTINGS:
-        return SETTINGS[axis]
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    if hint is bool or (isinstance(hint, types.UnionType) and bool in typing.get_args(hint)):
-        return (False, True)
-    raise InputError(f"gptjax.certify.SETTINGS has no values for the field {axis!r}.")
-
-
 def _with_value(axis: str, value: Any) -> TransformerConfig:
-    companions = COMPANIONS.get(axis, {}) | COMPANIONS.get(f"{axis}={value}", {})
-    return dataclasses.replace(BASE, **companions, **{axis: value})
+    changes = {**companions(axis, value, BASE), axis: value}
+    turn = len(str(changes.get("attention", BASE.attention)).split(","))
+    return dataclasses.replace(BASE, **changes, depth=turn * BASE.depth)
 
 
 class Cell(NamedTuple):

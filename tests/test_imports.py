@@ -22,6 +22,7 @@ ALLOWED = {
     CONFIG: [CONFIG],
     "gptjax.chips": [],
     "gptjax.presets": [CONFIG],
+    "gptjax.axes": [CONFIG],
     "gptjax.ledger": [CONFIG],
     "gptjax.sharding": [CONFIG],
     LAYERS: [CONFIG, "gptjax.sharding", LAYERS],
@@ -62,6 +63,7 @@ ALLOWED = {
     "gptjax.certify": [
         CONFIG,
         "gptjax.presets",
+        "gptjax.axes",
         "gptjax.equivalence",
         "gptjax.runs",
     ],

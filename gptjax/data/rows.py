@@ -79,7 +79,12 @@ class Window(NamedTuple):
     """Tokens that the next row reads once more."""
 
 
-def _check_objective(data: DataConfig, model: TransformerConfig) -> None:
+def check_objective(data: DataConfig, model: TransformerConfig) -> None:
+    """Refuse a model that cannot be asked `data.objective`.
+
+    Raises:
+      InputError: it cannot.
+    """
     families = FAMILIES[data.objective]
     if model.family not in families:
         fitting = [name for name, fits in FAMILIES.items() if model.family in fits]
@@ -104,7 +109,7 @@ def objective_vocabulary(
     Raises:
       InputError: a model that cannot be asked `data.objective`.
     """
-    _check_objective(data, model)
+    check_objective(data, model)
     if data.objective == "causal":
         return vocabulary(tokenizer, ())
     if data.objective in ("masked_lm", "next_sentence"):
