@@ -3,7 +3,14 @@ import pytest
 from scipy import stats
 
 from gptjax.config import InputError
-from gptjax.statistics import Interval, paired_differences, t_interval
+from gptjax.statistics import (
+    Interval,
+    holm_levels,
+    paired_differences,
+    power,
+    seeds_needed,
+    t_interval,
+)
 
 
 def test_an_interval_is_scipys():
@@ -88,3 +95,87 @@ def test_a_variant_is_not_different_from_itself():
 def test_what_cannot_be_compared_is_told(values, baseline, sentence):
     with pytest.raises(InputError, match=sentence):
         paired_differences(values, baseline)
+
+
+def test_an_interval_knows_the_level_that_it_was_asked_for():
+    generator = np.random.default_rng(4)
+    values = {
+        name: generator.normal(effect, 1, 6)
+        for name, effect in zip("abc", (0, 0.7, 9), strict=True)
+    }
+    differences = [values[name] - values["a"] for name in "bc"]
+    levels = holm_levels(differences, 0.9)
+    assert levels == pytest.approx([0.9, 0.95])  # The surest is asked first, for more.
+    found = paired_differences(values, "a", 0.9)
+    assert list(found.values()) == [*map(t_interval, differences, levels)]
+
+
+def separated(samples: np.ndarray, level: float) -> float:
+    """How many of the studies [studies, seeds] find a difference."""
+    chances = np.asarray(stats.ttest_1samp(samples, 0, axis=1)[1])
+    return float(np.mean(chances < 1 - level))
+
+
+@pytest.mark.parametrize(
+    ("effect", "seeds", "level"), [(1.0, 5, 0.95), (-0.5, 12, 0.99), (3, 2, 0.9)]
+)
+def test_power_is_how_often_a_difference_is_found(effect, seeds, level):
+    samples = np.random.default_rng(5).normal(2 * effect, 2, size=(20_000, seeds))
+    assert power(2 * effect, 2, seeds, level) == pytest.approx(
+        separated(samples, level),
+        abs=0.014,  # Four standard errors.
+    )
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.2, 1.0, 4.0, 1000.0])
+@pytest.mark.parametrize("seeds", [2, 5, 30])
+def test_power_is_that_of_the_noncentral_t(effect, seeds):
+    threshold = stats.t.ppf(0.975, seeds - 1)
+    distribution = stats.nct(seeds - 1, effect * np.sqrt(seeds))
+    # Below, SciPy's own sum may end in nan where there is nothing.
+    expected = distribution.sf(threshold) + np.nan_to_num(distribution.cdf(-threshold))
+    assert power(effect, 1, seeds) == pytest.approx(expected, abs=1e-9)
+
+
+def test_power_is_the_textbooks():
+    # Cohen 1988: a medium effect of 0.5 needs 34 pairs for 80% at 5%.
+    assert power(0.5, 1, 33, 0.95) < 0.8 < power(0.5, 1, 34, 0.95)
+
+
+def test_power_grows_with_seeds_and_effect_and_falls_with_level():
+    by_seeds = [power(0.7, 1, seeds) for seeds in range(2, 40)]
+    by_effect = [power(effect, 1, 5) for effect in np.linspace(0, 30, 40)]
+    by_level = [power(0.7, 1, 5, level) for level in np.linspace(0.999, 0.5, 40)]
+    for powers in (by_seeds, by_effect, by_level):
+        assert np.all(np.diff(powers) >= -1e-12)
+        assert powers[0] < powers[-1]
+    assert power(0, 1, 5, 0.95) == pytest.approx(0.05)
+    assert (power(0, 0, 5), power(1, 0, 5)) == (0, 1)
+
+
+@pytest.mark.parametrize("level", [0.95, 0.99])
+@pytest.mark.parametrize("effect", [0.3, 0.9])
+def test_with_the_seeds_that_were_asked_for_most_studies_separate(effect, level):
+    noise = np.array([-1.2, 0.3, 1.1, -0.9, 0.7])
+    observed = effect + (noise - noise.mean()) / noise.std(ddof=1)
+    more = seeds_needed(observed, level)
+    assert more is not None
+    assert more >= 1
+    samples = np.random.default_rng(6).normal(effect, 1, size=(5000, 5 + more))
+    assert 0.8 - 0.023 < separated(samples, level) < 0.8 + 0.06  # Seeds are whole.
+    assert separated(samples[:, :-1], level) < 0.8 + 0.023
+
+
+def test_seeds_are_asked_for_only_where_they_help():
+    spread = np.array([-1.0, 1.0, -0.5, 0.5])
+    assert seeds_needed(10 + spread) == 0
+    assert seeds_needed(spread) is None
+    assert seeds_needed(0.05 + spread) is None
+    assert (seeds_needed(0.05 + spread, most=10_000) or 0) > 1000
+    # Not separated, though a study of this size would be more often than not.
+    barely = spread + 0.99 * (0 - t_interval(spread).low)
+    assert seeds_needed(barely) in range(1, 4)
+    with pytest.raises(InputError, match="There are 1 values"):
+        seeds_needed(np.array([1.0]))
+    with pytest.raises(InputError, match="seeds is 1: an interval needs at least 2"):
+        power(1, 1, 1)
