@@ -1,0 +1,144 @@
+"""What may be said of each variant: better, worse, or not separated, and what would separate it.
+
+A verdict is a statement of Holm's test on paired differences (`gptjax.statistics`) and nothing
+else. A run that failed has no loss, and the seeds that are left are those on which a variant did
+well: dropping the others flatters it. So nothing is said in favour of a side whose runs failed;
+what is said against it, although flattered, may stand.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.compare.results import Answer, Entry
+from gptjax.statistics import Interval, holm_levels, seeds_needed, t_interval
+
+MOST_SEEDS = 1000
+"""More than these is told as such, not as a number."""
+
+
+class Standing(NamedTuple):
+    """A variant among those of its size."""
+
+    entry: Entry
+    losses: np.ndarray
+    """[runs], of the final runs that finished, by seed; nats a token."""
+    mean: float
+    """Of them; nan where none finished."""
+    deviation: float | None
+    """Of the sample; None of a single run."""
+    interval: Interval | None
+    """Student's, of the mean, at the comparison's confidence for itself alone."""
+    difference: Interval | None
+    """From the baseline, over the seeds that finished in both, with Holm's level; None for the
+    baseline and where there are fewer than two such seeds."""
+    verdict: str
+    """What the differences let one say."""
+
+
+def standings(answer: Answer, size: str) -> list[Standing]:
+    """Where each variant of a size stands, in the order asked for.
+
+    All verdicts of a size together are wrong with at most the chance 1 - confidence; those of
+    several sizes are so each for itself.
+    """
+    entries = [entry for entry in answer.entries if entry.size == size]
+    confidence = answer.comparison.confidence
+    baseline = entries[0]
+    differences = [_differences(entry, baseline) for entry in entries[1:]]
+    asked = [difference for difference in differences if len(difference) > 1]
+    levels = iter(holm_levels(asked, confidence))
+    found = [_standing(baseline, None, _with_failures("baseline", baseline), confidence)]
+    for entry, values in zip(entries[1:], differences, strict=True):
+        level = next(levels) if len(values) > 1 else confidence
+        interval = t_interval(values, level) if len(values) > 1 else None
+        verdict = _verdict(entry, baseline, values, interval, level)
+        found.append(_standing(entry, interval, _with_failures(verdict, entry), confidence))
+    return found
+
+
+def edge(entry: Entry) -> str | None:
+    """A sentence where the best learning rate ended its grid; None where it did not.
+
+    Beyond the grid there may be a better one, by which the variant was not judged.
+    """
+    rates = sorted(entry.searched)
+    rate = entry.optimizer.learning_rate
+    if len(rates) < 2 or rates[0] < rate < rates[-1]:
+        return None
+    end, beyond = ("smallest", "smaller") if rate <= rates[0] else ("largest", "larger")
+    return (
+        f"{entry.variant} did best at {rate:g}, the {end} learning rate that was tried: "
+        f"a {beyond} one may be better still."
+    )
+
+
+def finished(entry: Entry) -> dict[int, float]:
+    """The losses of final runs by seed, without those that failed."""
+    return {
+        outcome.seed: outcome.validation_loss
+        for outcome in entry.finals
+        if outcome.validation_loss is not None
+    }
+
+
+def _failed(entry: Entry) -> int:
+    return len(entry.finals) - len(finished(entry))
+
+
+def _differences(entry: Entry, baseline: Entry) -> np.ndarray:
+    """[seeds], of those that finished in both: above 0 where the variant is worse."""
+    losses, reference = finished(entry), finished(baseline)
+    return np.array([losses[seed] - reference[seed] for seed in losses if seed in reference])
+
+
+def _standing(
+    entry: Entry, difference: Interval | None, verdict: str, confidence: float
+) -> Standing:
+    losses = np.array(list(finished(entry).values()), float)
+    several = len(losses) > 1
+    return Standing(
+        entry=entry,
+        losses=losses,
+        mean=float(np.mean(losses)) if len(losses) else float("nan"),
+        deviation=float(np.std(losses, ddof=1)) if several else None,
+        interval=t_interval(losses, confidence) if several else None,
+        difference=difference,
+        verdict=verdict,
+    )
+
+
+def _with_failures(verdict: str, entry: Entry) -> str:
+    failed, runs = _failed(entry), len(entry.finals)
+    return f"{failed} of {runs} runs failed; {verdict}" if failed else verdict
+
+
+def _verdict(
+    entry: Entry, baseline: Entry, differences: np.ndarray, interval: Interval | None, level: float
+) -> str:
+    """In words; `interval` is that of the differences, None of fewer than two."""
+    name = baseline.variant
+    if not finished(entry):
+        return f"nothing to compare with {name}"
+    if interval is None:
+        if not _failed(entry) and not _failed(baseline):
+            return "one seed: no interval"
+        return f"{('no seed', 'one seed')[len(differences)]} in common with {name}: no interval"
+    if not interval.excludes_zero:
+        return f"not separated from {name}; {_what_would(differences, level)}"
+    if interval.low > 0:
+        flattered, verdict = baseline, "worse than"
+    else:
+        flattered, verdict = entry, "better than"
+    if not _failed(flattered):
+        return f"{verdict} {name}"
+    whose = "its" if flattered is entry else f"{name}'s"
+    return f"not called {verdict} {name}, since {whose} failed runs may be the bad ones"
+
+
+def _what_would(differences: np.ndarray, level: float) -> str:
+    more = seeds_needed(differences, level, most=MOST_SEEDS)
+    if more is None:
+        return f"not even {MOST_SEEDS} more seeds would separate a difference of this size"
+    seeds = "seed" if more == 1 else "seeds"
+    return f"about {more} more {seeds} would separate a difference of this size"
