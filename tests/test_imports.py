@@ -50,6 +50,10 @@ ALLOWED = {
         "gptjax.trial",
     ],
     "gptjax.statistics": [CONFIG],
+    "gptjax.compare.question": [CONFIG],
+    "gptjax.compare.results": [CONFIG, "gptjax.compare.question"],
+    "gptjax.compare.analysis": ["gptjax.statistics", "gptjax.compare.results"],
+    "gptjax.compare.scaling": [CONFIG, "gptjax.compare.results"],
     "gptjax.equivalence": [
         CONFIG,
         LAYERS,
