@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from compared import tiny
-from gptjax.compare.analysis import standings
 
 from gptjax.compare import costs, study
+from gptjax.compare.analysis import standings
 from gptjax.compare.grid import run_cells
 from gptjax.compare.plan import make_plan
 from gptjax.compare.progress import GridProgress
