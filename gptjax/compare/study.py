@@ -89,9 +89,7 @@ def describe(comparison: Comparison, out: Path) -> str:
         missing = [cell for cell in cells if finished(cell, out, plan.material) is None]
         total, done = total + len(cells), done + len(cells) - len(missing)
         left += len(missing) * each.steps * takes
-        off = (
-            "" if not each.target or not each.reached else f"{each.reached / each.target - 1:+.2%}"
-        )
+        off = each.reached / each.target - 1 if each.reached and each.target else 0.0
         lines.append(
             f"{each.variant.name:<40}{each.size:<14}{model.width:>6}{model.heads:>6}"
             f"{model.hidden_width:>7}{model.depth:>6}{cost.parameters:>12,}"

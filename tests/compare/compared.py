@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.compare.question import Comparison
+from gptjax.compare.results import Costs
 from gptjax.config import DataConfig, OptimizerConfig
 
+COSTS = Costs(1000.0, 2000, 3.0, None, None)
+"""In the place of what a clock would say."""
 TINY = "quickstart:depth=1,width=16,heads=2"
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from compared import tiny
+from compared import COSTS, tiny
 
 from gptjax.compare import costs, study
 from gptjax.compare.analysis import standings
@@ -32,7 +32,7 @@ def riddles(directory: Path, *variants: str, **fields) -> Comparison:
 
 
 def test_known_defects_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "measure", lambda configs, batch: dict.fromkeys(configs))
+    monkeypatch.setattr(costs, "measure", lambda configs, batch: dict.fromkeys(configs, COSTS))
     comparison = riddles(tmp_path, SOUND, *DEFECTS.values(), seeds=4)
     answer = study.compare(comparison, tmp_path / "out", "it")
     sound, *others = standings(answer, "")

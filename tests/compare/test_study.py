@@ -7,17 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from compared import TINY, tiny
-from gptjax.compare.analysis import standings
+from compared import COSTS, TINY, tiny
 
 from gptjax.compare import costs, grid, study
+from gptjax.compare.analysis import standings
 from gptjax.compare.plan import SEARCH_SEED, make_plan, short
-from gptjax.compare.results import Costs
 from gptjax.config import InputError
 from gptjax.ledger import ledger
 
 SILU = f"{TINY},feedforward=silu"
-COSTS = Costs(1000.0, 2000, 3.0, None, None)
 FILES = ("report.html", "report.md", "results.csv", "results.jsonl")
 
 
