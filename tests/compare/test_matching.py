@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.compare import matching
 from gptjax.compare.matching import DISTORTION, MEASURE, STEPS, match_seconds, match_width, resized
 from gptjax.config import InputError, TransformerConfig
 from gptjax.presets import PRESETS, preset
@@ -115,11 +116,14 @@ def test_the_coarsest_step_that_gets_there_wins():
                         assert abs(count(other) / target - 1) > TOLERANCE, (target, step)
 
 
-def test_of_one_step_the_least_distortion_wins():
+def test_of_one_step_the_least_distortion_wins(monkeypatch):
+    monkeypatch.setattr(matching, "STEPS", (1,))
     model, count = preset("quickstart"), MEASURE["params"]
-    target = count(resized(model, 160))
-    assert match_width(model, count, target, TOLERANCE).model == resized(model, 160)
-    assert match_width(model, count, target, TOLERANCE).model.hidden == 0
+    larger = resized(model, 160)
+    for off in (-0.009, 0.0, 0.009):
+        # Another hidden would come nearer, and change the proportion.
+        assert match_width(model, count, count(larger) * (1 + off), TOLERANCE).model == larger
+    assert larger.hidden == 0
 
 
 def test_a_large_model_is_all_of_the_coarsest_step():
@@ -162,7 +166,8 @@ def test_resized_keeps_proportions():
         llama, width=256, heads=8, kv_heads=4, hidden=688
     )
     assert resized(preset("gpt2"), 1536).hidden == 0
-    assert resized(preset("multi-query"), 64).kv_heads == 1
+    several = resized(preset("multi-query"), 160)
+    assert (several.heads, several.head_width, several.kv_heads) == (5, 32, 1)
     assert resized(preset("lstm"), 129).width == 129
     with pytest.raises(InputError, match="A width of 100 leaves no heads for this model: it must"):
         resized(llama, 100)
@@ -204,10 +209,15 @@ def test_seconds_are_matched_by_what_is_measured():
 
 
 def test_a_variant_that_has_arrived_keeps_its_width():
-    ratios, rounds = _clock([1.0, 1.0, 2.0, 1.0])
-    matched = match_seconds(SECONDS, ratios, TOLERANCE)
+    clock, rounds = _clock([1.0, 1.0, 2.0, 1.0])
+
+    def drifting(models):
+        return [*clock(models)[:3], 1.008 if len(rounds) == 1 else 1.3]
+
+    matched = match_seconds(SECONDS, drifting, TOLERANCE)
     assert len(rounds) > 1
     assert {models[3] for models in rounds} == {matched[3].model}
+    assert matched[3].reached == 1.008
 
 
 def test_seconds_that_no_width_changes_say_how_near_they_came():
