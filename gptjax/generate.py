@@ -296,7 +296,7 @@ def compiled_read(graphdef: nnx.GraphDef) -> Any:
         )
         last = valid.sum(axis=1)[:, None, None] - 1
         hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
-        return model.unembed(hidden), output.cache
+        return model.unembed(model.readout(hidden)), output.cache
 
     return jax.jit(read, donate_argnums=2)
 

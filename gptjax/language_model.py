@@ -124,8 +124,9 @@ class LanguageModel(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
     def readout(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] → what the head reads [..., D]; only BERT's differs from `hidden`."""
-        return hidden
+        """[..., D] → what the head reads [..., D]; BERT's transforms it before it is scaled."""
+        scale = self.config.logit_scale
+        return hidden if scale == 1 else scale * hidden
 
     def check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
         """Refuse what the model cannot take, before anything is compiled.

@@ -20,9 +20,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig
+from gptjax.config import (
+    ExperimentConfig,
+    InputError,
+    MeshConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from gptjax.data.batch import Batch
 from gptjax.ledger import ledger
+from gptjax.mup import factors, scaled
 from gptjax.sharding import DATA, build_mesh
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.loop import Batches
@@ -63,6 +70,7 @@ def train_together(
     validation: Sequence[Batches],
     *,
     at_once: int = 0,
+    mup_base: TransformerConfig | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[Trial]:
     """What `trial.train` gives for each of `configs`, from one program that trains them all.
@@ -78,10 +86,12 @@ def train_together(
       batches: of each run, all of the same shape.
       validation: of each run, the same number of batches for all.
       at_once: runs side by side, in rounds of so many; 0 takes `most_at_once`.
+      mup_base: as of `trial.train`.
       progress: told after each step how many runs made one.
 
     Raises:
-      InputError: configs that differ in more, or not as many batches as configs.
+      InputError: configs that differ in more, not as many batches as configs, or a base that
+        `trial.train` refuses.
     """
     counts = [len(configs), len(batches), len(validation)]
     if not configs or len(set(counts)) > 1 or len({len(each) for each in validation}) > 1:
@@ -93,7 +103,7 @@ def train_together(
     common = _common(configs)
     at_once = at_once or most_at_once(ledger(common.model).parameters)
     size = min(at_once, len(configs))
-    program = _program(common, build_mesh(MeshConfig(), size))
+    program = _program(common, mup_base, build_mesh(MeshConfig(), size))
     trials = []
     for first in range(0, len(configs), size):
         chosen = [min(first + place, len(configs) - 1) for place in range(size)]
@@ -180,19 +190,25 @@ class _Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: ExperimentConfig, mesh: Mesh) -> _Program:
+def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh: Mesh) -> _Program:
     """The program of all runs whose configs have this in common."""
+    by_width = None
+    if mup_base is not None:
+        by_width = factors(config.model, mup_base)
+        config = dataclasses.replace(config, model=scaled(config.model, mup_base))
     graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
     loss, train = training_loss(graphdef, config.train), config.train
 
     def optimizer(knobs: Knobs) -> optax.GradientTransformation:
-        return build_optimizer(config.optimizer, train.steps, knobs.learning_rate)
+        rates = by_width and by_width.rate
+        return build_optimizer(config.optimizer, train.steps, knobs.learning_rate, rates)
 
     def init(knobs: Knobs) -> State:
         # Not compiled as one program, which would take as long as the step's: what draws one
         # matrix serves the next run, and the next variant, whose matrices are of that shape too.
         drawn = [split(build(config.model, rngs=nnx.Rngs(int(seed))))[1] for seed in knobs.seed]
         params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+        params = params if by_width is None else by_width.drawn(params)
         state = State(
             jnp.zeros(len(drawn), jnp.int32),
             params,

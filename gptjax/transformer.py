@@ -188,8 +188,8 @@ class Encoder(LanguageModel):
     def readout(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → [..., D]: what BERT does before its masked-LM head (its released code)."""
         if self.config.encoder_heads not in ("masked_lm", "pretraining"):
-            return hidden
-        return self.masked_lm_norm(gelu(self.masked_lm(hidden)))
+            return super().readout(hidden)
+        return super().readout(self.masked_lm_norm(gelu(self.masked_lm(hidden))))
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
         """[B, T, D] → [B, D]: tanh of a linear layer of the first token."""

@@ -4,6 +4,7 @@ For notebooks, and wherever batches are made and not read; `experiments/quicksta
 the same wiring for text. It is `fit`, so what is true of a run is true of a trial.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -14,7 +15,8 @@ import grain
 import jax
 from flax import nnx
 
-from gptjax.config import ExperimentConfig, InputError, to_dict
+from gptjax.config import ExperimentConfig, InputError, TransformerConfig, to_dict
+from gptjax.mup import factors, scaled
 from gptjax.runs import CHECKPOINTS, CONFIG, load_config, write_json
 from gptjax.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
@@ -49,6 +51,7 @@ def train(
     *,
     directory: str | Path | None = None,
     writers: Sequence[Writer] = (),
+    mup_base: TransformerConfig | None = None,
 ) -> Trial:
     """Train a model anew.
 
@@ -59,16 +62,19 @@ def train(
       directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`;
         a trial of the same config that was interrupted there goes on. None keeps nothing.
       writers: where else the scalars go.
+      mup_base: the model at the width that the learning rate was chosen for, from which muP carries
+        it to the width of `config`; None trains as `config` says.
 
     Raises:
-      InputError: a directory that holds something else, or batches that do not fit the devices.
+      InputError: a directory that holds something else, batches that do not fit the devices, or a
+        base that differs in more than sizes or is for Muon.
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
     if directory is not None:
-        return _train(config, batches, validation, Path(directory), writers)
+        return _train(config, batches, validation, Path(directory), writers, mup_base)
     with tempfile.TemporaryDirectory() as temporary:
-        return _train(config, batches, validation, Path(temporary), writers)
+        return _train(config, batches, validation, Path(temporary), writers, mup_base)
 
 
 def _train(
@@ -77,7 +83,12 @@ def _train(
     validation: Batches,
     directory: Path,
     writers: Sequence[Writer],
+    mup_base: TransformerConfig | None,
 ) -> Trial:
+    by_width = None
+    if mup_base is not None:
+        by_width = factors(config.model, mup_base)
+        config = dataclasses.replace(config, model=scaled(config.model, mup_base))
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / CONFIG).exists():
         if load_config(directory) != config:
@@ -89,7 +100,8 @@ def _train(
     graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
 
     def init() -> Params:
-        return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+        params = split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+        return params if by_width is None else by_width.drawn(params)
 
     with (
         Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
@@ -100,7 +112,11 @@ def _train(
             init,
             mesh=build_mesh(config.mesh, config.train.batch_size // config.train.accumulate),
             loss=training_loss(graphdef, config.train),
-            optimizer=build_optimizer(config.optimizer, config.train.steps),
+            optimizer=build_optimizer(
+                config.optimizer,
+                config.train.steps,
+                rate_factors=by_width and by_width.rate,
+            ),
             batches=batches,
             validation=validation,
             checkpoints=checkpoints,

@@ -83,6 +83,7 @@ REFUSED = [
     (TransformerConfig, {"compression": 0}, "at least 1"),
     (TransformerConfig, {"attention_cap": -1.0}, "at least 0"),
     (TransformerConfig, {"logit_cap": -1.0}, "at least 0"),
+    (TransformerConfig, {"logit_scale": 0.0}, "above 0"),
     (TransformerConfig, {"experts": -1}, "at least 0"),
     (TransformerConfig, {"experts": 4, "family": "recurrent", "positions": "none"}, "0 in the"),
     (TransformerConfig, {"experts_per_token": 5, "experts": 4}, "between 1 and experts 4"),

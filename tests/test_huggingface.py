@@ -121,6 +121,8 @@ def test_a_model_that_no_family_computes_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"nearest, gpt2, would change qk_norm: True -> False\."):
         to_huggingface(build(config, rngs=nnx.Rngs(0)), tmp_path / "written")
     assert not (tmp_path / "written").exists()
+    with pytest.raises(InputError, match=r"would change logit_scale: 0\.5 -> 1\.0\."):
+        config_to_huggingface(dataclasses.replace(PRESETS["gpt2"], logit_scale=0.5))
     for name in ("gemma-style", "moe", "lstm", "alibi"):
         with pytest.raises(InputError, match="No family of Hugging Face's computes"):
             config_to_huggingface(PRESETS[name])

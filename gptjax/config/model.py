@@ -84,6 +84,8 @@ class TransformerConfig:
     """A bias a token in the head."""
     logit_cap: float = 0.0
     """Logits bounded softly by cap tanh(logit / cap); 0 does not."""
+    logit_scale: float = 1.0
+    """What the head reads is multiplied by it (Cohere's name; muP's way of a wider model)."""
     embedding_scaled: bool = False
     """Multiply token embeddings by the root of the width."""
     segments: int = 0
@@ -139,6 +141,7 @@ class TransformerConfig:
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         check(self, "norm_epsilon", self.norm_epsilon > 0, "above 0")
         check(self, "rotary_base", self.rotary_base > 0, "above 0")
+        check(self, "logit_scale", self.logit_scale > 0, "above 0")
         divides = bool(self.head_size) or self.width % self.heads == 0
         check(self, "heads", divides, f"a divisor of width {self.width}")
         divides = self.heads % self.key_value_heads == 0

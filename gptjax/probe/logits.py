@@ -133,7 +133,7 @@ def _attribution(graphdef, params, tokens, answer, inputs) -> Attribution:
     seen = run(model, tokens, places, {}, inputs).captured
 
     # From the logit backwards: what one unit of each channel of the stream adds to it.
-    share = model.unembedding[answer].astype(jnp.float32)
+    share = model.config.logit_scale * model.unembedding[answer].astype(jnp.float32)
     bias = jnp.zeros(tokens.shape)
     if model.unembedding_bias is not None:
         bias += model.unembedding_bias[answer]

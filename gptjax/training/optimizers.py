@@ -50,7 +50,10 @@ def learning_rate_schedule(
 
 
 def build_optimizer(
-    config: OptimizerConfig, steps: int, learning_rate: float | jax.Array | None = None
+    config: OptimizerConfig,
+    steps: int,
+    learning_rate: float | jax.Array | None = None,
+    rate_factors: Any = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) with AdamW for all but matrices.
 
@@ -59,21 +62,30 @@ def build_optimizer(
       steps: of the whole run.
       learning_rate: the peak of AdamW's, where one program trains at several; None takes the
         config's.
+      rate_factors: what AdamW's learning rate is multiplied by, a tree like the parameters of
+        numbers (`gptjax.mup`); None is 1. The weight decay does not change.
 
     Raises:
-      InputError: a warm-up as long as the run.
+      InputError: a warm-up as long as the run, or factors for Muon.
     """
+    if rate_factors is not None and config.name != "adamw":
+        raise InputError(
+            f"OptimizerConfig.name is {config.name!r}: it must be adamw for learning rates that "
+            "follow the width (muP), of which Muon's matrices need none, having been "
+            "orthogonalised."
+        )
     peak = config.learning_rate if learning_rate is None else learning_rate
     adamw_rate = learning_rate_schedule(config, peak, steps)
     if config.name == "adamw":
-        update = optax.adamw(
-            adamw_rate,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            mu_dtype=config.moments,
-            weight_decay=config.weight_decay,
-            mask=decays,
+        # The factors come before the decay, so that in a step a weight loses the same share of
+        # itself at every width: decay is of the weight's own size, which no width has to correct.
+        adam = optax.scale_by_adam(
+            b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.moments
+        )
+        update = optax.chain(
+            adam if rate_factors is None else optax.chain(adam, _multiplied_by(rate_factors)),
+            optax.add_decayed_weights(config.weight_decay, mask=decays),
+            optax.scale_by_learning_rate(adamw_rate),
         )
     else:
         update = muon(
@@ -91,6 +103,12 @@ def build_optimizer(
         )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, update)
+
+
+def _multiplied_by(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda update, factor: factor * update, updates, factors)
+    )
 
 
 def decays(params: Any) -> Any:

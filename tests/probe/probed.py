@@ -22,8 +22,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sandwich": {"norm_placement": "sandwich", "attention_cap": 2.0, "positions": "alibi"},
     "pattern": {"attention": "full,local,full", "window": 3, "positions": "relative"},
     "compressed": {"attention": "full,local,compressed", "window": 3},
-    "experts": {"experts": 3, "qk_norm": True, "bias": False, "tied": False},
-    "encoder": {"family": "encoder", "segments": 2, "head_bias": True},
+    "experts": {"experts": 3, "qk_norm": True, "bias": False, "tied": False, "logit_scale": 2.0},
+    "encoder": {"family": "encoder", "segments": 2, "head_bias": True, "logit_scale": 0.5},
     "encoder_decoder": {"family": "encoder_decoder", "encoder_depth": 2, "head_bias": True},
     "recurrent": {"family": "recurrent", "positions": "none"},
 }

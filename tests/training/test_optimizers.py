@@ -50,6 +50,33 @@ def test_weight_decay_moves_just_the_leaves_that_decay():
         np.testing.assert_allclose(update, -0.05 if name in KERNELS | TABLES else 0.0)
 
 
+def test_factors_scale_the_step_and_not_the_decay():
+    """What a weight loses to decay in a step is the same share at every width."""
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **STEADY)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    factors = {name: 2.0 + place for place, name in enumerate(leaf_names(PARAMS))}
+    tree = jax.tree.unflatten(jax.tree.structure(PARAMS), factors.values())
+    steps = []
+    for rate_factors in (None, tree):
+        transformation = build_optimizer(config, steps=10, rate_factors=rate_factors)
+        updates, _ = transformation.update(ones, transformation.init(ones), ones)
+        steps.append(dict(zip(leaf_names(updates), jax.tree.leaves(updates), strict=True)))
+    for name, factor in factors.items():
+        decay = -0.05 if name in KERNELS | TABLES else 0.0
+        expected = factor * (steps[0][name] - decay) + decay
+        np.testing.assert_allclose(steps[1][name], expected, rtol=1e-5)
+
+
+def test_without_factors_adamw_is_optax_own():
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **STEADY)
+    theirs = optax.adamw(0.1, 0.9, 0.99, weight_decay=0.5, mask=decays)
+    updates = []
+    for transformation in (build_optimizer(config, steps=10), theirs):
+        update, _ = transformation.update(PARAMS, transformation.init(PARAMS), PARAMS)
+        updates.append(update)
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
 def muon_axes(params) -> dict[str, tuple]:
     """The axes that Muon multiplies along, by leaf."""
 
