@@ -27,6 +27,7 @@ TINY: dict[str, tuple[Any, ...]] = {
     "hidden": (20,),
     "attention_cap": (1.0,),
     "logit_cap": (1.0,),
+    "logit_scale": (0.25,),
     "encoder_depth": (1,),
 }
 """Values that mean something in tiny shapes alone, of the axes that have no others."""

@@ -1,5 +1,6 @@
 """Models of Hugging Face's without PyTorch: golden files, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 import sys

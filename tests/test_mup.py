@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -272,6 +271,7 @@ def text(rng: np.random.Generator) -> Batch:
 
 
 HELD_OUT = [text(np.random.default_rng(100 + number)) for number in range(4)]
+TOKENS_OF_TEXT = jnp.asarray(HELD_OUT[0].tokens)
 SMALL = TransformerConfig(vocab_size=V, context=T, depth=1, width=16, heads=2)
 
 
@@ -320,17 +320,14 @@ def test_a_run_with_a_base_is_the_same_together(alone):
         alone[0],
     )
     np.testing.assert_allclose(ours.validation_loss, theirs.validation_loss, rtol=1e-5)
-    np.testing.assert_allclose(
-        ours.model(HELD_OUT[0].tokens), theirs.model(HELD_OUT[0].tokens), atol=1e-5
-    )
+    np.testing.assert_allclose(ours.model(TOKENS_OF_TEXT), theirs.model(TOKENS_OF_TEXT), atol=1e-5)
 
 
 def test_the_directory_holds_the_model_that_was_trained(alone):
     trained, directory = alone
     assert load_config(directory).model == scaled(WIDE, SMALL)
     _, model, _ = load_model(directory)
-    tokens = HELD_OUT[0].tokens
-    np.testing.assert_array_equal(model(tokens), trained.model(tokens))
+    np.testing.assert_array_equal(model(TOKENS_OF_TEXT), trained.model(TOKENS_OF_TEXT))
 
 
 def test_muon_takes_no_base():
