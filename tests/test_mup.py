@@ -251,8 +251,7 @@ def test_cached_decoding_reads_scaled_logits():
 def test_a_scale_of_one_adds_nothing_to_the_program():
     plain = dataclasses.replace(SCALED, logit_scale=1.0)
     programs = [
-        str(jax.make_jaxpr(lambda x, model=model_of(c): model.readout(x))(jnp.ones(16)))
-        for c in (plain, SCALED)
+        str(jax.make_jaxpr(model_of(config).readout)(jnp.ones(16))) for config in (plain, SCALED)
     ]
     assert [" mul " in program for program in programs] == [False, True]
 
