@@ -16,6 +16,7 @@ DATA = "gptjax.data.*"
 DISTRIBUTED = "gptjax.distributed.*"
 TRAINING = "gptjax.training.*"
 PREFLIGHT = "gptjax.preflight.*"
+COMPARE = "gptjax.compare.*"
 
 ALLOWED = {
     # module: what it may import of ours; the first line that fits a module is its own.
@@ -59,10 +60,6 @@ ALLOWED = {
         "gptjax.trial",
     ],
     "gptjax.statistics": [CONFIG],
-    "gptjax.compare.question": [CONFIG],
-    "gptjax.compare.results": [CONFIG, "gptjax.compare.question"],
-    "gptjax.compare.analysis": ["gptjax.statistics", "gptjax.compare.results"],
-    "gptjax.compare.scaling": [CONFIG, "gptjax.compare.results"],
     "gptjax.equivalence": [
         CONFIG,
         LAYERS,
@@ -79,6 +76,23 @@ ALLOWED = {
         "gptjax.axes",
         "gptjax.equivalence",
         "gptjax.runs",
+    ],
+    COMPARE: [
+        CONFIG,
+        "gptjax.axes",
+        "gptjax.presets",
+        "gptjax.ledger",
+        "gptjax.sharding",
+        DATA,
+        TRAINING,
+        "gptjax.transformer",
+        "gptjax.generate",
+        "gptjax.plots.*",
+        "gptjax.runs",
+        "gptjax.trial",
+        "gptjax.together",
+        "gptjax.statistics",
+        COMPARE,
     ],
     "gptjax.preflight.settings": [CONFIG, "gptjax.presets"],
     PREFLIGHT: [

@@ -1,0 +1,151 @@
+"""`python experiments/compare.py` as its user has it: mistakes, a kill, Ctrl-C, a second call."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from compared import TINY, text
+from conftest import EXPERIMENTS, QUICK_COMPILATION
+
+FLAGS = {
+    "--match": ["none"],
+    "--budget": ["tokens=2560"],
+    "--seeds": ["3"],
+    "--rates": ["1e-3", "1e-2"],
+    "--search-seeds": ["1"],
+    "--evaluations": ["4"],
+    "--context": ["16"],
+    "--batch-size": ["4"],
+    "--data.tokenizer": ["characters"],
+    "--optimizer.warmup-steps": ["2"],
+}
+
+
+def words(directory: Path, *variants: str, **changed: str) -> list[str]:
+    flags = FLAGS | {
+        f"--{name.replace('_', '-')}": value.split() for name, value in changed.items()
+    }
+    flags |= {"--data.source": [str(text(directory))], "--out": [str(directory / "out")]}
+    return ["--variants", *variants, *(word for flag in flags for word in (flag, *flags[flag]))]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The script in this process: exit code, output and errors."""
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+    script = importlib.import_module("compare")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare.py", *words])
+        code = 0
+        try:
+            script.run_command(script.main, script.__doc__)
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("variants", "changed", "sentence"),
+    [
+        (["quickstrat"], {}, "Unknown preset 'quickstrat': did you mean quickstart?"),
+        (["quickstart:nrom=rmsnorm"], {}, "an unknown field 'nrom': did you mean norm"),
+        (["quickstart:norm=batchnorm"], {}, "it must be one of layernorm, rmsnorm."),
+        ([TINY], {"budget": "tokens=99"}, "that is 1 steps of 64 tokens, too small for 4 eval"),
+        (["gpt2"], {"match": "params=10k"}, "gpt2 cannot be matched: no width comes within 1% of"),
+        ([TINY], {"seeds": "0"}, "Comparison.seeds is 0: it must be at least 1."),
+        ([TINY], {"sedes": "3"}, "Unknown flag --sedes: did you mean"),
+        ([TINY], {"rates": "fast"}, "--rates"),
+    ],
+)
+def test_a_mistake_is_one_sentence(command, tmp_path, variants, changed, sentence):
+    code, out, errors = command(*words(tmp_path, *variants, **changed))
+    assert code == 2
+    assert sentence in errors
+    assert errors.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_version_are_one_sentence(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.json").write_text('{"format": 99}')
+    code, _, errors = command(*words(tmp_path, TINY))
+    assert code == 2
+    assert errors.endswith("(format 99, where 1 is read): choose another --out.\n")
+
+
+def start(*words: str) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    for variable in QUICK_COMPILATION:
+        del environment[variable]
+    return subprocess.Popen(
+        [sys.executable, str(EXPERIMENTS / "compare.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_a_result(out: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not list(out.glob("runs/*/result.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def losses(out: Path) -> dict[str, dict]:
+    """What is not a clock's, by run."""
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return {line.pop("directory"): line | {"seconds": 0} for line in lines}
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for directory in (whole, broken):
+        directory.mkdir()
+    variants = TINY, f"{TINY},feedforward=silu"
+    asked = words(broken, *variants)
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = start(*asked)
+        wait_for_a_result(broken / "out", process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (-signal.SIGKILL, 130)
+        assert "Traceback" not in errors
+    kept = {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}
+    for asked_of in (asked, words(whole, *variants)):
+        process = start(*asked_of)
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "report.html" in printed
+    assert (
+        kept.items()
+        <= {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}.items()
+    )
+    assert 0 < len(kept) < 10
+    ours, theirs = losses(broken / "out"), losses(whole / "out")
+    assert len(ours) == 2 * (2 + 3)
+    # The directories' hashes hold the data's, not its path.
+    assert list(ours.values()) == list(theirs.values())
+
+
+@pytest.mark.slow
+def test_a_dry_run_trains_nothing_and_estimates(tmp_path):
+    process = start(*words(tmp_path, TINY), "--dry-run")
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "5 runs, of which" in printed
+    assert "by quickstart:depth=1,width=16,heads=2's measured step" in printed
+    assert not (tmp_path / "out" / "runs").exists()
