@@ -12,13 +12,14 @@ nothing changes, and Adam is the optimizer; with r the sizes of the real model o
 | a token embedding that is multiplied by √D | √(1 / r of D) | √(1 / r of D) |
 | other tables, biases, norms | 1 | 1 |
 
-and the head's input is multiplied by 1 / r of D, whether its table is the embedding or not.
+and the head's input is multiplied by 1 / r of D, whether its table is the embedding or not (table 8
+of the paper).
 
-The first line is the spectral condition (Yang, Simon & Bernstein 2023, equation 5) for one step of
-Adam. Where both sides of a kernel grow alike it is the paper's "hidden" column (table 8), where
-outputs do not grow, as a router's, its "output" column. The query's is the 1 / H of the paper's
+The first line is the spectral condition (Yang, Simon & Bernstein 2023) for one step of Adam. Where
+both sides of a kernel grow alike it is the column of hidden weights in the paper's table 3, where
+outputs do not grow, as a router's, that of output weights. The query's is the 1 / H of the paper's
 attention in the place of 1 / √H: Adam's update does not depend on the gradient's scale, so that a
-multiplier of a leaf is the same as both factors of it (table 8 and section B.1).
+multiplier of a leaf is the same as both factors of it.
 """
 
 import dataclasses
