@@ -126,6 +126,12 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     if len(amounts) != 1:
         raise InputError(f"--budget is {comparison.budget!r}: it must be one amount, as tokens=1M.")
     measure, targets = _targets(comparison)
+    for variant in variants:
+        if comparison.mup_width and variant.optimizer.name == "muon":
+            raise InputError(
+                f"--mup-width is {comparison.mup_width}: with {variant.name} it must be 0, since "
+                "Muon's updates do not grow with the width and its rate is not searched."
+            )
     material = open_material(comparison, variants[0].model)
     vocabulary = material.corpus.vocabulary.size
     variants = [

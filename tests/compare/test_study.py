@@ -137,6 +137,10 @@ def test_with_mup_the_rate_is_chosen_at_another_width(tmp_path):
         ({"scale": "seconds=3"}, "--scale has an unknown measure 'seconds'"),
         ({"match": "size"}, "--match has an unknown measure 'size'"),
         ({"match": "params=10"}, "cannot be matched: "),
+        (
+            {"mup_width": 8, "variants": (f"{TINY},optimizer.name=muon",)},
+            "--mup-width is 8: with quickstart:depth=1,width=16,heads=2,optimizer.name=muon it",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_told(tmp_path, fields, sentence):
