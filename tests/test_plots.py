@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from gptjax import plots
 from gptjax.config import InputError
 from gptjax.plots import legible
-from gptjax.plots.curves import _style
+from gptjax.plots.curves import line_style
 
 LAW = "机器人必须服从人给予它的命令，除非这些命令与第一法则相冲突。"
 TRADITIONAL = "機器人必須服從人給予它的命令，除非這些命令與第一法則相衝突。"
@@ -222,7 +222,7 @@ def test_the_colour_blind_tell_lines_and_signs_apart(eye):
 
 
 def test_lines_are_told_apart_in_grey_by_their_dashes_and_marks():
-    styles = [_style(index, points=20) for index in range(49)]
+    styles = [line_style(index, points=20) for index in range(49)]
     for key in ("linestyle", "marker"):
         assert len({str(style[key]) for style in styles[:7]}) == 7
     assert len({(style["color"], str(style["linestyle"])) for style in styles}) == 49

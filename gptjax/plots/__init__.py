@@ -4,6 +4,18 @@ Made for paper: no wider than a page, no text under 6 points, colours that the c
 apart and that stay in order in grey. In a notebook they are shown after `%matplotlib inline`.
 """
 
+from gptjax.plots.comparisons import (
+    FittedLine,
+    Points,
+    curves_by_variant,
+    difference_panels,
+    differences,
+    frontier,
+    loss_by_rate,
+    pareto,
+    scaling,
+    signed,
+)
 from gptjax.plots.curves import bars, curves, loss_curve
 from gptjax.plots.heads import attention_grid
 from gptjax.plots.heatmaps import (
@@ -13,20 +25,31 @@ from gptjax.plots.heatmaps import (
     patching_map,
     score_grid,
 )
-from gptjax.plots.legible import save, token_label
+from gptjax.plots.legible import save, to_svg, token_label
 from gptjax.plots.texts import token_values
 
 __all__ = [
+    "FittedLine",
+    "Points",
     "attention_grid",
     "attention_map",
     "bars",
     "curves",
+    "curves_by_variant",
+    "difference_panels",
+    "differences",
+    "frontier",
     "heat_map",
     "logit_lens_table",
+    "loss_by_rate",
     "loss_curve",
+    "pareto",
     "patching_map",
     "save",
+    "scaling",
     "score_grid",
+    "signed",
+    "to_svg",
     "token_label",
     "token_values",
 ]

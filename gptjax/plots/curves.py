@@ -16,7 +16,7 @@ FEW = 8
 """Points on a logarithmic axis that are ticks themselves: powers of ten might be none of them."""
 
 
-def _axes(height: float, title: str) -> tuple[Figure, Axes]:
+def page_axes(height: float, title: str) -> tuple[Figure, Axes]:
     """Axes as wide as a page, `height` points high with what stands around them."""
     figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
     axes = figure.subplots()
@@ -27,7 +27,7 @@ def _axes(height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _style(index: int, points: int) -> dict[str, Any]:
+def line_style(index: int, points: int) -> dict[str, Any]:
     """How the line of a number looks: a colour, and dashes and marks that are told apart in grey.
 
     No two of the first 49 are alike; points are marked where there are few.
@@ -44,7 +44,7 @@ def _style(index: int, points: int) -> dict[str, Any]:
 
 def loss_curve(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
     """Training and validation loss over steps, from the lines of `metrics.jsonl`."""
-    figure, axes = _axes(290, title)
+    figure, axes = page_axes(290, title)
     trained = [(line["step"], line["cross_entropy"]) for line in lines]
     held_out = [
         (line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line
@@ -97,7 +97,7 @@ def curves(
     """
     if log_x and np.min(steps) <= 0:
         raise InputError(f"steps begin at {np.min(steps):g}: with log_x they must be above 0.")
-    figure, axes = _axes(290, title)
+    figure, axes = page_axes(290, title)
     for index, (name, measured) in enumerate(values.items()):
         measured = np.asarray(measured)
         if measured.ndim not in (1, 2) or len(measured) != len(steps):
@@ -110,7 +110,7 @@ def curves(
                 f"values of {name!r} go down to {np.min(measured):g}: with log_y they must be "
                 "above 0."
             )
-        style = _style(index, len(steps))
+        style = line_style(index, len(steps))
         if measured.ndim == 2 and measured.shape[1] > 1:
             name = f"{name} (mean and range of {measured.shape[1]} seeds)"
             low, high = measured.min(1), measured.max(1)
@@ -156,7 +156,7 @@ def bars(
       label: what the values are.
       title: above them.
     """
-    figure, axes = _axes(72 + 1.8 * SIZE * len(names), title)
+    figure, axes = page_axes(72 + 1.8 * SIZE * len(names), title)
     places = np.arange(len(names))
     if intervals is not None:
         low, high = np.asarray(intervals).T

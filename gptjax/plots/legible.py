@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import noto_cjk_sans_otc
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize, to_rgb
 from matplotlib.figure import Figure
@@ -107,6 +109,30 @@ def save(figure: Figure, path: Path, *, most_pixels: int = 4000) -> None:
     """
     typeset(figure)
     figure.savefig(path, dpi=min(300, math.floor(most_pixels / max(figure.get_size_inches()))))
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """A figure as one svg element for a page: the same figure always gives the same text.
+
+    Texts are texts, in the reader's own font, so that they can be found and copied.
+
+    Args:
+      figure: to be drawn.
+      name: of the figure on its page; begins all ids in it, so that no two figures share one.
+
+    Raises:
+      InputError: a character of the figure is in no font.
+    """
+    typeset(figure)
+    drawn = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"]}
+    with rc_context(settings):
+        figure.savefig(drawn, format="svg", metadata=nothing)
+    element = drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    return re.sub(  # In tags alone: a text may say id=" too.
+        "<[^>]*>", lambda tag: re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", tag[0]), element
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,180 @@
+"""The figures of a report: what is drawn of an answer, and what is said under it."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gptjax import plots
+from gptjax.compare.analysis import Standing
+from gptjax.compare.document import Picture
+from gptjax.compare.results import Answer, Entry
+from gptjax.compare.tables import by_seed, finished, seconds_a_token
+
+LOSS = "validation loss, nats a token"
+NONE = np.empty(0)
+
+
+def _picture(name: str, size: str, title: str, figure: Figure, caption: str) -> Picture:
+    name = re.sub("[^0-9a-zA-Z]+", "-", f"{name} {size}").strip("-")
+    return Picture(name, title, plots.to_svg(figure, name), caption)
+
+
+def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Picture:
+    """Intervals against the zero line."""
+    others = [standing for standing in standings if standing.entry is not baseline]
+    runs = [by_seed(standing.entry, baseline) for standing in others]
+    intervals = [
+        standing.difference or (values.mean() if len(values) else np.nan, np.nan, np.nan)
+        for standing, values in zip(others, runs, strict=True)
+    ]
+    figure = plots.differences(
+        [standing.entry.variant for standing in others],
+        np.array(intervals, float),
+        runs=runs,
+        label="validation loss minus the baseline's, nats a token",
+        sides=("better than the baseline", "worse"),
+    )
+    paired = any(standing.difference for standing in others)
+    caption = (
+        "A triangle is a mean over seeds whose interval lies on one side of zero; a ring is one "
+        "that is not separated from zero. The intervals are Holm's: they hold all together with "
+        f"{100 * answer.comparison.confidence:g}% confidence. The dots are the single seeds, each "
+        "minus the same seed of the baseline."
+        if paired
+        else "Too few seeds for an interval: no point says more than the runs that it is made of."
+    )
+    return _picture(
+        "differences",
+        standings[0].entry.size,
+        f"Each variant against {baseline.variant}",
+        figure,
+        caption,
+    )
+
+
+def _curve(entry: Entry) -> plots.Points:
+    """Tokens, and losses of the seeds that finished."""
+    runs = [run for run in finished(entry).values() if run.steps and run.curve_steps]
+    runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
+    if not runs:
+        return plots.Points(NONE, np.empty((0, 1)))
+    places = np.array(runs[0].curve_steps) * runs[0].tokens / runs[0].steps
+    return plots.Points(places, np.array([run.curve_losses for run in runs], float).T)
+
+
+def curves(entries: Sequence[Entry]) -> list[Picture]:
+    """Losses over training, and differences from the baseline's."""
+    size = entries[0].size
+    drawn = {entry.variant: _curve(entry) for entry in entries}
+    if not any(len(points.places) for points in drawn.values()):
+        return []
+    figure = plots.curves_by_variant(drawn, xlabel="tokens trained on", ylabel=LOSS)
+    pictures = [
+        _picture(
+            "curves",
+            size,
+            "Validation loss along training",
+            figure,
+            "The mean of the seeds, and their range as a band. The first fifth of the way, steep "
+            "and alike in all, may leave the figure at the top.",
+        )
+    ]
+    panels = {
+        entry.variant: points
+        for entry in entries[1:]
+        if len((points := _apart(entry, entries[0])).places)
+    }
+    if panels:
+        figure = plots.difference_panels(
+            panels, xlabel="tokens trained on", ylabel="loss minus the baseline's, nats a token"
+        )
+        pictures.append(
+            _picture(
+                "along",
+                size,
+                f"The difference to {entries[0].variant} along training",
+                figure,
+                "Below the line a variant is ahead. The mean over seeds, and the range of the "
+                "seeds, each minus the same seed of the baseline; no interval is meant. A "
+                "difference that still grows or shrinks at the end says that the budget decides "
+                "it.",
+            )
+        )
+    return pictures
+
+
+def _apart(entry: Entry, baseline: Entry) -> plots.Points:
+    """Differences of the curves, of the seeds that finished of both, if they were taken at once."""
+    ours, theirs = finished(entry), finished(baseline)
+    pairs = [
+        (ours[seed], theirs[seed])
+        for seed in ours
+        if seed in theirs
+        and ours[seed].curve_steps == theirs[seed].curve_steps
+        and ours[seed].tokens == theirs[seed].tokens
+        and ours[seed].curve_steps
+    ]
+    if not pairs:
+        return plots.Points(NONE, np.empty((0, 1)))
+    run = pairs[0][0]
+    values = [np.subtract(one.curve_losses, other.curve_losses) for one, other in pairs]
+    return plots.Points(np.array(run.curve_steps) * run.tokens / run.steps, np.array(values).T)
+
+
+def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture | None:
+    """Loss against what a token takes."""
+    by_variant = {standing.entry.variant: standing for standing in standings}
+    of_each = [by_variant[entry.variant] for entry in entries]
+    intervals = np.array(
+        [standing.interval or (standing.mean, np.nan, np.nan) for standing in of_each], float
+    )
+    costs = {
+        "training MFLOPs a token": np.array([entry.training_flops / 1e6 for entry in entries]),
+        "measured µs of training a token": 1e6 * np.array(list(map(seconds_a_token, entries))),
+    }
+    costs = {
+        name: cost for name, cost in costs.items() if np.isfinite(cost + intervals[:, 0]).any()
+    }
+    if not costs:
+        return None
+    figure = plots.frontier([entry.variant for entry in entries], costs, intervals, ylabel=LOSS)
+    return _picture(
+        "frontier",
+        entries[0].size,
+        "Quality and cost",
+        figure,
+        "Down is better, left is cheaper. A ring marks a variant that no other beats in both, and "
+        "the line joins them; the bars are the intervals of the means, and where bars overlap, "
+        "chance may have put a variant on the line or beside it.",
+    )
+
+
+def searched(entries: Sequence[Entry]) -> Picture | None:
+    """Loss by learning rate."""
+    entries = [entry for entry in entries if entry.searched]
+    if not entries:
+        return None
+    drawn = {}
+    for entry in entries:
+        rates = sorted(entry.searched)
+        seeds = max(map(len, entry.searched.values()))
+        losses = np.full((len(rates), max(seeds, 1)), np.nan)
+        for row, rate in zip(losses, rates, strict=True):
+            row[: len(entry.searched[rate])] = [
+                np.nan if loss is None else loss for loss in entry.searched[rate]
+            ]
+        drawn[entry.variant] = plots.Points(np.array(rates), losses)
+    figure = plots.loss_by_rate(
+        drawn, [entry.optimizer.learning_rate for entry in entries], ylabel=LOSS
+    )
+    return _picture(
+        "rates",
+        entries[0].size,
+        "The search for a learning rate",
+        figure,
+        "Dots are runs of the search's own seeds, lines their mean, and a ring is the rate that "
+        "was taken. Runs that failed are not drawn, and neither is what lies far above; the table "
+        "has it.",
+    )

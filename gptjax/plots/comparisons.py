@@ -1,0 +1,362 @@
+"""Figures that set variants side by side: who differs, at what cost, at which rate, at which size.
+
+A variant has the same colour, dashes and mark in all of them, by its place among the names. NaN is
+what is not known, and is not drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gptjax.plots.curves import FEW, SIZE, line_style, page_axes
+from gptjax.plots.legible import LINES, PAGE, finish, shorten, token_label, wrap
+
+NAME = 200.0  # Points that a variant's name may take.
+SIGNS = (("v", LINES[0]), ("^", LINES[1]), ("o", "0.45"))
+"""Of a difference surely below zero, surely above, and neither: mark and colour."""
+
+
+class Points(NamedTuple):
+    """What was measured of a variant along an axis."""
+
+    places: np.ndarray
+    """[points]."""
+    values: np.ndarray
+    """[points, seeds]."""
+
+
+def differences(
+    names: Sequence[str],
+    intervals: np.ndarray,
+    *,
+    runs: Sequence[np.ndarray] = (),
+    label: str,
+    sides: tuple[str, str],
+    title: str = "",
+) -> Figure:
+    """Differences with their intervals against a line at zero, first on top.
+
+    Those whose interval lies on one side of zero are marked and coloured by the side; the others
+    are grey and hollow. Each is printed beside its row, and so is what is not known.
+
+    Args:
+      names: of what differs.
+      intervals: [names, 3], the difference and the ends of its interval; NaN where there is none.
+      runs: [names] of [seeds], each seed's own difference, as dots; none leaves them out.
+      label: what the differences are.
+      sides: what it means to be below zero, and above.
+      title: above them.
+    """
+    figure, axes = page_axes(100 + 2.2 * SIZE * len(names), title)
+    intervals = np.asarray(intervals, float).reshape(-1, 3)
+    axes.axvline(0, color="0.2", linewidth=1)
+    for row, (middle, low, high) in enumerate(intervals):
+        sign = 0 if high < 0 else 1 if low > 0 else 2
+        marker, colour = SIGNS[sign]
+        axes.hlines(row, low, high, color=colour, linewidth=1.6)
+        axes.plot([low, high], [row, row], "|", color=colour, markersize=7)
+        face = "white" if sign == 2 else colour
+        axes.plot(middle, row, marker, color=colour, markerfacecolor=face, markersize=6)
+    for row, values in enumerate(runs):
+        axes.plot(values, np.full(len(values), row + 0.28), ".", color="0.55", markersize=3)
+    shown = np.concatenate([intervals.ravel(), *runs])
+    reach = np.abs(shown[np.isfinite(shown)]).max(initial=0) or 1
+    axes.set_xlim(-1.08 * reach, 1.08 * reach)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), _labels(names), fontsize=SIZE)
+    axes.set_xlabel(label, fontsize=SIZE)
+    for side, (words, place) in enumerate(zip(sides, (0.0, 1.0), strict=True)):
+        axes.annotate(
+            f"◀ {words}" if side == 0 else f"{words} ▶",
+            (place, 1),
+            xycoords="axes fraction",
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha=("left", "right")[side],
+            fontsize=SIZE,
+            color=SIGNS[side][1],
+        )
+    printed = axes.secondary_yaxis("right")
+    told = ["not known" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
+    printed.set_yticks(range(len(names)), told, fontsize=SIZE)
+    for side in (axes, printed):
+        side.tick_params(axis="y", length=0)
+    printed.spines["right"].set_visible(False)
+    return finish(figure)
+
+
+def signed(value: float) -> str:
+    """A difference of losses with its sign, to four places."""
+    return f"{value:+z.4f}".replace("-", "−")
+
+
+def curves_by_variant(
+    curves: Mapping[str, Points], *, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """Measurements over training, each variant at places of its own: the mean, its range a band.
+
+    Upwards the axis ends where a fifth of the way is gone: before, all fall steeply and alike.
+
+    Args:
+      curves: by name; without places where nothing is known.
+      xlabel, ylabel: what the axes show.
+      title: above them.
+    """
+    figure, axes = page_axes(250 + 1.5 * SIZE * len(curves), title)
+    for index, (name, (places, values)) in enumerate(curves.items()):
+        style = line_style(index, len(places))
+        if len(places):
+            low, high = values.min(1), values.max(1)
+            axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            axes.plot(places, values.mean(1), label=_label(name), **style)
+    _end_after_a_fifth(axes, list(curves.values()))
+    axes.set_xlabel(xlabel, fontsize=SIZE)
+    axes.set_ylabel(ylabel, fontsize=SIZE)
+    _legend(figure, axes)
+    return finish(figure)
+
+
+def difference_panels(
+    curves: Mapping[str, Points], *, xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """How differences go over training, a panel each: the mean, its range a band, a line at zero.
+
+    All panels have the same axes; they end where a fifth of the way is gone, as the first steps
+    would hide the rest.
+
+    Args:
+      curves: by name.
+      xlabel, ylabel: what the axes show.
+      title: above them.
+    """
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(PAGE / 72, (60 + 105 * rows) / 72), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (name, (places, values)) in zip(panels, curves.items(), strict=False):
+        mean, low, high = values.mean(1), values.min(1), values.max(1)
+        axes.axhline(0, color="0.2", linewidth=0.8)
+        axes.fill_between(places, low, high, color=LINES[0], alpha=0.25, linewidth=0)
+        axes.plot(places, mean, color=LINES[0], linewidth=1.4)
+        axes.set_title(shorten(_label(name), SIZE, PAGE / columns - 40), fontsize=SIZE)
+        axes.tick_params(labelsize=SIZE - 1)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    _end_after_a_fifth(panels[0], list(curves.values()), both=True)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    for axes in panels[max(0, len(curves) - columns) : len(curves)]:
+        axes.tick_params(labelbottom=True)
+    if title:
+        figure.suptitle(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+    figure.supxlabel(xlabel, fontsize=SIZE)
+    figure.supylabel(ylabel, fontsize=SIZE)
+    return finish(figure)
+
+
+def frontier(
+    names: Sequence[str],
+    costs: Mapping[str, np.ndarray],
+    intervals: np.ndarray,
+    *,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """What is reached for what it takes, a panel a cost; a line joins what none beats in both.
+
+    Args:
+      names: of the variants.
+      costs: [names] by what is counted, less is better; NaN where it is not known.
+      intervals: [names, 3], what is reached, less is better, and the ends of its interval.
+      ylabel: what is reached.
+      title: above all panels.
+    """
+    figure = Figure(figsize=(PAGE / 72, (230 + 0.8 * SIZE * len(names)) / 72), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False).ravel()
+    for axes, (xlabel, cost) in zip(panels, costs.items(), strict=True):
+        middle = intervals[:, 0]
+        front = pareto(cost, middle)
+        axes.step(cost[front], middle[front], where="post", color="0.6", linewidth=1, zorder=1)
+        for index, name in enumerate(names):
+            style = {**line_style(index, 1), "markersize": 6, "linestyle": ""}
+            axes.vlines(cost[index], *intervals[index, 1:], color=style["color"], linewidth=1)
+            axes.plot(cost[index], middle[index], label=_label(name), **style)
+        axes.plot(
+            cost[front],
+            middle[front],
+            "o",
+            color="0.3",
+            markerfacecolor="none",
+            markersize=11,
+            label="no other is better in both",
+        )
+        axes.tick_params(labelsize=SIZE)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel(xlabel, fontsize=SIZE)
+    panels[0].set_ylabel(ylabel, fontsize=SIZE)
+    if title:
+        figure.suptitle(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+    _legend(figure, panels[0])
+    return finish(figure)
+
+
+def pareto(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Which of the points none other beats in both, by rising cost: [front] indices; no NaN."""
+    front: list[int] = []
+    for index in np.lexsort((loss, cost)):
+        known = np.isfinite(cost[index]) and np.isfinite(loss[index])
+        if known and (not front or loss[index] < loss[front[-1]]):
+            front.append(int(index))
+    return np.array(front, int)
+
+
+def loss_by_rate(
+    searched: Mapping[str, Points], chosen: Sequence[float], *, ylabel: str, title: str = ""
+) -> Figure:
+    """What each learning rate came to: the mean of its seeds, a dot for each, a ring if chosen.
+
+    Upwards the axis ends at four times the distance from the best to the middle one of all, so
+    that a rate which diverges leaves the others to be seen.
+
+    Args:
+      searched: by name, losses at rates; NaN where a run failed.
+      chosen: [names], the rate that was taken.
+      ylabel: what came out.
+      title: above it.
+    """
+    figure, axes = page_axes(220 + 1.0 * SIZE * len(searched), title)
+    for index, ((name, (rates, losses)), taken) in enumerate(
+        zip(searched.items(), chosen, strict=True)
+    ):
+        style = line_style(index, len(rates))
+        mean = losses.mean(1)
+        axes.plot(rates, mean, label=_label(name), **style)
+        axes.plot(rates, losses, ".", color=style["color"], markersize=3)
+        ring = {"color": style["color"], "markerfacecolor": "none", "markersize": 11}
+        axes.plot(rates[rates == taken], mean[rates == taken], "o", **ring)
+    _log_ticks(axes, "x", np.concatenate([points.places for points in searched.values()]))
+    known = np.concatenate([points.values.ravel() for points in searched.values()])
+    known = known[np.isfinite(known)]
+    if len(known):
+        reach = 4 * (np.median(known) - known.min())
+        if 0 < reach < known.max() - known.min():
+            axes.set_ylim(known.min() - 0.08 * reach, known.min() + reach)
+    axes.set_xlabel("peak learning rate", fontsize=SIZE)
+    axes.set_ylabel(ylabel, fontsize=SIZE)
+    _legend(figure, axes)
+    return finish(figure)
+
+
+class FittedLine(NamedTuple):
+    """A law along an axis, and between what its bootstrap puts it."""
+
+    places: np.ndarray
+    """[points]."""
+    values: np.ndarray
+    """[points]."""
+    low: np.ndarray
+    """[points]."""
+    high: np.ndarray
+    """[points]."""
+
+
+def scaling(
+    measured: Mapping[str, Points],
+    fitted: Mapping[str, FittedLine],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Figure:
+    """Losses over sizes, both axes logarithmic: a mark a run, a line a law, its interval a band.
+
+    Args:
+      measured: by name, at sizes.
+      fitted: by the same names, where a law could be fitted.
+      xlabel, ylabel: what the axes show.
+      title: above it.
+    """
+    figure, axes = page_axes(280 + 1.0 * SIZE * len(measured), title)
+    for index, (name, (places, values)) in enumerate(measured.items()):
+        style = line_style(index, 1)
+        if name in fitted:
+            line = fitted[name]
+            axes.plot(line.places, line.values, **{**style, "marker": None})
+            axes.fill_between(
+                line.places, line.low, line.high, color=style["color"], alpha=0.12, linewidth=0
+            )
+        across = np.repeat(places, values.shape[1])
+        axes.plot(
+            across, values.ravel(), **{**style, "linestyle": "", "markersize": 4, "alpha": 0.6}
+        )
+        axes.plot([], [], label=_label(name), **style)
+    _log_ticks(axes, "x", np.concatenate([points.places for points in measured.values()]))
+    _log_ticks(axes, "y", np.array(axes.get_ylim()))
+    axes.set_xlabel(xlabel, fontsize=SIZE)
+    axes.set_ylabel(ylabel, fontsize=SIZE)
+    _legend(figure, axes)
+    return finish(figure)
+
+
+def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = False) -> None:
+    """Limit what is shown to what is reached behind the first fifth of the way."""
+    late = [
+        points.values[points.places >= 0.2 * points.places.max()]
+        for points in curves
+        if len(points.places)
+    ]
+    known = np.concatenate([values.ravel() for values in late]) if late else np.empty(0)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return
+    low, high = (min(known.min(), 0), max(known.max(), 0)) if both else (known.min(), known.max())
+    room = 0.05 * (high - low) or 0.05
+    axes.set_ylim(low - room, high + room)
+
+
+def _log_ticks(axes: Axes, axis: str, places: np.ndarray) -> None:
+    """Make an axis logarithmic, and name a few round places, or the places themselves."""
+    named = np.unique(places)
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    if axis == "y" or len(named) > FEW:
+        named = MaxNLocator(5).tick_values(low, high)
+        named = named[(named >= max(low, 0)) & (named <= high) & (named > 0)]
+    if axis == "x":
+        axes.set_xscale("log")
+        axes.set_xticks(named, [f"{place:,.6g}" for place in named])
+        axes.set_xticks([], minor=True)
+    else:
+        axes.set_yscale("log")
+        axes.set_yticks(named, [f"{place:g}" for place in named])
+        axes.set_yticks([], minor=True)
+
+
+def _label(name: str) -> str:
+    """A variant's name as it fits beside a figure, what no font has escaped."""
+    shown = "".join(character if character == " " else token_label(character) for character in name)
+    return shorten(shown, SIZE, NAME)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    return [_label(name) for name in names]
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(2, len(handles)) if len(handles) < 4 else 2,
+            frameon=False,
+            fontsize=SIZE,
+            handlelength=4,
+        )
