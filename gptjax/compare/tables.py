@@ -41,7 +41,8 @@ def tone(answer: Answer, standing: Standing) -> str:
         return "baseline"
     if not known(standing.mean):
         return "failed"
-    if standing.difference is None or not standing.difference.excludes_zero:
+    withheld = "not called" in standing.verdict  # Its failed runs may be the bad ones.
+    if standing.difference is None or not standing.difference.excludes_zero or withheld:
         return "open"
     return "better" if standing.difference.high < 0 else "worse"
 
