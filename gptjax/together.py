@@ -35,7 +35,7 @@ from gptjax.training.cross_entropy import LossSums
 from gptjax.training.loop import Batches
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
-from gptjax.training.step import Metrics, State, train_step
+from gptjax.training.step import Metrics, State, compile_for_once, train_step
 from gptjax.transformer import build, split
 from gptjax.trial import Trial
 
@@ -203,10 +203,14 @@ def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh:
         rates = by_width and by_width.rate
         return build_optimizer(config.optimizer, train.steps, knobs.learning_rate, rates)
 
+    @functools.cache
+    def draw() -> Callable[[jax.Array], Any]:
+        """Key → one run's parameters."""
+        drawing = jax.jit(lambda key: split(build(config.model, rngs=nnx.Rngs(key)))[1])
+        return compile_for_once(drawing.lower(jax.random.key(0)), mesh.devices.flat[0].platform)
+
     def init(knobs: Knobs) -> State:
-        # Not compiled as one program, which would take as long as the step's: what draws one
-        # matrix serves the next run, and the next variant, whose matrices are of that shape too.
-        drawn = [split(build(config.model, rngs=nnx.Rngs(int(seed))))[1] for seed in knobs.seed]
+        drawn = [jax.device_get(draw()(jax.random.key(int(seed)))) for seed in knobs.seed]
         params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
         params = params if by_width is None else by_width.drawn(params)
         state = State(

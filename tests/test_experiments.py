@@ -151,7 +151,8 @@ def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
 def test_every_experiment_is_run_by_a_test():
     tested = {
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
-        "long_attention.py",
+        "long_attention.py", "seeds_together.py",
+        "compare.py",  # In tests/compare/.
         "attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
     # Compiling the table takes many minutes; tests/preflight run the command that it calls.
@@ -163,6 +164,14 @@ def test_long_attention_tells_time_and_memory():
     flags = ["--tokens", "64", "--block", "16", "--model", "quickstart", "--layer", "1"]
     printed = output_of(start("long_attention.py", *flags))
     assert re.search(r"64 tokens, block 16: [\d.]+ s .* peak [\d.]+ GiB", printed)
+
+
+def test_seeds_together_tells_what_is_saved():
+    flags = ["--seeds=2", "--steps=12", "--width=16", "--rounds=1"]
+    printed = output_of(start("seeds_together.py", *flags))
+    assert "2 runs of 12 steps, 18,272 parameters" in printed
+    (apart,) = re.findall(r"ratio [\d.]+; losses differ by at most (\S+) of themselves", printed)
+    assert float(apart) < 1e-5
 
 
 def test_benchmark_prints_and_writes_its_figures(tmp_path):
