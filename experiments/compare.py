@@ -34,7 +34,11 @@ def main(
     if dry_run:
         print(describe(comparison, out))
         return
-    answer = compare(comparison, out, f"python {shlex.join(sys.argv)}")
+    try:
+        answer = compare(comparison, out, f"python {shlex.join(sys.argv)}")
+    except KeyboardInterrupt:
+        print(f"\nWhat has finished is kept in {out}: the same command goes on.", file=sys.stderr)
+        raise
     print(
         f"{summary(answer)}\nIn {out}: report.html, report.md, results.csv, results.jsonl, runs/."
     )
