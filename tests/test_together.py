@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -81,6 +82,18 @@ def test_the_same_shapes_compile_once(caplog):
     with jax.log_compiles():
         trained([changed(2)], [7])
     assert "Compiling" in caplog.text
+
+
+def test_five_seeds_in_rounds_of_two_compile_once(caplog):
+    train = dataclasses.replace(CONFIG.train, steps=7)  # Of no other test here.
+    configs = [
+        dataclasses.replace(CONFIG, train=dataclasses.replace(train, seed=seed))
+        for seed in range(5)
+    ]
+    with jax.log_compiles():
+        assert len(trained(configs, range(5), at_once=2)) == 5
+    # The step and the evaluation.
+    assert len(re.findall("^.*Compiling .*over_runs", caplog.text, flags=re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize(
