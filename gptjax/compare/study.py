@@ -47,7 +47,8 @@ def compare(comparison: Comparison, out: Path, command: str) -> Answer:
             outcomes(plan.finals(each, _best_rate(searched, plan)))
             for each, searched in zip(plan.planned, tried, strict=True)
         ]
-    taken, notes = _costs(plan)
+        progress.begin("measuring costs")
+        taken, notes = _costs(plan)
     if comparison.mup_width and len(comparison.rates) > 1:
         notes.append(
             f"Learning rates were chosen at width {comparison.mup_width} and carried by muP: that "
