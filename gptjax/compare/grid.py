@@ -94,13 +94,14 @@ def _trials(
 ) -> list[Trial]:
     each = work(cells[0].config) / cells[0].config.train.steps
     if most_at_once(ledger(cells[0].config.model).parameters) > 1 and material.one_shape:
-        return train_together(
+        trials = train_together(
             [cell.config for cell in cells],
             [material.batches(cell.config.train.seed) for cell in cells],
             [material.validation] * len(cells),
             mup_base=cells[0].mup_base,
             progress=lambda runs: progress.add(runs * each),
         )
+        return [trial._replace(seconds=trial.seconds / len(cells)) for trial in trials]
     return [
         train(
             cell.config,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -60,11 +61,13 @@ def kept(material, tmp_path_factory):
     """Three seeds on eight devices, and where they are kept; read only."""
     out = tmp_path_factory.mktemp("grid")
     cells = [cell(material, seed) for seed in range(3)]
-    return out, cells, trained(cells, out, material)
+    start = time.perf_counter()
+    outcomes = trained(cells, out, material)
+    return out, cells, outcomes, time.perf_counter() - start
 
 
 def test_an_outcome_says_what_was_trained(kept, material):
-    out, _, outcomes = kept
+    out, _, outcomes, elapsed = kept
     assert [outcome.seed for outcome in outcomes] == [0, 1, 2]
     for outcome in outcomes:
         assert (outcome.variant, outcome.purpose, outcome.error) == ("a", "final", "")
@@ -73,6 +76,7 @@ def test_an_outcome_says_what_was_trained(kept, material):
         assert outcome.curve_losses[-1] == outcome.validation_loss
         assert outcome.curve_losses[0] > outcome.curve_losses[-1]
         assert outcome.seconds > 0
+    assert sum(outcome.seconds for outcome in outcomes) < elapsed
     assert len({outcome.validation_loss for outcome in outcomes}) == 3
     assert {path.name for path in (out / "runs").iterdir()} == {
         outcome.directory.removeprefix("runs/") for outcome in outcomes
@@ -80,7 +84,7 @@ def test_an_outcome_says_what_was_trained(kept, material):
 
 
 def test_a_run_that_is_compared_can_be_looked_into(kept, material):
-    out, cells, outcomes = kept
+    out, cells, outcomes, _ = kept
     run = load_run(out / outcomes[0].directory)
     assert run.config == cells[0].config
     total = sum(
@@ -93,7 +97,7 @@ def test_a_run_that_is_compared_can_be_looked_into(kept, material):
 
 
 def test_what_is_there_is_not_trained_again(kept, material, monkeypatch):
-    out, cells, outcomes = kept
+    out, cells, outcomes, _ = kept
     monkeypatch.setattr(grid, "train_together", refuse)
     assert trained(cells, out, material) == outcomes
     # The same run under another name.
@@ -102,7 +106,7 @@ def test_what_is_there_is_not_trained_again(kept, material, monkeypatch):
 
 
 def test_what_is_missing_comes_out_the_same(kept, material, tmp_path):
-    out, cells, outcomes = kept
+    out, cells, outcomes, _ = kept
     shutil.copytree(out, tmp_path / "copy")
     (tmp_path / "copy" / outcomes[1].directory / "result.json").unlink()
     shutil.rmtree(tmp_path / "copy" / outcomes[2].directory)
@@ -114,7 +118,7 @@ def test_what_is_missing_comes_out_the_same(kept, material, tmp_path):
 def test_one_after_another_gives_the_same(kept, material, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "most_at_once", lambda parameters: 1)
     monkeypatch.setattr(grid, "train_together", refuse)
-    _, cells, outcomes = kept
+    _, cells, outcomes, _ = kept
     (alone,) = trained(cells[1:2], tmp_path, material)
     assert alone.curve_steps == outcomes[1].curve_steps
     assert alone.curve_losses == pytest.approx(outcomes[1].curve_losses, rel=1e-5)
@@ -135,7 +139,7 @@ def test_a_run_that_diverges_is_an_outcome_and_stays_one(at_once, material, tmp_
 
 
 def test_a_run_that_breaks_is_tried_again(kept, material, tmp_path, monkeypatch, capsys):
-    _, cells, outcomes = kept
+    _, cells, outcomes, _ = kept
 
     def full(*arguments, **options):
         raise MemoryError("out\nof memory")
@@ -158,7 +162,7 @@ def test_a_run_that_breaks_is_tried_again(kept, material, tmp_path, monkeypatch,
     ],
 )
 def test_results_of_another_version_are_refused(kept, material, tmp_path, content, sentence):
-    _, cells, outcomes = kept
+    _, cells, outcomes, _ = kept
     path = tmp_path / outcomes[0].directory / "result.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -191,7 +195,7 @@ def test_all_that_decides_a_runs_numbers_is_in_its_name(material):
 
 
 def test_the_config_that_was_trained_is_kept(kept):
-    out, _, outcomes = kept
+    out, _, outcomes, _ = kept
     saved = json.loads((out / outcomes[0].directory / "config.json").read_text())
     assert saved["config"]["train"]["steps"] == 12
     assert {"data_sha256", "tokenizer_sha256"} <= saved.keys()
