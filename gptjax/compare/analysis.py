@@ -6,13 +6,17 @@ well: dropping the others flatters it. So nothing is said in favour of a side wh
 what is said against it, although flattered, may stand.
 """
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from gptjax.compare.results import Answer, Entry
 from gptjax.statistics import Interval, holm_levels, seeds_needed, t_interval
 
+Tone = Literal["baseline", "better", "worse", "open", "failed"]
+"""A verdict in a word: open is not told apart, or withheld because of failed runs; failed is a
+variant of which no run finished."""
 MOST_SEEDS = 1000
 """More than these is told as such, not as a number."""
 
@@ -32,8 +36,9 @@ class Standing(NamedTuple):
     difference: Interval | None
     """From the baseline, over the seeds that finished in both, with Holm's level; None for the
     baseline and where there are fewer than two such seeds."""
+    tone: Tone
     verdict: str
-    """What the differences let one say."""
+    """What the differences let one say, in words."""
 
 
 def standings(answer: Answer, size: str) -> list[Standing]:
@@ -45,15 +50,15 @@ def standings(answer: Answer, size: str) -> list[Standing]:
     entries = [entry for entry in answer.entries if entry.size == size]
     confidence = answer.comparison.confidence
     baseline = entries[0]
-    differences = [_differences(entry, baseline) for entry in entries[1:]]
-    asked = [difference for difference in differences if len(difference) > 1]
+    gaps = [seed_differences(entry, baseline) for entry in entries[1:]]
+    asked = [values for values in gaps if len(values) > 1]
     levels = iter(holm_levels(asked, confidence))
-    found = [_standing(baseline, None, _with_failures("baseline", baseline), confidence)]
-    for entry, values in zip(entries[1:], differences, strict=True):
+    found = [_standing(baseline, None, "baseline", "baseline", confidence)]
+    for entry, values in zip(entries[1:], gaps, strict=True):
         level = next(levels) if len(values) > 1 else confidence
         interval = t_interval(values, level) if len(values) > 1 else None
-        verdict = _verdict(entry, baseline, values, interval, level)
-        found.append(_standing(entry, interval, _with_failures(verdict, entry), confidence))
+        tone, verdict = _verdict(entry, baseline, values, interval, level)
+        found.append(_standing(entry, interval, tone, verdict, confidence))
     return found
 
 
@@ -78,22 +83,22 @@ def finished(entry: Entry) -> dict[int, float]:
     return {
         outcome.seed: outcome.validation_loss
         for outcome in entry.finals
-        if outcome.validation_loss is not None
+        if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss)
     }
+
+
+def seed_differences(entry: Entry, baseline: Entry) -> np.ndarray:
+    """[seeds], of those that finished in both: above 0 where the variant is worse."""
+    losses, reference = finished(entry), finished(baseline)
+    return np.array([losses[seed] - reference[seed] for seed in losses if seed in reference], float)
 
 
 def _failed(entry: Entry) -> int:
     return len(entry.finals) - len(finished(entry))
 
 
-def _differences(entry: Entry, baseline: Entry) -> np.ndarray:
-    """[seeds], of those that finished in both: above 0 where the variant is worse."""
-    losses, reference = finished(entry), finished(baseline)
-    return np.array([losses[seed] - reference[seed] for seed in losses if seed in reference])
-
-
 def _standing(
-    entry: Entry, difference: Interval | None, verdict: str, confidence: float
+    entry: Entry, difference: Interval | None, tone: Tone, verdict: str, confidence: float
 ) -> Standing:
     losses = np.array(list(finished(entry).values()), float)
     several = len(losses) > 1
@@ -104,7 +109,8 @@ def _standing(
         deviation=float(np.std(losses, ddof=1)) if several else None,
         interval=t_interval(losses, confidence) if several else None,
         difference=difference,
-        verdict=verdict,
+        tone=tone,
+        verdict=_with_failures(verdict, entry),
     )
 
 
@@ -114,30 +120,28 @@ def _with_failures(verdict: str, entry: Entry) -> str:
 
 
 def _verdict(
-    entry: Entry, baseline: Entry, differences: np.ndarray, interval: Interval | None, level: float
-) -> str:
-    """In words; `interval` is that of the differences, None of fewer than two."""
+    entry: Entry, baseline: Entry, gaps: np.ndarray, interval: Interval | None, level: float
+) -> tuple[Tone, str]:
+    """In a word and in more; `interval` is that of the differences, None of fewer than two."""
     name = baseline.variant
     if not finished(entry):
-        return f"nothing to compare with {name}"
+        return "failed", f"nothing to compare with {name}"
     if interval is None:
         if not _failed(entry) and not _failed(baseline):
-            return "one seed: no interval"
-        return f"{('no seed', 'one seed')[len(differences)]} in common with {name}: no interval"
+            return "open", "one seed: no interval"
+        return "open", f"{('no seed', 'one seed')[len(gaps)]} in common with {name}: no interval"
     if not interval.excludes_zero:
-        return f"not separated from {name}; {_what_would(differences, level)}"
-    if interval.low > 0:
-        flattered, verdict = baseline, "worse than"
-    else:
-        flattered, verdict = entry, "better than"
+        return "open", f"not separated from {name}; {_what_would(gaps, level)}"
+    tone: Tone = "worse" if interval.low > 0 else "better"
+    flattered = baseline if tone == "worse" else entry
     if not _failed(flattered):
-        return f"{verdict} {name}"
+        return tone, f"{tone} than {name}"
     whose = "its" if flattered is entry else f"{name}'s"
-    return f"not called {verdict} {name}, since {whose} failed runs may be the bad ones"
+    return "open", f"not called {tone} than {name}, since {whose} failed runs may be the bad ones"
 
 
-def _what_would(differences: np.ndarray, level: float) -> str:
-    more = seeds_needed(differences, level, most=MOST_SEEDS)
+def _what_would(gaps: np.ndarray, level: float) -> str:
+    more = seeds_needed(gaps, level, most=MOST_SEEDS)
     if more is None:
         return f"not even {MOST_SEEDS} more seeds would separate a difference of this size"
     seeds = "seed" if more == 1 else "seeds"

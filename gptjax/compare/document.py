@@ -11,6 +11,8 @@ from string import Template
 from typing import NamedTuple
 
 PAGE = Path(__file__).parent / "report_page"
+PARTS = re.compile("(?<=[,:=])")
+"""Where a name may go on in the next line."""
 NUMBERS = re.compile("[^0-9a-z]+")
 
 
@@ -159,7 +161,7 @@ def _html_table(table: Table) -> str:
 
 def _html_line(text: str) -> str:
     return "".join(
-        f"<code>{html.escape(piece)}</code>" if code else html.escape(piece)
+        f"<code>{PARTS.sub('<wbr>', html.escape(piece))}</code>" if code else html.escape(piece)
         for piece, code in _pieces(text)
     )
 

@@ -1,19 +1,22 @@
 """The figures of a report: what is drawn of an answer, and what is said under it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from gptjax import plots
-from gptjax.compare.analysis import Standing
+from gptjax.compare.analysis import Standing, finished, seed_differences
 from gptjax.compare.document import Picture
-from gptjax.compare.results import Answer, Entry
-from gptjax.compare.tables import by_seed, finished, seconds_a_token
+from gptjax.compare.results import Answer, Entry, Outcome
+from gptjax.compare.scaling import Law
+from gptjax.compare.tables import seconds_a_token
 
 LOSS = "validation loss, nats a token"
 NONE = np.empty(0)
+BEYOND = 1.5
+"""How far a law is drawn beyond what was measured, as a ratio of sizes."""
 
 
 def _picture(name: str, size: str, title: str, figure: Figure, caption: str) -> Picture:
@@ -24,7 +27,7 @@ def _picture(name: str, size: str, title: str, figure: Figure, caption: str) -> 
 def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Picture:
     """Intervals against the zero line."""
     others = [standing for standing in standings if standing.entry is not baseline]
-    runs = [by_seed(standing.entry, baseline) for standing in others]
+    runs = [seed_differences(standing.entry, baseline) for standing in others]
     intervals = [
         standing.difference or (values.mean() if len(values) else np.nan, np.nan, np.nan)
         for standing, values in zip(others, runs, strict=True)
@@ -33,15 +36,16 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
         [standing.entry.variant for standing in others],
         np.array(intervals, float),
         runs=runs,
+        told=[standing.tone in ("better", "worse") for standing in others],
         label="validation loss minus the baseline's, nats a token",
         sides=("better than the baseline", "worse"),
     )
     paired = any(standing.difference for standing in others)
     caption = (
-        "A triangle is a mean over seeds whose interval lies on one side of zero; a ring is one "
-        "that is not separated from zero. The intervals are Holm's: they hold all together with "
-        f"{100 * answer.comparison.confidence:g}% confidence. The dots are the single seeds, each "
-        "minus the same seed of the baseline."
+        "A triangle is a mean over seeds that is called better or worse; a ring is one that is "
+        "not: its interval holds zero, or runs failed that may be the bad ones. The intervals are "
+        f"Holm's: they hold all together with {100 * answer.comparison.confidence:g}% confidence. "
+        "The dots are the single seeds, each minus the same seed of the baseline."
         if paired
         else "Too few seeds for an interval: no point says more than the runs that it is made of."
     )
@@ -54,9 +58,13 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
     )
 
 
+def _finished(entry: Entry) -> dict[int, Outcome]:
+    return {run.seed: run for run in entry.finals if run.seed in finished(entry)}
+
+
 def _curve(entry: Entry) -> plots.Points:
     """Tokens, and losses of the seeds that finished."""
-    runs = [run for run in finished(entry).values() if run.steps and run.curve_steps]
+    runs = [run for run in _finished(entry).values() if run.steps and run.curve_steps]
     runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
     if not runs:
         return plots.Points(NONE, np.empty((0, 1)))
@@ -107,7 +115,7 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
 
 def _apart(entry: Entry, baseline: Entry) -> plots.Points:
     """Differences of the curves, of the seeds that finished of both, if they were taken at once."""
-    ours, theirs = finished(entry), finished(baseline)
+    ours, theirs = _finished(entry), _finished(baseline)
     pairs = [
         (ours[seed], theirs[seed])
         for seed in ours
@@ -149,6 +157,34 @@ def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture
         "the line joins them; the bars are the intervals of the means, and where bars overlap, "
         "chance may have put a variant on the line or beside it.",
     )
+
+
+def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
+    """Loss against parameters, with the laws."""
+    measured, lines = {}, {}
+    for name in dict.fromkeys(entry.variant for entry in answer.entries):
+        entries = [entry for entry in answer.entries if entry.variant == name]
+        sizes = np.array([entry.parameters for entry in entries], float)
+        losses = np.full((len(entries), answer.comparison.seeds), np.nan)
+        for row, entry in zip(losses, entries, strict=True):
+            reached = list(finished(entry).values())
+            row[: len(reached)] = reached
+        measured[name] = plots.Points(sizes, losses)
+        if name in fitted:
+            places = np.geomspace(sizes.min() / BEYOND, sizes.max() * BEYOND, 100)
+            law = fitted[name]
+            lines[name] = plots.FittedLine(
+                places, law.predict(places), *law.predict_interval(places)
+            )
+    figure = plots.scaling(measured, lines, xlabel="parameters", ylabel=LOSS)
+    caption = "Each mark is a run, and both axes are logarithmic."
+    if lines:
+        caption += (
+            " Lines are fitted laws, and bands hold each of them at one size with "
+            f"{100 * answer.comparison.confidence:g}% confidence, by the bootstrap over seeds; "
+            "what lies beyond the marks is extrapolated."
+        )
+    return _picture("scaling", "", "Loss by size", figure, caption)
 
 
 def searched(entries: Sequence[Entry]) -> Picture | None:

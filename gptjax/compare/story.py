@@ -18,7 +18,8 @@ from gptjax.compare.document import (
 )
 from gptjax.compare.question import BUDGETS, MEASURES, parse_quantity
 from gptjax.compare.results import Answer, Entry
-from gptjax.compare.tables import is_baseline, seconds_a_token, tone
+from gptjax.compare.sizes import over_sizes
+from gptjax.compare.tables import seconds_a_token
 from gptjax.compare.wording import counted, duration, ends, joined, known, names, nats, ratio, short
 from gptjax.config import to_dict
 from gptjax.plots import signed
@@ -45,6 +46,7 @@ def story(answer: Answer) -> Document:
             parts = [Section(f"At {size}", tuple(inner))]
         sections += parts
     sections += [
+        *([over_sizes(answer)] if len(answer.sizes) > 1 else []),
         _failed(answer),
         *([Section("Notes", (Items(answer.notes),))] if answer.notes else []),
         _how_to_read(answer),
@@ -79,6 +81,13 @@ def _budget(answer: Answer) -> str:
 
 def _the_answer(answer: Answer, ranked: dict[str, list[Standing]]) -> Section:
     told: list[Part] = []
+    if answer.entries[1:]:
+        baseline = code(answer.entries[0].variant)
+        told.append(
+            f"Which variants predict held-out text better than the baseline {baseline}, and which "
+            "worse, after the same training? They are compared by their loss on it, in nats a "
+            "token: lower is better, and a difference below zero is a variant that is ahead."
+        )
     for size, of_size in ranked.items():
         told.append((f"At {size}: " if size else "") + _verdicts(answer, of_size))
     told.append(_what_was_done(answer))
@@ -87,7 +96,7 @@ def _the_answer(answer: Answer, ranked: dict[str, list[Standing]]) -> Section:
 
 def _verdicts(answer: Answer, of_size: Sequence[Standing]) -> str:
     """Which variants are better than the baseline, which worse, and of which nobody can tell."""
-    baseline = next(each for each in of_size if is_baseline(answer, each.entry))
+    baseline = next(each for each in of_size if each.tone == "baseline")
     name = code(baseline.entry.variant)
     if len(of_size) == 1:
         return (
@@ -98,7 +107,7 @@ def _verdicts(answer: Answer, of_size: Sequence[Standing]) -> str:
     groups: dict[str, list[Standing]] = {"better": [], "worse": [], "open": [], "failed": []}
     for each in of_size:
         if each is not baseline:
-            groups[tone(answer, each)].append(each)
+            groups[each.tone].append(each)
     if all(each.difference is None for each in of_size):
         best = names([each.entry.variant for each in of_size if known(each.mean)][:1])
         return (
@@ -114,11 +123,16 @@ def _verdicts(answer: Answer, of_size: Sequence[Standing]) -> str:
     for kind in ("better", "worse"):
         if not groups[kind]:
             sentences.append(f"No variant is shown to be {kind} than the baseline {name}.")
-    if groups["open"]:
+    undecided, withheld = [], []
+    for each in groups["open"]:
+        apart = each.difference and each.difference.excludes_zero
+        (withheld if apart else undecided).append(each)
+    if undecided:
         sentences.append(
-            f"{_list(groups['open'])} {_are(groups['open'])} not separated from it: the runs do "
+            f"{_list(undecided)} {_are(undecided)} not separated from it: the runs do "
             "not tell whether better, worse or the same."
         )
+    sentences += [f"Of {_list([each])}: {each.verdict}." for each in withheld]
     return " ".join(sentences) + _ended(groups["failed"]) + f" {name} reached {_reached(baseline)}."
 
 
@@ -135,7 +149,7 @@ def _list(of_kind: Sequence[Standing]) -> str:
     """Variants with their differences."""
     return joined(
         [
-            f"{code(each.entry.variant)} ({signed(each.difference.mean)} nats a token, "
+            f"{code(each.entry.variant)} ({signed(each.difference.mean)}, interval "
             f"{ends(each.difference, '{:+.4f}')})"
             if each.difference
             else f"{code(each.entry.variant)} (too few seeds finished)"
@@ -159,15 +173,15 @@ def _what_was_done(answer: Answer) -> str:
         "the same held-out tokens.",
         _matching(answer),
     ]
+    rates = joined([f"{rate:g}" for rate in asked.rates])
     if len(asked.rates) > 1:
-        rates = joined([f"{rate:g}" for rate in asked.rates])
         sentences.append(
             f"Each took the best of the learning rates {rates}, chosen by "
             f"{counted(asked.search_seeds, 'seed')} that the comparison does not use"
             + (f", at width {asked.mup_width} and carried over by muP." if asked.mup_width else ".")
         )
     else:
-        sentences.append(f"All took the learning rate {asked.rates[0]:g}.")
+        sentences.append(f"All took the learning rate {rates}.")
     if asked.seeds > 1:
         sentences.append(
             f"All statements on differences hold together with {100 * asked.confidence:g}% "
@@ -210,7 +224,7 @@ def _of_size(answer: Answer, of_size: list[Standing]) -> list[Section]:
     took: list[Part] = [
         "Measured in turn with all others on the machine named at the end. A step's memory is what "
         "XLA plans for it: arguments, results and all between.",
-        tables.costs(answer, of_size),
+        tables.costs(of_size),
     ]
     quality = pictures.frontier(entries, of_size)
     along = pictures.curves(entries)
@@ -271,7 +285,7 @@ def _matched(answer: Answer, entries: Sequence[Entry]) -> Section:
         (
             _matching(answer) + " Whatever else differs may explain a difference as well:",
             Items(tuple(remaining)),
-            tables.matched(answer, entries),
+            tables.matched(entries),
         ),
     )
 

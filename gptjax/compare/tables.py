@@ -2,49 +2,20 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gptjax.compare.analysis import Standing
+from gptjax.compare.analysis import Standing, finished, seed_differences
 from gptjax.compare.document import Table, code
 from gptjax.compare.results import Answer, Entry, Outcome
+from gptjax.compare.scaling import Law
 from gptjax.compare.wording import UNKNOWN, ends, known, memory, nats, ratio, short
 from gptjax.config import to_dict
 from gptjax.plots import signed
 
-
-def finished(entry: Entry) -> dict[int, Outcome]:
-    """The final runs that came to a loss, by seed."""
-    return {run.seed: run for run in entry.finals if known(run.validation_loss)}
-
-
-def by_seed(entry: Entry, baseline: Entry) -> np.ndarray:
-    """How far the losses are from the baseline's: [seeds] that finished of both."""
-    losses, reference = finished(entry), finished(baseline)
-    pairs = [
-        (losses[seed].validation_loss, reference[seed].validation_loss)
-        for seed in losses
-        if seed in reference
-    ]
-    return np.array([ours - theirs for ours, theirs in pairs], float)
-
-
-def is_baseline(answer: Answer, entry: Entry) -> bool:
-    """Whether the others of its size are compared with it."""
-    return entry is next(other for other in answer.entries if other.size == entry.size)
-
-
-def tone(answer: Answer, standing: Standing) -> str:
-    """better, worse, open (not told apart), failed or baseline."""
-    if is_baseline(answer, standing.entry):
-        return "baseline"
-    if not known(standing.mean):
-        return "failed"
-    withheld = "not called" in standing.verdict  # Its failed runs may be the bad ones.
-    if standing.difference is None or not standing.difference.excludes_zero or withheld:
-        return "open"
-    return "better" if standing.difference.high < 0 else "worse"
+COEFFICIENTS = ("E", "A", "alpha")
+"""Of a law of the loss by the number of parameters."""
 
 
 def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Table:
@@ -53,7 +24,7 @@ def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> T
     rows = []
     for standing in standings:
         spread = f" ± {nats(standing.deviation)}" if known(standing.deviation) else ""
-        pairs = by_seed(standing.entry, baseline)
+        pairs = seed_differences(standing.entry, baseline)
         apart = np.mean(pairs) if len(pairs) and standing.entry is not baseline else None
         rows.append(
             (
@@ -75,10 +46,10 @@ def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> T
         "Interval of the difference, Holm",
         "Verdict",
     )
-    return Table(head, tuple(rows), tuple(tone(answer, each) for each in standings), words=(6,))
+    return Table(head, tuple(rows), tuple(each.tone for each in standings), words=(6,))
 
 
-def costs(answer: Answer, standings: Sequence[Standing]) -> Table:
+def costs(standings: Sequence[Standing]) -> Table:
     """What it took, in the order of the results."""
     rows = []
     for entry in (standing.entry for standing in standings):
@@ -109,7 +80,7 @@ def costs(answer: Answer, standings: Sequence[Standing]) -> Table:
         "Decoded tokens/s",
         "The same step's peak on a TPU v5e",
     )
-    tones = tuple("baseline" if is_baseline(answer, each.entry) else "" for each in standings)
+    tones = tuple("baseline" if each.tone == "baseline" else "" for each in standings)
     return Table(head, tuple(rows), tones)
 
 
@@ -118,7 +89,7 @@ def seconds_a_token(entry: Entry) -> float:
     return 1 / entry.costs.tokens_per_second if entry.costs else math.nan
 
 
-def matched(answer: Answer, entries: Sequence[Entry]) -> Table:
+def matched(entries: Sequence[Entry]) -> Table:
     """Each variant beside the baseline, in all that might explain a difference."""
     first = entries[0]
     rows = tuple(
@@ -178,6 +149,20 @@ def searched(entries: Sequence[Entry]) -> Table:
             cells.append(cell + (" ◀ taken" if rate == entry.optimizer.learning_rate else ""))
         rows.append(tuple(cells))
     return Table(("Variant", *(f"{rate:g}" for rate in rates)), tuple(rows))
+
+
+def laws(fitted: Mapping[str, Law]) -> Table:
+    """L = E + A N^-alpha of each variant."""
+    rows = []
+    for variant, law in fitted.items():
+        cells = [
+            f"{value:.3g}" + (f" ({low:.3g} to {high:.3g})" if known(low) and known(high) else "")
+            for value, (low, high) in (
+                (law.coefficients[name], law.intervals[name]) for name in COEFFICIENTS
+            )
+        ]
+        rows.append((code(variant), *cells, nats(law.missed)))
+    return Table(("Variant", "E, nats", "A", "alpha", "Misses a size by at most"), tuple(rows))
 
 
 def failures(outcomes: Sequence[Outcome]) -> Table:

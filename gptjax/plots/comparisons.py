@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from gptjax.plots.curves import FEW, SIZE, line_style, page_axes
-from gptjax.plots.legible import LINES, PAGE, finish, shorten, token_label, wrap
+from gptjax.plots.legible import LINE, LINES, PAGE, finish, wrap
+from gptjax.plots.names import legend_below, legend_height, name_label, pitch
 
-NAME = 200.0  # Points that a variant's name may take.
 SIGNS = (("v", LINES[0]), ("^", LINES[1]), ("o", "0.45"))
 """Of a difference surely below zero, surely above, and neither: mark and colour."""
 
@@ -34,28 +35,32 @@ def differences(
     intervals: np.ndarray,
     *,
     runs: Sequence[np.ndarray] = (),
+    told: Sequence[bool] = (),
     label: str,
     sides: tuple[str, str],
     title: str = "",
 ) -> Figure:
     """Differences with their intervals against a line at zero, first on top.
 
-    Those whose interval lies on one side of zero are marked and coloured by the side; the others
-    are grey and hollow. Each is printed beside its row, and so is what is not known.
+    Those whose interval lies on one side of zero, if that may be told, are marked and coloured by
+    the side; the others are grey and hollow. Each is printed beside its row, and so is what is not
+    known.
 
     Args:
       names: of what differs.
       intervals: [names, 3], the difference and the ends of its interval; NaN where there is none.
       runs: [names] of [seeds], each seed's own difference, as dots; none leaves them out.
+      told: [names], whether it may be told on which side a difference lies; none if all may be.
       label: what the differences are.
       sides: what it means to be below zero, and above.
       title: above them.
     """
-    figure, axes = page_axes(100 + 2.2 * SIZE * len(names), title)
+    figure, axes = page_axes(100 + pitch(names) * len(names), title)
     intervals = np.asarray(intervals, float).reshape(-1, 3)
     axes.axvline(0, color="0.2", linewidth=1)
     for row, (middle, low, high) in enumerate(intervals):
         sign = 0 if high < 0 else 1 if low > 0 else 2
+        sign = sign if not told or told[row] else 2
         marker, colour = SIGNS[sign]
         axes.hlines(row, low, high, color=colour, linewidth=1.6)
         axes.plot([low, high], [row, row], "|", color=colour, markersize=7)
@@ -67,7 +72,7 @@ def differences(
     reach = np.abs(shown[np.isfinite(shown)]).max(initial=0) or 1
     axes.set_xlim(-1.08 * reach, 1.08 * reach)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), _labels(names), fontsize=SIZE)
+    axes.set_yticks(range(len(names)), [name_label(name) for name in names], fontsize=SIZE)
     axes.set_xlabel(label, fontsize=SIZE)
     for side, (words, place) in enumerate(zip(sides, (0.0, 1.0), strict=True)):
         axes.annotate(
@@ -81,8 +86,8 @@ def differences(
             color=SIGNS[side][1],
         )
     printed = axes.secondary_yaxis("right")
-    told = ["not known" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
-    printed.set_yticks(range(len(names)), told, fontsize=SIZE)
+    values = ["not known" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
+    printed.set_yticks(range(len(names)), values, fontsize=SIZE)
     for side in (axes, printed):
         side.tick_params(axis="y", length=0)
     printed.spines["right"].set_visible(False)
@@ -106,17 +111,18 @@ def curves_by_variant(
       xlabel, ylabel: what the axes show.
       title: above them.
     """
-    figure, axes = page_axes(250 + 1.5 * SIZE * len(curves), title)
+    figure, axes = page_axes(250 + legend_height(list(curves)), title)
     for index, (name, (places, values)) in enumerate(curves.items()):
         style = line_style(index, len(places))
         if len(places):
             low, high = values.min(1), values.max(1)
             axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
-            axes.plot(places, values.mean(1), label=_label(name), **style)
+            axes.plot(places, values.mean(1), label=name_label(name), **style)
     _end_after_a_fifth(axes, list(curves.values()))
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel(xlabel, fontsize=SIZE)
     axes.set_ylabel(ylabel, fontsize=SIZE)
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return finish(figure)
 
 
@@ -135,16 +141,20 @@ def difference_panels(
     """
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(PAGE / 72, (60 + 105 * rows) / 72), layout="constrained")
+    titles = [name_label(name, PAGE / columns - 40) for name in curves]
+    lines = max(title.count("\n") for title in titles)
+    height = 60 + (105 + LINE * SIZE * lines) * rows
+    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, (name, (places, values)) in zip(panels, curves.items(), strict=False):
+    for axes, name, (places, values) in zip(panels, titles, curves.values(), strict=False):
         mean, low, high = values.mean(1), values.min(1), values.max(1)
         axes.axhline(0, color="0.2", linewidth=0.8)
         axes.fill_between(places, low, high, color=LINES[0], alpha=0.25, linewidth=0)
         axes.plot(places, mean, color=LINES[0], linewidth=1.4)
-        axes.set_title(shorten(_label(name), SIZE, PAGE / columns - 40), fontsize=SIZE)
+        axes.set_title(name, fontsize=SIZE)
         axes.tick_params(labelsize=SIZE - 1)
         axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     _end_after_a_fifth(panels[0], list(curves.values()), both=True)
@@ -176,7 +186,8 @@ def frontier(
       ylabel: what is reached.
       title: above all panels.
     """
-    figure = Figure(figsize=(PAGE / 72, (230 + 0.8 * SIZE * len(names)) / 72), layout="constrained")
+    height = 240 + legend_height(names)
+    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False).ravel()
     for axes, (xlabel, cost) in zip(panels, costs.items(), strict=True):
         middle = intervals[:, 0]
@@ -185,7 +196,7 @@ def frontier(
         for index, name in enumerate(names):
             style = {**line_style(index, 1), "markersize": 6, "linestyle": ""}
             axes.vlines(cost[index], *intervals[index, 1:], color=style["color"], linewidth=1)
-            axes.plot(cost[index], middle[index], label=_label(name), **style)
+            axes.plot(cost[index], middle[index], label=name_label(name), **style)
         axes.plot(
             cost[front],
             middle[front],
@@ -203,7 +214,7 @@ def frontier(
     panels[0].set_ylabel(ylabel, fontsize=SIZE)
     if title:
         figure.suptitle(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
-    _legend(figure, panels[0])
+    legend_below(figure, panels[0])
     return finish(figure)
 
 
@@ -231,17 +242,20 @@ def loss_by_rate(
       ylabel: what came out.
       title: above it.
     """
-    figure, axes = page_axes(220 + 1.0 * SIZE * len(searched), title)
+    figure, axes = page_axes(230 + legend_height(list(searched)), title)
     for index, ((name, (rates, losses)), taken) in enumerate(
         zip(searched.items(), chosen, strict=True)
     ):
         style = line_style(index, len(rates))
         mean = losses.mean(1)
-        axes.plot(rates, mean, label=_label(name), **style)
+        axes.plot(rates, mean, label=name_label(name), **style)
         axes.plot(rates, losses, ".", color=style["color"], markersize=3)
         ring = {"color": style["color"], "markerfacecolor": "none", "markersize": 11}
         axes.plot(rates[rates == taken], mean[rates == taken], "o", **ring)
-    _log_ticks(axes, "x", np.concatenate([points.places for points in searched.values()]))
+    axes.set_xscale("log")
+    rates = np.unique(np.concatenate([points.places for points in searched.values()]))
+    _name_places(axes.xaxis, rates if len(rates) <= FEW else _round(*axes.get_xlim()))
+    axes.xaxis.set_major_formatter("{x:g}")
     known = np.concatenate([points.values.ravel() for points in searched.values()])
     known = known[np.isfinite(known)]
     if len(known):
@@ -250,7 +264,7 @@ def loss_by_rate(
             axes.set_ylim(known.min() - 0.08 * reach, known.min() + reach)
     axes.set_xlabel("peak learning rate", fontsize=SIZE)
     axes.set_ylabel(ylabel, fontsize=SIZE)
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return finish(figure)
 
 
@@ -283,7 +297,7 @@ def scaling(
       xlabel, ylabel: what the axes show.
       title: above it.
     """
-    figure, axes = page_axes(280 + 1.0 * SIZE * len(measured), title)
+    figure, axes = page_axes(280 + legend_height(list(measured)), title)
     for index, (name, (places, values)) in enumerate(measured.items()):
         style = line_style(index, 1)
         if name in fitted:
@@ -296,12 +310,15 @@ def scaling(
         axes.plot(
             across, values.ravel(), **{**style, "linestyle": "", "markersize": 4, "alpha": 0.6}
         )
-        axes.plot([], [], label=_label(name), **style)
-    _log_ticks(axes, "x", np.concatenate([points.places for points in measured.values()]))
-    _log_ticks(axes, "y", np.array(axes.get_ylim()))
+        axes.plot([], [], label=name_label(name), **style)
+    axes.set(xscale="log", yscale="log")
+    for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        _name_places(axis, _round(*ends))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(xlabel, fontsize=SIZE)
     axes.set_ylabel(ylabel, fontsize=SIZE)
-    _legend(figure, axes)
+    legend_below(figure, axes)
     return finish(figure)
 
 
@@ -321,42 +338,17 @@ def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = Fal
     axes.set_ylim(low - room, high + room)
 
 
-def _log_ticks(axes: Axes, axis: str, places: np.ndarray) -> None:
-    """Make an axis logarithmic, and name a few round places, or the places themselves."""
-    named = np.unique(places)
-    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
-    if axis == "y" or len(named) > FEW:
-        named = MaxNLocator(5).tick_values(low, high)
-        named = named[(named >= max(low, 0)) & (named <= high) & (named > 0)]
-    if axis == "x":
-        axes.set_xscale("log")
-        axes.set_xticks(named, [f"{place:,.6g}" for place in named])
-        axes.set_xticks([], minor=True)
+def _round(low: float, high: float) -> np.ndarray:
+    """A few round places on a logarithmic axis."""
+    if high / low < 10:
+        places = np.array(MaxNLocator(5).tick_values(low, high))
     else:
-        axes.set_yscale("log")
-        axes.set_yticks(named, [f"{place:g}" for place in named])
-        axes.set_yticks([], minor=True)
+        decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+        places = np.sort(np.outer((1,) if high / low > 1000 else (1, 2, 5), decades).ravel())
+    return places[(places >= low) & (places <= high)]
 
 
-def _label(name: str) -> str:
-    """A variant's name as it fits beside a figure, what no font has escaped."""
-    shown = "".join(character if character == " " else token_label(character) for character in name)
-    return shorten(shown, SIZE, NAME)
-
-
-def _labels(names: Sequence[str]) -> list[str]:
-    return [_label(name) for name in names]
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=min(2, len(handles)) if len(handles) < 4 else 2,
-            frameon=False,
-            fontsize=SIZE,
-            handlelength=4,
-        )
+def _name_places(axis: Axis, places: np.ndarray) -> None:
+    """Let an axis name these places and no other."""
+    axis.set_major_locator(FixedLocator(places.tolist()))
+    axis.set_minor_locator(NullLocator())

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import noto_cjk_sans_otc
 import numpy as np
@@ -126,7 +127,11 @@ def to_svg(figure: Figure, name: str) -> str:
     typeset(figure)
     drawn = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.sans-serif": ["DejaVu Sans"]}
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.sans-serif": ["DejaVu Sans"],
+    }
     with rc_context(settings):
         figure.savefig(drawn, format="svg", metadata=nothing)
     element = drawn.getvalue()[drawn.getvalue().index("<svg") :]

@@ -148,6 +148,46 @@ def two_sizes() -> Answer:
     return answer(entries, seeds=3, sizes=tuple(sizes), scale="params=0.3M,1M")
 
 
+def four_sizes() -> Answer:
+    """Of --scale, where the law of llama-style crosses the baseline's among what was measured."""
+    sizes = {"params=0.3M": 1.0, "params=1M": 10 / 3, "params=3M": 10.0, "params=10M": 100 / 3}
+    entries = [
+        entry(variant, effect * (1 - np.log10(scale)), 3, size=size, scale=scale)
+        for size, scale in sizes.items()
+        for variant, effect in EFFECTS.items()
+    ]
+    return answer(entries, seeds=3, sizes=tuple(sizes), scale="params=0.3M,1M,3M,10M")
+
+
+def withheld() -> Answer:
+    """A variant that is ahead on the seeds that it survived."""
+    survivor = entry("llama-style", -0.05, 5)
+    runs = (outcome("llama-style", 0, None), *survivor.finals[1:])
+    survivor = dataclasses.replace(survivor, finals=runs)
+    return answer([entry(BASELINE, 0.0, 5), survivor], seeds=5)
+
+
+def no_baseline() -> Answer:
+    """Of which no run of the baseline finished, and no cost is known."""
+    failed = tuple(outcome(BASELINE, seed, None) for seed in range(5))
+    first = dataclasses.replace(entry(BASELINE, 0.0, 5), finals=failed, costs=None)
+    return answer([first, dataclasses.replace(entry("llama-style", 0, 5), costs=None)], seeds=5)
+
+
+def named(name: str) -> Answer:
+    """A variant of that name, in all that a user gives."""
+    whole = answer([entry(BASELINE, 0.0, 2), entry(name, 0.1, 2)], seeds=2)
+    failed = outcome(name, 2, None, error=f"{name} failed.", directory=f"runs/{name}")
+    return dataclasses.replace(
+        whole,
+        command=name,
+        data=name,
+        notes=(f"{name} was not matched.",),
+        environment={"device": name, "versions": {name: name}},
+        outcomes=(*whole.outcomes, failed),
+    )
+
+
 def many() -> Answer:
     """Twelve variants with long names."""
     names = [f"gpt2:feedforward=swiglu,norm=rmsnorm,heads={n}" for n in range(11)]

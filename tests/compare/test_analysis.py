@@ -78,6 +78,7 @@ def test_what_differs_is_found_and_told_in_the_order_asked_for():
     standing = found(three)
     verdicts = [each.verdict for each in standing.values()]
     assert verdicts == ["baseline", "worse than base", "better than base"]
+    assert [each.tone for each in standing.values()] == ["baseline", "worse", "better"]
     expected = paired_differences(three, "base")
     assert standing["base"].difference is None
     for name in ("bad", "good"):
@@ -88,10 +89,11 @@ def test_what_differs_is_found_and_told_in_the_order_asked_for():
 
 def test_what_is_not_separated_is_told_with_the_seeds_that_would_do():
     values = np.array(BASE) + 0.01 * np.array([3, -1, 1, -2, 2])
-    verdict = found({"base": BASE, "close": values})["close"].verdict
+    standing = found({"base": BASE, "close": values})["close"]
+    assert standing.tone == "open"
     told = re.fullmatch(
         r"not separated from base; about (\d+) more seeds would separate a difference of this size",
-        verdict,
+        standing.verdict,
     )
     assert told
     assert 5 < int(told[1]) < 100
@@ -110,8 +112,8 @@ def test_equal_variants_are_hardly_ever_called_different():
     for _ in range(studies):
         shared = generator.normal(0, 0.1, 4)  # The batches of a seed, the same for all.
         losses = {name: 2 + shared + generator.normal(0, 0.02, 4) for name in ("base", *"abcd")}
-        verdicts = [standing.verdict for standing in found(losses, 0.9).values()]
-        wrong += any("better" in verdict or "worse" in verdict for verdict in verdicts)
+        tones = {standing.tone for standing in found(losses, 0.9).values()}
+        wrong += tones != {"baseline", "open"}
     # Each for itself they would be wrong in 0.26 of studies.
     assert wrong / studies < 0.1 + 3 * np.sqrt(0.1 * 0.9 / studies)
 
@@ -128,6 +130,7 @@ def test_a_defect_is_found_worse_in_spite_of_all_others():
 def test_one_seed_has_no_interval():
     standing = found({"base": [2.0], "other": [1.0]})
     assert standing["other"].verdict == "one seed: no interval"
+    assert standing["other"].tone == "open"
     for each in standing.values():
         assert each.interval is None
         assert each.difference is None
@@ -141,6 +144,7 @@ def test_a_variant_is_not_called_better_for_the_seeds_that_it_survived():
     assert standing.verdict == (
         "2 of 5 runs failed; not called better than base, since its failed runs may be the bad ones"
     )
+    assert standing.tone == "open"
     assert standing.difference is not None
     assert standing.difference.high < 0
     np.testing.assert_allclose(standing.losses, lower[1:4])
@@ -155,6 +159,7 @@ def test_a_baseline_is_not_called_better_for_the_seeds_that_it_survived():
         "not called worse than base, since base's failed runs may be the bad ones"
     )
     assert standing["low"].verdict == "better than base"
+    assert [each.tone for each in standing.values()] == ["baseline", "open", "better"]
 
 
 def test_failed_runs_leave_the_seeds_in_common():
@@ -178,6 +183,7 @@ def test_failed_runs_leave_the_seeds_in_common():
         "4 of 5 runs failed; one seed in common with base: no interval"
     )
     assert standing["none"].verdict == "5 of 5 runs failed; nothing to compare with base"
+    assert [each.tone for each in standing.values()] == ["baseline", "worse", "open", "failed"]
     assert np.isnan(standing["none"].mean)
     assert standing["none"].losses.shape == (0,)
 
@@ -186,6 +192,13 @@ def test_without_a_baseline_there_is_no_verdict():
     standing = found({"base": [None, None], "other": [2.0, 2.1]})
     assert standing["base"].verdict == "2 of 2 runs failed; baseline"
     assert standing["other"].verdict == "no seed in common with base: no interval"
+    assert [each.tone for each in standing.values()] == ["baseline", "open"]
+
+
+def test_a_loss_that_is_no_number_is_a_failed_run():
+    standing = found({"base": BASE, "wild": [*BASE[:4], float("nan")]})["wild"]
+    assert standing.verdict.startswith("1 of 5 runs failed; not separated from base")
+    assert len(standing.losses) == 4
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From a question to its report: what is planned, trained once, and said."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("precious")
-    for act in (study.describe, lambda *of: study.compare(*of, "it")):
+    for act in (study.describe, functools.partial(study.compare, command="it")):
         with pytest.raises(InputError, match=r"holds files but no comparison\.json"):
             act(tiny(tmp_path), out)
     (out / "comparison.json").write_text(json.dumps({"format": 99}))
