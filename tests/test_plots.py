@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from gptjax import plots
 from gptjax.config import InputError
 from gptjax.plots import legible
+from gptjax.plots.comparisons import FittedLine, Points
 from gptjax.plots.curves import line_style
 
 LAW = "机器人必须服从人给予它的命令，除非这些命令与第一法则相冲突。"
@@ -46,6 +47,25 @@ def _tokens(length: int) -> list[str]:
 
 
 STEPS = np.arange(1, 21)
+VARIANTS = [
+    "gpt2",
+    "alibi",
+    "neox-style",
+    "llama-style",
+    "post-norm",
+    "qk-norm",
+    "lstm",
+    "quickstart:width=64,positions=none",
+    "一个",
+]
+RATES, SIZES = np.array([1e-3, 3e-3, 1e-2]), np.array([3e5, 1e6, 3e6, 1e7])
+
+
+def _falling() -> dict[str, Points]:
+    steps = np.arange(100_000, 1_000_001, 100_000)
+    return {name: Points(steps, 2 + 3e5 / steps[:, None] + _random(10, 5)) for name in VARIANTS}
+
+
 FIGURES = {
     "loss": lambda: plots.loss_curve(LINES, "a run"),
     "heads": lambda: plots.attention_grid(_weights(2, 3, 12), ENGLISH, "a few heads"),
@@ -86,6 +106,43 @@ FIGURES = {
     ),
     "bars": lambda: plots.bars(
         [*ENGLISH, "一个"], _random(13), _random(13, 2), label="loss", title="compared"
+    ),
+    "differences": lambda: plots.differences(
+        VARIANTS,
+        np.sort(_random(9, 3) - 0.5)[:, [1, 0, 2]],
+        runs=list(_random(9, 5) - 0.5),
+        label="loss minus the baseline's",
+        sides=("better", "worse"),
+        title="compared",
+    ),
+    "curves by variant": lambda: plots.curves_by_variant(
+        _falling(), xlabel="tokens", ylabel="loss", title="along training"
+    ),
+    "panels of differences": lambda: plots.difference_panels(
+        _falling(), xlabel="tokens", ylabel="loss minus the baseline's"
+    ),
+    "frontier": lambda: plots.frontier(
+        VARIANTS,
+        {"FLOPs a token": 1e6 * (1 + _random(9)), "seconds a token": _random(9)},
+        np.sort(_random(9, 3))[:, [1, 0, 2]],
+        ylabel="loss",
+        title="what it costs",
+    ),
+    "loss by rate": lambda: plots.loss_by_rate(
+        {name: Points(RATES, _random(3, 2)) for name in VARIANTS},
+        [3e-3] * 9,
+        ylabel="loss",
+        title="the search",
+    ),
+    "scaling": lambda: plots.scaling(
+        {name: Points(SIZES, 2 + _random(4, 3)) for name in VARIANTS[:4]},
+        {
+            name: FittedLine(SIZES, 2 + np.zeros(4), 1.9 + np.zeros(4), 2.1 + np.zeros(4))
+            for name in VARIANTS[:4]
+        },
+        xlabel="parameters",
+        ylabel="loss",
+        title="laws",
     ),
 }
 

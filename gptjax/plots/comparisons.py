@@ -83,7 +83,6 @@ def differences(
             textcoords="offset points",
             ha=("left", "right")[side],
             fontsize=SIZE,
-            color=SIGNS[side][1],
         )
     printed = axes.secondary_yaxis("right")
     values = ["not known" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
