@@ -77,7 +77,7 @@ def lower_first_state(
 
 def compile_for_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
     """A program that runs once: on a CPU full effort takes 2 to 5 times as long to compile."""
-    return lowered.compile({"xla_backend_optimization_level": 1} if platform == "cpu" else {})
+    return lowered.compile({"xla_backend_optimization_level": "1"} if platform == "cpu" else {})
 
 
 def state_shapes(
