@@ -39,6 +39,7 @@ def story(answer: Answer) -> Document:
     others = counted(len(variants) - 1, "variant")
     title = f"{others[0].upper()}{others[1:]} against {code(variants[0])}"
     sections = [_the_answer(answer, ranked)]
+    sections += [over_sizes(answer)] if len(answer.sizes) > 1 else []
     for size, of_size in ranked.items():
         parts = _of_size(answer, of_size)
         if size:
@@ -46,7 +47,6 @@ def story(answer: Answer) -> Document:
             parts = [Section(f"At {size}", tuple(inner))]
         sections += parts
     sections += [
-        *([over_sizes(answer)] if len(answer.sizes) > 1 else []),
         _failed(answer),
         *([Section("Notes", (Items(answer.notes),))] if answer.notes else []),
         _how_to_read(answer),

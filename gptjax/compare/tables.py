@@ -14,8 +14,8 @@ from gptjax.compare.wording import UNKNOWN, ends, known, memory, nats, ratio, sh
 from gptjax.config import to_dict
 from gptjax.plots import signed
 
-COEFFICIENTS = ("E", "A", "alpha")
-"""Of a law of the loss by the number of parameters."""
+COEFFICIENTS = {"E": ".3f", "A": ".3g", "alpha": ".3f"}
+"""Of a law of the loss by the number of parameters, and how each is written."""
 
 
 def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Table:
@@ -155,14 +155,13 @@ def laws(fitted: Mapping[str, Law]) -> Table:
     """L = E + A N^-alpha of each variant."""
     rows = []
     for variant, law in fitted.items():
-        cells = [
-            f"{value:.3g}" + (f" ({low:.3g} to {high:.3g})" if known(low) and known(high) else "")
-            for value, (low, high) in (
-                (law.coefficients[name], law.intervals[name]) for name in COEFFICIENTS
-            )
-        ]
+        cells = []
+        for name, form in COEFFICIENTS.items():
+            low, high = law.intervals[name]
+            interval = f" ({low:{form}} to {high:{form}})" if known(low) else ""
+            cells.append(f"{law.coefficients[name]:{form}}{interval}")
         rows.append((code(variant), *cells, nats(law.missed)))
-    return Table(("Variant", "E, nats", "A", "alpha", "Misses a size by at most"), tuple(rows))
+    return Table(("Variant", "E, nats", "A", "alpha", "Off a size by at most, nats"), tuple(rows))
 
 
 def failures(outcomes: Sequence[Outcome]) -> Table:
