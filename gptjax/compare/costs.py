@@ -61,6 +61,7 @@ def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
     step = lower_train_step(loss, optimizer, shapes, batch, mesh).compile()
     seconds = time.perf_counter() - start
     plan = step.memory_analysis()
+    assert plan is not None
     # Not its own peak, which on a CPU leaves out what is computed between.
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     state = jax.tree.map(
