@@ -85,11 +85,12 @@ def keep(cell: Cell, trial: Trial, out: Path, material: Material) -> Outcome:
     if trial.diverged:
         sentence = f"Step {trial.diverged}: the loss or the gradient is not finite."
         return keep_diverged(cell, sentence, out, material)
-    if cell.purpose == "final" and not (directory / CONFIG).exists():
-        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Of a call that was killed.
-        save_model(directory, trial.model)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(material.tokenizer, directory)
+    if cell.purpose == "final":
+        if not (directory / CONFIG).exists():
+            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Of a call that was killed.
+            save_model(directory, trial.model)
+        save_tokenizer(material.tokenizer, directory)
     lines = "".join(json.dumps(line) + "\n" for line in trial.lines)
     (directory / METRICS).write_text(lines, encoding="utf-8")
     curve = [

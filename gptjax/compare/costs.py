@@ -159,13 +159,16 @@ def tpu_peak(config: ExperimentConfig) -> int | None:
         return None
     command = [sys.executable, "-m", "gptjax", "preflight", "quickstart", "--topology", TOPOLOGY]
     flags = [f"--batch-per-device={config.train.batch_size}", "--train.loss-chunk=0", "--json"]
-    ended = subprocess.run(
-        [*command, *flags, *_flags(config.model)],
-        capture_output=True,
-        text=True,
-        timeout=TPU_SECONDS,
-        check=False,
-    )
+    try:
+        ended = subprocess.run(
+            [*command, *flags, *_flags(config.model)],
+            capture_output=True,
+            text=True,
+            timeout=TPU_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
     # 1 is a step that does not fit, of which the peak is known too.
     return json.loads(ended.stdout)["peak_bytes"] if ended.returncode in (0, 1) else None
 

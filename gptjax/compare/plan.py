@@ -37,7 +37,7 @@ class Planned(NamedTuple):
     size: str
     model: TransformerConfig
     target: float | None
-    """Of what is matched; None where nothing is, and of what the others are matched to."""
+    """Of what is matched; None where nothing is."""
     reached: float | None
     steps: int
 
@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
     def finals(self, planned: Planned, rate: float) -> list[Cell]:
         """The runs that are compared."""
-        base = self._search_model(planned) if self.search(planned) else None
+        base = None if planned.variant.fixed_rate else self._search_model(planned)
         if base == planned.model:
             base = None
         return [
@@ -223,7 +223,10 @@ def _matched_seconds(plan: Plan) -> list[Planned]:
         )
         return [{"model": to_dict(each.model), "reached": each.reached} for each in found]
 
-    of = [to_dict(each.variant.model) for each in plan.planned]
+    of = [
+        to_dict(plan.example(each._replace(model=each.variant.model, steps=ENDLESS)))
+        for each in plan.planned
+    ]
     known = plan.measured.known("match seconds", [of, plan.comparison.tolerance], matched)
     return [
         each._replace(

@@ -64,7 +64,7 @@ class Entry:
     training_flops: int
     """A token."""
     target: float | None
-    """Of what was matched; None where nothing was, or the variant is what others are matched to."""
+    """Of what was matched; None where nothing was."""
     reached: float | None
     """What the variant has of it."""
     steps: int

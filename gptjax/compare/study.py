@@ -49,10 +49,10 @@ def compare(comparison: Comparison, out: Path, command: str) -> Answer:
         ]
         progress.begin("measuring costs")
         taken, notes = _costs(plan)
-    if comparison.mup_width and len(comparison.rates) > 1:
+    if comparison.mup_width:
         notes.append(
-            f"Learning rates were chosen at width {comparison.mup_width} and carried by muP: that "
-            "is cheaper than a search at the real width, and may end at a higher loss."
+            f"Learning rates are those of width {comparison.mup_width}, carried by muP: that is "
+            "cheaper than a search at the real width, and may end at a higher loss."
         )
     entries = map(_entry, plan.planned, tried, finals, taken)
     runs = [outcome for of in (*tried, *finals) for outcome in of]

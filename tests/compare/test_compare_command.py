@@ -142,7 +142,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
     assert 0 < len(kept) < 10
     ours, theirs = losses(broken / "out"), losses(whole / "out")
     assert len(ours) == 2 * (2 + 3)
-    # The directories' hashes hold the data's, not its path.
+    # By order: the directories' hashes hold the text's path, which differs.
     assert list(ours.values()) == list(theirs.values())
 
 

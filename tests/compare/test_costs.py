@@ -2,7 +2,7 @@ import dataclasses
 import importlib.util
 import inspect
 import subprocess
-import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -45,24 +45,36 @@ def test_an_encoder_does_not_decode():
     assert costs._decoding(encoder) is None
 
 
-def test_variants_are_timed_in_turn():
-    called = []
+def test_variants_are_timed_in_turn(monkeypatch):
+    called, now = [], 0.0
 
     def slow() -> None:
+        nonlocal now
         called.append("slow")
-        time.sleep(0.2)
+        now += 0.2
 
     def quick() -> None:
+        nonlocal now
         called.append("quick")
-        time.sleep(0.1)
+        now += 0.1
 
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now))
     seconds = costs.seconds_in_turn([slow, quick], rounds=3)
-    assert seconds[0] > seconds[1] > 0.09
+    assert seconds == pytest.approx([0.2, 0.1])
     assert called == ["slow"] * 2 + ["quick"] * 2 + ["slow", "quick", "quick"] * 3
 
 
 def test_without_libtpu_there_is_no_tpu_peak(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert costs.tpu_peak(config()) is None
+
+
+def test_a_tpu_compilation_that_takes_too_long_is_given_up(monkeypatch):
+    def late(words, timeout, **options):
+        raise subprocess.TimeoutExpired(words, timeout)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", late)
     assert costs.tpu_peak(config()) is None
 
 

@@ -123,6 +123,11 @@ def test_with_mup_the_rate_is_chosen_at_another_width(tmp_path):
     for cell in plan.finals(each, 1e-2):
         assert cell.config.model.width == 32
         assert cell.mup_base == plan.search(each)[0].config.model
+    # A single rate is one of that width too.
+    plan = planned(tmp_path, "quickstart:depth=1,width=32", rates=(1e-2,), mup_width=16)
+    (each,) = plan.planned
+    assert plan.search(each) == []
+    assert {cell.mup_base and cell.mup_base.width for cell in plan.finals(each, 1e-2)} == {16}
 
 
 @pytest.mark.parametrize(
