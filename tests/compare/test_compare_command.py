@@ -1,6 +1,5 @@
 """`python experiments/compare.py` as its user has it: mistakes, a kill, Ctrl-C, a second call."""
 
-import functools
 import importlib
 import json
 import os
@@ -84,6 +83,14 @@ def test_results_of_another_version_are_one_sentence(command, tmp_path):
     assert errors.endswith("(format 99, where 1 is read): choose another --out.\n")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell lets its background jobs ignore Ctrl-C, and their children would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*words: str) -> subprocess.Popen:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     for variable in QUICK_COMPILATION:
@@ -94,8 +101,6 @@ def start(*words: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        # A shell lets its background jobs ignore Ctrl-C, and their children inherit that.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
