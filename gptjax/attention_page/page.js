@@ -192,7 +192,9 @@ function draw() {
   context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, seen.width, seen.height);
+  context.save(); // A view finds no line or font of the one before.
   view.draw(context, part, seen);
+  context.restore();
   const caption = view.caption(part).replace(/\s+/g, " ");
   if (byId("caption").textContent !== caption) byId("caption").textContent = caption;
   const layer = `layer ${part.layers[state.layer]}`;
