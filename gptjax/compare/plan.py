@@ -10,7 +10,7 @@ from gptjax.compare.cells import Cell
 from gptjax.compare.matching import MEASURE, match_seconds, match_width, resized
 from gptjax.compare.material import Material, open_material
 from gptjax.compare.measured import Measured
-from gptjax.compare.question import BUDGETS, MEASURES, SUFFIXES, Comparison, parse_quantity
+from gptjax.compare.question import BUDGETS, MEASURES, Comparison, parse_quantity, quantity
 from gptjax.compare.variants import Variant, read_variants
 from gptjax.config import (
     ExperimentConfig,
@@ -140,7 +140,7 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     ]
     sizes, planned = [], []
     for target in targets or (None,):
-        sizes.append(f"{measure}={short(target)}" if comparison.scale and target else "")
+        sizes.append(f"{measure}={quantity(target)}" if comparison.scale and target else "")
         planned += _matched(variants, sizes[-1], measure, target, comparison)
     # From here on JAX is asked; before, nothing has touched it.
     configure_cpu(max(ledger(each.model).parameters for each in planned))
@@ -153,14 +153,6 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
             each._replace(steps=count) for each, count in zip(plan.planned, steps, strict=True)
         ]
     )
-
-
-def short(number: float) -> str:
-    """1500000 as 1.5M."""
-    for suffix, factor in reversed(SUFFIXES.items()):
-        if suffix != "G" and number >= factor:
-            return f"{number / factor:g}{suffix}"
-    return f"{number:g}"
 
 
 def _targets(comparison: Comparison) -> tuple[str, tuple[float, ...]]:

@@ -74,10 +74,10 @@ class GridProgress:
         seconds, worked = time.perf_counter() - self._start, self.done - self._before
         if not worked:
             return ""
-        return f", {duration((self._total - self.done) * seconds / worked)} left"
+        return f", {clock((self._total - self.done) * seconds / worked)} left"
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """As 1:02:03 or 2:03."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)

@@ -76,6 +76,14 @@ def parse_quantity(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, t
     return name, tuple(_number(flag, text, word) for word in values.split(",")) if equals else ()
 
 
+def quantity(number: float) -> str:
+    """1500000 as 1.5M, as `parse_quantity` reads it."""
+    for suffix, factor in reversed(SUFFIXES.items()):
+        if suffix != "G" and number >= factor:
+            return f"{number / factor:g}{suffix}"
+    return f"{number:g}"
+
+
 def _number(flag: str, text: str, word: str) -> float:
     factor = SUFFIXES.get(word[-1:], 1.0)
     try:

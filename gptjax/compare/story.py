@@ -36,8 +36,9 @@ def story(answer: Answer) -> Document:
     """The whole report."""
     ranked = {size: _best_first(standings(answer, size)) for size in answer.sizes}
     variants = [entry.variant for entry in answer.entries if entry.size == answer.sizes[0]]
+    baseline = code(variants[0])
     others = counted(len(variants) - 1, "variant")
-    title = f"{others[0].upper()}{others[1:]} against {code(variants[0])}"
+    title = f"{others} against {baseline}" if variants[1:] else f"{baseline} alone"
     sections = [_the_answer(answer, ranked)]
     sections += [over_sizes(answer)] if len(answer.sizes) > 1 else []
     for size, of_size in ranked.items():

@@ -14,7 +14,7 @@ from gptjax.compare.analysis import standings
 from gptjax.compare.cells import Cell, finished
 from gptjax.compare.grid import run_cells, work
 from gptjax.compare.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
-from gptjax.compare.progress import GridProgress, duration
+from gptjax.compare.progress import GridProgress, clock
 from gptjax.compare.question import Comparison
 from gptjax.compare.report import write_report
 from gptjax.compare.results import Answer, Costs, Entry, Outcome
@@ -103,7 +103,7 @@ def describe(comparison: Comparison, out: Path) -> str:
         )
     lines.append(
         f"{total} runs, of which {out} has {done}; training the others takes about "
-        f"{duration(left)}, by {plan.planned[0].variant.name}'s measured step and the FLOPs of "
+        f"{clock(left)}, by {plan.planned[0].variant.name}'s measured step and the FLOPs of "
         "each, without evaluations and compilation."
     )
     return "\n".join(lines)

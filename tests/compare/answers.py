@@ -137,6 +137,11 @@ def one_seed() -> Answer:
     return answer([entry(variant, effect, 1) for variant, effect in EFFECTS.items()], seeds=1)
 
 
+def alone() -> Answer:
+    """Of the baseline and nothing else."""
+    return answer([entry(BASELINE, 0.0, 5)], seeds=5)
+
+
 def two_sizes() -> Answer:
     """Of --scale, where llama-style is ahead at one size, and behind at the other."""
     sizes = {"params=0.3M": 1.0, "params=1M": 10 / 3}

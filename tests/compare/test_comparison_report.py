@@ -21,6 +21,7 @@ from gptjax.config import InputError
 ANSWERS: dict[str, Callable[[], Answer]] = {
     "usual": answers.usual,
     "one seed": answers.one_seed,
+    "alone": answers.alone,
     "two sizes": answers.two_sizes,
     "four sizes": answers.four_sizes,
     "withheld": answers.withheld,
@@ -159,6 +160,13 @@ def test_one_seed_has_no_interval_and_says_so(written):
     assert "Nothing is said to be better or worse than gpt2: with one seed of each" in told
     assert not re.search(r"\) (is|are) (better|worse) than", told)
     assert "one seed: no interval" in words(written("one seed"))
+
+
+def test_one_variant_is_not_called_a_comparison(written):
+    told = words(written("alone"))
+    assert "gpt2 alone" in told
+    assert "gpt2 alone was run; it reached" in answering(written("alone"))
+    assert not re.search(r"0 variants|[Ww]hich variants|[Ee]ach variant against", told)
 
 
 def test_a_variant_whose_bad_runs_failed_is_not_called_better(written):

@@ -14,7 +14,7 @@ from gptjax.compare import grid
 from gptjax.compare.cells import Cell, finished
 from gptjax.compare.grid import run_cells, work
 from gptjax.compare.material import Material, open_material
-from gptjax.compare.progress import GridProgress, duration
+from gptjax.compare.progress import GridProgress, clock
 from gptjax.config import (
     ExperimentConfig,
     InputError,
@@ -205,4 +205,4 @@ def test_the_config_that_was_trained_is_kept(kept):
     ("seconds", "expected"), [(0, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")]
 )
 def test_a_duration_reads_as_a_clock(seconds, expected):
-    assert duration(seconds) == expected
+    assert clock(seconds) == expected

@@ -12,7 +12,8 @@ from compared import COSTS, TINY, tiny
 
 from gptjax.compare import costs, grid, study
 from gptjax.compare.analysis import standings
-from gptjax.compare.plan import SEARCH_SEED, make_plan, short
+from gptjax.compare.plan import SEARCH_SEED, make_plan
+from gptjax.compare.question import BUDGETS, parse_quantity, quantity
 from gptjax.config import InputError
 from gptjax.ledger import ledger
 
@@ -256,5 +257,6 @@ def test_costs_that_cannot_be_measured_are_a_note(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "text"), [(1e6, "1M"), (3e5, "300k"), (1.5e9, "1.5B"), (2e15, "2P"), (42, "42")]
 )
-def test_a_number_is_short(number, text):
-    assert short(number) == text
+def test_a_number_is_written_as_it_is_read(number, text):
+    assert quantity(number) == text
+    assert parse_quantity("budget", f"tokens={text}", BUDGETS) == ("tokens", (number,))
