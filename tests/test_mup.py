@@ -52,6 +52,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "unscaled-attention": {"attention_scaled": False},
 }
 TOKENS = np.random.default_rng(0).integers(NARROW.vocab_size, size=(4, NARROW.context + 1))
+WIDTHS = (32, 128)
 SEEDS, STEPS, RATE = 4, 5, 1e-2
 
 
@@ -111,22 +112,21 @@ def slopes(name: str, widths: tuple[int, ...], *, mup: bool, **fields: Any) -> d
     }
 
 
-def check_coordinates(name: str, widths: tuple[int, ...]) -> None:
-    """Under muP nothing moves farther in a wider model; else all of it does."""
-    for place, slope in slopes(name, widths, mup=True).items():
+def check_coordinates(name: str) -> None:
+    """Under muP nothing moves farther in a wider model."""
+    for place, slope in slopes(name, WIDTHS, mup=True).items():
         # At small widths a part of a score is still chance, which goes with the width's root.
         least = -0.35 if place == "scores" else -0.2
         assert least < slope < 0.1, (place, slope)
-    for place, slope in slopes(name, widths, mup=False).items():
-        assert slope > 0.3 or (name, place) in BOUNDED, (place, slope)
-
-
-BOUNDED = {("post-norm", "residual")}
-"""What a norm keeps as large as it is, whatever the parametrisation."""
 
 
 def test_a_step_moves_activations_as_far_at_every_width():
-    check_coordinates("gpt2-style", (32, 128))
+    check_coordinates("gpt2-style")
+
+
+def test_without_it_activations_move_farther_in_a_wider_model():
+    for place, slope in slopes("gpt2-style", WIDTHS, mup=False).items():
+        assert slope > 0.3, (place, slope)
 
 
 def test_a_base_of_the_same_width_changes_no_step():
@@ -135,9 +135,9 @@ def test_a_base_of_the_same_width_changes_no_step():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", list(FAMILIES)[1:])
 def test_a_step_moves_activations_of_every_family_as_far_at_every_width(name):
-    check_coordinates(name, (32, 128))
+    check_coordinates(name)
 
 
 @pytest.mark.slow
@@ -341,13 +341,13 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 def best_rate(model: TransformerConfig, base: TransformerConfig | None = None) -> int:
     """Which of `RATES` ends lowest."""
-    trials = together([experiment(model, 0, rate, 100) for rate in RATES], base)
+    trials = together([experiment(model, 0, rate, 60) for rate in RATES], base)
     return int(np.argmin([trial.validation_loss for trial in trials]))
 
 
 @pytest.mark.slow
 def test_the_best_rate_of_a_narrow_model_is_about_a_wide_ones():
-    base, wide = (dataclasses.replace(SMALL, width=width, heads=4) for width in (32, 256))
+    base, wide = (dataclasses.replace(SMALL, width=width, heads=4) for width in (16, 128))
     narrow = best_rate(base)
     assert 0 < narrow < len(RATES) - 1
     assert abs(best_rate(wide, base) - narrow) <= 1

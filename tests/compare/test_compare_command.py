@@ -124,7 +124,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
     for directory in (whole, broken):
         directory.mkdir()
     variants = TINY, f"{TINY},feedforward=silu"
-    asked = words(broken, *variants)
+    asked = words(broken, *variants, rates="1e-2")
     for number in (signal.SIGKILL, signal.SIGINT):
         known = len(list(broken.glob("out/runs/*/result.json")))
         process = start(*asked)
@@ -135,7 +135,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
         assert "Traceback" not in errors
         assert ("the same command goes on." in errors) == (number == signal.SIGINT)
     kept = {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}
-    for asked_of in (asked, words(whole, *variants)):
+    for asked_of in (asked, words(whole, *variants, rates="1e-2")):
         process = start(*asked_of)
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -144,9 +144,9 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
         kept.items()
         <= {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}.items()
     )
-    assert 0 < len(kept) < 10
+    assert 0 < len(kept) < 6
     ours, theirs = losses(broken / "out"), losses(whole / "out")
-    assert len(ours) == 2 * (2 + 3)
+    assert len(ours) == 2 * 3
     # By order: the directories' hashes hold the text's path, which differs.
     assert list(ours.values()) == list(theirs.values())
 
