@@ -20,11 +20,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # What a program computes is asked here, not how fast, and compiling is most of the time: XLA's
-# own passes stay, and its code generator is a quicker one. Experiments run as users run them.
-QUICK_COMPILATION = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+# own passes stay, and its code generator is a quicker one. Notebooks run as users run them.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
-    QUICK_COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-os.environ.update(QUICK_COMPILATION)
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 
 # The same examples at every run, so that the gate fails for a change alone.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXPERIMENTS, QUICK_COMPILATION, ROOT
+from conftest import EXPERIMENTS, ROOT
 
 from gptjax.commands import sample
 from gptjax.training.metrics import read_jsonl
@@ -30,15 +30,12 @@ TINY = [
 
 
 def start(name: str, *flags: str, **how) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
-    for variable in QUICK_COMPILATION:
-        del environment[variable]
     return subprocess.Popen(
         [sys.executable, str(EXPERIMENTS / name), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
         **how,
     )
 

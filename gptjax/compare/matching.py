@@ -16,7 +16,7 @@ The depth and all choices stay; width, heads, their width and the feed-forward w
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gptjax.config import InputError, TransformerConfig
@@ -67,16 +67,15 @@ def match_width(
     if off > tolerance:
         width, hidden = nearest.model.width, nearest.model.hidden_width
         size = f"width {width}" + f" and hidden {hidden}" * (model.family != "recurrent")
-        enough = f"; --tolerance {math.ceil(1e3 * off) / 1e3:g} would take it" * (off < 0.999)
         raise InputError(
             f"no width comes within {100 * tolerance:g}% of {target:,.0f}: the nearest, {size}, "
-            f"has {nearest.reached:,.0f} and is {off:.1%} off{enough}."
+            f"has {nearest.reached:,.0f} and is {off:.1%} off{_enough(off)}."
         )
     return nearest
 
 
 def match_seconds(
-    models: Sequence[TransformerConfig],
+    models: Mapping[str, TransformerConfig],
     ratios: Callable[[Sequence[TransformerConfig]], list[float]],
     tolerance: float,
 ) -> list[Matched]:
@@ -85,7 +84,7 @@ def match_seconds(
     They begin with equal FLOPs; what is too slow then gets fewer, by as much as it was measured.
 
     Args:
-      models: the first keeps its size.
+      models: of each variant; the first keeps its size.
       ratios: measures models in turn and returns the seconds of each over those of the first.
       tolerance: how far from 1 a ratio may be.
 
@@ -93,11 +92,12 @@ def match_seconds(
       InputError: a model that comes no nearer in `ROUNDS` rounds; how near it came is said.
     """
     flops = MEASURE["flops"]
-    goals = [flops(models[0])] * len(models)
-    current = list(models)
-    best = [Matched(models[0], 1.0), *(Matched(model, math.inf) for model in models[1:])]
+    first, *others = models.values()
+    goals = [flops(first)] * len(models)
+    current = [first, *others]
+    best = [Matched(first, 1.0), *(Matched(model, math.inf) for model in others)]
     for _ in range(ROUNDS):
-        for index, (model, goal) in enumerate(zip(models, goals, strict=True)):
+        for index, (model, goal) in enumerate(zip(models.values(), goals, strict=True)):
             if _off(best[index], 1.0) > tolerance:
                 current[index] = _nearest(model, flops, goal, tolerance).model
         measured = ratios(current)
@@ -108,11 +108,11 @@ def match_seconds(
             goals[index] = flops(current[index]) / ratio
         if all(_off(each, 1.0) <= tolerance for each in best):
             return best
-    number, worst = max(enumerate(best), key=lambda each: _off(each[1], 1.0))
+    name, worst = max(zip(models, best, strict=True), key=lambda each: _off(each[1], 1.0))
+    off = _off(worst, 1.0)
     raise InputError(
-        f"in {ROUNDS} rounds model {number + 1} of {len(models)} comes no nearer than "
-        f"{_off(worst, 1.0):.1%} to the seconds of the first, with width {worst.model.width}: "
-        f"--tolerance is {tolerance:g}."
+        f"{name} cannot be matched: measured {ROUNDS} times, it comes no nearer than {off:.1%} to "
+        f"the seconds of {next(iter(models))}, with width {worst.model.width}{_enough(off)}."
     )
 
 
@@ -129,6 +129,10 @@ def resized(model: TransformerConfig, width: int) -> TransformerConfig:
             f"A width of {width} leaves no heads for this model: it must be a multiple of {unit}."
         )
     return _with(model, width, round(model.hidden_width * width / model.width))
+
+
+def _enough(off: float) -> str:
+    return f"; --tolerance {math.ceil(1e3 * off) / 1e3:g} would take it" * (off < 0.999)
 
 
 def _off(matched: Matched, target: float) -> float:

@@ -210,9 +210,8 @@ def _matched_seconds(plan: Plan) -> list[Planned]:
         return [each / seconds[0] for each in seconds]
 
     def matched() -> list[dict]:
-        found = match_seconds(
-            [each.variant.model for each in plan.planned], ratios, plan.comparison.tolerance
-        )
+        models = {each.variant.name: each.variant.model for each in plan.planned}
+        found = match_seconds(models, ratios, plan.comparison.tolerance)
         return [{"model": to_dict(each.model), "reached": each.reached} for each in found]
 
     of = [

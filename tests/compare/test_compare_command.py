@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from compared import TINY, text
-from conftest import EXPERIMENTS, QUICK_COMPILATION
+from conftest import EXPERIMENTS
 
 FLAGS = {
     "--match": ["none"],
@@ -92,15 +92,12 @@ def interruptible():
 
 
 def start(*words: str) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
-    for variable in QUICK_COMPILATION:
-        del environment[variable]
     return subprocess.Popen(
         [sys.executable, str(EXPERIMENTS / "compare.py"), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
     )
 
 
