@@ -157,9 +157,9 @@ def four_sizes() -> Answer:
     """Of --scale, where the law of llama-style crosses the baseline's among what was measured."""
     sizes = {"params=0.3M": 1.0, "params=1M": 10 / 3, "params=3M": 10.0, "params=10M": 100 / 3}
     entries = [
-        entry(variant, effect * (1 - np.log10(scale)), 3, size=size, scale=scale)
+        entry(variant, EFFECTS[variant] * (1 - np.log10(scale)), 3, size=size, scale=scale)
         for size, scale in sizes.items()
-        for variant, effect in EFFECTS.items()
+        for variant in (BASELINE, "llama-style")
     ]
     return answer(entries, seeds=3, sizes=tuple(sizes), scale="params=0.3M,1M,3M,10M")
 
