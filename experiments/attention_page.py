@@ -5,7 +5,7 @@
 needs the extra `test` and Debian's `chromium`. The model is GPT-2 small with random weights, which
 look at everything a little: nothing compresses worse. A move of the mouse or a click is timed from
 its event until the canvas is painted, the wait for the display's next frame included; medians of
-20, and the longest.
+20 (`--events`), and the longest.
 """
 
 import shutil
@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import tyro
 from flax import nnx
 from playwright.sync_api import Page, sync_playwright
 
 import gptjax
 from gptjax import probe
 from gptjax.attention_view import AttentionPart, AttentionView
+from gptjax.cli import run_command
+from gptjax.config import InputError
 
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking")
 SETTINGS = {
@@ -66,22 +67,30 @@ def seconds_to_draw(page: Page, path: Path) -> tuple[float, float]:
     return drawn, time.perf_counter() - begin
 
 
-def milliseconds(page: Page, selector: str, kind: str) -> str:
-    """The median and the longest of 20 events at places of the canvas."""
-    places = [(300 + 31 * (n % 7), 150 + 23 * n) for n in range(20)]
+def milliseconds(page: Page, selector: str, kind: str, events: int) -> str:
+    """The median and the longest of so many events at places of the canvas."""
+    places = [(300 + 31 * (n % 7), 150 + 23 * (n % 20)) for n in range(events)]
     taken = [
-        page.evaluate(PAINTED, [selector.format(n % 5 + 1), kind, *places[n]]) for n in range(20)
+        page.evaluate(PAINTED, [selector.format(n % 5 + 1), kind, *place])
+        for n, place in enumerate(places)
     ]
     return f"{statistics.median(taken):.0f} ({max(taken):.0f})"
 
 
-def main(preset: str = "gpt2", tokens: int = 512) -> None:
+def main(preset: str = "gpt2", tokens: int = 512, events: int = 20) -> None:
     """Print the figures.
 
     Args:
       preset: The model's shape.
       tokens: How many the model reads.
+      events: Moves and clicks that are timed, of each kind.
+
+    Raises:
+      InputError: less than one token or event, or a preset that there is not.
     """
+    for name, value in (("tokens", tokens), ("events", events)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}: it must be at least 1.")
     with tempfile.TemporaryDirectory() as directory, sync_playwright() as playwright:
         view, path = view_of(preset, tokens), Path(directory) / "page.html"
         begin = time.perf_counter()
@@ -103,7 +112,7 @@ def main(preset: str = "gpt2", tokens: int = 512) -> None:
             def timed(selector: str, kind: str, shown: str = shown) -> str:
                 page.goto(f"file://{path}#{shown}")  # Back to the view, where a click has left it.
                 page.wait_for_timeout(300)
-                return milliseconds(page, selector, kind)
+                return milliseconds(page, selector, kind, events)
 
             layers = timed("#layers button:nth-child({})", "click")
             moved, clicked = timed("#canvas", "mousemove"), timed("#canvas", "click")
@@ -112,4 +121,4 @@ def main(preset: str = "gpt2", tokens: int = 512) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_command(main, __doc__)
