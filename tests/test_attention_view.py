@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib
 import io
 import json
 import re
@@ -219,6 +220,15 @@ def test_a_page_of_512_tokens_and_144_heads_is_small_and_timed():
     assert float(size[1]) < 40
     assert re.search(r"drawn after [\d.]+ s", ended.stdout)
     assert ended.stdout.count(" view") + ended.stdout.count("| heat map") >= 6
+
+
+@pytest.mark.parametrize("flag", ["tokens", "events"])
+def test_a_page_without_anything_to_time_is_refused(flag, monkeypatch):
+    pytest.importorskip("playwright.sync_api")
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    script = importlib.import_module("attention_page")
+    with pytest.raises(InputError, match=f"--{flag} is 0: it must be at least 1"):
+        script.main(**{flag: 0})
 
 
 # What follows is asked of the page in a browser.

@@ -55,16 +55,17 @@ def _combined() -> dict[str, TransformerConfig]:
             for field, value in to_dict(config).items()
             if field in apart or value != base[field]
         }
-        names = next((names for names, row in rows.items() if _agree(row, held)), ())
+        names = next((names for names, row in rows.items() if _joins(held, row)), ())
         rows[*names, name] = rows.pop(names, {}) | held
     return {" ".join(names): dataclasses.replace(BASE, **row) for names, row in rows.items()}
 
 
-def _agree(row: Mapping[str, Any], held: Mapping[str, Any]) -> bool:
+def _joins(held: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a config can hold both; a field that both set must be the same."""
     if any(row.get(field, value) != value for field, value in held.items()):
         return False
     try:
-        dataclasses.replace(BASE, **row, **{f: held[f] for f in held.keys() - row.keys()})
+        dataclasses.replace(BASE, **{**row, **held})
     except InputError:
         return False
     return True

@@ -101,20 +101,20 @@ def moved(config: TransformerConfig, base: TransformerConfig | None) -> dict[str
     return {name: float(change.mean()) for name, change in changes.items()}
 
 
-def slopes(name: str, widths: tuple[int, ...], *, mup: bool, **fields: Any) -> dict[str, float]:
+def slopes(name: str, *, mup: bool) -> dict[str, float]:
     """The exponents of the width with which the changes of each activation grow."""
     base = family(name)
-    wide = [family(name, width, **fields) for width in widths]
+    wide = [family(name, width) for width in WIDTHS]
     changes = [moved(config, base if mup else None) for config in wide]
     return {
-        place: float(np.polyfit(np.log(widths), np.log([each[place] for each in changes]), 1)[0])
+        place: float(np.polyfit(np.log(WIDTHS), np.log([each[place] for each in changes]), 1)[0])
         for place in changes[0]
     }
 
 
 def check_coordinates(name: str) -> None:
     """Under muP nothing moves farther in a wider model."""
-    for place, slope in slopes(name, WIDTHS, mup=True).items():
+    for place, slope in slopes(name, mup=True).items():
         # At small widths a part of a score is still chance, which goes with the width's root.
         least = -0.35 if place == "scores" else -0.2
         assert least < slope < 0.1, (place, slope)
@@ -125,7 +125,7 @@ def test_a_step_moves_activations_as_far_at_every_width():
 
 
 def test_without_it_activations_move_farther_in_a_wider_model():
-    for place, slope in slopes("gpt2-style", WIDTHS, mup=False).items():
+    for place, slope in slopes("gpt2-style", mup=False).items():
         assert slope > 0.3, (place, slope)
 
 
