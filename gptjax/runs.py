@@ -21,7 +21,15 @@ import numpy as np
 from flax import nnx
 
 from gptjax import distributed
-from gptjax.config import DataConfig, ExperimentConfig, InputError, differences, from_dict, to_dict
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    InputError,
+    differences,
+    from_dict,
+    read_json,
+    to_dict,
+)
 from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.training.checkpoint import Checkpoints
@@ -114,8 +122,9 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
     if not (directory / CONFIG).exists():
         return None
     saved = _read_config(directory)
-    same = saved.get("data_sha256") == fingerprint
-    same = same and saved["config"]["data"]["tokenizer"] == data.tokenizer
+    was = saved["config"].get("data")
+    same = isinstance(was, dict) and was.get("tokenizer") == data.tokenizer
+    same = same and saved.get("data_sha256") == fingerprint
     return load_tokenizer(directory) if same else None
 
 
@@ -263,12 +272,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(saved, dict) or "config" not in saved:
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise InputError(f"{path} is not of a gptjax run: it has no field 'config'.")
     return saved

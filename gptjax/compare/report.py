@@ -19,7 +19,7 @@ from typing import Any
 from gptjax.compare.document import to_html, to_markdown
 from gptjax.compare.results import Answer, Outcome
 from gptjax.compare.story import story
-from gptjax.config import InputError, from_dict
+from gptjax.config import InputError, from_dict, parse_json
 
 PAGE, MARKDOWN, LINES, ROWS, FIGURES = (
     "report.html",
@@ -68,14 +68,12 @@ def read_results(directory: Path) -> tuple[Outcome, ...]:
 
 
 def _outcome(line: str, where: str) -> Outcome:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}.") from error
-    missing = [f.name for f in dataclasses.fields(Outcome) if f.name not in values]
+    values = parse_json(line, where)
+    fields = values if isinstance(values, dict) else {}
+    missing = [f.name for f in dataclasses.fields(Outcome) if f.name not in fields]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}: it is of no comparison, or another.")
-    outcome = from_dict(Outcome, values, where)
+    outcome = from_dict(Outcome, fields, where)
     loss = outcome.validation_loss
     return dataclasses.replace(
         outcome,

@@ -1,10 +1,9 @@
 """JSON files that a comparison leaves, each with the number of its format."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import InputError
+from gptjax.config import InputError, read_json
 from gptjax.runs import write_json
 
 FORMAT = 1
@@ -22,10 +21,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
       InputError: a file that another version of gptjax wrote, or that cannot be read.
     """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+    saved = read_json(path)
     found = saved.get("format") if isinstance(saved, dict) else None
     if found != FORMAT:
         raise InputError(

@@ -15,6 +15,7 @@ from gptjax.config.experiment import (
     TrainConfig,
     with_vocabulary,
 )
+from gptjax.config.json_files import parse_json, read_json, read_json_object
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 
@@ -31,6 +32,9 @@ __all__ = [
     "differences",
     "from_dict",
     "near_names",
+    "parse_json",
+    "read_json",
+    "read_json_object",
     "to_dict",
     "with_vocabulary",
 ]

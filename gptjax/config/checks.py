@@ -7,6 +7,9 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal
 
+LONGEST_SHOWN = 200
+"""Characters of a value in an error."""
+
 
 class InputError(ValueError):
     """A mistake in what the user gave; its message is one sentence for the user."""
@@ -15,15 +18,21 @@ class InputError(ValueError):
 def near_names(name: str, known: Iterable[str]) -> str:
     """The sentence's end for an unknown `name`: its near ones among `known`, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def check(config: Any, name: str, accepted: bool, what: str) -> None:
     """Refuse the field `name` of a config unless `accepted`; `what` says what would be."""
     if not accepted:
         value = getattr(config, name)
-        raise InputError(f"{type(config).__name__}.{name} is {value!r}: it must be {what}.")
+        raise InputError(f"{type(config).__name__}.{name} is {shown(value)}: it must be {what}.")
 
 
 def check_minimum(config: Any, least: int, *names: str) -> None:

@@ -5,7 +5,7 @@ import json
 import typing
 from typing import Any, TypeVar
 
-from gptjax.config.checks import InputError, near_names
+from gptjax.config.checks import InputError, near_names, shown
 
 Config = TypeVar("Config")
 
@@ -23,10 +23,13 @@ def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config.j
     """
     hints = typing.get_type_hints(kind)
     if not isinstance(values, dict):
-        raise InputError(f"{where} holds {values!r} where the fields of {kind.__name__} belong.")
+        what = f"the fields of {kind.__name__}"
+        raise InputError(f"{where} holds {shown(values)} where {what} belong.")
     for name in values:
         if name not in hints:
-            raise InputError(f"{where} has an unknown field {name!r}: {near_names(name, hints)}")
+            raise InputError(
+                f"{where} has an unknown field {shown(name)}: {near_names(name, hints)}"
+            )
     nested = {
         name: from_dict(hints[name], value, f"{where}: {name}")
         if dataclasses.is_dataclass(hints[name])

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gptjax.config import InputError, TransformerConfig
+from gptjax.config import InputError, TransformerConfig, read_json_object
 from gptjax.huggingface import files
 from gptjax.huggingface.configs import config_from_huggingface, config_to_huggingface
 from gptjax.huggingface.gguf_files import GGUFWeights
@@ -65,7 +65,7 @@ def from_huggingface(
         another shape, all of them at once; damaged files, NaNs, or pickles alone.
     """
     directory = files.find(source)
-    given = files.read_json(directory / files.CONFIG)
+    given = read_json_object(directory / files.CONFIG)
     weights = files.Weights(directory)
     if given.get("model_type") == "bert":
         given |= stored_bert_heads(weights.names)

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptjax.config import InputError
+from gptjax.config import InputError, read_json_object
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -96,7 +96,7 @@ def checked(tensor: np.ndarray, what: str) -> np.ndarray:
 
 def _shards(path: Path) -> dict[str, str]:
     """The file of each tensor."""
-    shards = read_json(path).get("weight_map")
+    shards = read_json_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{path} has no weight_map, which names the file of each tensor.")
     for shard in shards.values():
@@ -114,23 +114,6 @@ def _no_weights(directory: Path) -> str:
             f"writes {WEIGHTS}."
         )
     return f"{directory} holds neither {WEIGHTS} nor {INDEX}."
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
-
-    Raises:
-      InputError: no such file, or one that holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, not a JSON object.")
-    return content
 
 
 def find(source: str | Path) -> Path:

@@ -158,7 +158,7 @@ def test_a_run_that_breaks_is_tried_again(kept, material, tmp_path, monkeypatch,
     [
         ('{"format": 0}', "is of another version of gptjax (format 0, where 1 is read): choose"),
         ("[]", "is of another version of gptjax (format None, where 1 is read)"),
-        ("{", "cannot be read: Expecting property name"),
+        ("{", "is not JSON: Expecting property name"),
     ],
 )
 def test_results_of_another_version_are_refused(kept, material, tmp_path, content, sentence):
