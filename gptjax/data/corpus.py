@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from gptjax.config import DataConfig, InputError, TransformerConfig
 from gptjax.data.cache import open_store
 from gptjax.data.pairs import bucket_lengths, pair_lengths, pair_rows
-from gptjax.data.rows import Bucket, objective_vocabulary, text_rows, window
+from gptjax.data.rows import Bucket, joins_documents, objective_vocabulary, text_rows, window
 from gptjax.data.sources import Documents, open_source
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
@@ -39,6 +40,11 @@ class Sources(NamedTuple):
         """SHA-256 of all of it."""
         each = [[documents.fingerprint for documents in part] for part in self]
         return hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+    @property
+    def several(self) -> bool:
+        """Whether there are documents that follow others."""
+        return max(sum(map(len, self.train)), sum(map(len, self.validation))) > 1
 
 
 class Predicted(NamedTuple):
@@ -105,6 +111,9 @@ def open_sources(data: DataConfig) -> Sources:
 def learn_tokenizer(data: DataConfig, sources: Sources) -> Tokenizer:
     """The tokenizer that the config names, learnt from the sources if it is one that learns.
 
+    Bytes and characters get an end token where several documents are read one after another, or
+    where their ends are predicted.
+
     Raises:
       InputError: see `train_tokenizer`.
     """
@@ -119,7 +128,8 @@ def learn_tokenizer(data: DataConfig, sources: Sources) -> Tokenizer:
         text = "".join(sorted(characters))
     elif kind in LEARNT:
         text = "\n".join(text for documents in every for text in _sample(documents, len(every)))
-    return train_tokenizer(data.tokenizer, text)
+    ends = sources.several and (joins_documents(data) or data.objective == "causal")
+    return train_tokenizer(data.tokenizer, text, ends=ends)
 
 
 def open_corpus(
@@ -132,6 +142,13 @@ def open_corpus(
         `open_store` raises.
     """
     words = objective_vocabulary(data, model, tokenizer)
+    if sources.several and joins_documents(data) and tokenizer.end_token is None:
+        print(
+            f"data.tokenizer: {tokenizer.name} has no end token, so that documents run together, "
+            "each predicted from the one before it; take a tokenizer that has one, such as bpe:SIZE"
+            " or gpt2:PATH, or for causal and masked_lm data.packing first_fit.",
+            file=sys.stderr,
+        )
     with _cache_directory(data.cache) as directory:
 
         def stores(part: Iterable[Documents]) -> list[TokenStore]:

@@ -257,8 +257,8 @@ def _packed(
     length, overlap = window(data, context)
     if data.packing == "split":
         whole = documents.map(lambda tokens: {"tokens": tokens}).to_iter_dataset(READ_OPTIONS)
-        windows = ConcatThenSplitIterDataset(whole, length_struct={"tokens": length})
-        return windows.map(lambda row: row["tokens"])
+        parts = ConcatThenSplitIterDataset(whole, length_struct={"tokens": length - overlap})
+        return _Overlapping(parts.map(lambda row: row["tokens"]), overlap)
     frame = None if data.objective == "causal" else (words.needed("begin"), words.needed("end"))
     pieces = FlatMapIterDataset(
         documents.to_iter_dataset(READ_OPTIONS), _Pieces(length, overlap, frame)
@@ -270,6 +270,40 @@ def _packed(
     )
     names = ("tokens", "targets", "tokens_segment_ids", "tokens_positions")
     return rows.map(lambda row: PackedTokens(*(row[name] for name in names)))
+
+
+class _Overlapping(grain.IterDataset[np.ndarray]):
+    """Each part of a text with the first `overlap` tokens of the next one behind it."""
+
+    def __init__(self, parts: grain.IterDataset[np.ndarray], overlap: int):
+        super().__init__(parts)
+        self._overlap = overlap
+
+    def __iter__(self) -> "_OverlappingIterator":
+        return _OverlappingIterator(iter(self._parent), self._overlap)
+
+
+class _OverlappingIterator(grain.DatasetIterator[np.ndarray]):
+    """Reads one part ahead; its place is where it read the part that it gives next."""
+
+    def __init__(self, parts: grain.DatasetIterator[np.ndarray], overlap: int):
+        super().__init__(parts)
+        self._overlap = overlap
+        self._place = parts.get_state()
+        self._part: np.ndarray | None = None
+
+    def __next__(self) -> np.ndarray:
+        part = next(self._parent) if self._part is None else self._part
+        self._place = self._parent.get_state()
+        self._part = following = next(self._parent)
+        return np.concatenate([part, following[: self._overlap]])
+
+    def get_state(self) -> dict[str, Any]:
+        return self._place
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+        self._place, self._part = state, None
 
 
 class _Pieces(FlatMapTransform):

@@ -40,6 +40,10 @@ def report(
 ) -> Iterator[str]:
     """Lines about the training part: sizes, lengths, batches as they come, speed."""
     yield from _sizes(sources, corpus)
+    if tokenizer.end_token is not None:
+        yield f"each document ends with the token {tokenizer.end_token}, drawn as [end]"
+    elif sources.several:
+        yield f"documents have no mark between them: {tokenizer.name} has no end token"
     if opening_seconds >= 1:
         speed = corpus.train_tokens / opening_seconds
         yield f"  opened in {opening_seconds:.1f} s, {speed:,.0f} tokens/s"

@@ -101,6 +101,12 @@ def check_objective(data: DataConfig, model: TransformerConfig) -> None:
         )
 
 
+def joins_documents(data: DataConfig) -> bool:
+    """Whether a row may run on from one document into the next."""
+    apart = data.objective in ("next_sentence", "sequence_to_sequence")
+    return data.packing == "split" and not apart
+
+
 def objective_vocabulary(
     data: DataConfig, model: TransformerConfig, tokenizer: Tokenizer
 ) -> Vocabulary:

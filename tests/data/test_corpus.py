@@ -20,7 +20,15 @@ from gptjax.data import corpus as corpus_module
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Predicted, learn_tokenizer, open_corpus, open_sources
 from gptjax.data.pipeline import EvaluationBatches, bits_per_byte, training_batches
-from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, train_tokenizer
+from gptjax.data.tokenizers import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+from gptjax.data.vocabulary import vocabulary
 
 PAIRS = {"segments": 2, "encoder_heads": "pretraining"}
 
@@ -102,6 +110,70 @@ def test_another_text_another_way_or_another_share_is_another_fingerprint(tmp_pa
     ]
     assert len(set(several)) == 4
     assert fingerprint(*lines) == several[0]
+
+
+def learnt(data: DataConfig) -> Tokenizer:
+    return learn_tokenizer(data, open_sources(data))
+
+
+@pytest.mark.parametrize(
+    ("more", "ends"),
+    [
+        ({}, True),
+        ({"packing": "first_fit"}, True),
+        ({"on_the_fly": True}, True),
+        ({"objective": "masked_lm"}, True),
+        ({"objective": "masked_lm", "packing": "first_fit"}, False),
+        ({"objective": "next_sentence"}, False),
+    ],
+)
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_bytes_and_characters_end_documents_that_are_several(tmp_path, kind, more, ends):
+    data = DataConfig(source=(written(tmp_path, *["ab"] * 9, "c"),), tokenizer=kind, **more)
+    tokenizer, size = learnt(data), {"bytes": 256, "characters": 3}[kind]
+    assert tokenizer.end_token == (size if ends else None)
+    assert tokenizer.vocab_size == size + ends
+    (tmp_path / "saved").mkdir()
+    save_tokenizer(tokenizer, tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert (again.end_token, again.vocab_size) == (tokenizer.end_token, tokenizer.vocab_size)
+    assert again.fingerprint == tokenizer.fingerprint
+    tokens = [*tokenizer.encode("ab"), *([size] if ends else []), *tokenizer.encode("c")]
+    assert again.decode(tokens) == "abc"
+    assert again.decode([size + 1]) == "\ufffd"
+    edges = vocabulary(tokenizer, ()).edges
+    assert len(edges.before) == len(edges.behind) == size + ends
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_a_single_text_has_no_end_token_and_keeps_its_vocabulary(tmp_path, kind):
+    data = DataConfig(source=(single(tmp_path, "abc" * 9),), tokenizer=kind)
+    tokenizer = learnt(data)
+    assert tokenizer.end_token is None
+    assert opened(data, tokenizer).vocabulary.size == {"bytes": 256, "characters": 3}[kind]
+    assert tokenizer.save() == {"bytes": b"", "characters": b'"abc"'}[kind]  # As it always was.
+
+
+def test_lines_of_bytes_stand_apart_in_rows_and_their_ends_are_predicted(tmp_path, capsys):
+    data = DataConfig(source=(written(tmp_path, "ab", "", "c", "de", "f"),))
+    corpus = opened(data, learnt(data), context=6)
+    row = corpus.train[0].row(0)
+    assert row.tokens.tolist() == [*b"ab", 256, *b"c", 256, *b"d"]
+    assert row.targets.tolist() == [*b"b", 256, *b"c", 256, *b"de"]
+    assert corpus.vocabulary.size == 257
+    assert corpus.vocabulary.special.tolist() == [False] * 256 + [True]
+    assert capsys.readouterr().err == ""
+
+
+def test_documents_that_run_together_are_said(tmp_path, capsys):
+    source = (written(tmp_path, *["abc"] * 9, "defgh", name="lines.txt"),)
+    opened(DataConfig(source=source))  # With bytes that were saved without an end token.
+    said = capsys.readouterr().err
+    assert said.startswith("data.tokenizer: bytes has no end token, so that documents run together")
+    assert said.count("\n") == 1
+    opened(DataConfig(source=source, packing="first_fit"))
+    opened(DataConfig(source=(single(tmp_path, "abc" * 9),)))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("packing", ["split", "first_fit"])
@@ -284,7 +356,8 @@ def test_a_tokenizer_learns_from_a_bounded_sample_and_characters_from_all(tmp_pa
     data = DataConfig(source=(written(tmp_path, *lines),), tokenizer="bpe:300")
     read: list[str] = []
 
-    def learn(spec: str, text: str) -> Tokenizer:
+    def learn(spec: str, text: str, *, ends: bool) -> Tokenizer:
+        assert ends
         read.append(text)
         return ByteTokenizer()
 

@@ -339,6 +339,31 @@ def test_an_epoch_on_the_fly_has_every_document_once(texts):
     assert seen < 1.2 * bytes_in_all
 
 
+def test_windows_on_the_fly_predict_every_token(texts):
+    streamed = batches_for(texts, {"objective": "causal"}, on_the_fly=True)
+    found = list(itertools.islice(streamed, 25))  # More than an epoch.
+    tokens, targets = (
+        np.concatenate([getattr(batch, name).ravel() for batch in found])
+        for name in ("tokens", "targets")
+    )
+    np.testing.assert_array_equal(tokens[1:], targets[:-1])
+
+
+def test_windows_of_a_text_on_the_fly_are_those_of_a_cache(tmp_path):
+    text = "one text, of which no token is left out " * 9
+    (tmp_path / "text.txt").write_text(text)
+    kind, source = {"objective": "causal"}, (f"{tmp_path}/text.txt",)
+    streamed = batches_for(source, kind, on_the_fly=True, batch_size=1)
+    cached = batches_for(source, kind, on_the_fly=False, batch_size=1)
+    count = (len(text) * 9 // 10 - 1) // LONG
+
+    def windows(batches: Iterable[Batch]) -> list[bytes]:
+        taken = itertools.islice(batches, count)
+        return sorted(bytes([*batch.tokens[0], batch.targets[0, -1]]) for batch in taken)
+
+    assert windows(streamed) == windows(cached)
+
+
 def test_each_token_of_a_causal_batch_is_predicted_from_those_before_it():
     rows = np.arange(15).reshape(3, 5)
     batch = Batch.causal(rows)

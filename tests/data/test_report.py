@@ -38,12 +38,14 @@ def shown(show, *flags: object) -> str:
 def test_documents_side_by_side(show):
     out = shown(show, "--context", 8, "--packing", "first_fit")
     # Nine tenths of the lines: 36, of which 5 are empty.
-    numbers = re.search(r"text\.txt#documents=line +36 +5 +(\d+) +(\d+) +1\.0000\n", out)
+    numbers = re.search(r"text\.txt#documents=line +36 +5 +(\d+) +(\d+) +[\d.]+\n", out)
     assert numbers is not None
-    assert numbers[1] == numbers[2] == str(sum(map(len, LINES[:36])))
+    size = sum(map(len, LINES[:36]))
+    assert [int(number) for number in numbers.groups()] == [size, size + 31]
+    assert "each document ends with the token 256, drawn as [end]" in out
     histogram = re.findall(r"^ +(\d+) to (\d+) +(\d+)  (█+)$", out, re.MULTILINE)
-    assert [row[:3] for row in histogram] == [("1", "1", "5"), ("2", "3", "10"), ("4", "7", "16")]
-    assert [len(row[3]) for row in histogram] == [12, 25, 40]
+    assert [row[:3] for row in histogram] == [("2", "3", "10"), ("4", "7", "17"), ("8", "15", "4")]
+    assert [len(row[3]) for row in histogram] == [24, 40, 9]
     rows = re.search(r"^(\d+) rows of 8 tokens; an epoch is ([\d.]+) batches$", out, re.MULTILINE)
     assert rows is not None
     assert float(rows[2]) == pytest.approx(int(rows[1]) / 4, abs=0.05)
@@ -51,7 +53,7 @@ def test_documents_side_by_side(show):
     drawings = re.findall(r"^  tokens    (.*)\n  predicted (.*)\n  documents (.*)$", out, re.M)
     assert len(drawings) == 6
     for text, predicted, documents in drawings:
-        assert len(text) == len(predicted) == len(documents) <= 8
+        assert len(text) == len(predicted) == len(documents) <= 8 + 4 * text.count("[end]")
         assert set(predicted) == {"^"}
         assert "".join(sorted(documents)) == documents
     assert re.search(

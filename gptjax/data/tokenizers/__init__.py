@@ -2,8 +2,8 @@
 
 | `data.tokenizer` | a token is | vocabulary | lossless |
 |---|---|---|---|
-| bytes | a byte of UTF-8 | 256 | yes |
-| characters | a character of the training text | as many as the text has | yes, no others |
+| bytes | a byte of UTF-8 | 256, and an end token | yes |
+| characters | a character of the training text | those, and an end token | yes, no others |
 | sentencepiece:SIZE | a piece learnt by BPE, or a byte where no piece fits | SIZE | yes |
 | unigram:SIZE | a piece of SentencePiece's unigram model, or a byte | SIZE | yes |
 | bpe:SIZE | bytes joined by BPE within GPT-2's words | SIZE | yes |
@@ -15,6 +15,7 @@
 
 GPT-1's and BERT's keep neither capital letters, accents nor the spaces between words; what they
 decode, they encode to the same tokens, but for unknown ones. A size learns from the training text.
+Bytes and characters have an end token only where the text is several documents.
 What `save_tokenizer` writes is the whole tokenizer: `load_tokenizer` reads none of these paths.
 """
 
@@ -65,8 +66,10 @@ MODEL_FILE = ".model"
 """How the path of a SentencePiece model ends, which tells it from a size."""
 
 
-def train_tokenizer(spec: str, text: str) -> Tokenizer:
+def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
     """The tokenizer that `spec` (see the module's table) describes, learnt from `text` or read.
+
+    With `ends`, bytes and characters have an end token; the others have what they have.
 
     Raises:
       InputError: a spec of another form, one that the text cannot satisfy, or files that are
@@ -95,7 +98,9 @@ def train_tokenizer(spec: str, text: str) -> Tokenizer:
         raise InputError(f"data.tokenizer is {spec!r}: {near_names(kind, KINDS)}")
     if colon:
         raise InputError(f"data.tokenizer is {spec!r}: {kind} stands alone.")
-    return ByteTokenizer() if kind == "bytes" else CharacterTokenizer.train(text)
+    if kind == "bytes":
+        return ByteTokenizer(ends=ends)
+    return CharacterTokenizer.train(text, ends=ends)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -140,7 +145,7 @@ def _restored(name: str, kind: str, learnt: bytes) -> Tokenizer:
       ValueError: it does not save that.
     """
     if kind == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer.from_saved(learnt)
     if kind == "characters":
         return CharacterTokenizer.from_saved(learnt)
     if kind in MODEL_TYPES:

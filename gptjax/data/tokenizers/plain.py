@@ -9,15 +9,33 @@ from gptjax.config import InputError
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
 from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
+BYTES = 256
 NO_BYTE = 0xFF
 """Never occurs in UTF-8, so it decodes to U+FFFD."""
+ENDS = b"end"
+"""What is kept of bytes that have an end token."""
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes: any text, no training, no unknowns."""
+    """The 256 bytes, and with `ends` an end token: any text, no training, no unknowns."""
 
     name = "bytes"
-    vocab_size = 256
+
+    def __init__(self, *, ends: bool = False):
+        self.vocab_size = BYTES + ends
+        if ends:
+            self.special = {"end": BYTES}
+
+    @classmethod
+    def from_saved(cls, content: bytes) -> "ByteTokenizer":
+        """The tokenizer whose `save` gave `content`.
+
+        Raises:
+          ValueError: other content.
+        """
+        if content not in (b"", ENDS):
+            raise ValueError("does not say whether bytes have an end token")
+        return cls(ends=content == ENDS)
 
     def encode(self, text: str) -> np.ndarray:
         """UTF-8 bytes [T], int32."""
@@ -25,31 +43,39 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of bytes [T]."""
-        return bytes(min(int(token), NO_BYTE) for token in tokens).decode("utf-8", "replace")
+        end = self.end_token
+        text = bytes(min(int(token), NO_BYTE) for token in tokens if token != end)
+        return text.decode("utf-8", "replace")
 
     def word_edges(self) -> WordEdges:
         """Which bytes join which in a word."""
-        return edges_of_text(bytes([byte]) for byte in range(self.vocab_size))
+        end = [b""] * (self.vocab_size - BYTES)
+        return edges_of_text([*(bytes([byte]) for byte in range(BYTES)), *end])
 
     def save(self) -> bytes:
-        """Nothing is learnt, so nothing is kept."""
-        return b""
+        """Whether there is an end token; nothing is learnt."""
+        return ENDS if self.special else b""
 
 
 class CharacterTokenizer(Tokenizer):
-    """One token a character, in code point order, as nanoGPT's character data set has it."""
+    """One token a character, in code point order, as nanoGPT's character data set has it.
+
+    With `ends` an end token follows them.
+    """
 
     name = "characters"
 
-    def __init__(self, characters: str):
+    def __init__(self, characters: str, *, ends: bool = False):
         self.characters = characters
-        self.vocab_size = len(characters)
+        self.vocab_size = len(characters) + ends
+        if ends:
+            self.special = {"end": len(characters)}
         self._points = np.array([ord(character) for character in characters], np.uint32)
 
     @classmethod
-    def train(cls, text: str) -> "CharacterTokenizer":
+    def train(cls, text: str, *, ends: bool = False) -> "CharacterTokenizer":
         """The characters that occur in `text`."""
-        return cls("".join(sorted(set(text))))
+        return cls("".join(sorted(set(text))), ends=ends)
 
     @classmethod
     def from_saved(cls, content: bytes) -> "CharacterTokenizer":
@@ -59,36 +85,41 @@ class CharacterTokenizer(Tokenizer):
           ValueError: other content.
         """
         try:
-            characters = json.loads(content)
-        except ValueError as error:
+            saved = json.loads(content)
+            characters = saved["characters"] if (ends := isinstance(saved, dict)) else saved
+        except (ValueError, LookupError) as error:
             raise ValueError("does not hold the characters of a tokenizer") from error
         if not isinstance(characters, str):
             raise ValueError("does not hold the characters of a tokenizer")
-        return cls(characters)
+        return cls(characters, ends=ends)
 
     def encode(self, text: str) -> np.ndarray:
         """Places in the sorted characters [T], int32."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        places = np.searchsorted(self._points, points).clip(max=self.vocab_size - 1)
+        places = np.searchsorted(self._points, points).clip(max=len(self._points) - 1)
         unknown = np.flatnonzero(self._points[places] != points)
         if unknown.size:
             character, at = chr(points[unknown[0]]), unknown[0]
             raise InputError(
                 f"The tokenizer has no token for {character!r} (character {at} of the text): "
-                f"it knows the {self.vocab_size} characters of its training text."
+                f"it knows the {len(self._points)} characters of its training text."
             )
         return places.astype(np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The characters of places [T]."""
-        known = self.vocab_size
-        return "".join(self.characters[token] if token < known else REPLACEMENT for token in tokens)
+        known, end = self.characters, self.end_token
+        return "".join(
+            known[token] if token < len(known) else REPLACEMENT for token in tokens if token != end
+        )
 
     def word_edges(self) -> WordEdges:
         """Which characters join which in a word."""
         # A text may have lone surrogates, which UTF-8 proper refuses.
-        return edges_of_text(one.encode("utf-8", "surrogatepass") for one in self.characters)
+        texts = [one.encode("utf-8", "surrogatepass") for one in self.characters]
+        return edges_of_text([*texts, *[b""] * (self.vocab_size - len(texts))])
 
     def save(self) -> bytes:
-        """The characters, as JSON."""
-        return json.dumps(self.characters, ensure_ascii=False).encode("utf-8")
+        """The characters, as JSON; in an object where there is an end token, too."""
+        saved = {"characters": self.characters} if self.special else self.characters
+        return json.dumps(saved, ensure_ascii=False).encode("utf-8")
