@@ -55,8 +55,10 @@ from gptjax import (
     preset,
     split,
 )
-from gptjax.config import MeshConfig
+from gptjax.cli import accept_all_characters
+from gptjax.config import InputError, MeshConfig
 from gptjax.data.batch import Batch
+from gptjax.outputs import check_output
 from gptjax.runs import environment, write_json
 from gptjax.sharding import build_mesh, configure_cpu
 from gptjax.training.losses import token_loss
@@ -320,6 +322,12 @@ def main() -> None:
         help="time decoding with a preset (default gpt2)",
     )
     arguments = parser.parse_args()
+    accept_all_characters()
+    if arguments.json:
+        try:
+            check_output(arguments.json, overwrite=True)
+        except InputError as error:
+            parser.error(str(error))
     if arguments.rounds < 1:
         parser.error(f"--rounds is {arguments.rounds}: it must be at least 1.")
     if arguments.against and importlib.util.find_spec("transformers") is None:

@@ -18,7 +18,6 @@ import functools
 import html
 import io
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from fontTools.subset import Options, Subsetter
 from fontTools.ttLib import TTCollection
 
 from gptjax.config import InputError
+from gptjax.outputs import write_whole
 
 PAGE = Path(__file__).parent / "attention_page"
 SCRIPTS = (
@@ -131,19 +131,10 @@ class AttentionView:
         """Write the page, whole or not at all.
 
         Raises:
-          InputError: a file that is there already, unless `overwrite`; a directory; or no place
-            where a file can be written.
+          InputError: a file that is there already, unless `overwrite`; or what else
+            `gptjax.outputs.check_output` refuses.
         """
-        path = Path(path)
-        check_unused(path, overwrite=overwrite)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(self.html, encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, self.html, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
         """A frame with the page in it: neither can change the other."""
@@ -152,23 +143,6 @@ class AttentionView:
             f'width="100%" height="{FRAME_HEIGHT}" sandbox="allow-scripts" '
             'style="border: 1px solid #8884; border-radius: 6px"></iframe>'
         )
-
-
-def check_unused(path: Path, *, overwrite: bool = False) -> None:
-    """A file can be written at `path`, and none is lost.
-
-    Raises:
-      InputError: a file that is there already, unless `overwrite`; a directory, or no directory
-        around it.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a directory: give the path of a file.")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} is there already: choose another, or --overwrite it.")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no directory {path.parent}.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: the directory {path.parent} may not be written.")
 
 
 def _check(part: AttentionPart) -> None:

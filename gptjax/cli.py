@@ -168,11 +168,18 @@ def _sentence(box: str) -> str:
 
 def _guarded(command: Callable[[list[str]], None]) -> None:
     """Run a command; what the user can mend is a sentence, and `--debug` shows the traceback."""
+    accept_all_characters()
     try:
         _with_sentences(command)
     except BaseException as error:
         distributed.leave_at_once(error)
         raise
+
+
+def accept_all_characters() -> None:
+    """Let standard output print a question mark for what its encoding lacks, and not fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's is of another kind, and has all.
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _with_sentences(command: Callable[[list[str]], None]) -> None:

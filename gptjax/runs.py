@@ -32,6 +32,7 @@ from gptjax.config import (
 )
 from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.outputs import write_whole
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import State
 from gptjax.transformer import LanguageModel, build, split
@@ -264,10 +265,8 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text, overwrite=True)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

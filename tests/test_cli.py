@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import os
 import re
@@ -544,3 +546,52 @@ def test_a_reader_that_has_seen_enough_ends_the_program_quietly():
     os.close(write)
     assert ended.stderr == b""
     assert ended.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.fixture
+def chinese(tmp_path: Path) -> Path:
+    path = tmp_path / "律.txt"
+    path.write_text("机器人不得伤害人类。\n" * 20, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+@pytest.mark.parametrize("command", ["data", "mistake", "help"])
+def test_what_a_terminal_cannot_show_is_replaced(command, encoding, chinese, monkeypatch):
+    words = {
+        "data": ["data", chinese, "--tokenizer", "characters", "--context", 8],
+        "mistake": ["data", chinese, "--tokenizer", "字"],
+        "help": ["data", "--help"],
+    }[command]
+    out, errors = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["gptjax", *map(str, words)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+    own = io.TextIOWrapper(errors, encoding=encoding, errors="backslashreplace")  # As Python's is.
+    monkeypatch.setattr(sys, "stderr", own)
+    with contextlib.suppress(SystemExit):
+        cli.main()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    said, told = out.getvalue().decode(encoding), errors.getvalue().decode(encoding)
+    if command == "data":
+        assert "?.txt" in said
+        assert "peak memory" in said
+    elif command == "help":
+        assert "--tokenizer" in said
+    else:
+        assert told.startswith("data.tokenizer is '\\u5b57': ")
+        assert "Traceback" not in told
+
+
+def test_a_terminal_of_the_posix_locale_shows_what_it_can(chinese):
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "JAX_PLATFORMS": "cpu"}
+    words = ["data", str(chinese), "--tokenizer", "characters", "--context", "8"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "gptjax", *words],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, **locale},
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"peak memory" in ended.stdout

@@ -21,6 +21,7 @@ COMPARE = "gptjax.compare.*"
 ALLOWED = {
     # module: what it may import of ours; the first line that fits a module is its own.
     CONFIG: [CONFIG],
+    "gptjax.outputs": [CONFIG],
     "gptjax.chips": [],
     "gptjax.presets": [CONFIG],
     "gptjax.axes": [CONFIG],
@@ -35,9 +36,16 @@ ALLOWED = {
     "gptjax.generate": [CONFIG, "gptjax.transformer"],
     "gptjax.beam_search": [CONFIG, "gptjax.generate", "gptjax.transformer"],
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
-    "gptjax.plots.*": [CONFIG, "gptjax.plots.*"],
-    "gptjax.attention_view": [CONFIG],
-    "gptjax.runs": [CONFIG, DATA, DISTRIBUTED, TRAINING, "gptjax.transformer"],
+    "gptjax.plots.*": [CONFIG, "gptjax.outputs", "gptjax.plots.*"],
+    "gptjax.attention_view": [CONFIG, "gptjax.outputs"],
+    "gptjax.runs": [
+        CONFIG,
+        "gptjax.outputs",
+        DATA,
+        DISTRIBUTED,
+        TRAINING,
+        "gptjax.transformer",
+    ],
     "gptjax.probe.over_training": ["gptjax.runs"],
     "gptjax.probe.*": [CONFIG, LAYERS, "gptjax.transformer", "gptjax.probe.*"],
     "gptjax.mup": [CONFIG, LAYERS, "gptjax.transformer"],
@@ -79,6 +87,7 @@ ALLOWED = {
     ],
     COMPARE: [
         CONFIG,
+        "gptjax.outputs",
         "gptjax.axes",
         "gptjax.presets",
         "gptjax.ledger",
@@ -109,6 +118,7 @@ ALLOWED = {
     ],
     "gptjax.commands.*": [
         CONFIG,
+        "gptjax.outputs",
         DISTRIBUTED,
         "gptjax.certify",
         PREFLIGHT,

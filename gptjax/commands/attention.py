@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from gptjax.config import InputError
+from gptjax.outputs import check_output
 
 if TYPE_CHECKING:  # JAX starts only once the arguments are found to be right.
     import numpy as np
@@ -46,9 +47,9 @@ def attention(
       step: Checkpoint of the run; the best by default.
       overwrite: Replace the page that is there.
     """
-    from gptjax.attention_view import AttentionView, check_unused
+    from gptjax.attention_view import AttentionView
 
-    check_unused(html, overwrite=overwrite)
+    check_output(html, overwrite=overwrite)
     for name, given in (("text", text), ("target", target or "")):
         try:
             given.encode("utf-8")

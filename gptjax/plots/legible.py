@@ -21,6 +21,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.typing import ColorType
 
 from gptjax.config import InputError
+from gptjax.outputs import whole_file
 
 PAGE = 518.0
 """Points across what is printed of a page: A4 or letter, half an inch of margin."""
@@ -102,14 +103,22 @@ def finish(figure: Figure) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path, *, most_pixels: int = 4000) -> None:
+def save(figure: Figure, path: str | Path, *, most_pixels: int = 4000) -> None:
     """Write a figure as its name's suffix says: .png of at most `most_pixels` a side, .pdf, .svg.
 
+    A figure that is there already is replaced; see `gptjax.outputs` for what is not.
+
     Raises:
-      InputError: a character of the figure is in no font; nothing is written.
+      InputError: a character of the figure is in no font, or a suffix that Matplotlib does not
+        know, or a path that cannot be written; nothing is.
     """
+    path, known = Path(path), figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"cannot write {path}: it must end in .{', .'.join(sorted(known))}.")
     typeset(figure)
-    figure.savefig(path, dpi=min(300, math.floor(most_pixels / max(figure.get_size_inches()))))
+    resolution = min(300, math.floor(most_pixels / max(figure.get_size_inches())))
+    with whole_file(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=resolution)
 
 
 def to_svg(figure: Figure, name: str) -> str:
