@@ -37,6 +37,7 @@ from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
 from gptjax.layers.kernels import resolve_kernel
 from gptjax.layers.pipeline import bubble, microbatches
+from gptjax.memory import check_training_fits
 from gptjax.runs import (
     CHECKPOINTS,
     RESULT,
@@ -96,6 +97,7 @@ def train(
     cost = ledger(config.model)
     configure_cpu(cost.parameters)
     mesh, lines = devices(config)
+    check_training_fits(config, sum(cost.state_bytes.values()), mesh.devices.flatten().tolist())
     hosts = own_rows(mesh)
     platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
     model, attention = resolve_kernel(config.model, platform, sequence=sequence)

@@ -21,6 +21,7 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names
+from gptjax.memory import ran_out
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
@@ -202,6 +203,11 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
         _fail("Stopped.", 130, debug)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        _fail(f"There is not enough memory ({reason}): choose smaller sizes.", 2, debug)
 
 
 def _fail_together(sentence: str, code: int, debug: bool) -> NoReturn:

@@ -147,6 +147,28 @@ BAD_FLAGS = {
         ["--model.vocab-size", "20"],
         "TransformerConfig.vocab_size is 20: it must be at least the tokenizer's ",
     ),
+    "width beyond all numbers": (
+        ["--model.width", f"{10**30}"],
+        f"TransformerConfig.width is {10**30}: it must be below 2**32.\n",
+    ),
+    "width beyond the memory": (["--model.width", f"{10**8}"], "The training state takes at least"),
+    "depth beyond the memory": (["--model.depth", f"{10**9}"], "The training state takes at least"),
+    "batch beyond the memory": (
+        ["--train.batch-size", f"{10**9}"],
+        f"A batch of {10**9} rows of 32 tokens takes at least ",
+    ),
+    "rate that no device tells from 0": (
+        ["--optimizer.learning-rate", "1e-46"],
+        "OptimizerConfig.learning_rate is 1e-46: it must be 0, or from 1.2e-38 to 3.4e+38 in size.",
+    ),
+    "weight that no device tells from 0": (
+        ["--data.weights", "1e-46"],
+        "DataConfig.weights is (1e-46,): it must be 0, or from 1.2e-38 to 3.4e+38 in size.",
+    ),
+    "tokenizer of very many tokens": (
+        ["--data.tokenizer", f"bpe:{'9' * 5000}"],
+        "9': a size belongs behind it, as in bpe:4096.\n",
+    ),
     "validation part too short": (
         ["--data.validation-fraction", "0.00001"],
         "has 1 tokens and fills no row; a context of 32 needs at least 2.\n",
@@ -275,7 +297,20 @@ BAD_SAMPLES = {
         "--num-samples is for sampling: it cannot go with --beams.",
     ),
     "samples": (["--num-samples", "0"], "num-samples is 0: it must be at least 1."),
-    "tokens": (["--max-new-tokens", "0"], "max-new-tokens is 0: it must be at least 1."),
+    "tokens": (["--max-new-tokens", "0"], "max-new-tokens is 0: it must be at least 1 and below"),
+    "very many tokens": (
+        ["--max-new-tokens", f"{10**12}", "--sliding-window"],
+        f"max-new-tokens is {10**12}: it must be at least 1 and below 2**31.",
+    ),
+    "very many samples": (
+        ["--num-samples", f"{10**30}"],
+        f"Decoding {10**30} sequences of 200 tokens takes at least ",
+    ),
+    "very many tokens of each sample": (
+        ["--num-samples", "9999", "--max-new-tokens", "2000000000", "--sliding-window"],
+        "Decoding 9999 sequences of 2000000000 tokens takes at least ",
+    ),
+    "very many beams": (["--beams", f"{10**9}"], f"Decoding {10**9} sequences of 200 tokens takes"),
     "seed": (["--seed", "-1"], "seed is -1: it must be at least 0 and below 2**32."),
     "long seed": (["--seed", f"{1 << 32}"], f"seed is {1 << 32}: it must be at least 0"),
     "step": (["--step", "3"], "has no checkpoint of step 3: it has 4."),
@@ -595,3 +630,28 @@ def test_a_terminal_of_the_posix_locale_shows_what_it_can(chinese):
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert b"peak memory" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["data", "embedded", "--batch-size", f"{10**11}"], f"A batch of {10**11} rows of 1024 "),
+        (["data", "embedded", "--context", f"{10**30}"], f"A batch of 64 rows of {10**30}"),
+        (["launch", "--local", f"{10**9}", "experiments/quickstart.py"], f"--local {10**9} with "),
+        (["launch", "--devices", f"{10**9}", "experiments/quickstart.py"], f"--devices {10**9} "),
+        (["preflight", "gpt2", "--topology", f"h100:{10**9}"], f"{10**9} devices, above 1048576."),
+        (["preflight", "gpt2", "--topology", f"h100:{'8' * 5000}"], "accepted are h100:1 to"),
+        (["preflight", "gpt2", "--topology", "h100:8", "--tries", "-1"], "--tries is -1: it must"),
+    ],
+)
+def test_sizes_beyond_the_machine_are_one_sentence(words, sentence, gptjax, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _assert_one_sentence(gptjax(*words), sentence)
+
+
+def test_memory_that_runs_out_is_one_sentence(gptjax, monkeypatch):
+    def run_out(_: object) -> None:
+        raise MemoryError("Unable to allocate 9 GiB.\nfor an array")
+
+    monkeypatch.setattr(cli, "commands", run_out)
+    _assert_one_sentence(gptjax("doctor"), "There is not enough memory (Unable to allocate 9 GiB):")

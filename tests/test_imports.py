@@ -22,6 +22,7 @@ ALLOWED = {
     # module: what it may import of ours; the first line that fits a module is its own.
     CONFIG: [CONFIG],
     "gptjax.outputs": [CONFIG],
+    "gptjax.memory": [CONFIG],
     "gptjax.chips": [],
     "gptjax.presets": [CONFIG],
     "gptjax.axes": [CONFIG],
@@ -87,6 +88,7 @@ ALLOWED = {
     ],
     COMPARE: [
         CONFIG,
+        "gptjax.memory",
         "gptjax.outputs",
         "gptjax.axes",
         "gptjax.presets",
@@ -118,6 +120,7 @@ ALLOWED = {
     ],
     "gptjax.commands.*": [
         CONFIG,
+        "gptjax.memory",
         "gptjax.outputs",
         DISTRIBUTED,
         "gptjax.certify",
@@ -133,7 +136,7 @@ ALLOWED = {
         "gptjax.probe.*",
         "gptjax.commands.*",
     ],
-    "gptjax.cli": [CONFIG, DISTRIBUTED, "gptjax.commands.*", TRAINING],
+    "gptjax.cli": [CONFIG, "gptjax.memory", DISTRIBUTED, "gptjax.commands.*", TRAINING],
     "gptjax.__main__": ["gptjax.cli"],
     # The public face, which nothing of ours below the experiments imports.
     "gptjax": [

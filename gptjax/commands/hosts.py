@@ -11,6 +11,12 @@ import tyro
 from gptjax import distributed
 from gptjax.config import InputError
 from gptjax.distributed.launch import launch as launch_processes
+from gptjax.memory import check_fits
+
+PROCESS_BYTES = 200 << 20
+"""Of a process that has imported JAX and gptjax, at least."""
+DEVICE_BYTES = 1 << 20
+"""Of a CPU device's threads and streams."""
 
 
 def doctor() -> None:
@@ -46,6 +52,8 @@ def launch(
     for name, value in (("local", local), ("devices", devices)):
         if value < 1:
             raise InputError(f"--{name} is {value}: it must be at least 1.")
+    started = f"--local {local} with --devices {devices}"
+    check_fits(started, local * (PROCESS_BYTES + devices * DEVICE_BYTES))
     if not script.is_file():
         raise InputError(f"launch: there is no script {script}.")
     command = [sys.executable, str(script), *arguments]

@@ -12,9 +12,13 @@ from typing import Annotated
 
 import tyro
 
-from gptjax.config import InputError
+from gptjax.config import InputError, TransformerConfig
 from gptjax.ledger import Ledger, ledger
+from gptjax.memory import ACTIVATION_BYTES, check_fits
 from gptjax.presets import PRESETS, preset
+
+TOKEN_BYTES = 8
+"""Of a token in a list."""
 
 
 def sample(
@@ -59,8 +63,9 @@ def sample(
 
     if num_samples < 1:
         raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
-    if max_new_tokens < 1:
-        raise InputError(f"max-new-tokens is {max_new_tokens}: it must be at least 1.")
+    if not 1 <= max_new_tokens < 1 << 31:
+        wanted = "at least 1 and below 2**31"
+        raise InputError(f"max-new-tokens is {max_new_tokens}: it must be {wanted}.")
     if not 0 <= seed < 1 << 32:
         raise InputError(f"seed is {seed}: it must be at least 0 and below 2**32.")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -80,6 +85,7 @@ def sample(
     except UnicodeEncodeError as error:
         raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
     loaded = load_run(run, step)
+    _check_decoding_fits(loaded.config.model, beams or num_samples, max_new_tokens)
     question = loaded.question(prompt)
 
     def text(tokens: Iterable[int]) -> Iterator[str]:
@@ -131,6 +137,23 @@ def _check_unset(**flags: object) -> None:
         if value != defaults[name].default:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is for sampling: it cannot go with --beams.")
+
+
+def _check_decoding_fits(model: TransformerConfig, rows: int, new_tokens: int) -> None:
+    """Refuse more sequences than this machine can hold: the logits of each, and its own tokens.
+
+    Keys and values are counted where attention keeps those of the whole context.
+
+    Raises:
+      InputError: it cannot.
+    """
+    kept = 4 * model.vocab_size + TOKEN_BYTES * min(new_tokens, model.context)
+    if rows > 1:
+        kept += TOKEN_BYTES * new_tokens
+    if model.family != "recurrent" and model.attention == "full":
+        size = 2 * model.depth * model.key_value_heads * model.head_width
+        kept += ACTIVATION_BYTES[model.dtype] * size * model.context
+    check_fits(f"Decoding {rows} sequences of {new_tokens} tokens", rows * kept)
 
 
 def params(

@@ -52,6 +52,8 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
           config: Every choice of the run, as in experiments.
         """
         preset(name)
+        if tries < 1:
+            raise InputError(f"--tries is {tries}: it must be at least 1.")
         _run(
             name,
             topology,

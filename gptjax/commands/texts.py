@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import DataConfig, InputError, Objective, Packing, TransformerConfig
+from gptjax.memory import check_batch_fits
 
 
 def data(
@@ -45,6 +46,7 @@ def data(
 
     if batch_size < 1:
         raise InputError(f"batch-size is {batch_size}: it must be at least 1.")
+    check_batch_fits(batch_size, context)
     chosen = DataConfig(
         source=sources,
         target=target,

@@ -21,6 +21,7 @@ from gptjax.config import (
     to_dict,
 )
 from gptjax.ledger import ledger
+from gptjax.memory import check_batch_fits, check_fits
 from gptjax.sharding import configure_cpu
 
 SEARCH_SEED = 1 << 16
@@ -132,6 +133,7 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
                 f"--mup-width is {comparison.mup_width}: with {variant.name} it must be 0, since "
                 "Muon's updates do not grow with the width and its rate is not searched."
             )
+    check_batch_fits(comparison.batch_size, comparison.context or variants[0].model.context)
     material = open_material(comparison, variants[0].model)
     vocabulary = material.corpus.vocabulary.size
     variants = [
@@ -142,6 +144,8 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     for target in targets or (None,):
         sizes.append(f"{measure}={quantity(target)}" if comparison.scale and target else "")
         planned += _matched(variants, sizes[-1], measure, target, comparison)
+    states = (sum(ledger(each.model).state_bytes.values()) for each in planned)
+    check_fits("The training state of the largest variant", max(states))
     # From here on JAX is asked; before, nothing has touched it.
     configure_cpu(max(ledger(each.model).parameters for each in planned))
     plan = Plan(comparison, material, tuple(sizes), planned, Measured(out / MEASURED))

@@ -1,5 +1,6 @@
 """The question that a comparison answers, and what may be spent on it."""
 
+import math
 from dataclasses import dataclass, field
 
 from gptjax.config import DataConfig, InputError, OptimizerConfig, near_names
@@ -61,7 +62,7 @@ class Comparison:
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         check(self, "variants", bool(self.variants), "at least one variant")
         check(self, "rates", bool(self.rates), "at least one learning rate")
-        check(self, "rates", all(rate > 0 for rate in self.rates), "above 0")
+        check(self, "rates", all(0 < rate < math.inf for rate in self.rates), "above 0")
 
 
 def parse_quantity(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:

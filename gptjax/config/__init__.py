@@ -4,7 +4,7 @@ A wrong value is an `InputError` of one sentence: the field, the value and what 
 classes are the command line (`--model.depth 6`); the text under a field is its `--help`.
 """
 
-from gptjax.config.checks import InputError, near_names
+from gptjax.config.checks import InputError, near_names, whole_number
 from gptjax.config.dictionaries import differences, from_dict, to_dict
 from gptjax.config.experiment import (
     DataConfig,
@@ -36,5 +36,6 @@ __all__ = [
     "read_json",
     "read_json_object",
     "to_dict",
+    "whole_number",
     "with_vocabulary",
 ]

@@ -11,6 +11,14 @@ LONGEST_SHOWN = 200
 """Characters of a value in an error."""
 
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Of float32, without the subnormal numbers, which a device may take for 0."""
+WHOLE = 1 << 32
+"""Above all whole numbers: a device counts in 32 bits."""
+MOST_DIGITS = 18
+"""Of a whole number in a text: more would not fit into 64 bits."""
+
+
 class InputError(ValueError):
     """A mistake in what the user gave; its message is one sentence for the user."""
 
@@ -35,6 +43,12 @@ def check(config: Any, name: str, accepted: bool, what: str) -> None:
         raise InputError(f"{type(config).__name__}.{name} is {shown(value)}: it must be {what}.")
 
 
+def whole_number(text: str) -> int | None:
+    """The number that ASCII digits stand for; None of any other text, or of too many of them."""
+    fits = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+    return int(text) if fits else None
+
+
 def check_minimum(config: Any, least: int, *names: str) -> None:
     """The fields `names` are at least `least`."""
     for name in names:
@@ -44,7 +58,7 @@ def check_minimum(config: Any, least: int, *names: str) -> None:
 def check_types(config: Any) -> None:
     """Each field holds a value of its annotated type; an int is taken where a float is asked.
 
-    NaN and infinity are no numbers to choose.
+    Numbers are those of the device: of 32 bits, finite, and not so small that they are 0 there.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -56,6 +70,7 @@ def check_types(config: Any) -> None:
             (kind, _) = typing.get_args(hint)
             accepted = type(value) is tuple and all(_fits(item, kind) for item in value)
             check(config, name, accepted, f"several {kind.__name__}")
+            _check_numbers(config, name, value)
             continue
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         accepted = any(_fits(value, kind) for kind in kinds)
@@ -63,6 +78,16 @@ def check_types(config: Any) -> None:
         check(config, name, accepted, " or ".join(names))
         if isinstance(value, float):
             check(config, name, math.isfinite(value), "finite")
+        _check_numbers(config, name, (value,))
+
+
+def _check_numbers(config: Any, name: str, values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, float) and math.isfinite(value):
+            sized = value == 0 or SMALLEST <= abs(value) <= LARGEST
+            check(config, name, sized, f"0, or from {SMALLEST:.2g} to {LARGEST:.2g} in size")
+        elif isinstance(value, int):
+            check(config, name, abs(value) < WHOLE, "below 2**32")
 
 
 def _fits(value: Any, kind: type) -> bool:

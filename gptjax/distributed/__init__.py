@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gptjax.config import InputError, to_dict
+from gptjax.config import InputError, to_dict, whole_number
 from gptjax.distributed.places import Place, find_place, free_port, has_tpu
 from gptjax.distributed.report import check_same, code_hash, devices, versions
 from gptjax.distributed.roll_call import END, Coordinator, Member
@@ -182,9 +182,10 @@ def _own_address() -> str:
 
 def _start_seconds() -> int:
     value = os.environ.get(START, str(START_SECONDS))
-    if not value.isdecimal() or int(value) == 0:
+    seconds = whole_number(value)
+    if not seconds:
         raise InputError(f"{START} is {value!r}: it must be a whole number above 0.")
-    return int(value)
+    return seconds
 
 
 def leave_at_once(error: BaseException) -> None:

@@ -1,7 +1,7 @@
 """What is compiled when nothing else is said, and the flags that say it shortly."""
 
 import dataclasses
-import re
+import math
 
 from gptjax.config import (
     DataConfig,
@@ -11,6 +11,7 @@ from gptjax.config import (
     TrainConfig,
     TransformerConfig,
     near_names,
+    whole_number,
 )
 from gptjax.presets import preset
 
@@ -60,7 +61,7 @@ def with_sizes(
         model = dataclasses.replace(model, context=sequence)
     if batch_per_device:
         batch = batch_per_device * devices
-        if batch != int(batch) or batch < 1:
+        if not batch >= 1 or math.isinf(batch) or batch != int(batch):
             raise InputError(
                 f"--batch-per-device is {batch_per_device:g}: on {devices} devices that is no "
                 "whole number of sequences."
@@ -78,12 +79,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     known = [item.name for item in dataclasses.fields(MeshConfig) if item.name != "pmap"]
     axes = {}
     for part in filter(None, text.split(",")):
-        found = re.fullmatch(r"(\w+)=(\d+)", part)
-        if found is None:
+        name, _, size = part.partition("=")
+        number = whole_number(size)
+        if number is None:
             raise InputError(f"--mesh is {text!r}: it must be axes and numbers, as data=1,fsdp=16.")
-        if found[1] not in known:
-            raise InputError(
-                f"--mesh has an unknown axis {found[1]!r}: {near_names(found[1], known)}"
-            )
-        axes[found[1]] = int(found[2])
+        if name not in known:
+            raise InputError(f"--mesh has an unknown axis {name!r}: {near_names(name, known)}")
+        axes[name] = number
     return axes

@@ -15,7 +15,7 @@ import jax
 from jax.experimental import topologies
 
 from gptjax.chips import Chip, known_chips
-from gptjax.config import InputError, near_names
+from gptjax.config import InputError, near_names, whole_number
 
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks the metadata server of a TPU VM otherwise.
@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MOST_DEVICES = 1 << 20
+"""That are described: each is a Python object, and no cluster has as many."""
 DEFAULT_MEMORY_FRACTION = 0.75
 """Of a GPU's memory, which JAX takes when it starts (its documentation, GPU memory allocation)."""
 
@@ -82,6 +84,9 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
         accepted = "at least 1" if slices < 1 else "1 with GPUs, which have hosts, as h100:16"
         raise InputError(f"--slices is {slices}: it must be {accepted}.")
+    devices = slices * math.prod(map(int, shape.split("x")))
+    if devices > MOST_DEVICES:
+        raise InputError(f"{name} in {slices} slices has {devices} devices, above {MOST_DEVICES}.")
     check_packages(chip)
     if chip.platform == "tpu":
         return Topology(name, chip, slices, _tpu_devices(chip, shape, slices))
@@ -98,7 +103,7 @@ def _check_shape(name: str, chip: Chip, shape: str) -> None:
         known = shape in chip.topologies
         accepted = ", ".join(f"{chip.name}:{shape}" for shape in chip.topologies)
     else:
-        count = int(shape) if shape.isdecimal() else 0
+        count = whole_number(shape) or 0
         known = 1 <= count <= chip.host or (count > 0 and count % chip.host == 0)
         accepted = f"{chip.name}:1 to {chip.name}:{chip.host}, and multiples of {chip.host}"
     if not known:

@@ -18,6 +18,7 @@ documents are kept as they are. Memory is an index of 8 bytes a document, not th
 
 import os
 
+from gptjax.config import whole_number
 from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
 from gptjax.data.sources.files import find_files
 from gptjax.data.sources.protocol import (
@@ -89,11 +90,12 @@ def _open_text(spec: Spec, paths: list[str]) -> Documents:
     options = spec.choose("text", documents=None, column=None, errors="strict")
     errors, column, documents = _errors(spec, options), options["column"], options["documents"]
     if column is not None:
-        if not (column.isascii() and column.isdecimal() and int(column)):
+        number = whole_number(column)
+        if not number:
             refuse(f"{spec.text} has the column {column!r}: it must be a number, from 1")
         if documents not in (None, "line"):
             refuse(f"{spec.text} has a column of every line, and cannot have documents={documents}")
-        return Column(spec, paths, errors, int(column))
+        return Column(spec, paths, errors, number)
     kinds = {"file": Whole, "line": Lines, "block": Blocks}
     if documents not in (None, *kinds):
         refuse(f"{spec.text} has documents={documents}: it must be one of {', '.join(kinds)}")

@@ -23,7 +23,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from gptjax.config import InputError, near_names
+from gptjax.config import InputError, near_names, whole_number
 from gptjax.data.tokenizers.files import (
     read_gpt1,
     read_gpt2,
@@ -85,12 +85,12 @@ def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
     if kind == "sentencepiece" and argument.endswith(MODEL_FILE):
         return read_sentencepiece(Path(argument))
     if kind in LEARNT:
-        if not argument.isdecimal() or int(argument) == 0:
+        size = whole_number(argument)
+        if not size:
             file = f" or {kind}:FILE{MODEL_FILE}" if kind == "sentencepiece" else ""
             raise InputError(
                 f"data.tokenizer is {spec!r}: a size belongs behind it, as in {kind}:4096{file}."
             )
-        size = int(argument)
         if kind == "bpe":
             return SubwordTokenizer.train(text, size)
         return SentencePieceTokenizer.train(text, size, kind)

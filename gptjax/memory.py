@@ -1,0 +1,75 @@
+"""What surely does not fit into the machine's memory, found before any of it is asked for.
+
+Every number here is less than what is really needed, so that nothing is refused which might fit.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from gptjax.config import ExperimentConfig, InputError
+
+BATCH_BYTES = 12
+"""Of a token in a batch: itself, its target and its weight in the loss, 32 bits each."""
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def machine_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def devices_bytes(devices: Sequence[Any]) -> int:
+    """The memory of all these JAX devices; CPU devices share that of their machine."""
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    limit = (own[0].memory_stats() or {}).get("bytes_limit", 0)
+    machines = len({device.process_index for device in devices})
+    return limit * len(devices) if limit else machine_bytes() * machines
+
+
+def check_fits(what: str, needed: int, available: int | None = None) -> None:
+    """Refuse `what` if it needs more bytes than there are; None takes this machine's.
+
+    Raises:
+      InputError: it does.
+    """
+    available = machine_bytes() if available is None else available
+    if needed > available:
+        sizes = f"{needed / 2**30:.3g} GiB: there are {available / 2**30:.3g}"
+        raise InputError(f"{what} takes at least {sizes}.")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left: Python's, NumPy's, XLA's or CUDA's."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "resource_exhausted" in said or "out of memory" in said
+
+
+def check_batch_fits(rows: int, context: int) -> None:
+    """Refuse a batch that this machine cannot hold.
+
+    Raises:
+      InputError: it is too large.
+    """
+    check_fits(f"A batch of {rows} rows of {context} tokens", BATCH_BYTES * rows * context)
+
+
+def check_training_fits(config: ExperimentConfig, state: int, devices: Sequence[Any]) -> None:
+    """Refuse a run whose state, or one layer's activations, the devices cannot hold.
+
+    Args:
+      config: of the run.
+      state: bytes of its parameters, gradients and moments (`Ledger.state_bytes`).
+      devices: that share them.
+
+    Raises:
+      InputError: it is too large.
+    """
+    model, train = config.model, config.train
+    available = devices_bytes(devices)
+    check_fits("The training state", state, available)
+    hosts = len({device.process_index for device in devices})
+    check_batch_fits(train.batch_size // hosts, model.context)
+    tokens = train.batch_size // train.accumulate * model.context
+    activations = ACTIVATION_BYTES[model.dtype] * tokens * model.width
+    check_fits(f"The input of a layer, {tokens} tokens,", activations, available)
