@@ -43,6 +43,7 @@ from gptjax.runs import (
     RESULT,
     Run,
     environment,
+    hold,
     load_run,
     open_run,
     saved_tokenizer,
@@ -53,7 +54,7 @@ from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.feed import own_rows
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import training_loss
-from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops, read_jsonl
+from gptjax.training.metrics import METRICS, MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
 from gptjax.training.step import state_shapes
 from gptjax.transformer import Params, parameter_axes
@@ -109,62 +110,64 @@ def train(
         return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
 
     state_shapes(init, optimizer, mesh, axes)  # What the mesh cannot part leaves no file.
-    if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
-        print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
-        return False
+    with hold(out, finished=overwrite):
+        if open_run(out, config, tokenizer, sources.fingerprint, overwrite=overwrite):
+            print(f"{out} holds a finished run of this config; --overwrite starts it anew.")
+            return False
 
-    print(f"{cost.parameters:,} parameters; training on {training_size(corpus)}.")
-    print(*lines, *attention, sep="\n")
-    peak = peak_flops()
-    print(f"{MFU_FORMULA}; {cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
-    learning_rate = learning_rate_schedule(
-        config.optimizer, config.optimizer.learning_rate, config.train.steps
-    )
-    order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
-    if config.data.on_the_fly:
-        batches = streamed_batches(
-            sources,
-            tokenizer,
-            corpus.vocabulary,
-            config.data,
-            config.model.context,
-            **order,
-            **hosts,
+        print(f"{cost.parameters:,} parameters; training on {training_size(corpus)}.")
+        print(*lines, *attention, sep="\n")
+        peak = peak_flops()
+        flops = f"{cost.training_flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source})"
+        print(f"{MFU_FORMULA}; {flops}.")
+        learning_rate = learning_rate_schedule(
+            config.optimizer, config.optimizer.learning_rate, config.train.steps
         )
-    else:
-        batches = training_batches(corpus.train, config.data.weights, **order, **hosts)
-    with (
-        Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-        open_writers(out, config.train.steps, checkpoints.last_step or 0) as writers,
-    ):
-        fitted = fit(
-            config.train,
-            init,
-            mesh=mesh,
-            axes=axes,
-            pmap=config.mesh.pmap,
-            loss=training_loss(graphdef, config.train),
-            optimizer=optimizer,
-            batches=batches,
-            validation=EvaluationBatches(corpus.validation, config.train.batch_size, **hosts),
-            checkpoints=checkpoints,
-            writers=writers,
-            describe=lambda step, tokens_per_second: {
-                "learning_rate": float(jnp.asarray(learning_rate(step))),
-                "mfu": tokens_per_second * cost.training_flops / peak.flops,
-            },
+        order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
+        if config.data.on_the_fly:
+            batches = streamed_batches(
+                sources,
+                tokenizer,
+                corpus.vocabulary,
+                config.data,
+                config.model.context,
+                **order,
+                **hosts,
+            )
+        else:
+            batches = training_batches(corpus.train, config.data.weights, **order, **hosts)
+        with (
+            Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
+            open_writers(out, config.train.steps, checkpoints.last_step or 0) as writers,
+        ):
+            fitted = fit(
+                config.train,
+                init,
+                mesh=mesh,
+                axes=axes,
+                pmap=config.mesh.pmap,
+                loss=training_loss(graphdef, config.train),
+                optimizer=optimizer,
+                batches=batches,
+                validation=EvaluationBatches(corpus.validation, config.train.batch_size, **hosts),
+                checkpoints=checkpoints,
+                writers=writers,
+                describe=lambda step, tokens_per_second: {
+                    "learning_rate": float(jnp.asarray(learning_rate(step))),
+                    "mfu": tokens_per_second * cost.training_flops / peak.flops,
+                },
+            )
+        if not distributed.is_first():
+            return False
+        plots.save(plots.loss_curve(read_jsonl(out / METRICS)), out / "loss.png")
+        told = show(load_run(out), sources, corpus, out)
+        reached = result(config, corpus, fitted)
+        write_json(out / RESULT, reached)
+        print(
+            f"{summary(reached)}\nIn {out}: loss.png, {told}, result.json, metrics.jsonl, "
+            f"tensorboard/, checkpoints/."
         )
-    if not distributed.is_first():
-        return False
-    plots.save(plots.loss_curve(read_jsonl(out / "metrics.jsonl")), out / "loss.png")
-    told = show(load_run(out), sources, corpus, out)
-    reached = result(config, corpus, fitted)
-    write_json(out / RESULT, reached)
-    print(
-        f"{summary(reached)}\nIn {out}: loss.png, {told}, result.json, metrics.jsonl, "
-        f"tensorboard/, checkpoints/."
-    )
-    return True
+        return True
 
 
 def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:

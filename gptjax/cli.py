@@ -1,7 +1,7 @@
 """The command line, thin over the modules: `python -m gptjax`, and the flags of experiments.
 
-A mistake of the user's is one sentence on standard error and exit code 2; `--debug` shows where it
-was noticed.
+What a user can mend is one sentence on standard error, and an exit code (`gptjax.exits`) that says
+of which kind it is; `--debug` shows where it was noticed.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names
+from gptjax.disk import is_failure
+from gptjax.exits import Exit, StoppedAtOnce
 from gptjax.memory import ran_out
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
@@ -186,28 +189,62 @@ def accept_all_characters() -> None:
 def _with_sentences(command: Callable[[list[str]], None]) -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    from gptjax.training.checkpoint import CheckpointFailed
     from gptjax.training.loop import Diverged, Interrupted
 
     try:
         command(arguments)
         sys.stdout.flush()
+    except CheckpointFailed as error:
+        _fail_at_once(str(error), Exit.DISK, debug)
+    except StoppedAtOnce as error:
+        _fail_at_once(str(error), Exit.INTERRUPTED, debug)
     except InputError as error:
-        _fail(str(error), 2, debug)
+        _fail(str(error), Exit.DISK if is_failure(error) else Exit.MISTAKE, debug)
     except Diverged as error:
-        _fail_together(str(error), 1, debug)
+        _fail_together(str(error), Exit.DIVERGED, debug)
     except Interrupted as error:
+        _leave_at_next_interrupt()
         _fail_together(str(error), error.exit_code, debug)
     except BrokenPipeError:
-        # The reader, say `head`, has seen enough; what Python flushes at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()  # The reader, say `head`, has seen enough.
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if not is_failure(error):
+            raise
+        _let_go_of_output()  # It may be what has no room.
+        _fail(f"{error.filename or 'the output'}: {error.strerror}.", Exit.DISK, debug)
     except KeyboardInterrupt:
-        _fail("Stopped.", 130, debug)
+        _leave_at_next_interrupt()
+        _fail("Stopped.", Exit.INTERRUPTED, debug)
     except Exception as error:
         if not ran_out(error):
             raise
         reason = str(error).partition("\n")[0].rstrip(".")
-        _fail(f"There is not enough memory ({reason}): choose smaller sizes.", 2, debug)
+        _fail(f"There is not enough memory ({reason}): choose smaller sizes.", Exit.MISTAKE, debug)
+
+
+def _let_go_of_output() -> None:
+    """Where nobody takes the output, what Python flushes at exit goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _leave_at_next_interrupt() -> None:
+    """A further Ctrl-C would show a traceback of whatever Python does at its end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda *_: os._exit(Exit.INTERRUPTED))
+
+
+def _fail_at_once(sentence: str, code: int, debug: bool) -> NoReturn:
+    """Do not wait for threads of Orbax, which would also tell of their own failures."""
+    with contextlib.suppress(SystemExit):
+        _fail(sentence, code, debug)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _fail_together(sentence: str, code: int, debug: bool) -> NoReturn:
@@ -218,7 +255,8 @@ def _fail_together(sentence: str, code: int, debug: bool) -> NoReturn:
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    print(sentence, file=sys.stderr)
+    with contextlib.suppress(OSError):  # Its disk may be full, too.
+        if debug:
+            traceback.print_exc()
+        print(sentence, file=sys.stderr)
     raise SystemExit(code)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptjax.config import InputError
+from gptjax.disk import write_error
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> Path:
@@ -43,7 +44,8 @@ def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     If what is inside fails, nothing is left and the file that was there stays.
 
     Raises:
-      InputError: what `check_output` refuses, or a file that cannot be written.
+      InputError: what `check_output` refuses, or a file that cannot be written; a `DiskError` where
+        the disk is at fault.
     """
     path = Path(path)
     where = check_output(path, overwrite=overwrite)
@@ -54,7 +56,7 @@ def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.copymode(where, temporary)
         temporary.replace(where)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+        raise write_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):  # It may never have been there, or its name be too long.
             temporary.unlink()

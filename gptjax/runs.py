@@ -7,12 +7,15 @@
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
 | metrics.jsonl, tensorboard/ | scalars of the logged steps |
 | result.json | written last: a directory that has it holds a finished run |
+| .lock | while a process writes here: whose the directory is |
+| .begun | while a run begins: what lies here is a half-made start, which the next one begins anew |
 """
 
-import json
+import contextlib
 import platform
 import shutil
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,21 +35,28 @@ from gptjax.config import (
 )
 from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
-from gptjax.outputs import write_whole
+from gptjax.disk import DiskError, is_failure, write_error, write_json
+from gptjax.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.step import State
 from gptjax.transformer import LanguageModel, build, split
 
 CONFIG, RESULT = "config.json", "result.json"
 CHECKPOINTS = "checkpoints"
+BEGUN = ".begun"
 OPENED = "the run's directory"
 WRITTEN = (
+    LOCK,
+    BEGUN,
     CONFIG,
     RESULT,
     CHECKPOINTS,
     "tokenizer.json",
     "tokenizer.model",
+    "config.tmp",
+    "result.tmp",
     "metrics.jsonl",
+    "metrics.tmp",
     "tensorboard",
     "wandb",
     "loss.png",
@@ -56,6 +66,67 @@ WRITTEN = (
     "translations.txt",
 )
 """All that a run leaves in its directory, and all that `--overwrite` deletes."""
+
+
+@contextlib.contextmanager
+def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
+    """Make `directory`, and let no other process write into it while the context is open.
+
+    Of several processes of a run the first holds it.
+
+    Args:
+      directory: Of a run.
+      finished: Hold it if it has a finished run, too, which is to be overwritten.
+
+    Raises:
+      InputError: another process holds it, or it cannot be made.
+      DiskError: the disk fails, there or at what is written while the context is open.
+    """
+    if not distributed.is_first() or (not finished and _is_finished(directory)):
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(directory / LOCK, directory))
+        except OSError as error:
+            raise write_error(error, directory) from error
+        try:
+            yield
+        except OSError as error:
+            if not is_failure(error):
+                raise
+            raise DiskError(
+                f"{error.filename or directory}: {error.strerror}; what is saved in {directory} "
+                "stays, and once there is room the same command goes on from it."
+            ) from error
+
+
+def _is_finished(directory: Path) -> bool:
+    return (directory / RESULT).exists() and not (directory / BEGUN).exists()
+
+
+def begins(directory: Path) -> bool:
+    """Whether a new run may begin in `directory`: it is empty, or holds a half-made start."""
+    names = {path.name for path in directory.iterdir()}
+    return BEGUN in names or names <= {LOCK}
+
+
+def begin(
+    directory: Path, content: dict[str, Any], make: Callable[[], None] = lambda: None
+) -> None:
+    """Delete what a run has left in `directory`, let `make` write, and write the config last.
+
+    Whoever is killed on the way leaves a directory in which a new run `begins`.
+    """
+    (directory / BEGUN).touch()
+    for name in reversed(WRITTEN):
+        path = directory / name
+        if name not in (LOCK, BEGUN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    make()
+    write_json(directory / CONFIG, content)
+    (directory / BEGUN).unlink()
 
 
 def open_run(
@@ -68,7 +139,8 @@ def open_run(
 ) -> bool:
     """Make `directory` this run's, new or to be resumed; True if the run is already finished.
 
-    Of several processes the first does, and then the others look.
+    Of several processes the first does, and then the others look. Meanwhile the caller is to
+    `hold` it.
 
     Raises:
       InputError: a directory that holds another run or other files, or that cannot be written, or
@@ -98,20 +170,15 @@ def _open_first(
 ) -> bool:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / CONFIG).exists():
-            if any(directory.iterdir()):
-                raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
-        elif not overwrite:
+        new = begins(directory)
+        if not new and not (directory / CONFIG).exists():
+            raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
+        if not new and not overwrite:
             _check_same(directory, wanted)
             return (directory / RESULT).exists()
-        else:
-            for name in reversed(WRITTEN):  # The config last: without it the rest is nobody's.
-                path = directory / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        save_tokenizer(tokenizer, directory)
-        write_json(directory / CONFIG, wanted)
+        begin(directory, wanted, lambda: save_tokenizer(tokenizer, directory))
     except OSError as error:
-        raise InputError(f"--out: cannot write {directory}: {error.strerror}.") from error
+        raise write_error(error, directory, flag="--out") from error
     return False
 
 
@@ -120,7 +187,7 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
     So a run that is resumed does not learn it again, nor ask for the files that it was read from.
     """
-    if not (directory / CONFIG).exists():
+    if not (directory / CONFIG).exists() or begins(directory):
         return None
     saved = _read_config(directory)
     was = saved["config"].get("data")
@@ -261,12 +328,6 @@ def environment() -> dict[str, Any]:
         "device": f"{jax.device_count()} × {device.device_kind}",
         "machine": platform.platform(),
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text, overwrite=True)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

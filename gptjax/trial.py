@@ -4,6 +4,7 @@ For notebooks, and wherever batches are made and not read; `experiments/quicksta
 the same wiring for text. It is `fit`, so what is true of a run is true of a trial.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Sequence
@@ -17,16 +18,14 @@ from flax import nnx
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig, to_dict
 from gptjax.mup import factors, scaled
-from gptjax.runs import CHECKPOINTS, CONFIG, load_config, write_json
+from gptjax.runs import CHECKPOINTS, CONFIG, begin, begins, hold, load_config
 from gptjax.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
 from gptjax.training.losses import training_loss
-from gptjax.training.metrics import JsonlWriter, Writer, read_jsonl
+from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
 from gptjax.training.optimizers import build_optimizer
 from gptjax.transformer import Params, build, split
-
-METRICS = "metrics.jsonl"
 
 
 class Trial(NamedTuple):
@@ -66,15 +65,17 @@ def train(
         it to the width of `config`; None trains as `config` says.
 
     Raises:
-      InputError: a directory that holds something else, batches that do not fit the devices, or a
-        base that differs in more than sizes or is for Muon.
+      InputError: a directory that holds something else or is in use by another process, batches
+        that do not fit the devices, or a base that differs in more than sizes or is for Muon.
+      DiskError: a disk that is full or fails; what is saved stays.
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
-    if directory is not None:
+    with contextlib.ExitStack() as opened:
+        if directory is None:
+            directory = opened.enter_context(tempfile.TemporaryDirectory())
+        opened.enter_context(hold(Path(directory)))
         return _train(config, batches, validation, Path(directory), writers, mup_base)
-    with tempfile.TemporaryDirectory() as temporary:
-        return _train(config, batches, validation, Path(temporary), writers, mup_base)
 
 
 def _train(
@@ -89,14 +90,12 @@ def _train(
     if mup_base is not None:
         by_width = factors(config.model, mup_base)
         config = dataclasses.replace(config, model=scaled(config.model, mup_base))
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / CONFIG).exists():
-        if load_config(directory) != config:
-            raise InputError(f"{directory} holds a trial of another config: choose another one.")
-    elif any(directory.iterdir()):
+    if begins(directory):
+        begin(directory, {"config": to_dict(config)})
+    elif not (directory / CONFIG).exists():
         raise InputError(f"{directory} is not empty: a trial begins in a directory of its own.")
-    else:
-        write_json(directory / CONFIG, {"config": to_dict(config)})
+    elif load_config(directory) != config:
+        raise InputError(f"{directory} holds a trial of another config: choose another one.")
     graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
 
     def init() -> Params:

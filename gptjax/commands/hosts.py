@@ -11,6 +11,7 @@ import tyro
 from gptjax import distributed
 from gptjax.config import InputError
 from gptjax.distributed.launch import launch as launch_processes
+from gptjax.exits import Exit
 from gptjax.memory import check_fits
 
 PROCESS_BYTES = 200 << 20
@@ -57,5 +58,5 @@ def launch(
     if not script.is_file():
         raise InputError(f"launch: there is no script {script}.")
     command = [sys.executable, str(script), *arguments]
-    if code := launch_processes(command, local, devices, distributed.LOST_CODE):
+    if code := launch_processes(command, local, devices, Exit.LOST):
         raise SystemExit(code)

@@ -9,7 +9,9 @@ from gptjax.compare.material import Material
 from gptjax.compare.progress import GridProgress
 from gptjax.compare.results import Outcome
 from gptjax.config import ExperimentConfig, TransformerConfig
+from gptjax.disk import is_failure
 from gptjax.ledger import ledger
+from gptjax.locks import InUse
 from gptjax.together import most_at_once, train_together
 from gptjax.training.loop import Diverged, Interrupted
 from gptjax.trial import Trial, train
@@ -74,11 +76,14 @@ def _train(
         outcomes = [
             keep(cell, trial, out, material) for cell, trial in zip(cells, trials, strict=True)
         ]
-    except Interrupted:
+    except (Interrupted, InUse):
         raise
     except Diverged as error:
         outcomes = [keep_diverged(cell, str(error), out, material) for cell in cells]
-    except Exception as error:  # Of one variant, whatever it is, the others need not know.
+    except Exception as error:
+        if is_failure(error):
+            raise
+        # Of one variant, whatever it is, the others need not know.
         sentence = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         outcomes = [failed(cell, sentence) for cell in cells]
     told = [

@@ -37,5 +37,7 @@ class Measured:
             # Through JSON now too, so that the first call computes with what the next one reads.
             self._known[key] = json.loads(json.dumps(measure()))
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():  # A dry run beside a comparison measures, too.
+                self._known = read_saved(self._path)["measured"] | self._known
             write_saved(self._path, {"measured": self._known})
         return self._known[key]

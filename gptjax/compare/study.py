@@ -21,21 +21,30 @@ from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.compare.saved import read_saved, write_saved
 from gptjax.config import InputError, to_dict
 from gptjax.ledger import ledger
-from gptjax.runs import environment
+from gptjax.locks import LOCK
+from gptjax.runs import environment, hold
 
 QUESTION = "comparison.json"
+HALF_MADE = {MEASURED, "measured.tmp", "comparison.tmp", LOCK}
+"""What there may be before the question is written."""
 
 
 def compare(comparison: Comparison, out: Path, command: str) -> Answer:
     """Train what is missing of the grid, and write the report.
 
     Raises:
-      InputError: a flag, a variant or a match that cannot be, or results of another version.
+      InputError: a flag, a variant or a match that cannot be, or results of another version, or
+        a directory in which another process compares.
+      DiskError: a disk that is full or fails; the runs that have finished stay.
       Interrupted: a signal while a large model trained; its state is saved.
     """
     _open(out)
     plan = make_plan(comparison, out)
-    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        return _compare(comparison, plan, out, command)
+
+
+def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Answer:
     write_saved(out / QUESTION, {"comparison": to_dict(comparison)})
     with GridProgress(_all_work(plan)) as progress:
 
@@ -127,7 +136,7 @@ def _open(out: Path) -> None:
     """
     if (out / QUESTION).exists():
         read_saved(out / QUESTION)
-    elif out.exists() and {path.name for path in out.iterdir()} - {MEASURED}:
+    elif out.exists() and {path.name for path in out.iterdir()} - HALF_MADE:
         raise InputError(f"{out} holds files but no {QUESTION}: choose another --out.")
 
 

@@ -17,13 +17,11 @@ is not seen.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,6 +33,8 @@ from gptjax.config import InputError
 from gptjax.data.sources import Documents
 from gptjax.data.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.disk import DiskError, is_failure, replacing
+from gptjax.locks import locked
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
 VERSION = 1
@@ -68,8 +68,9 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
     with _sentence_on_failure(place):
         if not _finished(place, wanted):
             directory.mkdir(parents=True, exist_ok=True)
-            with (directory / f"{place.name}.lock").open("w") as lock:
-                _wait_for(lock, place)
+            lock = directory / f"{place.name}.lock"
+            waiting = f"Another process builds {place}; waiting for it."
+            with locked(lock, place, waiting=waiting):
                 if not _finished(place, wanted):
                     if place.exists():
                         print(f"{place} is damaged: it is built anew.", file=sys.stderr)
@@ -91,7 +92,7 @@ def kept(
     with _sentence_on_failure(store.directory):
         noted = _read_note(note)
         if noted is None or not _intact(note, noted):
-            with _replacing(path) as file:
+            with replacing(path) as file:
                 for part in make():
                     file.write(part.tobytes())
             _write_note(note, {"files": {path.name: _state(path, _checksum(path))}})
@@ -103,18 +104,10 @@ def _sentence_on_failure(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
+        kind = DiskError if is_failure(error) else InputError
+        raise kind(
             f"data.cache: cannot write {place}: {error.strerror}; nothing half-written is used."
         ) from error
-
-
-def _wait_for(lock: Any, place: Path) -> None:
-    """Hold the lock, which the system frees when its process ends, however it ends."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"Another process builds {place}; waiting for it.", file=sys.stderr)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _finished(place: Path, wanted: dict[str, Any]) -> bool:
@@ -329,21 +322,5 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 def _write_note(path: Path, content: dict[str, Any]) -> None:
     """Write JSON with a checksum of its own."""
     checksum = zlib.crc32(json.dumps(content).encode())
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(json.dumps({"content": content, "crc32": checksum}).encode())
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that is at `path` once it is whole and on the disk, and else not at all."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise

@@ -24,9 +24,9 @@ from gptjax.config import InputError, to_dict, whole_number
 from gptjax.distributed.places import Place, find_place, free_port, has_tpu
 from gptjax.distributed.report import check_same, code_hash, devices, versions
 from gptjax.distributed.roll_call import END, Coordinator, Member
+from gptjax.exits import Exit
 
 __all__ = [
-    "LOST_CODE",
     "agreed_stop",
     "code_hash",
     "devices",
@@ -44,8 +44,6 @@ MEET_SECONDS = 1800
 """For what one process does and others wait for, as drawing samples at the end."""
 HEARTBEAT_SECONDS = 100
 """After which JAX aborts all processes of a run where one stands still."""
-LOST_CODE = 75
-"""What a process exits with when another is lost; in sysexits.h: try again."""
 ADDRESS_BYTES = 64
 
 _member: Member | None = None
@@ -76,7 +74,7 @@ def joined(config: Any = None) -> Iterator[None]:
 
     To be entered before anything touches JAX's devices. Checks that all processes have the same
     `config`, code, versions and devices. While it is open, the end of another process ends this
-    one with a sentence and `LOST_CODE`, and only process 0 writes to standard output.
+    one with a sentence and `Exit.LOST`, and only process 0 writes to standard output.
 
     Raises:
       InputError: a coordinator that is not reached in `GPTJAX_START_SECONDS` (300), a process that
@@ -207,4 +205,4 @@ def _end(sentence: str) -> None:
     assert _member is not None
     again = "the same command goes on from the last checkpoint"
     print(f"{sentence}; process {_member.place.index} stops, {again}.", file=sys.stderr, flush=True)
-    os._exit(LOST_CODE)
+    os._exit(Exit.LOST)

@@ -6,9 +6,14 @@ position and what the loop has to remember). Orbax writes into a temporary folde
 so a checkpoint is there whole or not at all, and restored it is bit for bit what was saved.
 """
 
+import contextlib
 import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +22,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from gptjax.config import InputError
+from gptjax.disk import DiskError
+from gptjax.exits import StoppedAtOnce
 from gptjax.training.step import State
 
 VALIDATION_LOSS = "validation_loss"
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+"""What TensorStore's errors have of the system's."""
+
+
+class CheckpointFailed(DiskError):
+    """A checkpoint could not be written; threads of Orbax may still be at it."""
 
 
 class Restored(NamedTuple):
@@ -38,9 +51,15 @@ class Checkpoints:
     With `read_only` nothing there is touched, not even what a live run has half written.
     """
 
+    _left: ClassVar[list["Checkpoints"]] = []
+    """Those that nobody waited for; they may still write, and a notebook goes on."""
+
     def __init__(self, directory: Path, *, keep_every: int = 0, read_only: bool = False):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Of what fails in the background Orbax logs a traceback a thread, and raises it too.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
+        while self._left:
+            self._left.pop()._close(quiet=True)
 
         def validation_loss(metrics: dict[str, float]) -> float:
             return metrics[VALIDATION_LOSS]
@@ -77,10 +96,54 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        self._hook, sys.excepthook = sys.excepthook, self._show
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is StoppedAtOnce:
+            self._left.append(self)
+        else:
+            self._close(quiet=kind is not None)
+        sys.excepthook = self._hook
+
+    def _close(self, *, quiet: bool) -> None:
+        """Wait for the last write; with `quiet` its failure hides no other one."""
+        with contextlib.suppress(*[CheckpointFailed] * quiet), self._writing():
+            self._manager.close()
+
+    def _show(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        """The hook for what nobody catches, without what follows from a failed write.
+
+        TensorStore's threads tell an event loop of their results that Orbax has closed.
+        """
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            self._hook(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what a disk causes, in whichever thread, into a sentence."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            number = OS_ERROR.search(str(error))
+            if isinstance(error, OSError):
+                reason = error.strerror or str(error)
+            elif number:
+                reason = os.strerror(int(number[1]))
+            else:
+                raise
+            last = max((int(name) for name in self._names() if name.isdecimal()), default=None)
+            kept = "there is none yet" if last is None else f"the last whole one is of step {last}"
+            raise CheckpointFailed(
+                f"cannot write a checkpoint into {self.directory}: {reason}; {kept}, and the same "
+                "command goes on from it."
+            ) from error
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.directory)
+        except OSError:
+            return []
 
     @property
     def steps(self) -> list[int]:
@@ -100,20 +163,30 @@ class Checkpoints:
     def save(
         self, state: State, progress: dict[str, Any], validation_loss: float | None = None
     ) -> None:
-        """Write `state` in the background; those that need not stay are then deleted."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
-                progress=ocp.args.JsonSave(progress),
-            ),
-            metrics=None if validation_loss is None else {VALIDATION_LOSS: validation_loss},
-        )
+        """Write `state` in the background; those that need not stay are then deleted.
+
+        Raises:
+          CheckpointFailed: it, or the one before, could not be written.
+        """
+        with self._writing():
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                metrics=None if validation_loss is None else {VALIDATION_LOSS: validation_loss},
+            )
 
     def wait(self) -> None:
-        """Return when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Return when all that was saved is on disk.
+
+        Raises:
+          CheckpointFailed: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(self, like: State, step: int | None = None) -> Restored:
         """The checkpoint of `step` (the last by default), in the structure of `like`.

@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
+from gptjax.exits import StoppedAtOnce
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
-from gptjax.training.metrics import Writer
+from gptjax.training.metrics import DurableWriter, Writer
 from gptjax.training.step import (
     CompiledByShape,
     EvalStep,
@@ -124,6 +125,8 @@ def fit(
     Raises:
       Diverged: a loss or gradient that is not finite.
       Interrupted: SIGINT or SIGTERM to any process, once the state is saved.
+      StoppedAtOnce: a second SIGINT.
+      DiskError: a checkpoint that cannot be written.
       InputError: a checkpoint that does not fit.
     """
     start = time.perf_counter()
@@ -178,12 +181,14 @@ def fit(
                     if validation_loss < progress.best_loss:
                         progress.best_loss, progress.best_step = validation_loss, progress.step
                         saves = True
-                if saves:
+            # Before the checkpoint, as whoever goes on from it writes no line of the steps before.
+            logger.log(*late, state, validation_loss, through=saves)
+            late = None
+            if saves:
+                with logger.paused():
                     progress.data = feed.get_state()
                     progress.seconds = seconds_before + time.perf_counter() - start
                     checkpoints.save(state, asdict(progress), validation_loss)
-            logger.log(*late, state, validation_loss)
-            late = None
             if stop and not ends:
                 checkpoints.wait()
                 raise Interrupted(progress.step, stop)
@@ -233,12 +238,31 @@ class _Logger:
         """Of the steps since the last logged one."""
 
     def log(
-        self, step: int, metrics: Metrics, state: State, validation_loss: float | None = None
+        self,
+        step: int,
+        metrics: Metrics,
+        state: State,
+        validation_loss: float | None = None,
+        *,
+        through: bool = False,
     ) -> None:
-        """Check a step's metrics, and write them if it is a logged or an evaluated one."""
+        """Check a step's metrics, and write them if it is a logged or an evaluated one.
+
+        With `through`, all lines so far are then on the disk.
+        """
         self.check(step, metrics, state)
-        if step % self._config.log_every and validation_loss is None:
-            return
+        logged = step % self._config.log_every == 0 or validation_loss is not None
+        scalars = self._scalars(step, metrics, validation_loss) if logged else None
+        for writer in self._writers:
+            if through and isinstance(writer, DurableWriter):
+                writer.write_through(step, scalars)
+            elif scalars is not None:
+                writer.write(step, scalars)
+
+    def _scalars(
+        self, step: int, metrics: Metrics, validation_loss: float | None
+    ) -> dict[str, float]:
+        """Of the steps since the last logged one."""
         now = time.perf_counter()
         seconds, waited = now - self._since, self._feed.waited - self._waited
         tokens_per_second = self.tokens / seconds
@@ -253,8 +277,7 @@ class _Logger:
         }
         if validation_loss is not None:
             scalars["validation_loss"] = validation_loss
-        for writer in self._writers:
-            writer.write(step, scalars)
+        return scalars
 
     def check(self, step: int, metrics: Metrics, state: State) -> None:
         """Stop the run if the loss or the gradient is not finite."""
@@ -295,13 +318,19 @@ class _Logger:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """The signals (SIGINT, SIGTERM) that arrived inside; a second one acts as ever."""
+    """The signals (SIGINT, SIGTERM) that arrived inside.
+
+    A second SIGTERM acts as ever, and a second SIGINT raises `StoppedAtOnce`.
+    """
     caught: list[int] = []
     before = {}
 
+    def stop(number: int, _: Any) -> None:
+        raise StoppedAtOnce
+
     def note(number: int, _: Any) -> None:
         caught.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, stop if number == signal.SIGINT else before[number])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,23 +1,29 @@
 """What a run tells of itself while it trains: throughput, MFU, and the places they are written."""
 
 import contextlib
+import errno
 import importlib
+import itertools
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.chips import chip_of
-from gptjax.config import InputError
+from gptjax.config import InputError, parse_json
+from gptjax.disk import replacing
 from gptjax.distributed import is_first
 from gptjax.training.console import ConsoleWriter
+from gptjax.training.tensorboard import TensorBoardWriter
 
+METRICS = "metrics.jsonl"
 MFU_FORMULA = "MFU = tokens/s × training FLOPs a token / peak FLOP/s"
 """Model FLOPs utilisation, after PaLM (Chowdhery et al. 2022, appendix B)."""
 
@@ -69,6 +75,15 @@ class Writer(Protocol):
         ...
 
 
+@runtime_checkable
+class DurableWriter(Writer, Protocol):
+    """A writer whose lines must be on the disk before the checkpoint that they lead to."""
+
+    def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
+        """Record `scalars`, if there are any, and return when all so far is on the disk."""
+        ...
+
+
 @contextlib.contextmanager
 def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list[Writer]]:
     """The writers of a run of `steps` steps that goes on from `resume_step`; in process 0 alone.
@@ -79,56 +94,58 @@ def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list
     if not is_first():
         yield writers
         return
-    if project := os.environ.get("WANDB_PROJECT"):
-        writers.append(WandbWriter(project, directory))
-    writers += [
-        JsonlWriter(directory / "metrics.jsonl", resume_step),
-        TensorBoardWriter(directory / "tensorboard", resume_step),
-        ConsoleWriter(steps),
-    ]
-    try:
+    with contextlib.ExitStack() as opened:
+
+        def add(writer: Writer) -> None:
+            opened.callback(writer.close)
+            writers.append(writer)
+
+        if project := os.environ.get("WANDB_PROJECT"):
+            add(WandbWriter(project, directory))
+        add(JsonlWriter(directory / METRICS, resume_step))
+        add(TensorBoardWriter(directory / "tensorboard", read_jsonl(directory / METRICS)))
+        add(ConsoleWriter(steps))
         yield writers
-    finally:
-        for writer in writers:
-            writer.close()
 
 
 class JsonlWriter:
-    """One JSON object a line, `step` first; lines of steps after `resume_step` are dropped."""
+    """One JSON object a line, `step` first; lines of steps after `resume_step` are dropped.
+
+    So are damaged ones, with a sentence on standard error that says which.
+    """
 
     def __init__(self, path: Path, resume_step: int):
+        self._path = path
         kept = [line for line in read_jsonl(path) if line["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        if not path.exists() or path.read_bytes() != text:
+            with replacing(path, path.with_suffix(".tmp")) as file:
+                file.write(text)
         self._file = path.open("a")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append one line, at once readable by others."""
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
-        self._file.flush()
+        self._append(step, scalars)
+
+    def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
+        """Append one line, if there are scalars, and return when all lines are on the disk.
+
+        Raises:
+          OSError: the disk fails, or the file is no longer where it was.
+        """
+        if scalars is not None:
+            self._append(step, scalars)
+        os.fsync(self._file.fileno())
+        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "it was replaced by another", str(self._path))
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
-
-class TensorBoardWriter:
-    """TensorBoard event files."""
-
-    def __init__(self, directory: Path, resume_step: int):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1)
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Add each scalar under its name."""
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
+    def _append(self, step: int, scalars: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
 
 
 class WandbWriter:
@@ -170,8 +187,49 @@ class WandbWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, if it is there, without a last line that was cut short."""
+    """The lines of a `metrics.jsonl`, if it is there, without a last one that was cut short.
+
+    Those that are damaged are left out, and a sentence on standard error says which: what is no
+    object of numbers, or has a step that its neighbours cannot have.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    *written, _ = path.read_bytes().split(b"\n")
+    kept: list[tuple[int, dict[str, Any]]] = []
+    for number, text in enumerate(written, 1):
+        line = _scalars(text)
+        if line is None:
+            continue
+        if kept and line["step"] <= kept[-1][1]["step"]:
+            if len(kept) > 1 and line["step"] <= kept[-2][1]["step"]:
+                continue
+            kept.pop()
+        kept.append((number, line))
+    if lost := sorted(set(range(1, len(written) + 1)) - {number for number, _ in kept}):
+        print(f"{path}: {_loss(lost, kept)}.", file=sys.stderr)
+    return [line for _, line in kept]
+
+
+def _scalars(text: bytes) -> dict[str, Any] | None:
+    """A line's content; None of one that nothing here has written."""
+    try:
+        line = parse_json(text, "a line")
+    except InputError:
+        return None
+    numbers = isinstance(line, dict) and all(type(value) in (int, float) for value in line.values())
+    return line if numbers and type(line.get("step")) is int else None
+
+
+def _loss(lost: list[int], kept: list[tuple[int, dict[str, Any]]]) -> str:
+    """Which lines were lost, as far as those around them tell."""
+    words = []
+    for _, run in itertools.groupby(enumerate(lost), lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        which = f"line {numbers[0]}" if len(numbers) == 1 else f"lines {numbers[0]}-{numbers[-1]}"
+        before = [line["step"] for number, line in kept if number < numbers[0]][-1:]
+        after = [line["step"] for number, line in kept if number > numbers[0]][:1]
+        where = [f"behind step {step}" for step in before]
+        where += [f"before step {step}" for step in after]
+        words.append(f"{which} ({' and '.join(where)})" if where else which)
+    verb = "is damaged and is" if len(lost) == 1 else "are damaged and are"
+    return f"{', '.join(words)} {verb} left out"

@@ -1,0 +1,99 @@
+"""The scalars of a run as TensorBoard's event files, which follow from metrics.jsonl.
+
+An event file is a row of records: the length (8 bytes) and its checksum (4), a protocol buffer
+`Event`, and its checksum (4). Here each logged step is an event with all its scalars, handed to the
+system at once and by the thread that trains, so that no kill loses one, and a full disk is an
+OSError there.
+
+What is missing nevertheless (files that were damaged or deleted, a machine that went down) is
+written again when a run goes on: TensorBoard reads the files by name, and a `SessionLog.START` at a
+step takes back all points from that step on.
+"""
+
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+HEAD = struct.Struct("<QI")
+TAIL_BYTES = 4
+
+
+class TensorBoardWriter:
+    """A writer of scalars as event files below `directory`.
+
+    Args:
+      directory: Of the event files.
+      lines: Of metrics.jsonl, in order, up to the step from which the run goes on.
+    """
+
+    def __init__(self, directory: Path, lines: Iterable[dict[str, Any]]):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        directory.mkdir(exist_ok=True)
+        files = sorted(directory.glob("*tfevents*"))
+        # The name has the second, of which two files may be.
+        self._file = EventsWriter(str(directory / "events"), f".{len(files)}")
+        there, lines, first = steps_shown(files), list(lines), 0
+        while first < len(lines) and lines[first]["step"] in there:
+            first += 1
+        again = lines[first:]
+        if files:
+            begins = again[0]["step"] if again else 1 + (lines[-1]["step"] if lines else 0)
+            self._write(begins, session_log=SessionLog(status=SessionLog.START))
+        for line in again:
+            self._add(**line)
+        self._file.flush()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Add each scalar under its name."""
+        self._add(step, **scalars)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _add(self, step: int, **scalars: float) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(step, summary=Summary(value=values))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(step=step, wall_time=time.time(), **content))
+
+
+def steps_shown(files: Iterable[Path]) -> set[int]:
+    """The steps of which TensorBoard shows points, of its event files in order."""
+    steps: set[int] = set()
+    for path in files:
+        for event in _events(path.read_bytes()):
+            if event.HasField("session_log"):
+                steps = {step for step in steps if step < event.step}
+            elif event.HasField("summary"):
+                steps.add(event.step)
+    return steps
+
+
+def _events(content: bytes) -> Iterable[Any]:
+    """The events of a file; behind where it is cut or damaged, TensorBoard reads none either."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    start = 0
+    while start + HEAD.size <= len(content):
+        length, _ = HEAD.unpack_from(content, start)
+        start += HEAD.size
+        if start + length + TAIL_BYTES > len(content):
+            return
+        try:
+            yield Event.FromString(content[start : start + length])
+        except DecodeError:
+            return
+        start += length + TAIL_BYTES
