@@ -10,6 +10,8 @@ written again when a run goes on: TensorBoard reads the files by name, and a `Se
 step takes back all points from that step on.
 """
 
+import functools
+import importlib
 import struct
 import time
 from collections.abc import Iterable
@@ -32,7 +34,6 @@ class TensorBoardWriter:
 
     def __init__(self, directory: Path, lines: Iterable[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
 
         directory.mkdir(exist_ok=True)
         files = sorted(directory.glob("*tfevents*"))
@@ -44,7 +45,7 @@ class TensorBoardWriter:
         again = lines[first:]
         if files:
             begins = again[0]["step"] if again else 1 + (lines[-1]["step"] if lines else 0)
-            self._write(begins, session_log=SessionLog(status=SessionLog.START))
+            self._write(begins, session_log={"status": "START"})
         for line in again:
             self._add(**line)
         self._file.flush()
@@ -59,15 +60,17 @@ class TensorBoardWriter:
         self._file.close()
 
     def _add(self, step: int, **scalars: float) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(step, summary=Summary(value=values))
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+        self._write(step, summary={"value": values})
 
     def _write(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        self._file.write_event(_event()(step=step, wall_time=time.time(), **content))
 
-        self._file.write_event(Event(step=step, wall_time=time.time(), **content))
+
+@functools.cache
+def _event() -> Any:
+    """The class of events, which protobuf makes when it is imported."""
+    return importlib.import_module("tensorboardX.proto.event_pb2").Event
 
 
 def steps_shown(files: Iterable[Path]) -> set[int]:
@@ -84,8 +87,6 @@ def steps_shown(files: Iterable[Path]) -> set[int]:
 
 def _events(content: bytes) -> Iterable[Any]:
     """The events of a file; behind where it is cut or damaged, TensorBoard reads none either."""
-    from tensorboardX.proto.event_pb2 import Event
-
     start = 0
     while start + HEAD.size <= len(content):
         length, _ = HEAD.unpack_from(content, start)
@@ -93,7 +94,7 @@ def _events(content: bytes) -> Iterable[Any]:
         if start + length + TAIL_BYTES > len(content):
             return
         try:
-            yield Event.FromString(content[start : start + length])
+            yield _event().FromString(content[start : start + length])
         except DecodeError:
             return
         start += length + TAIL_BYTES
