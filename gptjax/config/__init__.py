@@ -4,7 +4,7 @@ A wrong value is an `InputError` of one sentence: the field, the value and what 
 classes are the command line (`--model.depth 6`); the text under a field is its `--help`.
 """
 
-from gptjax.config.checks import InputError, near_names, whole_number
+from gptjax.config.checks import InputError, near_names, shown, whole_number
 from gptjax.config.dictionaries import differences, from_dict, to_dict
 from gptjax.config.experiment import (
     DataConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_json_object",
+    "shown",
     "to_dict",
     "whole_number",
     "with_vocabulary",

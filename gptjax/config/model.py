@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from gptjax.config.checks import check, check_minimum, check_types
 
+MOST_BLOCKS = 1 << 16
+"""The deepest published models have a thousand (DeepNet, Wang et al. 2022)."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -138,6 +141,8 @@ class TransformerConfig:
         check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
         check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
         check_minimum(self, 0, "logit_cap", "segments", "microbatches")
+        for name in ("depth", "encoder_depth"):
+            check(self, name, getattr(self, name) <= MOST_BLOCKS, f"at most {MOST_BLOCKS}")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         check(self, "norm_epsilon", self.norm_epsilon > 0, "above 0")
         check(self, "rotary_base", self.rotary_base > 0, "above 0")

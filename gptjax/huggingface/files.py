@@ -6,7 +6,7 @@ can run any code when it is read, so none is.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,32 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptjax.config import InputError, read_json_object
+from gptjax.config import InputError, read_json_object, shown
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TIMEOUT_SECONDS = 5
+MOST_LISTED = 20
+"""Problems in one sentence."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Weights:
-    """The tensors of a directory, in one file or in several with an index."""
+    """The tensors of a directory, in one file or else in several with an index.
+
+    Where both are there the one file counts, as in transformers: saving a model again, smaller,
+    leaves the index of the shards that were there.
+    """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._files: dict[str, Any] = {}
-        if (directory / INDEX).exists():
-            shards = set(_shards(directory / INDEX).values())
-        elif (directory / WEIGHTS).exists():
-            shards = {WEIGHTS}
+        if (directory / WEIGHTS).exists():
+            self._files = dict.fromkeys(*self._open(WEIGHTS))
+        elif (directory / INDEX).exists():
+            self._read_shards(_shards(directory / INDEX))
         else:
             raise InputError(_no_weights(directory))
-        for shard in sorted(shards):
-            opened = self._open(directory / shard)
-            self._files |= dict.fromkeys(opened.keys(), opened)
-        if (directory / INDEX).exists():
-            self._check_index()
 
     @property
     def names(self) -> list[str]:
@@ -54,30 +55,48 @@ class Weights:
         """A tensor.
 
         Raises:
-          InputError: numbers that are not floating-point, or a NaN among them.
+          InputError: numbers that are not floating-point, a NaN or an infinity among them.
         """
         try:
             tensor = self._files[name].get_tensor(name)
-        except (SafetensorError, TypeError) as error:
+        except (SafetensorError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{self.directory}: {name} cannot be read: {error}.") from error
         return checked(tensor, f"{self.directory}: {name}")
 
-    def _open(self, path: Path) -> Any:
+    def _open(self, name: str) -> tuple[list[str], Any]:
+        """The names of a file's tensors, and the file opened."""
+        path = self.directory / name
         try:
-            return safe_open(path, framework="np")
-        except (SafetensorError, OSError) as error:
-            if not path.exists():
-                raise InputError(f"{path} is missing, though {INDEX} names it.") from error
+            if not path.is_file():
+                why = (
+                    "is no regular file"
+                    if path.exists()
+                    else f"is missing, though {INDEX} names it"
+                )
+                raise InputError(f"{path} {why}.")
+            opened = safe_open(path, framework="np")
+        except (SafetensorError, OSError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(
                 f"{path} is damaged or cut short ({error}): copy or download it again."
             ) from error
+        return opened.keys(), opened
 
-    def _check_index(self) -> None:
-        """Every tensor lies where the index says."""
-        indexed = _shards(self.directory / INDEX)
-        lost = sorted(set(indexed) - set(self._files))
+    def _read_shards(self, indexed: Mapping[str, str]) -> None:
+        """Open all shards; every tensor lies in one of them, the one that the index says."""
+        held: dict[str, str] = {}
+        for shard in sorted(set(indexed.values())):
+            names, opened = self._open(shard)
+            twice = sorted(held.keys() & names)
+            if twice:
+                both = f"{held[twice[0]]} and {shard}"
+                raise InputError(f"{self.directory} holds {twice[0]} twice, in {both}.")
+            held |= dict.fromkeys(names, shard)
+            self._files |= dict.fromkeys(names, opened)
+        lost = sorted(name for name, shard in indexed.items() if held.get(name) != shard)
         if lost:
-            where = "; ".join(f"{indexed[name]} lacks {name}" for name in lost)
+            where = listed(f"{indexed[name]} lacks {name}" for name in lost)
             raise InputError(f"{self.directory / INDEX} names tensors that are missing: {where}.")
 
 
@@ -85,13 +104,38 @@ def checked(tensor: np.ndarray, what: str) -> np.ndarray:
     """The tensor itself, called `what`.
 
     Raises:
-      InputError: numbers that are not floating-point, or a NaN among them.
+      InputError: numbers that are not floating-point, a NaN or an infinity among them.
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise InputError(f"{what} is of {tensor.dtype}: gptjax reads floating-point weights alone.")
-    if np.isnan(tensor).any():
-        raise InputError(f"{what} holds a NaN, so no output would be right.")
+    if not np.isfinite(tensor).all():
+        found = "a NaN" if np.isnan(tensor).any() else "an infinity"
+        raise InputError(f"{what} holds {found}, so no output would be right.")
     return tensor
+
+
+def converted(tensor: np.ndarray, dtype: Any, what: str) -> np.ndarray:
+    """The tensor called `what`, whose numbers are finite, in another type.
+
+    Raises:
+      InputError: a number too large for the type.
+    """
+    with np.errstate(over="ignore"):
+        result = tensor.astype(dtype)
+    if not np.isfinite(result).all():
+        largest = float(np.abs(tensor).max())
+        raise InputError(
+            f"{what} holds a number of size {largest:g}, too large for {np.dtype(dtype).name} "
+            f"(at most {float(jnp.finfo(dtype).max):g}): read it as another dtype."
+        )
+    return result
+
+
+def listed(problems: Iterable[str]) -> str:
+    """Some of the problems, and how many there are beside them."""
+    every = list(problems)
+    more = len(every) - MOST_LISTED
+    return "; ".join(every[:MOST_LISTED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _shards(path: Path) -> dict[str, str]:
@@ -100,8 +144,8 @@ def _shards(path: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{path} has no weight_map, which names the file of each tensor.")
     for shard in shards.values():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{path} names {shard!r}: a file must lie in the same directory.")
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable():
+            raise InputError(f"{path} names {shown(shard)}: a file must lie in the same directory.")
     return shards
 
 
@@ -123,10 +167,13 @@ def find(source: str | Path) -> Path:
       InputError: neither; or a download that fails.
     """
     path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise InputError(f"{source} is a file: give the directory that holds it.")
+    try:
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise InputError(f"{source} is a file: give the directory that holds it.")
+    except OSError as error:
+        raise InputError(f"cannot read {shown(str(source))}: {error.strerror}.") from error
     if not _HUB_ID.fullmatch(str(source)):
         raise InputError(f"{source} is no directory, and no name of a model on the hub either.")
     try:
@@ -156,7 +203,11 @@ def check_unused(directory: Path) -> None:
     Raises:
       InputError: a directory that holds something, or a file.
     """
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    try:
+        used = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    except OSError as error:
+        raise InputError(f"cannot write {directory}: {error.strerror}.") from error
+    if used:
         raise InputError(f"{directory} is there already: choose another, or delete it.")
 
 

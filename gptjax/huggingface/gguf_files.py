@@ -1,8 +1,8 @@
 """Models of the Llama family in a GGUF file, llama.cpp's format, quantised or not.
 
-A file is seen as the Hugging Face checkpoint that it was made from: its metadata as `config.json`,
-its tensors under their names there. llama.cpp pairs the channels that rotate as neighbours, and
-its conversion reorders the rows of query and key so; they are put back here.
+A file is seen as the Hugging Face checkpoint that it was made from: its keys as `config.json`, its
+tensors under their names there. llama.cpp pairs the channels that rotate as neighbours, and its
+conversion reorders the rows of query and key so; they are put back here.
 """
 
 import re
@@ -13,11 +13,11 @@ import numpy as np
 
 from gptjax.config import InputError
 from gptjax.huggingface.files import checked
+from gptjax.huggingface.gguf_format import read_layout
+from gptjax.huggingface.gguf_keys import config_of_keys
 
-FAMILIES = {"llama": "llama", "qwen2": "qwen2"}
-"""Their architecture → `model_type`; Mistral is a llama there."""
 REORDERED = ("llama",)
-"""Architectures whose queries and keys are in the order of neighbours."""
+"""Models whose queries and keys are in the order of neighbours."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -33,17 +33,6 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FIELDS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "max_position_embeddings": "context_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-}
 
 
 class GGUFWeights:
@@ -57,13 +46,30 @@ class GGUFWeights:
                 f"{path}: reading GGUF needs its package: pip install 'gptjax[gguf]'."
             ) from error
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
+            layout = read_layout(path, gguf.GGML_QUANT_SIZES)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}.") from error
+        except ValueError as error:
             raise InputError(f"{path} is no GGUF file, or damaged: {error}.") from error
         self.directory = path
-        self._dequantize = gguf.dequantize
-        self._tensors = {_their_name(tensor.name): tensor for tensor in self._reader.tensors}
-        self.config = self._config()
+        self._gguf = gguf
+        self._content = layout.content
+        self._tensors = {_their_name(name): tensor for name, tensor in layout.tensors.items()}
+        if len(self._tensors) < len(layout.tensors):
+            raise InputError(f"{path} has a tensor twice, under llama.cpp's name and another's.")
+        try:
+            fields = config_of_keys(layout.keys)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        self._reordered = fields["model_type"] in REORDERED
+        table = "model.embed_tokens.weight"
+        self.config: dict[str, Any] = {
+            **fields,
+            "vocab_size": self.shape(table)[0] if table in self._tensors else None,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors,
+        }
 
     @property
     def names(self) -> list[str]:
@@ -71,62 +77,28 @@ class GGUFWeights:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it; ggml counts axes from the last."""
-        return tuple(self._tensors[name].shape[::-1].tolist())
+        """Of a tensor, without reading it."""
+        return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, float32.
 
         Raises:
-          InputError: a quantisation that the package cannot undo, or a NaN.
+          InputError: a quantisation that the package cannot undo, a NaN or an infinity.
         """
-        stored = self._tensors[name]
+        shape, kind, start, size = self._tensors[name]
+        stored = np.frombuffer(self._content, np.uint8, size, start).reshape(*shape[:-1], -1)
         try:
-            tensor = self._dequantize(stored.data, stored.tensor_type)
+            tensor = self._gguf.dequantize(stored, self._gguf.GGMLQuantizationType(kind))
         except NotImplementedError as error:
             raise InputError(f"{self.directory}: {name} cannot be read: {error}.") from error
-        tensor = tensor.reshape(self.shape(name))
+        tensor = tensor.reshape(shape)
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         projection = name.split(".")[-2]
-        if projection in heads and self._architecture in REORDERED:
+        if projection in heads and self._reordered:
             pairs = tensor.reshape(self.config[heads[projection]], -1, 2, *tensor.shape[1:])
             tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
         return checked(tensor, f"{self.directory}: {name}")
-
-    def _config(self) -> dict[str, Any]:
-        """The metadata as the fields of a `config.json`."""
-        self._architecture = self._field("general.architecture")
-        if self._architecture not in FAMILIES:
-            raise InputError(
-                f"{self.directory}: general.architecture is {self._architecture!r}: gptjax reads "
-                f"{' and '.join(FAMILIES)} from GGUF."
-            )
-        own = f"{self._architecture}."
-        given = {name: self._field(own + key) for name, key in _FIELDS.items()}
-        given = {name: value for name, value in given.items() if value is not None}
-        given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-        for name in ("rms_norm_eps", "rope_theta"):
-            if name in given:  # float32 in the file: the shortest decimal is the one meant.
-                given[name] = float(str(np.float32(given[name])))
-        scaling = self._field(f"{own}rope.scaling.type")
-        if scaling not in (None, "none"):
-            given["rope_scaling"] = {"rope_type": scaling}
-        turning, head_dim = self._field(f"{own}rope.dimension_count"), given.get("head_dim")
-        if turning is not None:
-            given.setdefault("head_dim", turning)
-            given["partial_rotary_factor"] = turning / (head_dim or turning)
-        table = "model.embed_tokens.weight"
-        return {
-            "model_type": FAMILIES[self._architecture],
-            "vocab_size": self.shape(table)[0] if table in self._tensors else None,
-            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self._tensors,
-            **given,
-        }
-
-    def _field(self, key: str) -> Any:
-        found = self._reader.fields.get(key)
-        return None if found is None else found.contents()
 
 
 def _their_name(name: str) -> str:

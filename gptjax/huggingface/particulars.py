@@ -3,18 +3,19 @@
 A `read` function gives further fields of ours from theirs, a `write` function the other way.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.config import InputError, TransformerConfig
+from gptjax.config import InputError, TransformerConfig, shown
 
 HuggingFaceConfig = Mapping[str, Any]
 
 
 def refusal(name: str, value: Any, accepted: str) -> InputError:
     """The error for a field with a value that gptjax does not compute."""
-    return InputError(f"{name} is {value!r}: gptjax computes {accepted} alone.")
+    return InputError(f"{name} is {shown(value)}: gptjax computes {accepted} alone.")
 
 
 def pattern(kinds: Sequence[str]) -> str:
@@ -22,7 +23,7 @@ def pattern(kinds: Sequence[str]) -> str:
     length = next(
         length
         for length in range(1, len(kinds) + 1)
-        if list(kinds) == list(kinds[:length]) * (len(kinds) // length)
+        if len(kinds) % length == 0 and list(kinds) == list(kinds[:length]) * (len(kinds) // length)
     )
     return ",".join(kinds[:length])
 
@@ -40,7 +41,8 @@ def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         found = given.get(name) or {}
         kind = found.get("rope_type", found.get("type", "default"))
-        if kind != "default" or any(isinstance(value, dict) for value in found.values()):
+        scaled = kind != "default" or found.get("factor", 1.0) != 1.0
+        if scaled or any(isinstance(value, dict) for value in found.values()):
             raise refusal(name, found, "unscaled rotary positions")
         parameters |= found
     base = given.get("rope_theta", given.get("rotary_emb_base", 10_000.0))
@@ -54,9 +56,12 @@ def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
 def read_neo(given: HuggingFaceConfig) -> dict[str, Any]:
     """Global and local attention in turn."""
     types = given.get("attention_types") or [[["global", "local"], given["num_layers"] // 2]]
-    layers = given.get("attention_layers") or [
-        kind for kinds, times in types for kind in list(kinds) * times
-    ]
+    described = (
+        kind for kinds, times in types for _ in range(times * bool(kinds)) for kind in kinds
+    )
+    # One more than there should be is enough to refuse them.
+    described = list(itertools.islice(described, given["num_layers"] + 1))
+    layers = given.get("attention_layers") or described
     names = {"global": "full", "local": "local"}
     if len(layers) != given["num_layers"] or not set(layers) <= set(names):
         accepted = f"global or local of each of num_layers {given['num_layers']}"
