@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from gptjax.cli import main
 from gptjax.commands import convert
 from gptjax.data.tokenizers import SubwordTokenizer
 from gptjax.generate import Decoding
-from gptjax.huggingface import config_from_huggingface, config_to_huggingface, files
+from gptjax.huggingface import config_from_huggingface, config_to_huggingface, configs, files
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.tensors import Row
 from gptjax.presets import PRESETS, preset
@@ -129,6 +130,115 @@ def test_a_model_that_no_family_computes_is_refused(tmp_path):
             config_to_huggingface(PRESETS[name])
 
 
+GPT1 = {"norm_placement": "post", "final_norm": False}
+GPTJ = {
+    "positions": "rotary",
+    "pairing": "neighbours",
+    "norm_placement": "parallel_shared",
+    "query_bias": False,
+    "output_bias": False,
+    "head_bias": True,
+    "tied": False,
+}
+NEOX = {"positions": "rotary", "tied": False, "norm_placement": "parallel"}
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "bias": False, "feedforward": "swiglu"}
+BERT = {**GPT1, "family": "encoder", "embedding_norm": True, "feedforward": "gelu"}
+MARIAN = {
+    **GPT1,
+    "family": "encoder_decoder",
+    "positions": "sinusoidal",
+    "head_bias": True,
+    "feedforward": "silu",
+}
+MAPPED = {
+    # A field: its value, and what else a model has that some family computes.
+    "family": ("encoder", BERT),
+    "vocab_size": (7, {}),
+    "context": (9, {}),
+    "depth": (3, {}),
+    "encoder_depth": (3, MARIAN),
+    "width": (64, {}),
+    "heads": (2, {}),
+    "kv_heads": (2, LLAMA),
+    "head_size": (6, LLAMA),
+    "hidden": (40, {}),
+    "positions": ("rotary", LLAMA),
+    "pairing": ("neighbours", GPTJ),
+    "rotary_fraction": (0.5, NEOX),
+    "rotary_base": (500.0, LLAMA),
+    "norm": ("rmsnorm", LLAMA),
+    "norm_placement": ("post", GPT1),
+    "norm_epsilon": (1e-6, {}),
+    "embedding_norm": (True, BERT),
+    "final_norm": (False, GPT1),
+    "attention": ("local", {**LLAMA, "window": 3}),
+    "window": (3, {**LLAMA, "attention": "local"}),
+    "attention_scaled": (False, {"query_bias": False}),
+    "feedforward": ("relu", {}),
+    "bias": (False, LLAMA),
+    "query_bias": (False, {"attention_scaled": False}),
+    "output_bias": (False, GPTJ),
+    "tied": (False, {}),
+    "head_bias": (True, GPTJ),
+    "embedding_scaled": (True, MARIAN),
+    "segments": (3, BERT),
+    "encoder_heads": ("masked_lm", {**BERT, "head_bias": True}),
+}
+REFUSED = {
+    "attention_cap": (5.0, {}),
+    "qk_norm": (True, {}),
+    "experts": (2, {}),
+    "experts_per_token": (1, {"experts": 2}),
+    "compression": (2, {"attention": "compressed"}),
+    "logit_cap": (5.0, {}),
+    "logit_scale": (0.5, {}),
+}
+IRRELEVANT = {
+    "dropout": (0.5, {}),
+    "capacity_factor": (1.5, {}),
+    "dtype": ("bfloat16", {}),
+    "attention_kernel": ("xla", {}),
+    "scan_layers": (True, {}),
+    "remat": ("full", {}),
+    "remat_layers": (2, {"scan_layers": True}),
+    "microbatches": (2, {}),
+}
+
+
+def _chosen(field: str, value: object, others: dict) -> TransformerConfig:
+    sizes = {"vocab_size": 5, "context": 8, "width": 32, "depth": 2}
+    return TransformerConfig(**{**sizes, **others, field: value})
+
+
+def test_every_field_is_written_or_refused_or_changes_nothing():
+    fields = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    assert sorted([*MAPPED, *REFUSED, *IRRELEVANT]) == sorted(fields)
+    assert configs.IRRELEVANT.keys() == IRRELEVANT.keys()
+    for field, (value, others) in MAPPED.items():
+        assert value != fields[field]
+        config = _chosen(field, value, others)
+        again = config_from_huggingface(config_to_huggingface(config))
+        assert getattr(again, field) == value, field
+    for field, (value, others) in REFUSED.items():
+        with pytest.raises(InputError, match=rf"{field}: {value} -> | computes a model of these"):
+            config_to_huggingface(_chosen(field, value, others))
+    plain = config_to_huggingface(_chosen("dtype", "float32", {}))
+    for field, (value, others) in IRRELEVANT.items():
+        written = config_to_huggingface(_chosen(field, value, others))
+        rates = {name: value for name in written if field == "dropout" and name.endswith("pdrop")}
+        assert written == plain | rates, field
+
+
+def test_how_a_model_was_trained_does_not_change_its_files(tmp_path):
+    trained = {field: value for field, (value, _) in IRRELEVANT.items() if field != "dropout"}
+    directories = tmp_path / "plain", tmp_path / "trained"
+    for directory, fields in zip(directories, ({}, trained), strict=True):
+        config = dataclasses.replace(_chosen("dropout", 0.0, {}), **fields)
+        to_huggingface(build(config, rngs=nnx.Rngs(0)), directory)
+    plain, trained = ({path.name: path.read_bytes() for path in d.iterdir()} for d in directories)
+    assert plain == trained
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
@@ -155,6 +265,88 @@ def test_a_field_that_is_not_computed_is_refused(name, fields, sentence, tmp_pat
     with pytest.raises(InputError, match=sentence) as error:
         from_huggingface(_change(directory, **fields))
     assert "\n" not in str(error.value)
+
+
+ABSURD = [
+    # A family, a field of its config.json as text, and what is said of it.
+    ("gpt2", '"n_layer": 1000000000', r"n_layer is 1000000000: it must be at most 65536"),
+    ("gpt2", '"n_layer": 65536', r"does not fit its config: of 65,536 layers it has \d+ tensors"),
+    ("gpt2", '"vocab_size": 1099511627776', "vocab_size is 1099511627776: .* below 2"),
+    ("gpt2", '"n_embd": 2147483647, "n_head": 1', "does not fit its config: "),
+    ("gpt2", '"n_inner": 1e30', "TransformerConfig.hidden is 1e"),
+    ("gpt2", '"n_inner": 2147483648', "does not fit its config: "),
+    ("gpt2", '"n_head": ' + "7" * 5_000, "it has a number of 5,000 digits"),
+    ("gpt2", '"layer_norm_epsilon": NaN', "norm_epsilon is nan: it must be finite"),
+    ("gpt2", '"layer_norm_epsilon": 1e-50', "norm_epsilon is 1e-50: it must be 0, or from"),
+    ("gpt2", '"vocab_size": 17, "x": ' + "[" * 99_999 + "]" * 99_999, "brackets are more than 100"),
+    (
+        "gpt_neo",
+        '"attention_layers": null, "attention_types": [[["global"], 1000000000]]',
+        "_layers is",
+    ),
+    ("gpt_neox", '"rope_parameters": null, "rotary_pct": Infinity', "of another kind"),
+    ("gpt_neox", '"rope_parameters": null, "rotary_pct": NaN', "of another kind"),
+    ("llama", '"rope_theta": Infinity, "rope_parameters": null', "rotary_base is inf: .* finite"),
+    (
+        "llama",
+        '"rope_theta": 1e39, "rope_parameters": null',
+        "rotary_base is 1e.39: it must be 0, or from",
+    ),
+    ("llama", '"rope_scaling": {"factor": 4.0}', "rope_scaling is .*factor"),
+    ("qwen2", '"num_hidden_layers": 1000000000, "layer_types": null', "num_hidden_layers is 1000"),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "sentence"), ABSURD)
+def test_an_absurd_number_takes_neither_time_nor_memory(name, field, sentence, tmp_path):
+    directory = Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+    whole = (directory / files.CONFIG).read_text().rstrip().removesuffix("}").rstrip()
+    (directory / files.CONFIG).write_text(f"{whole}, {field}}}")  # The last of two counts.
+    with pytest.raises(InputError, match=sentence) as error:
+        from_huggingface(directory)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 2_000
+
+
+def test_a_header_of_safetensors_is_not_believed(gpt2):
+    whole = (gpt2 / files.WEIGHTS).read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first, second = list(header)[-2:]
+    overlapping = {
+        **header,
+        second: {**header[second], "data_offsets": header[first]["data_offsets"]},
+    }
+    beyond = {**header, second: {**header[second], "data_offsets": [0, 1 << 62]}}
+    for begins in (
+        (1 << 63).to_bytes(8, "little"),
+        (1 << 64) - 1,
+        10**9,
+        0,
+        overlapping,
+        beyond,
+        b"[" * 99_999,
+    ):
+        if isinstance(begins, int):
+            begins = begins.to_bytes(8, "little")
+        if isinstance(begins, dict):
+            begins = json.dumps(begins).encode()
+        if len(begins) > 8:
+            begins = len(begins).to_bytes(8, "little") + begins
+        (gpt2 / files.WEIGHTS).write_bytes(begins + whole[8 + length :])
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged or cut short"):
+            from_huggingface(gpt2)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(gpt2):
+    (gpt2 / files.WEIGHTS).unlink()
+    os.mkfifo(gpt2 / files.WEIGHTS)
+    with pytest.raises(InputError, match=r"model\.safetensors is no regular file"):
+        from_huggingface(gpt2)
+    with pytest.raises(InputError, match=r"cannot read 'x{100}.*: File name too long\.$"):
+        from_huggingface("x" * 300)
+    with pytest.raises(InputError, match=r"cannot write .*: File name too long\.$"):
+        convert(str(GOLDEN / "gpt2"), gpt2 / ("x" * 300))
 
 
 def test_all_misfits_are_in_one_sentence(gpt2):
@@ -200,6 +392,10 @@ def test_damaged_weights_are_refused(gpt2):
     ("value", "sentence"),
     [
         (np.full(8, np.nan, np.float32), "ln_f.bias holds a NaN"),
+        (np.full(8, -np.inf, np.float32), "ln_f.bias holds an infinity"),
+        (np.full(8, np.inf, np.float16), "ln_f.bias holds an infinity"),
+        (np.full(8, 1e39, np.float64), r"holds a number of size 1e\+39, too large for float32"),
+        (np.full(8, True), "ln_f.bias is of bool"),
         (np.ones(8, np.int32), "ln_f.bias is of int32"),
     ],
 )
@@ -208,6 +404,24 @@ def test_weights_that_are_no_numbers_are_refused(gpt2, value, sentence):
     save_file({**tensors, "transformer.ln_f.bias": value}, gpt2 / files.WEIGHTS)
     with pytest.raises(InputError, match=sentence):
         from_huggingface(gpt2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+def test_what_is_too_large_for_a_type_is_refused(gpt2, dtype):
+    from_huggingface(gpt2, dtype=dtype)
+    tensors = load_file(gpt2 / files.WEIGHTS)
+    bias = np.zeros(8, np.float32)
+    bias[3] = -1e5
+    save_file({**tensors, "transformer.ln_f.bias": bias}, gpt2 / files.WEIGHTS)
+    sentence = rf"ln_f.bias holds a number of size 100000, too large for {np.dtype(dtype).name} "
+    with pytest.raises(InputError, match=sentence):
+        from_huggingface(gpt2, dtype=dtype)
+    assert split(from_huggingface(gpt2))[1]["decoder"]["norm"]["bias"][3] == -1e5
+
+
+def test_parameters_are_no_integers(gpt2):
+    with pytest.raises(InputError, match=r"dtype is int8: parameters are floating-point numbers"):
+        from_huggingface(gpt2, dtype=jnp.int8)
 
 
 def test_a_pickle_is_not_opened(gpt2):
@@ -227,28 +441,77 @@ def test_a_pickle_is_not_opened(gpt2):
     [
         ({"weight_map": {"a": "../model.safetensors"}}, "must lie in the same directory"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
-        ({"weight_map": {"a": files.WEIGHTS}}, "model.safetensors lacks a"),
+        ({"weight_map": {"a": "one.safetensors"}}, "one.safetensors lacks a"),
+        ({"weight_map": {"a": "x" * 300}}, "File name too long"),
+        ({"weight_map": {"a": "one.safetensors\0"}}, "must lie in the same directory"),
+        ({"weight_map": {"a": ".."}}, "is no regular file"),
+        ({"weight_map": {"a": None}}, "names None: a file must lie in the same directory"),
+        ({"weight_map": {f"a{n}": "one.safetensors" for n in range(50)}}, "; and 30 more"),
         ({}, "has no weight_map"),
         ([], "holds list, not a JSON object"),
     ],
 )
 def test_an_index_that_leads_nowhere_is_refused(gpt2, index, sentence):
+    (gpt2 / files.WEIGHTS).rename(gpt2 / "one.safetensors")
     (gpt2 / files.INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match=sentence):
         from_huggingface(gpt2)
 
 
-def test_shards_are_read(gpt2):
-    expected = split(from_huggingface(gpt2))[1]
+def _in_shards(gpt2: Path, *more: tuple[str, str]) -> dict[str, str]:
+    """Weights in two shards with their index; `more` names tensors and shards that hold them too.
+
+    Returns:
+      The index: the shard of each tensor.
+    """
     tensors = load_file(gpt2 / files.WEIGHTS)
     (gpt2 / files.WEIGHTS).unlink()
     names = sorted(tensors)
-    shards = {"first.safetensors": names[:5], "second.safetensors": names[5:]}
-    for shard, held in shards.items():
-        save_file({name: tensors[name] for name in held}, gpt2 / shard)
-    index = {name: shard for shard, held in shards.items() for name in held}
+    held = {"first.safetensors": names[:5], "second.safetensors": names[5:]}
+    index = {name: shard for shard, names in held.items() for name in names}
+    for name, shard in more:
+        held[shard] = [*held[shard], name]
+    for shard, names in held.items():
+        save_file({name: tensors[name] for name in names}, gpt2 / shard)
     (gpt2 / files.INDEX).write_text(json.dumps({"weight_map": index}))
+    return index
+
+
+def test_shards_are_read(gpt2):
+    expected = split(from_huggingface(gpt2))[1]
+    index = _in_shards(gpt2)
     jax.tree.map(np.testing.assert_array_equal, split(from_huggingface(gpt2))[1], expected)
+    unnamed = next(iter(index))
+    (gpt2 / files.INDEX).write_text(
+        json.dumps({"weight_map": {name: index[name] for name in index if name != unnamed}})
+    )  # What a shard holds beside is taken, as in transformers.
+    jax.tree.map(np.testing.assert_array_equal, split(from_huggingface(gpt2))[1], expected)
+
+
+def test_one_file_counts_before_shards_and_pickles_beside_it(gpt2):
+    """As in transformers, whose second save leaves the first one's index."""
+    expected = split(from_huggingface(gpt2))[1]
+    whole = (gpt2 / files.WEIGHTS).read_bytes()
+    index = _in_shards(gpt2)
+    (gpt2 / files.WEIGHTS).write_bytes(whole)
+    stale = np.zeros((1, 1), np.float32)
+    for shard in set(index.values()):
+        save_file({name: stale for name in index if index[name] == shard}, gpt2 / shard)
+    (gpt2 / "pytorch_model.bin").write_bytes(b"no pickle")
+    jax.tree.map(np.testing.assert_array_equal, split(from_huggingface(gpt2))[1], expected)
+    (gpt2 / files.INDEX).write_text("[")
+    jax.tree.map(np.testing.assert_array_equal, split(from_huggingface(gpt2))[1], expected)
+
+
+def test_a_tensor_in_two_shards_or_in_another_is_refused(gpt2):
+    index = _in_shards(gpt2, ("transformer.wte.weight", "first.safetensors"))
+    assert index["transformer.wte.weight"] == "second.safetensors"
+    with pytest.raises(InputError, match=r"wte.weight twice, in first\.\w+ and second\.\w+\.$"):
+        from_huggingface(gpt2)
+    name = next(name for name in index if index[name] == "first.safetensors")
+    save_file({"unnamed": np.ones(1, np.float32)}, gpt2 / "first.safetensors")
+    with pytest.raises(InputError, match=rf"missing: first.safetensors lacks {name}"):
+        from_huggingface(gpt2)
 
 
 def test_a_name_on_the_hub_without_a_network_fails_in_one_sentence(monkeypatch):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from gptjax import from_huggingface, split, to_huggingface
+from gptjax import TransformerConfig, build, from_huggingface, split, to_huggingface
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity: PyTorch is missing")
 transformers = pytest.importorskip(
@@ -272,6 +273,39 @@ def test_a_checkpoint_without_heads_is_read(name, class_name, tmp_path):
     if name == "bert":
         assert ours.config.encoder_heads == "pooler"
         assert _worst(ours.pooled(hidden), wanted.pooler_output, ...) < TOLERANCE
+
+
+@pytest.mark.parametrize("heads", ["none", "pooler", "masked_lm", "pretraining"])
+def test_an_encoder_without_segments_is_a_bert_of_theirs(heads, tmp_path):
+    config = TransformerConfig(
+        family="encoder",
+        vocab_size=VOCABULARY,
+        context=CONTEXT,
+        width=24,
+        heads=3,
+        depth=2,
+        norm_placement="post",
+        embedding_norm=True,
+        final_norm=False,
+        feedforward="gelu",
+        encoder_heads=heads,
+        head_bias=heads in ("masked_lm", "pretraining"),
+    )
+    ours = build(config, rngs=nnx.Rngs(0))
+    to_huggingface(ours, tmp_path / "written")
+    kind = {"masked_lm": "AutoModelForMaskedLM", "pretraining": "AutoModelForPreTraining"}
+    theirs = getattr(transformers, kind.get(heads, "AutoModel")).from_pretrained(
+        tmp_path / "written", **({"add_pooling_layer": False} if heads == "none" else {})
+    )
+    tokens, valid = _inputs()
+    given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid).long()}
+    output = theirs(**given, output_hidden_states=True)
+    assert _worst(ours.hidden(tokens, valid=valid).hidden, output.hidden_states[-1], valid) < 1e-4
+    if heads in kind:
+        logits = output.get("prediction_logits", output.get("logits"))
+        assert _worst(ours(tokens, valid=valid), logits, valid) < TOLERANCE
+    back = from_huggingface(tmp_path / "written")
+    np.testing.assert_array_equal(back(tokens, valid=valid), ours(tokens, valid=valid))
 
 
 def test_a_bert_without_a_pooler_is_read_and_written(tmp_path):

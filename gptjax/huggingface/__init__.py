@@ -26,7 +26,7 @@ from gptjax.huggingface import files
 from gptjax.huggingface.configs import config_from_huggingface, config_to_huggingface
 from gptjax.huggingface.gguf_files import GGUFWeights
 from gptjax.huggingface.particulars import stored_bert_heads
-from gptjax.huggingface.tensors import BUFFERS, TABLES, Entry, Tables, entries
+from gptjax.huggingface.tensors import BUFFERS, TABLES, TOKEN_TYPES, Entry, Tables, entries
 from gptjax.transformer import build, split
 
 __all__ = [
@@ -62,7 +62,8 @@ def from_huggingface(
 
     Raises:
       InputError: a family or a field that gptjax lacks; tensors that are missing, unexpected or of
-        another shape, all of them at once; damaged files, NaNs, or pickles alone.
+        another shape, many of them at once; damaged files, or pickles alone; numbers that are
+        not finite, or not in `dtype`.
     """
     directory = files.find(source)
     given = read_json_object(directory / files.CONFIG)
@@ -102,6 +103,14 @@ def _load(
     sharding: Any,
 ) -> Any:
     """The model, each parameter read, put into our axes and placed, one after another."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype is {np.dtype(dtype).name}: parameters are floating-point numbers.")
+    depth, held = max(config.depth, config.encoder_depth), len(weights.names)
+    if depth > held:
+        raise InputError(
+            f"{weights.directory} does not fit its config: of {depth:,} layers it has {held:,} "
+            "tensors."
+        )
     graphdef, shapes = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
     leaves = _by_path(shapes)
     plan = _plan(tables, leaves, config)
@@ -140,8 +149,10 @@ def to_huggingface(
         for index, name in enumerate(entry.names):
             layer = [leaf[index] for leaf in leaves] if entry.stacked else leaves
             tensors[name] = entry.row.tensor(layer)
-    dtype = str(params["embedding.table"].dtype)
-    files.write(Path(directory), {**given, "dtype": dtype, **(fields or {})}, tensors)
+    dtype = params["embedding.table"].dtype
+    if model.config.family == "encoder" and not model.config.segments:
+        tensors[TOKEN_TYPES] = np.zeros((given["type_vocab_size"], model.config.width), dtype)
+    files.write(Path(directory), {**given, "dtype": str(dtype), **(fields or {})}, tensors)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -211,9 +222,8 @@ def _check(
         if found != expected[name]:
             problems.append(f"{stored[name]} is {list(found)}, not {list(expected[name])}")
     if problems:
-        raise InputError(
-            f"{weights.directory} does not fit its config: {'; '.join(sorted(problems))}."
-        )
+        problems = files.listed(sorted(problems))
+        raise InputError(f"{weights.directory} does not fit its config: {problems}.")
 
 
 def _read(
@@ -227,7 +237,9 @@ def _read(
     shape = leaf_shape[1:] if entry.stacked else leaf_shape
     arrays = [np.empty(leaf_shape, dtype) for _ in entry.paths]
     for index, name in enumerate(entry.names):
-        leaves = entry.row.leaves(weights.read(stored[name]), shape)
+        what = f"{weights.directory}: {stored[name]}"
+        tensor = files.converted(weights.read(stored[name]), dtype, what)
+        leaves = entry.row.leaves(tensor, shape)
         for array, leaf in zip(arrays, leaves, strict=True):
             array[index if entry.stacked else ...] = leaf
     return arrays

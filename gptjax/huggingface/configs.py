@@ -6,9 +6,32 @@ here; of their several the first is read, and all are written.
 
 from typing import Any
 
-from gptjax.config import InputError, TransformerConfig, differences, near_names, to_dict
+from gptjax.config import (
+    InputError,
+    TransformerConfig,
+    differences,
+    near_names,
+    shown,
+    to_dict,
+)
+from gptjax.config.model import MOST_BLOCKS
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.particulars import HuggingFaceConfig, pattern, refusal
+
+IRRELEVANT = {
+    "dropout": "acts in training alone, and all of their rates are written",
+    "capacity_factor": "drops tokens in training alone",
+    "dtype": "is how exactly the same is computed",
+    "attention_kernel": "is which program computes attention",
+    "scan_layers": "is how the blocks are compiled",
+    "remat": "is what the backward pass keeps, and what it computes again",
+    "remat_layers": "is of how many blocks it does so at once",
+    "microbatches": "is how a pipeline splits a batch",
+}
+"""The fields of ours that change nothing of what a model computes, and what each is instead. Every
+other one survives `config.json`, or the model is refused."""
+UNSEGMENTED = 2
+"""Kinds of segments of a BERT for a model without: BERT always has some, and theirs are zero."""
 
 
 def config_from_huggingface(
@@ -23,12 +46,12 @@ def config_from_huggingface(
     model_type = str(given.get("model_type"))
     if model_type not in TRANSLATIONS:
         near = near_names(model_type, TRANSLATIONS)
-        raise InputError(f"{where}: model_type is {model_type!r}, which gptjax lacks; {near}")
+        raise InputError(f"{where}: model_type is {shown(model_type)}, which gptjax lacks; {near}")
     try:
         return _read(given, model_type)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
-    except (TypeError, AttributeError, IndexError, ValueError) as error:
+    except (TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
         raise InputError(f"{where} holds a field of another kind than {model_type}'s.") from error
 
 
@@ -41,7 +64,11 @@ def _read(given: HuggingFaceConfig, model_type: str) -> TransformerConfig:
     for name, our_name in family.sizes.items():
         size = given.get(name)
         if type(size) is not int or size < 1:
-            raise InputError(f"{name} is {size!r}: it must be a size, as in every {model_type}.")
+            raise InputError(
+                f"{name} is {shown(size)}: it must be a size, as in every {model_type}."
+            )
+        if our_name in ("depth", "encoder_depth") and size > MOST_BLOCKS:
+            raise InputError(f"{name} is {size}: it must be at most {MOST_BLOCKS}.")
         ours[our_name] = size
     for name, (our_name, default) in family.optional.items():
         value = given.get(name)
@@ -102,10 +129,7 @@ def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
 
 def _resolved(config: TransformerConfig) -> dict[str, Any]:
     """What of a config changes what a model computes, its defaults spelt out."""
-    resolved = to_dict(config)
-    computed = ("dtype", "scan_layers", "remat", "attention_kernel")
-    for name in ("dropout", "capacity_factor", *computed):
-        del resolved[name]
+    resolved = {name: value for name, value in to_dict(config).items() if name not in IRRELEVANT}
     rotary = config.positions == "rotary"
     resolved |= {
         "kv_heads": config.key_value_heads,
@@ -114,6 +138,7 @@ def _resolved(config: TransformerConfig) -> dict[str, Any]:
         "query_bias": config.bias if config.query_bias is None else config.query_bias,
         "output_bias": config.bias if config.output_bias is None else config.output_bias,
         "encoder_depth": config.encoder_depth or config.depth,
+        "segments": config.segments or (UNSEGMENTED if config.family == "encoder" else 0),
         "attention": pattern((config.attention_pattern * config.depth)[: config.depth]),
         "rotary_fraction": config.rotary_width / config.head_width if rotary else None,
         "rotary_base": float(config.rotary_base) if rotary else None,

@@ -24,6 +24,8 @@ BUFFERS = re.compile(
 )
 """What checkpoints hold beside parameters: causal masks, and positions that are computed."""
 
+TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -192,7 +194,7 @@ _LLAMA = (
 _BERT = (
     Row("embedding.table", "bert.embeddings.word_embeddings.weight", TABLE),
     Row("positions.table", "bert.embeddings.position_embeddings.weight", "TD -> T D"),
-    Row("segments.table", "bert.embeddings.token_type_embeddings.weight", "GD -> G D"),
+    Row("segments.table", TOKEN_TYPES, "GD -> G D"),
     *_norm("embedding_norm", "bert.embeddings.LayerNorm"),
     *_linear(
         "encoder.blocks.attention.query", "bert.encoder.layer.{layer}.attention.self.query", QUERY
