@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from gptjax.config import ExperimentConfig, InputError
 
 BATCH_BYTES = 12
@@ -21,7 +23,8 @@ def machine_bytes() -> int:
 
 def devices_bytes(devices: Sequence[Any]) -> int:
     """The memory of all these JAX devices; CPU devices share that of their machine."""
-    own = [device for device in devices if device.process_index == devices[0].process_index]
+    # A process can ask its own devices alone.
+    own = [device for device in devices if device.process_index == jax.process_index()]
     limit = (own[0].memory_stats() or {}).get("bytes_limit", 0)
     machines = len({device.process_index for device in devices})
     return limit * len(devices) if limit else machine_bytes() * machines
