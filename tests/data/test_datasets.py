@@ -1,5 +1,7 @@
 """TensorFlow datasets: ours, built and read, and those that cannot be had."""
 
+import json
+import os
 import pickle
 import shutil
 import socket
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,72 @@ def test_what_a_dataset_lacks_is_one_sentence(data_dir, tmp_path):
     assert "cannot read example" in sentence(damaged)
     shards[1].unlink()
     assert "lacks its file" in sentence(damaged)
+
+
+def renamed_features(directory: Path, edit: Callable[[str], str]) -> None:
+    path = directory / "pairs" / "1.0.0" / "features.json"
+    path.write_text(edit(path.read_text()))
+
+
+def test_a_dataset_runs_no_code_that_lies_beside_it(data_dir, tmp_path, monkeypatch):
+    own = "tensorflow_datasets.core.features."
+    edits = {
+        "its dictionary": lambda text: text.replace(f"{own}features_dict.", "owner.evil."),
+        "a field": lambda text: text.replace(f"{own}text_feature.", "owner.evil.", 1),
+        "as older versions wrote it": lambda _: json.dumps(
+            {"type": "owner.evil.Text", "content": {}}
+        ),
+    }
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, edit in edits.items():
+        directory = tmp_path / name
+        shutil.copytree(data_dir, directory)
+        renamed_features(directory, edit)
+        said = sentence(f"tfds:pairs#field=source&data_dir={directory}")
+        assert "it has a feature 'owner.evil." in said
+        assert said.endswith("which is none of TFDS's own.")
+    assert not (tmp_path / "owned").exists()
+    assert "owner" not in sys.modules
+    # What TFDS builds for others is theirs again.
+    with pytest.raises(ValueError, match="Could not import owner"):
+        tfds.features.FeatureConnector.cls_from_name("owner.none.Text")
+
+
+def test_a_relative_directory_is_found_and_so_is_one_that_the_environment_names(
+    data_dir, monkeypatch
+):
+    monkeypatch.chdir(data_dir.parent)
+    expected = open_source(f"tfds:pairs#field=source&data_dir={data_dir}")
+    found = open_source(f"tfds:pairs#field=source&data_dir={data_dir.name}")
+    assert (all_of(found), found.fingerprint) == (all_of(expected), expected.fingerprint)
+    for named in (data_dir.name, f"./{data_dir.name}/", str(data_dir)):
+        monkeypatch.setenv("TFDS_DATA_DIR", named)
+        assert all_of(open_source("tfds:pairs#field=source")) == all_of(expected)
+
+
+def test_damaged_descriptions_are_one_sentence(data_dir, tmp_path, monkeypatch):
+    where = f"tfds:pairs#field=source&data_dir={tmp_path / 'ds'}"
+    bad = {
+        "features.json": ["{", "[" * 100_000, '{"pythonClassName": 1}', "9" * 5000, "null"],
+        "dataset_info.json": ["{", "[" * 100_000, '{"name": "pairs"}', "9" * 5000, "null"],
+    }
+    for name, contents in bad.items():
+        for content in contents:
+            shutil.rmtree(tmp_path / "ds", ignore_errors=True)
+            shutil.copytree(data_dir, tmp_path / "ds")
+            (tmp_path / "ds" / "pairs" / "1.0.0" / name).write_text(content)
+            assert len(sentence(where)) < 600
+    path = tmp_path / "ds" / "pairs" / "1.0.0" / "features.json"
+    path.unlink()
+    os.mkfifo(path)
+    assert sentence(where) == f"{path} is no regular file."
+    path.unlink()
+    monkeypatch.setattr(tfds_sources, "DESCRIPTION", 10)
+    assert "is larger than 0 MiB, which no description is" in sentence(where)
+    assert "File name too long" in sentence(f"tfds:pairs#data_dir=/{'a' * 300}")
 
 
 def test_without_a_network_a_dataset_is_refused_within_seconds(tmp_path, monkeypatch, request):

@@ -23,7 +23,7 @@ from gptjax.data.sources import Documents, embedded_corpus, files, open_source
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="shared/ (real text) is not there")
 
-NASTY = "\ufeffa\r\nb\rc\n\n中文 \0\t"
+NASTY = "a\ufeff\r\nb\rc\n\n中文 \0\t"
 
 
 def all_of(source: Documents) -> list[str]:
@@ -105,6 +105,73 @@ def test_a_pattern_is_all_its_files_in_order(write, tmp_path):
         write(name, name)
     assert documents(tmp_path / "**" / "*.txt*") == ["a/1.txt.gz", "a/deep/er/0.txt", "b/2.txt"]
     assert documents(f"{tmp_path}/?/*.txt*#documents=line") == ["a/1.txt.gz", "b/2.txt"]
+
+
+def test_links_in_a_circle_and_second_names_give_no_document_twice(write, tmp_path, monkeypatch):
+    write("a/1.txt", "1")
+    write("b/2.txt", "2")
+    write("b/.hidden/3.txt", "3")
+    for name, target in (("a/loop", "."), ("a/up", ".."), ("b/a", "../a"), ("b/up", "..")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "b" / "0.txt").symlink_to("2.txt")
+    (tmp_path / "b" / "9.txt").hardlink_to(tmp_path / "b" / "2.txt")
+    assert documents(f"{tmp_path}/**/*.txt") == ["1", "2"]
+    assert documents(f"{tmp_path}/**/**/[0-9].txt") == ["1", "2"]
+    assert documents(f"{tmp_path}/a/**") == ["1", "2"]  # By the link to the directory above.
+    monkeypatch.chdir(tmp_path)
+    assert documents("**/*.txt") == ["1", "2"]
+    assert documents("b/*.txt") == ["2"]
+    (tmp_path / "b" / "nowhere.txt").symlink_to("none")
+    assert sentence("b/*.txt") == "cannot read b/nowhere.txt: No such file or directory."
+
+
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "TXT.GZ", "Txt.Gz"])
+def test_a_byte_order_mark_is_no_text(suffix, tmp_path):
+    path, same = tmp_path / f"text.{suffix}", tmp_path / "same.txt"
+    text = "a\tb\n\n\ufeffc\td\n"
+    same.write_text(text)
+    data = b"\xef\xbb\xbf" + text.encode()
+    path.write_bytes(gzip.compress(data) if suffix.lower().endswith("gz") else data)
+    expected = {
+        "": [text],
+        "#documents=line": ["a\tb", "", "\ufeffc\td"],
+        "#documents=block": ["a\tb", "\ufeffc\td"],
+        "#column=1": ["a"],
+    }
+    for options, found in expected.items():
+        source = open_source(f"{path}{options}")
+        assert [source[n] for n in range(len(found))] == found
+        assert source.fingerprint == open_source(f"{same}{options}").fingerprint
+    data = b"\xef\xbb\xbfabc\xff"
+    path.write_bytes(gzip.compress(data) if suffix.lower().endswith("gz") else data)
+    assert "byte 0xff at offset 6" in sentence(path)
+    path.write_bytes(gzip.compress(data[:3]) if suffix.lower().endswith("gz") else data[:3])
+    assert sentence(path).endswith(("is empty.", "holds nothing."))
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Jsonl", "a.jsonl.GZ", "a.JSONL.gz"])
+def test_suffixes_in_capitals_are_the_same(name, table, tmp_path):
+    data = '\ufeff{"text": "a"}\n \t\r\n\n{"text": "b"}\n\n'.encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    assert documents(path) == ["a", "b"]
+    assert len(documents(table.rename(tmp_path / "table.Parquet"))) == 5
+    assert "is Parquet in gzip" in sentence(tmp_path / "t.PARQUET.GZ")
+    assert "is packed as .zst" in sentence(tmp_path / "t.txt.ZST")
+
+
+def test_an_empty_file_among_many_is_a_document_like_an_empty_line(write, tmp_path):
+    for number, content in enumerate(["", "a\nb\n", "", " \n", ""]):
+        write(f"{number}.txt{'.gz' if number > 2 else ''}", content)
+    assert documents(f"{tmp_path}/*.txt*") == ["", "a\nb\n", "", " \n", ""]
+    assert documents(f"{tmp_path}/*.txt*#documents=line") == ["a", "b", " "]
+    assert documents(f"{tmp_path}/*.txt*#documents=block") == ["a\nb"]
+    assert sentence(f"{tmp_path}/[02].txt") == f"{tmp_path}/0.txt is empty."
+    write("a.jsonl", "")
+    write("b.jsonl", '{"text": "b"}')
+    assert documents(f"{tmp_path}/*.jsonl") == ["b"]
+    write("b.jsonl", "\n \n")
+    assert sentence(f"{tmp_path}/*.jsonl") == f"{tmp_path}/b.jsonl has only blank lines."
 
 
 def test_a_name_that_looks_like_a_pattern_or_an_option_is_a_name_where_it_is_there(write):
@@ -303,7 +370,8 @@ def test_a_full_disk_is_one_sentence(write, monkeypatch):
     ("line", "what"),
     [
         ("{", "is not JSON"),
-        ("", "is not JSON"),
+        ("\u00a0", "is not JSON"),
+        ('{"text": "", "id": ' + "9" * 5000 + "}", "it has a number of 5,000 digits"),
         ("[" * 100_000, "is not JSON"),
         ("[1]", "is not a JSON object"),
         ('{"body": "", "id": 1}', "has no field 'text': it has body, id"),
@@ -318,6 +386,8 @@ def test_a_line_that_is_no_record_is_one_sentence(line, what, write):
     assert what in (message := sentence(path))
     assert f"line 2 of {path}" in message
     assert "line 1 of" in sentence(write("b.jsonl", f"{line}\n"))
+    # Blank lines are counted too, where they are passed over.
+    assert "line 5 of" in sentence(write("c.jsonl", f'\n{{"text": ""}}\n\t\n \r\n{line}\n'))
 
 
 def test_a_line_without_the_column_is_one_sentence(write):
@@ -335,6 +405,23 @@ def test_parquet_that_does_not_fit_is_one_sentence(table, write, tmp_path):
     assert "is null, not a string" in message
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], "str")}), tmp_path / "0.parquet")
     assert "has no rows" in sentence(tmp_path / "0.parquet")
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "2.parquet")
+    assert sentence(tmp_path / "2.parquet").endswith("has 2 columns of the name text.")
+    wide = pyarrow.table([["a"]] * 30, names=[f"c{n}\n" for n in range(30)])
+    parquet.write_table(wide, tmp_path / "30.parquet")
+    assert sentence(tmp_path / "30.parquet").endswith(r"'c18\n', 'c19\n' and 10 more.")
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()], ids=str
+)
+def test_strings_are_read_however_they_are_held(kind, tmp_path):
+    texts = pyarrow.array(["a", "a text of more than twelve bytes", "a"])
+    for number, held in enumerate([texts.cast(kind), texts.dictionary_encode()]):
+        path = tmp_path / f"{number}.parquet"
+        parquet.write_table(pyarrow.table({"text": held}), path)
+        assert documents(path) == texts.to_pylist()
 
 
 @pytest.mark.parametrize(

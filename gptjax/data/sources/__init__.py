@@ -7,20 +7,21 @@
 | PATH#documents=line | every line, empty ones too |
 | PATH#documents=block | what stands between blank lines |
 | PATH#column=2 | the second column of every line of tab-separated text |
-| PATH.jsonl#field=text | a field of every line |
+| PATH.jsonl#field=text | a field of every line that is not blank |
 | PATH.parquet#field=text | a field of every row |
 | tfds:NAME#split=train&field=text&data_dir=DIR | a split of a TensorFlow dataset |
 
 Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
 Options are joined by `&`; field is text, and split is train, where none is given. Line ends within
-documents are kept as they are. Memory is an index of 8 bytes a document, not the text.
+documents are kept as they are, a byte order mark before a text is not. A pattern reads each file
+once, however many links lead to it. Memory is an index of 8 bytes a document, not the text.
 """
 
 import os
 
 from gptjax.config import whole_number
 from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
-from gptjax.data.sources.files import find_files
+from gptjax.data.sources.files import find_files, is_gzip
 from gptjax.data.sources.protocol import (
     Documents,
     Spec,
@@ -108,9 +109,9 @@ def _kind(path: str) -> str:
     Raises:
       InputError: something that is not read.
     """
-    name = path.removesuffix(".gz")
+    name = path.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
-        if name != path:
+        if is_gzip(path):
             refuse(f"{path} is Parquet in gzip, which allows no random access; unpack it")
         return "Parquet"
     for suffix in COMPRESSED:

@@ -4,10 +4,13 @@ A page of a mapped file counts as this process's memory, and one that is no long
 process; `pread` does neither, and threads share it.
 """
 
+import codecs
+import errno
 import glob
 import gzip
 import hashlib
 import os
+import re
 import stat
 import tempfile
 import weakref
@@ -19,20 +22,41 @@ from gptjax.data.sources.protocol import refuse
 
 CHUNK = 16 << 20
 """Bytes that are read at a time where a whole file is read."""
+UNPACKED, RATIO = 1 << 28, 200
+"""A packed file may have so many bytes, and more if they are at most so many times the packed ones:
+text is packed to a twentieth at best, and a file that is made to fill memories to a thousandth."""
+
+_ANY_DIRECTORIES = re.compile(r"(?:(?<=/)|^)\*\*(?:/+|$)")
 
 
 def find_files(pattern: str) -> list[str]:
     """The file at this path, or all files that fit the pattern, sorted; `**` is any directories.
+
+    Of several paths that lead to one file, as links do, the first is taken: its text is not read
+    twice, nor validated on after it was trained on.
 
     Raises:
       InputError: no such file; a directory; a pattern that no file fits.
     """
     if os.path.lexists(pattern) or not glob.has_magic(pattern):
         return [pattern]
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    paths: dict[object, str] = {}
+    for path in sorted({*_fitting(pattern)}):
+        try:
+            found = os.stat(path)
+        except OSError:  # A link that leads nowhere: who opens it says so.
+            paths[path] = path
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            paths.setdefault((found.st_dev, found.st_ino), path)
     if not paths:
         refuse(f"no file fits {pattern}")
-    return paths
+    return [*paths.values()]
+
+
+def is_gzip(path: str) -> bool:
+    """Whether a file is named as one that gzip packed."""
+    return path.lower().endswith(".gz")
 
 
 def unreadable(path: str, error: OSError) -> InputError:
@@ -40,26 +64,41 @@ def unreadable(path: str, error: OSError) -> InputError:
     return InputError(f"data.source: cannot read {path}: {error.strerror or error}.")
 
 
+def check_unpacked(path: str, packed: int, unpacked: int) -> None:
+    """Find out whether so many bytes may come of so many packed ones.
+
+    Raises:
+      InputError: far more than text gives, as of a file that was made to fill memories.
+    """
+    if unpacked > max(UNPACKED, RATIO * packed):
+        refuse(
+            f"{path} unpacks to more than {RATIO} times its {packed:,} bytes and {UNPACKED >> 20} "
+            "MiB, as no text does"
+        )
+
+
 class File:
     """A file of a known size; a read finds out whether it is still what was opened.
 
+    A byte order mark before the text is no part of it.
+
     Raises:
-      InputError: a file that is missing, unreadable, empty or no file.
+      InputError: a file that is missing, unreadable or no regular file.
     """
 
     def __init__(self, path: str):
         self.path = path
         try:
+            # Before it is opened: a pipe waits for who writes into it.
+            _check_regular(path, os.stat(path))
             with open(path, "rb", buffering=0) as opened:
                 found = os.fstat(opened.fileno())
+                self.skipped = _mark(opened.read(len(codecs.BOM_UTF8)))
         except OSError as error:
             raise unreadable(path, error) from error
-        if not stat.S_ISREG(found.st_mode):
-            refuse(f"{path} is no regular file, which random access needs")
-        if not found.st_size:
-            refuse(f"{path} is empty")
-        self.size = found.st_size
-        self._modified = found.st_mtime_ns
+        _check_regular(path, found)
+        self._found = found
+        self.size = found.st_size - self.skipped
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes from `start`; both lie in the file as it was opened.
@@ -67,12 +106,13 @@ class File:
         Raises:
           InputError: a file that is gone, or has changed since.
         """
-        # Opened anew each time: a pattern may fit more files than a process may hold open.
+        # Opened anew each time: a pattern may fit more files than a process may hold open. It may
+        # be a pipe by now, which is not to be waited for.
         try:
-            opened = os.open(self.path, os.O_RDONLY)
+            opened = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 self._check_unchanged(os.fstat(opened))
-                data = _pread(opened, start, length)
+                data = _pread(opened, self.skipped + start, length)
             finally:
                 os.close(opened)
         except OSError as error:
@@ -92,13 +132,14 @@ class File:
         except OSError as error:
             raise unreadable(self.path, error) from error
 
-    def _check_unchanged(self, found: os.stat_result) -> None:
-        if found.st_size < self.size:
+    def _check_unchanged(self, now: os.stat_result) -> None:
+        before = self._found
+        if now.st_size < before.st_size:
             refuse(
-                f"{self.path} has shrunk from {self.size} to {found.st_size} bytes since it was "
+                f"{self.path} has shrunk from {before.st_size} to {now.st_size} bytes since it was "
                 "opened"
             )
-        if (found.st_size, found.st_mtime_ns) != (self.size, self._modified):
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             refuse(f"{self.path} has changed since it was opened")
 
 
@@ -151,20 +192,22 @@ class Unpacked:
       store: Where it is unpacked to; several may share one.
 
     Raises:
-      InputError: a file that is missing, unreadable, empty or damaged, or no space to unpack it.
+      InputError: a file that is missing, unreadable or damaged, that unpacks to far more than text
+        does, or no space to unpack it.
     """
 
     def __init__(self, path: str, store: Store):
-        File(path)
+        packed = File(path)
         self.path = path
         self._store = store
-        self._start, self.size = store.append(path, _gunzip(path))
-        if not self.size:
-            refuse(f"{path} holds nothing")
+        self._start, size = store.append(path, _gunzip(packed))
+        packed.check_unchanged()
+        self.skipped = _mark(store.read(self._start, min(size, len(codecs.BOM_UTF8))))
+        self.size = size - self.skipped
 
     def read(self, start: int, length: int) -> bytes:
         """`length` bytes from `start`, of what is unpacked."""
-        return self._store.read(self._start + start, length)
+        return self._store.read(self._start + self.skipped + start, length)
 
 
 Readable = File | Unpacked
@@ -176,10 +219,10 @@ def open_files(paths: list[str]) -> list[Readable]:
     Raises:
       InputError: see `File` and `Unpacked`.
     """
-    if not any(path.endswith(".gz") for path in paths):
+    if not any(map(is_gzip, paths)):
         return [File(path) for path in paths]
     store = Store()
-    return [Unpacked(path, store) if path.endswith(".gz") else File(path) for path in paths]
+    return [Unpacked(path, store) if is_gzip(path) else File(path) for path in paths]
 
 
 def chunks(file: Readable) -> Iterator[tuple[int, bytes]]:
@@ -212,15 +255,57 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
-def _gunzip(path: str) -> Iterator[bytes]:
+def _gunzip(file: File) -> Iterator[bytes]:
+    size = 0
     try:
-        with gzip.open(path) as packed:
+        with gzip.open(file.path) as packed:
             while data := packed.read(CHUNK):
+                size += len(data)
+                check_unpacked(file.path, file.size, size)
                 yield data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"data.source: {path} is a damaged gzip file: {error}.") from error
+        raise InputError(f"data.source: {file.path} is a damaged gzip file: {error}.") from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable(file.path, error) from error
+
+
+def _fitting(pattern: str) -> Iterator[str]:
+    """Paths that fit the pattern; a directory that links lead to in a circle is entered once."""
+    before, *behind = _ANY_DIRECTORIES.split(pattern, maxsplit=1)
+    if not behind:
+        yield from glob.iglob(pattern)
+        return
+    for top in glob.glob(before) if before else [""]:
+        for directory in _directories(top):
+            yield from _fitting(os.path.join(glob.escape(directory), behind[0] or "*"))
+
+
+def _directories(top: str) -> Iterator[str]:
+    """A directory ("" is the working one) and all below it, but for hidden ones, each once."""
+    entered = set()
+    for directory, below, _ in os.walk(top or os.curdir, followlinks=True):
+        try:
+            found = os.stat(directory)
+        except OSError:  # It is gone; what is in it is found no more.
+            continue
+        if (found.st_dev, found.st_ino) in entered:
+            below.clear()
+            continue
+        entered.add((found.st_dev, found.st_ino))
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield directory if top else os.path.relpath(directory).removeprefix(os.curdir)
+
+
+def _check_regular(path: str, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if not stat.S_ISREG(found.st_mode):
+        refuse(f"{path} is no regular file, which random access needs")
+
+
+def _mark(begin: bytes) -> int:
+    """The bytes of a byte order mark, where `begin` is one."""
+    return len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:

@@ -63,10 +63,13 @@ def parse_spec(text: str) -> Spec:
     """Take a spec apart; a `#` before anything but a known `option=` belongs to the address.
 
     Raises:
-      InputError: an option that does not exist, has no value or stands twice; no address.
+      InputError: an option that does not exist, has no value or stands twice; no address, or one
+        that cannot be.
     """
     found = _BEGIN.search(text)
     address, rest = (text[: found.start()], text[found.end() :]) if found else (text, "")
+    if "\0" in text:
+        refuse(f"{text!r} has a zero byte, which no path has")
     if not address:
         refuse(f"{text!r} names no text; a path, embedded, or tfds:NAME does")
     options = {}
@@ -101,6 +104,12 @@ def refuse(what: str) -> NoReturn:
       InputError: always.
     """
     raise InputError(f"data.source: {what}.")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short enough for a sentence."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:300]
+    return said if said.isprintable() else repr(said)
 
 
 def check_index(index: int, length: int) -> None:

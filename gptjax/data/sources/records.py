@@ -1,19 +1,23 @@
 """Documents that are a field of a record: JSON lines and Parquet."""
 
-import json
+import contextlib
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
 
-from gptjax.data.sources.files import File, sha256
-from gptjax.data.sources.protocol import Spec, check_index, refuse
-from gptjax.data.sources.text import IndexedFiles, Place, fingerprint_of, line_starts
+from gptjax.config import InputError, parse_json
+from gptjax.data.sources.files import File, check_unpacked, chunks, sha256
+from gptjax.data.sources.protocol import Spec, check_index, first_line, refuse
+from gptjax.data.sources.text import IndexedFiles, Place, filled_starts, fingerprint_of
+
+SHOWN_FIELDS = 20
+"""Named where another one is asked for."""
 
 
 class JsonLines(IndexedFiles):
-    """A field of every line, each of which is a JSON object.
+    """A field of every line, each of which is a JSON object or blank; blank ones are no documents.
 
     Raises:
       InputError: a first line that lacks the field, or is something else.
@@ -22,15 +26,22 @@ class JsonLines(IndexedFiles):
     def __init__(self, spec: Spec, paths: list[str], errors: str, field: str):
         self._field = field
         options = {"field": field, "errors": errors}
-        super().__init__(spec, paths, options, line_starts, errors)
+        super().__init__(spec, paths, options, filled_starts, errors)
         self[0]
 
     def _document(self, data: bytes, place: Place) -> str:
-        where = f"line {place.number} of {place.path}"
+        line = self._decoded(data, place)
         try:
-            record = json.loads(self._decoded(data, place))
-        except (json.JSONDecodeError, RecursionError):
-            refuse(f"{where} is not JSON")
+            return self._text(line, "")
+        except InputError:  # Only now is it worth while to count the lines before it.
+            return self._text(line, f"line {_line_number(place)} of {place.file.path}")
+
+    def _text(self, line: str, where: str) -> str:
+        """The text of a record, which `where` names in an error."""
+        try:
+            record = parse_json(line, where)
+        except InputError as error:
+            raise InputError(f"data.source: {error}") from error
         if not isinstance(record, dict):
             refuse(f"{where} is not a JSON object")
         if self._field not in record:
@@ -38,11 +49,17 @@ class JsonLines(IndexedFiles):
         return text_of(record[self._field], where, self._field)
 
 
+def _line_number(place: Place) -> int:
+    before = ((start, data) for start, data in chunks(place.file) if start < place.start)
+    return 1 + sum(data[: place.start - start].count(b"\n") for start, data in before)
+
+
 class Parquet:
     """A column of Parquet files. What is held is the last row group that was read, and no more.
 
     Reading in order decodes a row group once; reading in random order decodes one a document,
-    unless it is small. (`build-dataset` writes what is quick to read in any order.)
+    unless it is small. (`build-dataset` writes what is quick to read in any order.) Where pages
+    have checksums, they are checked.
 
     Raises:
       InputError: files that are missing, damaged or have no such column of strings.
@@ -80,6 +97,8 @@ class Parquet:
             value = column[within].as_py()
         except UnicodeDecodeError:
             refuse(f"the field {self._field} in {where} is not UTF-8")
+        except Exception as error:  # An index into a dictionary that is damaged.
+            _damaged(file, first_line(error))
         return text_of(value, where, self._field)
 
     def __reduce__(self):
@@ -93,43 +112,61 @@ class Parquet:
         Raises:
           InputError: see the class.
         """
-        import pyarrow
-        from pyarrow import parquet
+        from pyarrow import types
 
-        try:
-            with parquet.ParquetFile(file.path) as opened:
-                schema, metadata = opened.schema_arrow, opened.metadata
-                rows = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-        except (pyarrow.ArrowException, OSError) as error:
-            _damaged(file, error)
-        if self._field not in schema.names:
-            no_field(file.path, self._field, schema.names)
-        kind = schema.field(self._field).type
-        if pyarrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        with self._opened(file) as opened:
+            schema, metadata = opened.schema_arrow, opened.metadata
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            rows = [group.num_rows for group in groups]
+            names = schema.names
+            if (times := names.count(self._field)) > 1:
+                refuse(f"{file.path} has {times} columns of the name {self._field}")
+            if not times:
+                no_field(file.path, self._field, names)
+            kind = schema.field(self._field).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        is_text = (types.is_string, types.is_large_string, types.is_string_view)
+        if not any(is_kind(kind) for is_kind in is_text):
             refuse(f"the field {self._field} of {file.path} holds {kind}, not strings")
+        if min(rows, default=0) < 0:
+            _damaged(file, "it has less than no rows")
+        # PyArrow ends the process where it is asked for a damaged column's sizes.
+        check_unpacked(
+            file.path, file.size, max((group.total_byte_size for group in groups), default=0)
+        )
         return rows
 
     def _column(self, number: int) -> Any:
         """The column in the row group of this number, counted through all files."""
-        import pyarrow
-        from pyarrow import parquet
-
         file, group = self._groups[number]
+        rows = int(self._ends[number]) - (int(self._ends[number - 1]) if number else 0)
         with self._lock:  # Two threads would hold two row groups.
             if self._last and self._last[0] == number:
                 return self._last[1]
             self._last = None  # Its memory is free before the next one takes some.
             file.check_unchanged()
-            try:
-                with parquet.ParquetFile(file.path) as opened:
-                    table = opened.read_row_group(group, columns=[self._field])
-            except (pyarrow.ArrowException, OSError) as error:
-                _damaged(file, error)
-            column = table.column(self._field)
+            # So a string that is repeated takes its memory once, as it does in the file.
+            with self._opened(file, read_dictionary=[self._field]) as opened:
+                column = opened.read_row_group(group, columns=[self._field]).column(self._field)
+            if len(column) != rows:
+                _damaged(file, f"row group {group + 1} has {len(column)} rows and not {rows}")
             self._last = number, column
             return column
+
+    @contextlib.contextmanager
+    def _opened(self, file: File, **options: Any) -> Iterator[Any]:
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(
+                file.path, page_checksum_verification=True, **options
+            ) as opened:
+                yield opened
+        except InputError:
+            raise
+        # Of damage PyArrow raises its own errors, and OSError, IndexError, UnicodeDecodeError.
+        except Exception as error:
+            _damaged(file, first_line(error))
 
 
 def no_field(where: str, field: str, fields: Collection[str]) -> NoReturn:
@@ -138,7 +175,10 @@ def no_field(where: str, field: str, fields: Collection[str]) -> NoReturn:
     Raises:
       InputError: always.
     """
-    refuse(f"{where} has no field {field!r}: it has {', '.join(fields) or 'none'}")
+    names = [name if name.isprintable() else repr(name) for name in fields]
+    shown = ", ".join(names[:SHOWN_FIELDS])
+    more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+    refuse(f"{where} has no field {field!r}: it has {shown or 'none'}{more}")
 
 
 def text_of(value: object, where: str, field: str) -> str:
@@ -157,5 +197,5 @@ def text_of(value: object, where: str, field: str) -> str:
     return value
 
 
-def _damaged(file: File, error: Exception) -> NoReturn:
-    refuse(f"{file.path} is no whole Parquet file: {str(error).splitlines()[0].rstrip('.')}")
+def _damaged(file: File, why: str) -> NoReturn:
+    refuse(f"{file.path} is no whole Parquet file: {why}")

@@ -9,13 +9,16 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from gptjax.data.sources.files import Readable, chunks, open_files
+from gptjax.data.sources.files import File, Readable, chunks, open_files
 from gptjax.data.sources.protocol import Spec, check_index, refuse
+
+LONGEST = 1 << 28
+"""Bytes of a document."""
 
 # As the blank lines of block documents have them.
 _BLANKS = b" \t\r\n"
@@ -27,11 +30,11 @@ Chunks = Iterable[tuple[int, bytes]]
 class Place(NamedTuple):
     """Where a document is."""
 
-    path: str
+    file: Readable
     number: int
     """Of the document in its file, from 1: in a file of lines, the line's."""
     start: int
-    """Its first byte's offset in the file, unpacked if it is a gzip file."""
+    """Its first byte's offset in what is read of the file."""
 
 
 class IndexedFiles:
@@ -62,15 +65,12 @@ class IndexedFiles:
         self._starts, digests = [], []
         for file in self._files:
             digest, starts = hashlib.sha256(), array.array("Q")
-            for found in split(self._checked(file, digest.update)):
+            for found in split(self._checked(file, digest.update, starts)):
                 starts.frombytes(found.astype(np.uint64).tobytes())
-            if starts and starts[-1] == file.size:  # After the last line's end there is no line.
-                starts.pop()
-            if not starts:
-                refuse(f"{file.path} has only blank lines")
             self._starts.append(np.frombuffer(starts, np.uint64))
             digests.append(digest.hexdigest())
         self._ends = list(itertools.accumulate(map(len, self._starts)))
+        _check_not_empty(self._files, len(self))
         self.fingerprint = fingerprint_of(digests, options)
 
     def __len__(self) -> int:
@@ -84,7 +84,7 @@ class IndexedFiles:
         start = int(starts[within])
         end = int(starts[within + 1]) if within + 1 < len(starts) else file.size
         data = file.read(start, end - start)
-        return self._document(data, Place(file.path, within + 1, start))
+        return self._document(data, Place(file, within + 1, start))
 
     def __reduce__(self):
         from gptjax.data.sources import reopen
@@ -99,24 +99,32 @@ class IndexedFiles:
         try:
             return data.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
-            _not_utf8(place.path, place.start, error)
+            _not_utf8(place.file, place.start, error)
 
-    def _checked(self, file: Readable, update: Callable[[bytes], object]) -> Chunks:
-        """The file's chunks; `update` gets each."""
+    def _checked(
+        self, file: Readable, update: Callable[[bytes], object], starts: Sequence[int]
+    ) -> Chunks:
+        """The file's chunks; `update` gets each, and `starts` grows by what is found in it."""
         for start, data in chunks(file):
             update(data)
             if self._errors == "strict":
                 try:
                     data.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    _not_utf8(file.path, start, error)
+                    _not_utf8(file, start, error)
             yield start, data
+            if start + len(data) - (starts[-1] if starts else 0) > LONGEST:
+                refuse(
+                    f"document {len(starts)} of {file.path} is longer than {LONGEST >> 20} MiB, "
+                    "the most that one may have"
+                )
 
 
 class Whole(IndexedFiles):
     """A document a file, as it is; a file above `files.CHUNK` bytes (16 MiB) is several.
 
-    It is cut at line ends, so that no document is larger; joined, they are the file.
+    It is cut at line ends, so that no document is larger; joined, they are the file. An empty file
+    beside others is an empty document.
     """
 
     def __init__(self, spec: Spec, paths: list[str], errors: str):
@@ -155,7 +163,7 @@ class Column(IndexedFiles):
         columns = without_end(data).split(b"\t")
         if self._column > len(columns):
             refuse(
-                f"line {place.number} of {place.path} has {len(columns)} columns, and column "
+                f"line {place.number} of {place.file.path} has {len(columns)} columns, and column "
                 f"{self._column} is asked for"
             )
         start = place.start + sum(len(column) + 1 for column in columns[: self._column - 1])
@@ -190,46 +198,74 @@ def without_end(line: bytes) -> bytes:
     return line[:-1] if line.endswith(b"\n") else line
 
 
-def _not_utf8(path: str, start: int, error: UnicodeDecodeError) -> NoReturn:
-    byte, offset = error.object[error.start], start + error.start
+def _check_not_empty(files: Sequence[Readable], documents: int) -> None:
+    """There is a document, and something to read in one."""
+    filled = next((file for file in files if file.size), None)
+    if filled is None:
+        refuse(f"{files[0].path} {'is empty' if isinstance(files[0], File) else 'holds nothing'}")
+    if not documents:
+        refuse(f"{filled.path} has only blank lines")
+
+
+def _not_utf8(file: Readable, start: int, error: UnicodeDecodeError) -> NoReturn:
+    byte, offset = error.object[error.start], file.skipped + start + error.start
     refuse(
-        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset} (#errors=replace reads such "
-        "bytes as U+FFFD)"
+        f"{file.path} is not UTF-8: byte 0x{byte:02x} at offset {offset} (#errors=replace reads "
+        "such bytes as U+FFFD)"
     )
 
 
 def _chunk_starts(chunks: Chunks) -> Iterator[np.ndarray]:
+    empty = True
     for start, _ in chunks:
         yield np.array([start])
+        empty = False
+    if empty:
+        yield np.array([0])
 
 
 def line_starts(chunks: Chunks) -> Iterator[np.ndarray]:
-    """Where lines begin, and after the end of the last line, the file's end."""
-    yield np.array([0])
+    """Where lines begin."""
+    ended = True
     for start, data in chunks:
-        yield start + _after_ends(data)
+        begins = start + _after_ends(data)
+        if ended:
+            begins = np.concatenate([[start], begins])
+        ended = data.endswith(b"\n")
+        yield begins[:-1] if ended else begins
+
+
+def filled_starts(chunks: Chunks) -> Iterator[np.ndarray]:
+    """Where lines begin that hold more than blanks."""
+    for lines, filled in _lines(chunks):
+        yield lines[filled]
 
 
 def _block_starts(chunks: Chunks) -> Iterator[np.ndarray]:
-    line, line_has_text, after_blank = 0, False, True
+    after_blank = True
+    for lines, filled in _lines(chunks):
+        before = np.concatenate([[after_blank], ~filled])
+        yield lines[filled & before[:-1]]
+        after_blank = bool(before[-1])
+
+
+def _lines(chunks: Chunks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where lines begin, and whether each holds more than blanks."""
+    # A line that is longer than a chunk goes on in the next one.
+    first, first_filled, ended = 0, False, True
     for start, data in chunks:
         begins = np.concatenate([[0], _after_ends(data)])
-        ended = begins[-1] == len(data)
-        begins = begins[:-1] if ended else begins
-        text = np.logical_or.reduceat(_IS_TEXT[np.frombuffer(data, np.uint8)], begins)
-        # The first line here may go on from the chunk before, if it is longer than a chunk.
-        text[0] |= line_has_text
+        begins = begins[begins < len(data)]
+        filled = np.logical_or.reduceat(_IS_TEXT[np.frombuffer(data, np.uint8)], begins)
         lines = start + begins
-        lines[0] = line
-        before = np.concatenate([[after_blank], ~text[:-1]])
-        if ended:
-            line, line_has_text, after_blank = start + len(data), False, not text[-1]
-        else:
-            line, line_has_text, after_blank = int(lines[-1]), bool(text[-1]), bool(before[-1])
-            text, lines, before = text[:-1], lines[:-1], before[:-1]
-        yield lines[text & before]
-    if line_has_text and after_blank:
-        yield np.array([line])
+        if not ended:
+            lines[0], filled[0] = first, filled[0] | first_filled
+        ended = data.endswith(b"\n")
+        first, first_filled = int(lines[-1]), bool(filled[-1])
+        whole = len(lines) if ended else -1
+        yield lines[:whole], filled[:whole]
+    if not ended:
+        yield np.array([first]), np.array([first_filled])
 
 
 def _after_ends(data: bytes) -> np.ndarray:

@@ -5,9 +5,11 @@ and prepares it, if its sources can be reached: that is asked first, because TFD
 waits in between. Many builders of TFDS need TensorFlow to prepare, though not to be read.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import queue
 import re
 import socket
@@ -16,14 +18,28 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gptjax.config import InputError, near_names
-from gptjax.data.sources.protocol import Spec, check_index, check_no_option, refuse
+from gptjax.data.sources.protocol import (
+    Spec,
+    check_index,
+    check_no_option,
+    first_line,
+    refuse,
+)
 from gptjax.data.sources.records import no_field, text_of
 
 ARRAY_RECORD = "array_record"
+
+FEATURES = "tensorflow_datasets.core.features."
+"""Where the classes of TFDS's own features are."""
+_BUILDING = threading.RLock()
+
+DESCRIPTION = 1 << 26
+"""Bytes of a file that describes a dataset, at most."""
 
 PROBE_SECONDS = 4.0
 """How long the hosts that a dataset comes from have to answer."""
@@ -58,7 +74,7 @@ class Dataset:
         try:
             value = self._examples[index]
         except Exception as error:  # What ArrayRecord's C++ raises, it does not say.
-            raise InputError(f"data.source: cannot read {where}: {_first_line(error)}.") from error
+            raise InputError(f"data.source: cannot read {where}: {first_line(error)}.") from error
         for name in self._field.split("/"):
             value = value[name]
         if not isinstance(value, bytes):
@@ -84,10 +100,64 @@ def open_dataset(spec: Spec) -> Dataset:
       InputError: one that does not exist, is damaged, or cannot be prepared.
     """
     options = spec.choose("tfds", split="train", field="text", data_dir=None)
-    builder = _builder(spec, options["data_dir"])
-    if not (builder.data_path / "dataset_info.json").exists():
-        prepare(spec, builder)
-    return Dataset(spec, builder, str(options["split"]), str(options["field"]))
+    with _known_features():
+        builder = _builder(spec, _directory(options["data_dir"]))
+        if not (builder.data_path / "dataset_info.json").exists():
+            prepare(spec, builder)
+        try:
+            return Dataset(spec, builder, str(options["split"]), str(options["field"]))
+        except InputError:
+            raise
+        except Exception as error:  # Whatever TFDS raises of what it has not expected in its files.
+            refuse(f"TFDS cannot read {builder.data_path}: {first_line(error)}")
+
+
+@contextlib.contextmanager
+def _known_features() -> Iterator[None]:
+    """Build no features but TFDS's own.
+
+    A prepared dataset names the class of each of its features, and TFDS imports that class's
+    module, whichever it is: a dataset of a stranger's could so run what lies beside it.
+    """
+    from tensorflow_datasets.core.features.feature import FeatureConnector
+
+    connector: Any = FeatureConnector
+    with _BUILDING:
+        anything = vars(connector)["cls_from_name"]
+
+        def known(cls: Any, name: str) -> Any:
+            if not name.startswith(FEATURES):
+                raise ValueError(f"it has a feature {name!r}, which is none of TFDS's own")
+            return anything.__func__(cls, name)
+
+        connector.cls_from_name = classmethod(known)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = anything
+
+
+def _directory(data_dir: str | None) -> str | None:
+    """Where TFDS is to look; it joins relative paths wrongly. None is TFDS's own directory."""
+    named = data_dir or os.environ.get("TFDS_DATA_DIR")
+    return named if not named or "://" in named else os.path.abspath(os.path.expanduser(named))
+
+
+def _check_files(directory: Path) -> None:
+    """What TFDS reads at once and whole is neither a pipe nor larger than any description.
+
+    Raises:
+      InputError: it is.
+    """
+    for path in directory.rglob("*"):
+        if (
+            path.is_file()
+            and path.suffix in (".json", ".txt")
+            and path.stat().st_size > DESCRIPTION
+        ):
+            refuse(f"{path} is larger than {DESCRIPTION >> 20} MiB, which no description is")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            refuse(f"{path} is no regular file")
 
 
 def _builder(spec: Spec, data_dir: str | None) -> Any:
@@ -100,6 +170,11 @@ def _builder(spec: Spec, data_dir: str | None) -> Any:
     if not dataset or (colon and not version[:1].isdigit()):
         # Another's namespace, which TFDS would look up in the network.
         refuse(f"{spec.text} is no name of TFDS: it must be tfds:NAME, NAME/CONFIG or NAME:1.0.0")
+    if data_dir and "://" not in data_dir:
+        try:
+            _check_files(Path(data_dir, dataset.partition("/")[0]))
+        except OSError as error:
+            refuse(f"cannot read {data_dir}: {error.strerror}")
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
@@ -112,7 +187,7 @@ def _builder(spec: Spec, data_dir: str | None) -> Any:
             f"data.source: TFDS knows no dataset {dataset}, and none is prepared in {where}: {near}"
         ) from error
     except Exception as error:  # Versions and configs: AssertionError, ValueError and others.
-        why = re.sub(r'^Failed to construct dataset ".*?\}": ', "", _first_line(error))
+        why = re.sub(r'^Failed to construct dataset ".*?\}": ', "", first_line(error))
         raise InputError(f"data.source: TFDS refuses {name}: {why}.") from error
 
 
@@ -146,7 +221,7 @@ def prepare(spec: Spec, builder: Any) -> None:
         )
     except Exception as error:  # Whatever the builder, its parsers and the network raise.
         raise InputError(
-            f"data.source: TFDS cannot prepare {name} ({_first_line(error)}): {INSTEAD}."
+            f"data.source: TFDS cannot prepare {name} ({first_line(error)}): {INSTEAD}."
         ) from error
 
 
@@ -211,7 +286,7 @@ def _examples(spec: Spec, builder: Any, split: str) -> Any:
         instructions = info.splits[split].file_instructions
     except Exception as error:
         raise InputError(
-            f"data.source: {spec.text} has no split that TFDS reads: {_first_line(error)}."
+            f"data.source: {spec.text} has no split that TFDS reads: {first_line(error)}."
         ) from error
     if not instructions:
         refuse(f"{spec.text} has no examples in its split {split}")
@@ -253,8 +328,3 @@ def _fingerprint(info: Any, split: str, field: str) -> str:
     }
     read = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(read.encode("utf-8")).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, short enough for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:300]
