@@ -12,18 +12,22 @@ import pytest
 
 from gptjax import distributed
 from gptjax.config import InputError
-from gptjax.distributed.places import Place, find_place, first_host, free_port, has_tpu
+from gptjax.distributed.places import Place, find_place, first_host, free_port, has_tpu, interface
 from gptjax.distributed.report import check_same, code_hash
 from gptjax.distributed.roll_call import END, Coordinator, Member
 
 HOST = socket.gethostname()
+KNOWN = b"what the processes of a run know"
+ANOTHER = b"what the processes of another know"
 
 
 class Met:
     """Some processes of a run, in threads, and the sentences that would have ended them."""
 
     def __init__(self, stack: contextlib.ExitStack, count: int, there: int | None = None):
-        self.coordinator = stack.enter_context(contextlib.closing(Coordinator(count)))
+        self.coordinator = stack.enter_context(
+            contextlib.closing(Coordinator(count, KNOWN, "127.0.0.1"))
+        )
         self.address = f"localhost:{self.coordinator.port}"
         self.ended: list[queue.Queue[str]] = [queue.Queue() for _ in range(count)]
         self.members = [self.join(index, count) for index in range(there or count)]
@@ -31,8 +35,8 @@ class Met:
             stack.callback(member.close)
         self._threads = stack.enter_context(ThreadPoolExecutor(count))
 
-    def join(self, index: int, count: int) -> Member:
-        return Member(Place(index, count, self.address), 5, self.ended[index].put)
+    def join(self, index: int, count: int, secret: bytes = KNOWN) -> Member:
+        return Member(Place(index, count, self.address, secret), 5, self.ended[index].put)
 
     def each(self, do) -> list:
         """What `do(member)` gives for every member, all at the same time."""
@@ -90,13 +94,99 @@ def test_one_that_is_there_twice_is_named(stack):
         twin.gather("the start", None, 5)
 
 
-def test_a_stranger_on_the_port_disturbs_nobody(stack):
+def test_a_twin_that_comes_later_is_refused_and_the_run_goes_on(stack):
     met = Met(stack, 2)
-    for words in (b"GET / HTTP/1.1\r\n\r\n", b"{}\n", b""):
-        with socket.create_connection(("127.0.0.1", int(met.address.rpartition(":")[2]))) as other:
+    met.each(lambda member: member.gather("the start", None, 5))
+    twin = met.join(1, 2)
+    stack.callback(twin.close)
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} is there twice"):
+        twin.gather("the start", None, 5)
+    assert met.each(lambda member: member.gather("a place", 1, 5)) == [[1, 1]] * 2
+    assert all(ended.empty() for ended in met.ended)
+
+
+STRANGERS = {
+    "a browser": b"GET / HTTP/1.1\r\n\r\n" + bytes(64),
+    "no bytes": b"",
+    "who knows the messages": bytes(64) + b'{"index": 1, "count": 2, "host": "x"}\n',
+    "who stops a run": bytes(64) + b'{"kind": "stop", "number": 15}\n',
+}
+
+
+def test_strangers_on_the_port_are_refused_named_and_disturb_nobody(stack, capsys):
+    met = Met(stack, 2)
+    for words in STRANGERS.values():
+        with socket.create_connection(("127.0.0.1", met.coordinator.port)) as other:
             other.sendall(words)
+            other.shutdown(socket.SHUT_WR)
+            assert len(other.makefile("rb").read()) == 32  # The challenge, and nothing else.
     assert met.each(lambda member: member.gather("the start", 1, 5)) == [[1, 1]] * 2
     assert all(ended.empty() for ended in met.ended)
+    assert met.members[0].agreed_stop(7, None) is None
+    assert capsys.readouterr().err == (
+        "A connection from 127.0.0.1 was refused: it does not know this run's GPTJAX_SECRET.\n"
+    )
+
+
+def test_a_stranger_who_says_nothing_is_not_waited_for(stack, monkeypatch):
+    monkeypatch.setattr("gptjax.distributed.handshake.SECONDS", 0.1)
+    met = Met(stack, 2)
+    with socket.create_connection(("127.0.0.1", met.coordinator.port), timeout=5) as other:
+        assert len(other.makefile("rb").read()) == 32
+
+
+def test_a_process_with_another_secret_is_refused_at_both_ends(stack, capsys):
+    met = Met(stack, 2, there=1)
+    sentence = (
+        rf"Process 1 of 2 is refused by who listens at {met.address}: GPTJAX_SECRET must be the "
+        "same for all processes of a run."
+    )
+    with pytest.raises(InputError, match=sentence):
+        met.join(1, 2, ANOTHER)
+    assert "GPTJAX_SECRET" in capsys.readouterr().err
+    with (
+        contextlib.closing(Coordinator(2, ANOTHER)) as other,
+        pytest.raises(InputError, match="is refused by"),
+    ):
+        Member(Place(1, 2, f"localhost:{other.port}", KNOWN), 5, met.ended[1].put)
+
+
+def test_an_answer_cannot_be_sent_back_as_ones_own(stack, monkeypatch):
+    """Who listens in place of process 0 and knows nothing gets no process to believe it."""
+
+    def mirror(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(bytes(32))
+            connection.sendall(connection.recv(64)[32:])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=mirror, args=[listener])
+        thread.start()
+        address = f"localhost:{listener.getsockname()[1]}"
+        with pytest.raises(InputError, match="is refused by"):
+            Member(Place(1, 2, address, KNOWN), 5, lambda _: None)
+        thread.join()
+
+
+def test_process_0_listens_where_the_others_come_and_nowhere_else(monkeypatch):
+    resolved = {"localhost": "127.0.0.1", "own": "127.0.0.3", "far": "192.0.2.1"}
+
+    def getaddrinfo(host, *_):
+        return [(None, None, None, "", (resolved[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert interface("localhost:1") == "127.0.0.1"
+    # Debian's hosts file has such an address for the machine's own name; others do not reach it.
+    assert interface("own:1") == ""
+    assert interface("far:1") == ""  # A forwarded port: it is no address of this machine.
+    monkeypatch.undo()
+    assert interface("127.0.0.2:1") == "127.0.0.2"
+    assert interface("no such host:1") == ""
+    with contextlib.closing(Coordinator(1, KNOWN, interface("127.0.0.2:1"))) as coordinator:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", coordinator.port), timeout=5)
+        socket.create_connection(("127.0.0.2", coordinator.port), timeout=5).close()
 
 
 def test_the_others_hear_at_once_that_one_has_ended(stack):
@@ -199,38 +289,41 @@ def test_tpu_chips_are_used_where_there_are_some_and_jax_may(monkeypatch):
     assert not has_tpu({})
 
 
+SECRET = {"GPTJAX_SECRET": KNOWN.decode()}
 EXPLICIT = {
+    **SECRET,
     "JAX_COORDINATOR_ADDRESS": "gpu003:1234",
     "JAX_NUM_PROCESSES": "4",
     "JAX_PROCESS_ID": "2",
 }
 SLURM = {
+    **SECRET,
     "SLURM_JOB_ID": "12345",
     "SLURM_STEP_ID": "1",
     "SLURM_STEP_NODELIST": "gpu[003-005]",
     "SLURM_STEP_NUM_TASKS": "3",
     "SLURM_PROCID": "1",
 }
-OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+OPEN_MPI = {**SECRET, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 
 
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
         ({}, None),
-        (EXPLICIT, Place(2, 4, "gpu003:1234")),
-        (SLURM, Place(1, 3, "gpu003:22442")),
+        (EXPLICIT, Place(2, 4, "gpu003:1234", KNOWN)),
+        (SLURM, Place(1, 3, "gpu003:22442", KNOWN)),
         ({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib3:7"}, None),
-        ({**SLURM, **EXPLICIT}, Place(2, 4, "gpu003:1234")),
+        ({**SLURM, **EXPLICIT}, Place(2, 4, "gpu003:1234", KNOWN)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, None),  # The script that sbatch starts.
-        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, Place(1, 2, "a:1")),
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, Place(1, 2, "a:1", KNOWN)),
         ({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ],
 )
 def test_the_environment_tells_which_process_this_is(environment, place):
     if environment.get("JAX_COORDINATOR_ADDRESS") == "ib3:7":
-        place = Place(1, 3, "ib3:7")
+        place = Place(1, 3, "ib3:7", KNOWN)
     assert find_place(environment) == place
 
 
@@ -253,6 +346,28 @@ def test_the_environment_tells_which_process_this_is(environment, place):
         (
             {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "gpu003"},
             "JAX_COORDINATOR_ADDRESS is 'gpu003': it must be HOST:PORT.",
+        ),
+        (
+            {**EXPLICIT, "JAX_COORDINATOR_ADDRESS": "gpu003:65536"},
+            "JAX_COORDINATOR_ADDRESS is 'gpu003:65536': it must be HOST:PORT.",
+        ),
+        (
+            {**SLURM, "SLURM_STEP_NODELIST": ""},
+            "SLURM_STEP_NODELIST is '': it must name the hosts of the step.",
+        ),
+        (
+            {name: value for name, value in SLURM.items() if name != "SLURM_JOB_ID"},
+            "SLURM_JOB_ID is '': it must be a whole number.",
+        ),
+        (
+            {**EXPLICIT, "GPTJAX_SECRET": "too short"},
+            "GPTJAX_SECRET has 9 characters: all processes of a run need the same one, of at least "
+            "16 characters that nobody else knows.",
+        ),
+        (
+            {name: value for name, value in SLURM.items() if name != "GPTJAX_SECRET"},
+            "GPTJAX_SECRET is not set: all processes of a run need the same one, of at least 16 "
+            "characters that nobody else knows.",
         ),
         (
             OPEN_MPI,
@@ -339,7 +454,7 @@ def test_a_port_that_is_taken_is_a_sentence():
         socket.create_server(("", 0)) as taken,
         pytest.raises(InputError, match=r"cannot listen on port \d+: [Aa]ddress already in use"),
     ):
-        Coordinator(2, taken.getsockname()[1])
+        Coordinator(2, KNOWN, port=taken.getsockname()[1])
 
 
 def test_doctor_prints_a_page_for_a_bug_report(command):

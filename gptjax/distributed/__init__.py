@@ -10,6 +10,7 @@ prints and writes, but for checkpoints, which all write.
 
 import contextlib
 import os
+import secrets
 import socket
 import sys
 import traceback
@@ -21,7 +22,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax.config import InputError, to_dict, whole_number
-from gptjax.distributed.places import Place, find_place, free_port, has_tpu
+from gptjax.distributed.handshake import CHALLENGE_BYTES
+from gptjax.distributed.places import Place, find_place, free_port, has_tpu, interface
 from gptjax.distributed.report import check_same, code_hash, devices, versions
 from gptjax.distributed.roll_call import END, Coordinator, Member
 from gptjax.exits import Exit
@@ -98,7 +100,8 @@ def joined(config: Any = None) -> Iterator[None]:
                 return
             place = _tpu_place(stack)
         elif place.index == 0:
-            _coordinate(stack, place.count, int(place.address.rpartition(":")[2]))
+            port = int(place.address.rpartition(":")[2])
+            _coordinate(stack, place.count, place.secret, interface(place.address), port)
         if place.index:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -134,6 +137,8 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
     hosts = [report["host"] for report in reports]
     check_same("the same config, code and versions", hosts, [report["same"] for report in reports])
     if not jax.distributed.is_initialized():
+        # JAX's own service asks nobody who he is: it, too, listens no wider than it must.
+        where = interface(place.address)
         jax.distributed.initialize(
             f"{place.address.rpartition(':')[0]}:{reports[0]['port']}",
             place.count,
@@ -141,6 +146,7 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            coordinator_bind_address=f"{where}:{reports[0]['port']}" if where else None,
         )
     there = member.gather("the start of the devices", {"devices": devices()}, seconds)
     check_same("the same devices", hosts, there)
@@ -157,18 +163,26 @@ def _tpu_alone(seconds: int) -> bool:
 
 
 def _tpu_place(stack: contextlib.ExitStack) -> Place:
-    """Where JAX itself found the other hosts: process 0 tells over the TPUs where it listens."""
+    """Where JAX itself found the other hosts: process 0 says over the TPUs where it listens.
+
+    It draws the secret, too, which the network of the TPUs alone carries.
+    """
     index, count = jax.process_index(), jax.process_count()
-    port = _coordinate(stack, count).port if index == 0 else 0
-    told = np.zeros(ADDRESS_BYTES, np.uint8)
-    address = f"{_own_address()}:{port}".encode()
-    told[: len(address)] = np.frombuffer(address, np.uint8)
-    told = multihost_utils.broadcast_one_to_all(told)
-    return Place(index, count, bytes(told).rstrip(b"\0").decode())
+    known = np.zeros(ADDRESS_BYTES + CHALLENGE_BYTES, np.uint8)
+    if index == 0:
+        host, secret = _own_address(), secrets.token_bytes(CHALLENGE_BYTES)
+        address = f"{host}:{_coordinate(stack, count, secret, host).port}".encode()
+        known[: len(address)] = np.frombuffer(address, np.uint8)
+        known[ADDRESS_BYTES:] = np.frombuffer(secret, np.uint8)
+    known = bytes(multihost_utils.broadcast_one_to_all(known))
+    address, secret = known[:ADDRESS_BYTES].rstrip(b"\0"), known[ADDRESS_BYTES:]
+    return Place(index, count, address.decode(), secret)
 
 
-def _coordinate(stack: contextlib.ExitStack, count: int, port: int = 0) -> Coordinator:
-    return stack.enter_context(contextlib.closing(Coordinator(count, port)))
+def _coordinate(
+    stack: contextlib.ExitStack, count: int, secret: bytes, host: str, port: int = 0
+) -> Coordinator:
+    return stack.enter_context(contextlib.closing(Coordinator(count, secret, host, port)))
 
 
 def _own_address() -> str:

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from gptjax.distributed.handshake import SECRET, new_secret
 from gptjax.distributed.places import ADDRESS, SELF, free_port
 
 END_SECONDS = 10
@@ -32,7 +33,7 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
     Returns:
       The exit code of the process that failed first, as a shell has it; or 0.
     """
-    address = f"localhost:{free_port()}"
+    shared = {ADDRESS: f"localhost:{free_port()}", SECRET: new_secret()}
     running: dict[int, subprocess.Popen] = {}
 
     def pass_on(number: int, _: FrameType | None) -> None:
@@ -44,7 +45,7 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
     }
     try:
         for index in range(processes):
-            running[index] = _start(command, index, processes, devices, address)
+            running[index] = _start(command, index, processes, devices, shared)
         return _watch(running, other_code)
     finally:
         for process in running.values():
@@ -53,13 +54,15 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
             signal.signal(number, handler)
 
 
-def _start(command, index: int, processes: int, devices: int, address: str) -> subprocess.Popen:
+def _start(
+    command: Sequence[str], index: int, processes: int, devices: int, shared: Mapping[str, str]
+) -> subprocess.Popen:
     place = dict(zip(SELF, (str(index), str(processes)), strict=True))
     environment = {
         "JAX_PLATFORMS": "cpu",
         **os.environ,
         **place,
-        ADDRESS: address,
+        **shared,
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     # In a group of its own: a terminal's Ctrl-C would reach it twice, and a second one kills.

@@ -3,7 +3,7 @@
 JAX's own service has barriers too, but where a process is missing or ends, it aborts the others
 with a stack trace of C++ before Python can say a word, it does not tell who it is, and only private
 names of JAX lead to it. So the processes hold a connection each to process 0, made before JAX is
-initialised, over which go lines of JSON.
+initialised, over which go lines of JSON once both have shown that they know the run's secret.
 
 The end of a process closes its connection, whatever killed it, and all others are told at once. A
 machine that lost its power or its network closes nothing: there TCP asks, and gives up after
@@ -17,13 +17,15 @@ import contextlib
 import json
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import InputError
-from gptjax.distributed.places import Place
+from gptjax.distributed.handshake import SECRET, admits, is_admitted
+from gptjax.distributed.places import Place, interface
 
 SILENT_SECONDS = 30
 """After which a machine that does not even acknowledge is lost."""
@@ -32,31 +34,37 @@ GRACE_SECONDS = 30
 NOTICE_SECONDS = 5
 """How much later than a collective operation that fails its cause may become known."""
 RETRY_SECONDS = 0.25
+MOST_NAMED = 20
+"""Addresses of strangers that the log names."""
 END = "the end of the run"
 """What all gather at before they part."""
-LONGEST_MESSAGE = 1 << 24
-"""Bytes: the reports of a thousand processes."""
+LONGEST_MESSAGE = 1 << 20
+"""Bytes that one process says at a time; its config is some thousands."""
 
 
 class Coordinator:
     """Process 0's side: hears all and tells all, in a thread of its own.
 
+    It listens where the others are told to come, `host`, and hears only who knows `secret`.
+
     Raises:
       InputError: a port that is taken.
     """
 
-    def __init__(self, count: int, port: int = 0):
+    def __init__(self, count: int, secret: bytes, host: str = "", port: int = 0):
         try:
-            self._listener = socket.create_server(("", port))
+            self._listener = socket.create_server((host, port))
         except OSError as error:
             raise InputError(
                 f"Process 0 cannot listen on port {port}: {error.strerror}."
             ) from error
         self.port = self._listener.getsockname()[1]
         self._count = count
+        self._secret = secret
         self._hosts: dict[int, str] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._waiting: dict[str, dict[int, Any]] = {}
+        self._refused: set[str] = set()
         self._failure: str | None = None
         self._steps: dict[int, int] = {}
         self._over = False
@@ -93,9 +101,12 @@ class Coordinator:
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection, from its first line to its end."""
-        ends = ConnectionError, asyncio.CancelledError, KeyError, ValueError  # Or not one of ours.
+        ends = ConnectionError, asyncio.CancelledError
         with contextlib.closing(writer), contextlib.suppress(*ends):
             _notice_silence(writer.get_extra_info("socket"))
+            if not await admits(reader, writer, self._secret):
+                self._refuse(writer.get_extra_info("peername")[0])
+                return
             hello = json.loads(await reader.readline())
             index = hello["index"]
             if not self._greet(index, hello["count"], hello["host"], writer):
@@ -108,16 +119,30 @@ class Coordinator:
                 if self._writers.pop(index, None) and not self._over:
                     self._tell_all(lost=f"{self._name(index)} ended without a word")
 
+    def _refuse(self, address: str) -> None:
+        """Say it once for each address, so that nobody fills the log."""
+        if address not in self._refused and len(self._refused) < MOST_NAMED:
+            self._refused.add(address)
+            print(
+                f"A connection from {address} was refused: it does not know this run's {SECRET}.",
+                file=sys.stderr,
+            )
+
     def _greet(self, index: int, count: int, host: str, writer: asyncio.StreamWriter) -> bool:
         name = f"Process {index} on {host}"
         if count != self._count:
             there = f"process 0 on {self._hosts.get(0, 'its host')} as one of {self._count}"
-            self._fail(f"{name} was started as one of {count}, {there}.", writer)
+            refusal = f"{name} was started as one of {count}, {there}."
         elif index in self._hosts:
-            self._fail(f"{name} is there twice: {self._name(index)} came first.", writer)
+            refusal = f"{name} is there twice: {self._name(index)} came first."
         else:
             self._hosts[index], self._writers[index] = host, writer
-        return self._writers.get(index) is writer
+            return True
+        if len(self._hosts) < self._count:  # It may be the one that the others wait for.
+            self._fail(refusal, writer)
+        else:
+            _tell(writer, failed=refusal)
+        return False
 
     def _name(self, index: int) -> str:
         host = self._hosts.get(index)
@@ -170,7 +195,7 @@ class Member:
     """A process's side; `end(sentence)` is called from a thread when another process is lost.
 
     Raises:
-      InputError: a coordinator that cannot be reached in time.
+      InputError: a coordinator that cannot be reached in time, or that has another secret.
     """
 
     def __init__(self, place: Place, seconds: float, end: Callable[[str], None]):
@@ -178,6 +203,12 @@ class Member:
         self._address = place.address
         self._end = end
         self._connection = _connect(place, seconds)
+        if not is_admitted(self._connection, place.secret):
+            self._connection.close()
+            raise InputError(
+                f"Process {place.index} of {place.count} is refused by who listens at "
+                f"{place.address}: {SECRET} must be the same for all processes of a run."
+            )
         _notice_silence(self._connection)
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._closed = False
@@ -289,7 +320,8 @@ class Member:
 
 def _connect(place: Place, seconds: float) -> socket.socket:
     host, _, port = place.address.rpartition(":")
-    host = host if place.index else "127.0.0.1"
+    if place.index == 0:
+        host = interface(place.address) or "127.0.0.1"
     deadline = time.monotonic() + seconds
     while True:
         try:
