@@ -5,6 +5,7 @@ of which kind it is; `--debug` shows where it was noticed.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -21,10 +22,13 @@ import tyro
 
 from gptjax import distributed
 from gptjax.commands import commands
-from gptjax.config import ExperimentConfig, InputError, near_names
+from gptjax.config import ExperimentConfig, InputError, near_names, shown
 from gptjax.disk import is_failure
 from gptjax.exits import Exit, StoppedAtOnce
 from gptjax.memory import ran_out
+
+UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
+"""What is wrong with a path that no file can be at, or that is not this user's."""
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
@@ -210,6 +214,8 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
         _let_go_of_output()  # The reader, say `head`, has seen enough.
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
+        if error.filename and error.errno in UNUSABLE:
+            _fail(f"{shown(error.filename)}: {error.strerror}.", Exit.MISTAKE, debug)
         if not is_failure(error):
             raise
         _let_go_of_output()  # It may be what has no room.

@@ -618,6 +618,31 @@ def test_what_a_terminal_cannot_show_is_replaced(command, encoding, chinese, mon
         assert "Traceback" not in told
 
 
+@pytest.mark.parametrize("kind", ["too long", "a circle of links", "behind a file"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["params", "PATH"],
+        ["sample", "PATH"],
+        ["attention", "PATH", "text"],
+        ["convert", "PATH", "new"],
+        ["convert", str(ROOT / "tests" / "golden" / "gpt2"), "PATH"],
+        ["data", "PATH"],
+        ["data", "embedded", "--tokenizer", "huggingface:PATH"],
+        ["launch", "PATH.py"],
+    ],
+)
+def test_a_path_at_which_no_file_can_be_is_one_sentence(words, kind, gptjax, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "circle").symlink_to("circle")
+    path = {"too long": "x" * 300, "a circle of links": "circle", "behind a file": "file/path"}[
+        kind
+    ]
+    ended = gptjax(*(word.replace("PATH", str(tmp_path / path)) for word in words))
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+
+
 def test_a_terminal_of_the_posix_locale_shows_what_it_can(chinese):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "JAX_PLATFORMS": "cpu"}
     words = ["data", str(chinese), "--tokenizer", "characters", "--context", "8"]

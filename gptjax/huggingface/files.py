@@ -204,7 +204,8 @@ def check_unused(directory: Path) -> None:
       InputError: a directory that holds something, or a file.
     """
     try:
-        used = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+        there = directory.exists() or directory.is_symlink()
+        used = there and not (directory.is_dir() and not any(directory.iterdir()))
     except OSError as error:
         raise InputError(f"cannot write {directory}: {error.strerror}.") from error
     if used:
