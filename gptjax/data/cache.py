@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptjax.config import InputError
+from gptjax.config import InputError, read_json
 from gptjax.data.sources import Documents
 from gptjax.data.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
@@ -312,9 +312,9 @@ def _intact(note: Path, noted: dict[str, Any]) -> bool:
 def _read_note(path: Path) -> dict[str, Any] | None:
     """What `_write_note` wrote; None where there is nothing, or something else."""
     try:
-        note = json.loads(path.read_text())
+        note = read_json(path)
         content, checksum = note["content"], note["crc32"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (InputError, LookupError, TypeError):
         return None
     return content if zlib.crc32(json.dumps(content).encode()) == checksum else None
 

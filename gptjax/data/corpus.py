@@ -16,6 +16,7 @@ from gptjax.data.cache import open_store
 from gptjax.data.pairs import bucket_lengths, pair_lengths, pair_rows
 from gptjax.data.rows import Bucket, joins_documents, objective_vocabulary, text_rows, window
 from gptjax.data.sources import Documents, open_source
+from gptjax.data.sources.text import Whole
 from gptjax.data.store import TokenStore
 from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
@@ -43,8 +44,9 @@ class Sources(NamedTuple):
 
     @property
     def several(self) -> bool:
-        """Whether there are documents that follow others."""
-        return max(sum(map(len, self.train)), sum(map(len, self.validation))) > 1
+        """Whether there are documents that follow others; the pieces of a long file are one."""
+        counts = (sum(map(_texts, part)) for part in (self.train, self.validation))
+        return max(counts) > 1
 
 
 class Predicted(NamedTuple):
@@ -198,14 +200,20 @@ class Part:
         self.name = documents.name
         described = json.dumps([documents.fingerprint, first, last])
         self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
-        self._documents = documents
+        self.whole = documents
         self._numbers = range(first, last)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int) -> str:
-        return self._documents[self._numbers[index]]
+        return self.whole[self._numbers[index]]
+
+
+def _texts(documents: Documents) -> int:
+    """How many texts they are; the pieces of a long file are one."""
+    whole = documents.whole if isinstance(documents, Part) else documents
+    return 1 if isinstance(whole, Whole) and whole.is_one_file else len(documents)
 
 
 def _opened(specs: Sequence[str]) -> list[Documents]:

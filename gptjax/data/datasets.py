@@ -8,6 +8,7 @@ that writes temporary files with TensorFlow.
 import contextlib
 import io
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def build_dataset(
 
     _check_name(name, version)
     directory = Path(data_dir) / name / version
-    if directory.exists():
+    if os.path.lexists(directory):
         raise InputError(f"{directory} is there, and is not overwritten: take another version.")
     splits = _splits(columns, validation_fraction)
     shards = {

@@ -20,6 +20,7 @@ from gptjax.data import corpus as corpus_module
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Predicted, learn_tokenizer, open_corpus, open_sources
 from gptjax.data.pipeline import EvaluationBatches, bits_per_byte, training_batches
+from gptjax.data.sources import files
 from gptjax.data.tokenizers import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -152,6 +153,18 @@ def test_a_single_text_has_no_end_token_and_keeps_its_vocabulary(tmp_path, kind)
     assert tokenizer.end_token is None
     assert opened(data, tokenizer).vocabulary.size == {"bytes": 256, "characters": 3}[kind]
     assert tokenizer.save() == {"bytes": b"", "characters": b'"abc"'}[kind]  # As it always was.
+
+
+def test_the_pieces_of_a_long_file_are_one_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "CHUNK", 8)
+    data = DataConfig(source=(single(tmp_path, "abc\ndef\n" * 9),))
+    tokenizer = learnt(data)
+    assert tokenizer.end_token is None
+    corpus = opened(data, tokenizer)
+    assert ByteTokenizer().decode(corpus.stores[0].tokens[:]) == "abc\ndef\n" * 8
+    assert capsys.readouterr().err == ""
+    (tmp_path / "other.txt").write_text("ghi")
+    assert learnt(DataConfig(source=(f"{tmp_path}/*.txt",))).end_token == 256
 
 
 def test_lines_of_bytes_stand_apart_in_rows_and_their_ends_are_predicted(tmp_path, capsys):

@@ -130,6 +130,7 @@ class Whole(IndexedFiles):
     def __init__(self, spec: Spec, paths: list[str], errors: str):
         options = {"documents": "file", "errors": errors}
         super().__init__(spec, paths, options, _chunk_starts, errors)
+        self.is_one_file = len(paths) == 1
 
 
 class Lines(IndexedFiles):
