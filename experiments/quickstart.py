@@ -36,6 +36,7 @@ from gptjax.data.pipeline import (
 from gptjax.data.report import labels
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
+from gptjax.keys import random_key
 from gptjax.layers.kernels import resolve_kernel
 from gptjax.layers.pipeline import bubble, microbatches
 from gptjax.memory import check_training_fits
@@ -108,7 +109,7 @@ def train(
     optimizer = build_optimizer(config.optimizer, config.train.steps)
 
     def init() -> Params:
-        return split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+        return split(build(config.model, rngs=nnx.Rngs(random_key(config.train.seed))))[1]
 
     state_shapes(init, optimizer, mesh, axes)  # What the mesh cannot part leaves no file.
     with hold(out, finished=overwrite):

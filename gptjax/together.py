@@ -28,6 +28,7 @@ from gptjax.config import (
     TransformerConfig,
 )
 from gptjax.data.batch import Batch
+from gptjax.keys import random_key
 from gptjax.ledger import ledger
 from gptjax.mup import factors, scaled
 from gptjax.sharding import DATA, build_mesh
@@ -207,10 +208,10 @@ def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh:
     def draw() -> Callable[[jax.Array], Any]:
         """Key → one run's parameters."""
         drawing = jax.jit(lambda key: split(build(config.model, rngs=nnx.Rngs(key)))[1])
-        return compile_for_once(drawing.lower(jax.random.key(0)), mesh.devices.flat[0].platform)
+        return compile_for_once(drawing.lower(random_key(0)), mesh.devices.flat[0].platform)
 
     def init(knobs: Knobs) -> State:
-        drawn = [jax.device_get(draw()(jax.random.key(int(seed)))) for seed in knobs.seed]
+        drawn = [jax.device_get(draw()(random_key(int(seed)))) for seed in knobs.seed]
         params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
         params = params if by_width is None else by_width.drawn(params)
         state = State(

@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig, to_dict
+from gptjax.keys import random_key
 from gptjax.mup import factors, scaled
 from gptjax.runs import CHECKPOINTS, CONFIG, begin, begins, hold, load_config
 from gptjax.sharding import build_mesh
@@ -99,7 +100,7 @@ def _train(
     graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
 
     def init() -> Params:
-        params = split(build(config.model, rngs=nnx.Rngs(config.train.seed)))[1]
+        params = split(build(config.model, rngs=nnx.Rngs(random_key(config.train.seed))))[1]
         return params if by_width is None else by_width.drawn(params)
 
     with (

@@ -65,6 +65,20 @@ def test_runs_together_are_those_that_run_alone(at_once, monkeypatch):
     assert len({round(loss, 4) for loss in losses}) == 4
 
 
+@pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
+def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator):
+    """Of these, under vmap all numbers come from the first key (jax.random's documentation)."""
+    model = dataclasses.replace(CONFIG.model, dropout=0.3)
+    configs = [dataclasses.replace(changed(seed), model=model) for seed in (0, 1)]
+    alone = train(configs[1], made_batches(made, seed=6), held_out(6))
+    with jax.default_prng_impl(generator):
+        together = trained(configs, [5, 6], at_once=16)[1]
+    np.testing.assert_allclose(together.validation_loss, alone.validation_loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        [line["loss"] for line in together.lines], [line["loss"] for line in alone.lines], rtol=1e-5
+    )
+
+
 def test_a_run_that_diverges_stops_alone():
     diverged, alone = trained([changed(0, 1e30), changed(0)], [5, 5])
     with pytest.raises(Diverged, match=f"Step {diverged.diverged}:"):

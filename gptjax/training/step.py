@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
+from gptjax.keys import random_key
 from gptjax.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.losses import LossFunction
@@ -126,7 +127,7 @@ def train_step(
     weight, so that the parts give the gradient of the whole. A step whose loss or gradient is not
     finite changes no parameter: the loop stops there with the state that led to it.
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(random_key(seed), state.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     local = _summed_gradients(state.params, batch, key, loss, accumulate)
@@ -178,7 +179,7 @@ def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, A
 
     parts = jax.tree.map(parted, batch)
     zero = jax.tree.map(jnp.zeros_like, params)
-    start = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())), zero
+    start = LossSums(jnp.float32(0), jnp.float32(0), jnp.float32(0)), zero
     return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
 
 
