@@ -6,6 +6,7 @@ act in this order, the penalty first, as in Hugging Face transformers.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,13 @@ import numpy as np
 from flax import nnx
 
 from gptjax.config import InputError
+from gptjax.keys import random_key
 from gptjax.transformer import LanguageModel, Params, split
+
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""The smallest normal number of float32; below it there is no division, and so no randomness."""
+PENALTIES = 1e-6, 1e6
+"""The least and the largest repetition penalty, of which logits stay finite."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Logits are divided by it; 0, or what float32 takes for 0, takes the most likely token."""
     top_k: int = 0
     """Choose among this many of the most likely tokens; 0 takes all."""
     top_p: float = 1.0
@@ -47,15 +54,20 @@ class Sampling:
             raise InputError(f"top-p is {self.top_p}: it must be above 0 and at most 1.")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min-p is {self.min_p}: it must be at least 0 and at most 1.")
-        if not self.repetition_penalty > 0:
+        if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
             raise InputError(
-                f"repetition-penalty is {self.repetition_penalty}: it must be above 0."
+                f"repetition-penalty is {self.repetition_penalty}: it must be at least "
+                f"{PENALTIES[0]:g} and at most {PENALTIES[1]:g}."
             )
 
 
 def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [B, V] over the temperature, -inf where top-k, top-p or min-p leave a token out."""
-    logits /= sampling.temperature
+    """Logits [B, V] over the temperature, -inf where top-k, top-p or min-p leave a token out.
+
+    The most likely token's is 0, and it is never left out. The temperature is above 0.
+    """
+    # Differences to the largest, since the quotient of a logit may be infinite.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
@@ -63,11 +75,10 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         descending = jnp.sort(logits, axis=-1, descending=True)
         probability = jax.nn.softmax(descending, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        kept = jnp.where(before < sampling.top_p, descending, jnp.inf)
+        kept = jnp.where(before < sampling.top_p, descending, 0)
         logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
     if sampling.min_p:
-        least = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = jnp.where(logits < math.log(sampling.min_p), -jnp.inf, logits)
     return logits
 
 
@@ -77,10 +88,11 @@ def penalised_logits(logits: jax.Array, occurred: jax.Array, penalty: float) -> 
 
 
 def choose(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Next tokens [B] from logits [B, V]."""
-    if sampling.temperature == 0:
-        return logits.argmax(axis=-1)
-    return jax.random.categorical(key, filtered_logits(logits, sampling), axis=-1)
+    """Next tokens [B], int32, from logits [B, V]."""
+    if sampling.temperature < SMALLEST_TEMPERATURE:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    chosen = jax.random.categorical(key, filtered_logits(logits, sampling), axis=-1)
+    return chosen.astype(jnp.int32)
 
 
 def generate(
@@ -89,30 +101,32 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     end_token: int | None = None,
     sliding_window: bool = False,
     source: np.ndarray | Sequence[Sequence[int]] | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue each row of `prompt`, yielding the next tokens [B] one place at a time.
 
-    Rows may differ in length; each decodes as it would alone. A row that has reached `end_token`
-    repeats it; decoding stops when all have, or when the longest row fills the context. With
-    `sliding_window` rows are then cut to their last half context, which is read again, and decoding
-    goes on: what was cut is forgotten.
+    Rows may differ in length; each decodes as it would alone with its own seed. A row that has
+    reached `end_token` repeats it; decoding stops when all have, or when the longest of the others
+    fills the context. With `sliding_window` that row is cut to its last half context, which is read
+    again, and decoding goes on: what was cut is forgotten.
 
     Args:
       model: a decoder, a recurrent model, or an encoder-decoder.
       prompt: tokens, B rows.
       max_new_tokens: places to decode at most.
       sampling: how tokens are chosen; None samples from the softmax.
-      seed: of the choices.
+      seed: of the choices, one for each row, or the first row's, row i having `seed` + i; the key
+        of a row's n-th choice is `fold_in(random_key(its seed), n)`. Seeds are taken modulo 2³².
       end_token: the token after which a row says nothing more.
       sliding_window: whether to go on past the context's end.
       source: what an encoder-decoder reads, B rows.
 
     Raises:
-      InputError: an empty prompt, one longer than the context, or a token out of the vocabulary.
+      InputError: an empty prompt, one longer than the context, a token out of the vocabulary, or
+        seeds of which there are not as many as rows.
     """
     sampling, context = sampling or Sampling(), model.config.context
     rows = checked_rows(model, prompt, "prompt")
@@ -123,11 +137,12 @@ def generate(
         occurred = np.zeros((len(rows), model.config.vocab_size), bool)
         for row, tokens in enumerate(rows):
             occurred[row, tokens] = True
+    seeds = _row_seeds(seed, len(rows))
     ended = np.zeros(len(rows), bool)
     logits, lengths = decoding.read(rows), _lengths(rows)
     for index in range(max_new_tokens):
-        chosen, occurred = choose_next(logits, occurred, np.uint32(seed % 2**32), index)
-        last, full = index == max_new_tokens - 1, lengths.max() == context
+        chosen, occurred = choose_next(logits, occurred, seeds, index)
+        last, full = index == max_new_tokens - 1, lengths[~ended].max() == context
         if not (last or full):
             # Before these tokens are fetched, so that the device does not wait for the host.
             logits = decoding.read_chosen(chosen, lengths)
@@ -138,10 +153,15 @@ def generate(
             ended |= tokens == end_token
         if last or ended.all() or (full and not sliding_window):
             return
-        rows = [[*row, int(token)] for row, token in zip(rows, tokens, strict=True)]
-        lengths = lengths + 1
+        # A row that has ended stays as it is, so that no other is cut or stopped for it.
+        rows = [
+            row if over else [*row, int(token)]
+            for row, token, over in zip(rows, tokens, ended, strict=True)
+        ]
+        lengths = lengths + ~ended
         if full:
-            rows = [row[-max(1, context // 2) :] for row in rows]
+            half = max(1, context // 2)
+            rows = [row[-half:] if len(row) > context else row for row in rows]
             decoding.forget()
             logits, lengths = decoding.read(rows), _lengths(rows)
 
@@ -203,6 +223,14 @@ class Decoding:
     def reorder(self, order: Sequence[int]) -> None:
         """Let sequence i go on from what sequence order[i] has read."""
         self._cache = _reordered(self._cache, np.array(order, np.int32), int(self._scanned))
+
+
+def _row_seeds(seed: int | Sequence[int], rows: int) -> np.ndarray:
+    """The seed of each row, [B], uint32."""
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
+    if len(seeds) != rows:
+        raise InputError(f"There are {len(seeds)} seeds and {rows} rows: each row needs one.")
+    return np.array([each % 2**32 for each in seeds], np.uint32)
 
 
 def _lengths(rows: Sequence[Sequence[int]]) -> np.ndarray:
@@ -311,14 +339,22 @@ def _choose_next(
     sampling: Sampling,
     logits: jax.Array,
     occurred: jax.Array | None,
-    seed: jax.Array,
+    seeds: jax.Array,
     index: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Tokens [B, 1] that follow, and the tokens that have occurred with them."""
+    """Tokens [B, 1] that follow, and the tokens that have occurred with them.
+
+    Each row [V] of the logits is chosen from with its own of the `seeds` [B].
+    """
     if occurred is not None:
         logits = penalised_logits(logits, occurred, sampling.repetition_penalty)
-    # A key as an argument would leave the fast path of jit's calls.
-    chosen = choose(logits, sampling, jax.random.fold_in(jax.random.key(seed), index))
+
+    def choose_alone(logits: jax.Array, seed: jax.Array) -> jax.Array:
+        # A key as an argument would leave the fast path of jit's calls.
+        key = jax.random.fold_in(random_key(seed), index)
+        return choose(logits[None], sampling, key)[0]
+
+    chosen = jax.vmap(choose_alone)(logits, seeds)
     if occurred is not None:
         occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
     return chosen[:, None], occurred

@@ -193,6 +193,27 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward():
         row.append(int(chosen))
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(0.9, top_k=7, repetition_penalty=1.2)])
+@pytest.mark.parametrize("name", ["learned", "lstm"])
+def test_a_row_is_sampled_as_it_would_be_alone(name, sampling):
+    """Of a seed for all, row i has the one i further on; seeds are counted modulo 2**32."""
+    seeds = [2**32 - 1, 5, 0]
+    how = {"sampling": sampling, "name": name}
+    alone = [
+        tokens_of([prompt], seed=seed, **how)[0]
+        for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
+    np.testing.assert_array_equal(tokens_of(PROMPTS, seed=seeds, **how), alone)
+    first, last = (tokens_of(PROMPTS, seed=seed, **how) for seed in (3, 2**32 - 3))
+    np.testing.assert_array_equal(first, tokens_of(PROMPTS, seed=[3, 4, 5], **how))
+    np.testing.assert_array_equal(last[2:], tokens_of(PROMPTS[2:], seed=-1, **how))
+
+
+def test_there_are_as_many_seeds_as_rows():
+    with pytest.raises(InputError, match="There are 2 seeds and 3 rows: each row needs one"):
+        tokens_of(PROMPTS, seed=[1, 2])
+
+
 def test_the_seed_decides():
     def sampled(seed):
         return tokens_of([[1, 2]] * 4, 8, seed=seed)
@@ -212,6 +233,26 @@ def test_decoding_stops_when_every_row_has_ended():
     for row, before, place in zip(stopped, free, ends, strict=True):
         np.testing.assert_array_equal(row[:place], before[:place])
         assert (row[place:] == end).all()
+
+
+def test_a_row_that_has_ended_neither_stops_nor_cuts_the_others():
+    prompts = [[7, 0, 4, 1, 2, 3, 1, 1], [1, 2, 3]]
+    free = tokens_of(prompts[:1], 1, sampling=GREEDY)
+    end = int(free[0, 0])
+    for sliding_window in (False, True):
+        how = {"sampling": GREEDY, "end_token": end, "sliding_window": sliding_window}
+        alone = tokens_of(prompts[1:], 15, **how)
+        batch = tokens_of(prompts, 15, **how)
+        assert (batch[0] == end).all()
+        assert alone.shape[1] > CONTEXT - 8
+        np.testing.assert_array_equal(batch[1:], alone)
+
+
+def test_a_sliding_window_cuts_each_row_when_that_is_full():
+    prompts = [[7, 0, 4, 1, 2, 3, 1, 1], [1, 2, 3]]
+    how = {"sampling": GREEDY, "sliding_window": True}
+    alone = [tokens_of([prompt], 15, **how)[0] for prompt in prompts]
+    np.testing.assert_array_equal(tokens_of(prompts, 15, **how), alone)
 
 
 def test_decoding_stops_at_the_end_of_the_context():
@@ -279,6 +320,35 @@ def test_the_penalty_falls_on_the_prompt_and_on_what_was_said():
         assert chosen == logits.argmax()
         row.append(int(chosen))
     assert not np.array_equal(batch[:1], tokens_of([[1, 2, 3]], 7, sampling=GREEDY))
+
+
+EXTREMES: dict[str, dict[str, Any]] = {
+    f"{name}={value:g}": {name: value}
+    for name, values in {
+        "temperature": (1e-30, 1e-38, 1e-42, 1e-50),
+        "top_p": (1e-30, 1e-40, 1e-50),
+        "min_p": (1.0, 1 - 1e-12),
+    }.items()
+    for value in values
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES.values(), ids=EXTREMES)
+def test_what_leaves_one_token_leaves_the_likeliest(extreme):
+    """However near to what float32 takes for 0 or 1, and whatever else is asked."""
+    logits = jnp.array([[1.0, 5.0, 3.0, -2.0], [-1e30, -1e9, -1.0, -2.0]])
+    for more in ({}, {"temperature": 1e-38}, {"top_k": 3, "top_p": 0.9, "min_p": 1e-50}):
+        sampling = Sampling(**{**more, **extreme})
+        chosen = jax.jit(choose, static_argnums=1)(logits, sampling, jax.random.key(0))
+        np.testing.assert_array_equal(chosen, [1, 2])
+
+
+def test_extremes_that_ask_for_nothing_leave_all():
+    logits = jnp.array([[1.0, 5.0, 3.0, -2.0]])
+    for nothing in (Sampling(min_p=1e-50), Sampling(top_p=1 - 1e-12), Sampling(top_k=10**30)):
+        np.testing.assert_array_equal(filtered_logits(logits, nothing), logits - 5)
+    hottest = filtered_logits(logits, Sampling(temperature=1e300))
+    np.testing.assert_array_equal(hottest, jnp.zeros((1, 4)))
 
 
 CHI_SQUARE_999 = {3: 16.27, 12: 32.91}
@@ -369,6 +439,9 @@ def test_an_encoder_does_not_generate():
         ({"top_p": 0.0}, "top-p is 0.0"),
         ({"min_p": 1.5}, "min-p is 1.5"),
         ({"repetition_penalty": 0.0}, "repetition-penalty is 0.0"),
+        ({"repetition_penalty": 1e-38}, "repetition-penalty is 1e-38: it must be at least 1e-06"),
+        ({"repetition_penalty": float("inf")}, "repetition-penalty is inf"),
+        ({"repetition_penalty": float("nan")}, "repetition-penalty is nan"),
     ],
 )
 def test_bad_sampling_is_refused(values, message):

@@ -49,7 +49,7 @@ def sample(
       min_p: Choose among tokens at least this times as likely as the most likely one.
       repetition_penalty: Above 1, tokens that occurred become less likely.
       beams: Print the best that a beam search of this width finds, and sample nothing.
-      seed: Seed of the choices.
+      seed: Seed of the choices; of several samples the first one's, each next one having the next.
       num_samples: Continuations, decoded as one batch; more than one are printed when all end.
       sliding_window: Past the context's end, go on from its second half.
       step: Checkpoint to load; the best by default.
