@@ -39,7 +39,7 @@ class LanguageModel(nnx.Module):
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         if not config.tied:
             self.head = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
-        bias = nnx.Param(jnp.zeros(config.vocab_size), axes="V")
+        bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32), axes="V")
         self.bias = bias if config.head_bias else None
 
     def __call__(

@@ -11,7 +11,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 

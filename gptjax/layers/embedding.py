@@ -17,7 +17,7 @@ class Embedding(nnx.Module):
     def __init__(
         self, size: int, width: int, *, axes: str, rngs: nnx.Rngs, std: float = DEFAULT_STD
     ):
-        table = std * jax.random.normal(rngs.params(), (size, width))
+        table = std * jax.random.normal(rngs.params(), (size, width), jnp.float32)
         self.table = nnx.Param(table, axes=axes)
         self.axes = axes
 

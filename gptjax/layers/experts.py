@@ -53,7 +53,7 @@ class Experts(nnx.Module):
         probability = jax.nn.softmax(logits, axis=-1)
         weights, experts = jax.lax.top_k(probability, chosen)
         weights /= weights.sum(axis=-1, keepdims=True)
-        assigned = jax.nn.one_hot(experts, count)
+        assigned = jax.nn.one_hot(experts, count, dtype=jnp.float32)
         if training and config.capacity_factor:
             capacity = math.ceil(config.capacity_factor * experts.size / count)
             flat = assigned.reshape(-1, count)
@@ -156,7 +156,7 @@ class ExpertLinear(nnx.Module):
         rngs: nnx.Rngs,
         std: float = DEFAULT_STD,
     ):
-        kernel = std * jax.random.normal(rngs.params(), (count, fan_in, fan_out))
+        kernel = std * jax.random.normal(rngs.params(), (count, fan_in, fan_out), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=axes)
         self.axes = axes
 

@@ -34,9 +34,10 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         std: float = DEFAULT_STD,
     ):
-        kernel = std * jax.random.normal(rngs.params(), (*inputs, *outputs))
+        kernel = std * jax.random.normal(rngs.params(), (*inputs, *outputs), jnp.float32)
         self.kernel = nnx.Param(kernel, axes=axes)
-        self.bias = nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs) :]) if bias else None
+        zeros = jnp.zeros(outputs, jnp.float32)
+        self.bias = nnx.Param(zeros, axes=axes[len(inputs) :]) if bias else None
         self.inputs = inputs
         self.outputs = outputs
         self.axes = axes

@@ -22,8 +22,8 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis."""
 
     def __init__(self, width: int, *, epsilon: float, bias: bool):
-        self.scale = nnx.Param(jnp.ones(width), axes="-")
-        self.bias = nnx.Param(jnp.zeros(width), axes="-") if bias else None
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes="-")
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes="-") if bias else None
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -36,7 +36,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis; it has no bias."""
 
     def __init__(self, width: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width), axes="-")
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes="-")
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ def rotary_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
 
     Pair i turns by position · base^(-2i / width) (RoFormer, equation 15).
     """
-    exponents = jnp.arange(0, width, 2) / width
+    exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
     return positions[..., None] * base**-exponents
 
 
@@ -69,7 +69,7 @@ def alibi_slopes(heads: int) -> jax.Array:
     below = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * i / below) for i in range(1, below + 1)]
     between = [2.0 ** (-4 * i / below) for i in range(1, 2 * below + 1, 2)]
-    return jnp.array((slopes + between)[:heads])
+    return jnp.array((slopes + between)[:heads], jnp.float32)
 
 
 def alibi_bias(distance: jax.Array, heads: int) -> jax.Array:
@@ -91,7 +91,8 @@ def relative_buckets(distance: jax.Array, *, bidirectional: bool) -> jax.Array:
         distance = jnp.abs(distance)
     distance = jnp.maximum(distance, 0)
     exact = buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(RELATIVE_MAX_DISTANCE / exact)
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    ratio /= math.log(RELATIVE_MAX_DISTANCE / exact)
     logarithmic = exact + (ratio * (buckets - exact)).astype(distance.dtype)
     bucket = jnp.where(distance < exact, distance, jnp.minimum(logarithmic, buckets - 1))
     return offset + bucket

@@ -83,4 +83,4 @@ class LSTM(nnx.Module):
 def empty_state(config: TransformerConfig, batch_size: int) -> LSTMState:
     """Before the first token."""
     shape = (batch_size, config.width)
-    return LSTMState(jnp.zeros(shape, config.dtype), jnp.zeros(shape))
+    return LSTMState(jnp.zeros(shape, config.dtype), jnp.zeros(shape, jnp.float32))

@@ -36,7 +36,7 @@ def rollout(weights: jax.Array) -> jax.Array:
     Returns:
       [B, T, T]; rows sum to 1.
     """
-    mixed = weights.mean(axis=2) / 2 + jnp.eye(weights.shape[-1]) / 2
+    mixed = weights.mean(axis=2) / 2 + jnp.eye(weights.shape[-1], dtype=weights.dtype) / 2
     through = mixed[0]
     for layer in mixed[1:]:
         through = layer @ through

@@ -104,14 +104,15 @@ def replace(where: Any, value: Any) -> Intervention:
     That of another run is a patch (Vig et al. 2020; Meng et al. 2022); the mean over rows and
     positions of many a mean ablation. `value` has the axes of the place, or 1.
     """
-    where = jnp.asarray(where)
-    return Intervention(1.0 - where, jnp.where(where, jnp.asarray(value, jnp.float32), 0))
+    where, value = jnp.asarray(where), jnp.asarray(value, jnp.float32)
+    return Intervention(1 - where.astype(jnp.float32), jnp.where(where, value, 0))
 
 
 def add(where: Any, vector: Any) -> Intervention:
     """Steering: `vector`, which broadcasts against the place, is added there."""
     where = jnp.asarray(where)
-    return Intervention(jnp.ones(where.shape), jnp.where(where, jnp.asarray(vector), 0))
+    vector = jnp.asarray(vector, jnp.float32)
+    return Intervention(jnp.ones(where.shape, jnp.float32), jnp.where(where, vector, 0))
 
 
 def replace_each(

@@ -134,7 +134,7 @@ def _attribution(graphdef, params, tokens, answer, inputs) -> Attribution:
 
     # From the logit backwards: what one unit of each channel of the stream adds to it.
     share = model.config.logit_scale * model.unembedding[answer].astype(jnp.float32)
-    bias = jnp.zeros(tokens.shape)
+    bias = jnp.zeros(tokens.shape, jnp.float32)
     if model.unembedding_bias is not None:
         bias += model.unembedding_bias[answer]
     blocks = stack.each()
@@ -228,7 +228,7 @@ class _Streams:
             share, bias = _before_norm(norm, x + added, share)
             return share, share, bias
         if norm_after is None:
-            return share, share, jnp.zeros(share.shape[:-1])
+            return share, share, jnp.zeros(share.shape[:-1], jnp.float32)
         of_part, bias = _before_norm(norm_after, added, share)
         return share, of_part, bias
 
@@ -240,7 +240,7 @@ def _before_norm(norm: Any, x: jax.Array, share: jax.Array) -> tuple[jax.Array, 
     """
     x = x.astype(jnp.float32)
     scaled = share * norm.scale[...]
-    bias = jnp.zeros(share.shape[:-1])
+    bias = jnp.zeros(share.shape[:-1], jnp.float32)
     if isinstance(norm, LayerNorm):
         scaled -= scaled.mean(axis=-1, keepdims=True)
         if norm.bias is not None:
@@ -256,5 +256,6 @@ def _of_heads(
     """What each head adds [N, B, T], and attention's output bias [B, T]."""
     output = attention.output
     heads = jnp.einsum("btnh,nhd,btd->nbt", mixture, output.kernel[...], share)
-    bias = 0.0 if output.bias is None else (share * output.bias[...]).sum(-1)
-    return heads, jnp.broadcast_to(bias, share.shape[:-1])
+    if output.bias is None:
+        return heads, jnp.zeros(share.shape[:-1], jnp.float32)
+    return heads, (share * output.bias[...]).sum(-1)

@@ -146,7 +146,7 @@ def _losses(tokens: _Tokens, table, bias, *, options: _Options, shares: _Shares)
         loss, plain, _ = _chunk_loss(_together(chunk, shares), table, bias, options, shares)
         return (sums[0] + loss, sums[1] + plain), None
 
-    start = (jnp.zeros(()), jnp.zeros(()))
+    start = (jnp.float32(0), jnp.float32(0))
     sums, _ = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk, shares))
     return _summed(sums, shares.rows), (None, None, None)
 
@@ -169,10 +169,10 @@ def _losses_and_gradients(tokens: _Tokens, table, bias, *, options: _Options, sh
         return jax.tree.map(jnp.add, sums, added), hidden_gradient
 
     start = (
-        jnp.zeros(()),
-        jnp.zeros(()),
-        jnp.zeros(table.shape),
-        None if bias is None else jnp.zeros(bias.shape),
+        jnp.float32(0),
+        jnp.float32(0),
+        jnp.zeros(table.shape, jnp.float32),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
     sums, hidden_gradient = _over_chunks(add_chunk, start, _chunked(tokens, options.chunk, shares))
     loss, plain, table_gradient, bias_gradient = sums
@@ -257,7 +257,7 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, shares: _Shares)
         targets = targets - here * jax.lax.axis_index(shares.vocabulary)
     # The exponentials are kept and summed by a product with ones, which XLA runs on all cores.
     exponentials = jnp.exp(logits - largest)
-    denominator = _summed(exponentials @ jnp.ones((here, 1)), shares.vocabulary)
+    denominator = _summed(exponentials @ jnp.ones((here, 1), jnp.float32), shares.vocabulary)
     log_z = (jnp.log(denominator) + largest)[:, 0]
     is_target = jnp.arange(here) == targets[:, None]
     if shares.vocabulary:
@@ -271,7 +271,8 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, shares: _Shares)
         expected_logit = (1 - label_smoothing) * target_logit + label_smoothing * mean_logit
     loss = log_z - expected_logit + z_loss * jnp.square(log_z)
     probability = exponentials / denominator
-    wanted = jnp.where(is_target, 1 - label_smoothing, 0) + label_smoothing / vocab_size
+    wanted = jnp.where(is_target, jnp.float32(1 - label_smoothing), 0)
+    wanted += label_smoothing / vocab_size
     slope = probability * (1 + 2 * z_loss * log_z[:, None]) - wanted
     if logit_cap:
         slope *= 1 - jnp.square(logits / logit_cap)
