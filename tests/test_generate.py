@@ -323,7 +323,7 @@ def test_the_penalty_falls_on_the_prompt_and_on_what_was_said():
 
 
 EXTREMES: dict[str, dict[str, Any]] = {
-    f"{name}={value:g}": {name: value}
+    f"{name}={value}": {name: value}
     for name, values in {
         "temperature": (1e-30, 1e-38, 1e-42, 1e-50),
         "top_p": (1e-30, 1e-40, 1e-50),
