@@ -66,8 +66,9 @@ def test_runs_together_are_those_that_run_alone(at_once, monkeypatch):
 
 
 @pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
-def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator):
+def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator, monkeypatch):
     """Of these, under vmap all numbers come from the first key (jax.random's documentation)."""
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     model = dataclasses.replace(CONFIG.model, dropout=0.3)
     configs = [dataclasses.replace(changed(seed), model=model) for seed in (0, 1)]
     alone = train(configs[1], made_batches(made, seed=6), held_out(6))
