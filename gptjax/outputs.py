@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gptjax.config import InputError
 from gptjax.disk import write_error
+from gptjax.locks import LOCK, locked
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> Path:
@@ -70,3 +71,33 @@ def write_whole(path: str | Path, text: str, *, overwrite: bool = False) -> None
     """
     with whole_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new directory, which takes the place of `path`, empty or not there, at the end.
+
+    Until then it lies in `.NAME.partial` beside that, which one process at a time holds; what a
+    killed one has left there is deleted.
+
+    Raises:
+      InputError: another process makes it, or it cannot be written.
+    """
+    where = path.resolve()
+    partial = where.with_name(f".{where.name}.partial")
+    made = partial / "new"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / LOCK, path):
+            if made.exists():
+                shutil.rmtree(made)
+            made.mkdir()
+            try:
+                yield made
+                made.replace(where)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another process has come to make it.
+            partial.rmdir()
+    except OSError as error:
+        raise write_error(error, path) from error

@@ -25,7 +25,7 @@ ALLOWED = {
     "gptjax.exits": [],
     "gptjax.disk": [CONFIG],
     "gptjax.locks": [CONFIG],
-    "gptjax.outputs": [CONFIG, "gptjax.disk"],
+    "gptjax.outputs": [CONFIG, "gptjax.disk", "gptjax.locks"],
     "gptjax.memory": [CONFIG],
     "gptjax.chips": [],
     "gptjax.keys": [],

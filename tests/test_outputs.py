@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from gptjax.attention_view import AttentionPart, AttentionView
 from gptjax.config import InputError
-from gptjax.outputs import check_output, write_whole
+from gptjax.outputs import check_output, whole_directory, write_whole
 from gptjax.plots import save
 
 
@@ -113,3 +113,44 @@ def test_a_file_that_is_there_is_kept_unless_told(tmp_path):
     with pytest.raises(InputError, match=r"is there already: choose another, or --overwrite it\."):
         write_whole(path, "new")
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_directory_is_there_whole_or_not_at_all(tmp_path, there):
+    path = tmp_path / "converted"
+    if there:
+        path.mkdir()
+    left = tmp_path / ".converted.partial" / "new"
+    left.mkdir(parents=True)
+    (left / "weights").write_text("of a process that was killed")
+
+    def fail() -> None:
+        with whole_directory(path) as made:
+            (made / "weights").write_text("half")
+            with whole_directory(path):
+                pass
+
+    with pytest.raises(InputError, match=r"converted is in use by process \d+ on "):
+        fail()
+    assert [each.name for each in tmp_path.iterdir() if each.suffix != ".partial"] == (
+        ["converted"] * there
+    )
+    with whole_directory(path) as made:
+        assert not list(made.iterdir())
+        (made / "config").write_text("whole")
+    assert [each.name for each in tmp_path.iterdir()] == ["converted"]
+    assert [each.name for each in path.iterdir()] == ["config"]
+
+
+def test_a_directory_that_somebody_else_filled_is_not_replaced(tmp_path):
+    path = tmp_path / "converted"
+
+    def fill() -> None:
+        with whole_directory(path) as made:
+            (made / "config").write_text("ours")
+            path.mkdir()
+            (path / "thesis.tex").write_text("precious")
+
+    with pytest.raises(InputError, match=r"cannot write .*converted: Directory not empty"):
+        fill()
+    assert [each.name for each in path.iterdir()] == ["thesis.tex"]

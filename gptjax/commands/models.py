@@ -15,6 +15,7 @@ import tyro
 from gptjax.config import InputError, TransformerConfig
 from gptjax.ledger import Ledger, ledger
 from gptjax.memory import ACTIVATION_BYTES, check_fits
+from gptjax.outputs import whole_directory
 from gptjax.presets import PRESETS, preset
 
 TOKEN_BYTES = 8
@@ -277,15 +278,19 @@ def convert(
     from gptjax.runs import CHECKPOINTS
 
     check_unused(destination)
-    if (Path(source) / CHECKPOINTS).is_dir():
-        _convert_run(Path(source), destination, step)
-        return
-    if step is not None:
+    is_run = (Path(source) / CHECKPOINTS).is_dir()
+    if step is not None and not is_run:
         raise InputError(f"step is {step}: {source} is no run, and has no checkpoints.")
-    _convert_huggingface(source, destination)
+    with whole_directory(destination) as made:
+        if is_run:
+            what = _convert_run(Path(source), made, step)
+        else:
+            what = _convert_huggingface(source, made)
+    print(f"{destination} is {what}.")
 
 
-def _convert_run(run: Path, destination: Path, step: int | None) -> None:
+def _convert_run(run: Path, destination: Path, step: int | None) -> str:
+    """Write it, and say what it is."""
     from gptjax.data.tokenizers import SubwordTokenizer, load_tokenizer
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
@@ -298,10 +303,11 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> None:
     if isinstance(tokenizer, SubwordTokenizer):
         (destination / TOKENIZER).write_bytes(tokenizer.save())
         its = "with its tokenizer"
-    print(f"{destination} is step {step} of {run}, {its}.")
+    return f"step {step} of {run}, {its}"
 
 
-def _convert_huggingface(source: str, destination: Path) -> None:
+def _convert_huggingface(source: str, destination: Path) -> str:
+    """Write it, and say what it is."""
     from gptjax.data.tokenizers import read_huggingface, save_tokenizer
     from gptjax.huggingface import from_huggingface
     from gptjax.huggingface.files import TOKENIZER, find
@@ -314,4 +320,4 @@ def _convert_huggingface(source: str, destination: Path) -> None:
     if tokenizer:
         save_tokenizer(tokenizer, destination)
         its = "with its tokenizer"
-    print(f"{destination} is {source} as a run, {its}.")
+    return f"{source} as a run, {its}"
