@@ -125,6 +125,10 @@ def garble(path: Path) -> None:
     path.write_text('{"content": ')
 
 
+def nest(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
 def without_files(path: Path) -> None:
     path.write_text('{"files": {}}')
 
@@ -135,6 +139,7 @@ def without_files(path: Path) -> None:
         *((name, damage) for name in (TOKENS, OFFSETS, META) for damage in (flip, cut_short)),
         *((name, Path.unlink) for name in (TOKENS, OFFSETS, META)),
         (META, garble),
+        (META, nest),
         (META, without_files),
     ],
 )
