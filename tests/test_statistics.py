@@ -5,11 +5,14 @@ from scipy import stats
 from gptjax.config import InputError
 from gptjax.statistics import (
     Interval,
+    at_look,
+    at_next_look,
     holm_levels,
     paired_differences,
     power,
     seeds_needed,
     t_interval,
+    trimmed_interval,
 )
 
 
@@ -179,3 +182,52 @@ def test_seeds_are_asked_for_only_where_they_help():
         seeds_needed(np.array([1.0]))
     with pytest.raises(InputError, match="seeds is 1: an interval needs at least 2"):
         power(1, 1, 1)
+
+
+@pytest.mark.parametrize("seeds", [5, 6, 10, 13])
+def test_a_trimmed_interval_ends_at_zero_at_the_level_of_yuens_test(seeds):
+    values = np.random.default_rng(seeds).standard_t(2, size=seeds)
+    # Of two samples, the second of which does not scatter.
+    options: dict = {"trim": 0.2, "equal_var": False}  # SciPy's annotation wants whole numbers.
+    chance = np.asarray(stats.ttest_ind(values, np.zeros(seeds), **options)[1])
+    mean, low, high = trimmed_interval(values, 1 - float(chance))
+    assert min(abs(low), abs(high)) == pytest.approx(0, abs=1e-9)
+    assert mean == pytest.approx(stats.trim_mean(values, 0.2))
+    assert trimmed_interval(values[:4], 0.9) == t_interval(np.sort(values[:4]), 0.9)
+
+
+def test_one_outlying_seed_widens_the_trimmed_interval_hardly():
+    """As of post-norm in the log: four seeds that end alike, and one that never learns."""
+    values = np.array([0.105, 0.108, 1.706, 0.111, 0.103])
+    assert not t_interval(values).excludes_zero
+    _, low, high = trimmed_interval(values)
+    assert 0.09 < low < high < 0.13
+
+
+@pytest.mark.parametrize("seeds", [5, 8])
+def test_as_many_trimmed_intervals_hold_the_centre_as_they_should(seeds):
+    generator = np.random.default_rng(7)
+    outlying = generator.choice([0, 100, -100], size=(2000, seeds), p=[0.9, 0.05, 0.05])
+    for samples in (outlying * 0, outlying):
+        samples = samples + generator.normal(size=samples.shape)
+        missed = np.mean([trimmed_interval(sample).excludes_zero for sample in samples])
+        assert 0.03 < missed < 0.08  # 0.05 and a little more, as its docstring says.
+
+
+def test_a_later_look_is_asked_for_more():
+    generator = np.random.default_rng(8)
+    differences = [generator.normal(effect, 1, 6) for effect in (9, 0.2)]
+    levels = holm_levels(differences, 0.9, [3, 1])
+    assert levels == pytest.approx([1 - 0.1 / 12 / 2, 1 - 0.1 / 2])
+    assert holm_levels(differences, 0.9, [0, 0]) == holm_levels(differences, 0.9)
+    assert [1 - at_look(0.9, look) for look in range(4)] == pytest.approx(
+        [0.1, 0.1 / 2, 0.1 / 6, 0.1 / 12]
+    )
+    for look in (1, 2, 7):
+        then = at_next_look(at_look(0.9, look), look)
+        assert then == pytest.approx(at_look(0.9, look + 1))
+    assert at_next_look(0.9, 0) == 0.9
+    # The surest is the one whose p k (k + 1) is the least.
+    sure, surer = np.array([9.0, 9.1, 8.9]), np.array([9.0, 9.01, 8.99])
+    assert holm_levels([sure, surer], 0.9, [0, 0]) == pytest.approx([0.9, 0.95])
+    assert holm_levels([sure, surer], 0.9, [0, 12]) == pytest.approx([0.95, 1 - 0.1 / 156])

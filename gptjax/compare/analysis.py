@@ -7,12 +7,20 @@ what is said against it, although flattered, may stand.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gptjax.compare.results import Answer, Entry
-from gptjax.statistics import Interval, holm_levels, seeds_needed, t_interval
+from gptjax.compare.results import Answer, Entry, Outcome
+from gptjax.statistics import (
+    Interval,
+    at_next_look,
+    holm_levels,
+    seeds_needed,
+    t_interval,
+    trimmed_interval,
+)
 
 Tone = Literal["baseline", "better", "worse", "open", "failed"]
 """A verdict in a word: open is not told apart, or withheld because of failed runs; failed is a
@@ -34,8 +42,10 @@ class Standing(NamedTuple):
     interval: Interval | None
     """Student's, of the mean, at the comparison's confidence for itself alone."""
     difference: Interval | None
-    """From the baseline, over the seeds that finished in both, with Holm's level; None for the
-    baseline and where there are fewer than two such seeds."""
+    """From the baseline, over the seeds that finished in both, with Holm's level at this look; None
+    for the baseline and where there are fewer than two such seeds."""
+    trimmed: Interval | None
+    """The same of the trimmed mean, of which no verdict is taken."""
     tone: Tone
     verdict: str
     """What the differences let one say, in words."""
@@ -44,21 +54,22 @@ class Standing(NamedTuple):
 def standings(answer: Answer, size: str) -> list[Standing]:
     """Where each variant of a size stands, in the order asked for.
 
-    All verdicts of a size together are wrong with at most the chance 1 - confidence; those of
-    several sizes are so each for itself.
+    All verdicts of a size together, those of earlier looks too, are wrong with at most the chance
+    1 - confidence; those of several sizes are so each for itself.
     """
     entries = [entry for entry in answer.entries if entry.size == size]
     confidence = answer.comparison.confidence
     baseline = entries[0]
-    gaps = [seed_differences(entry, baseline) for entry in entries[1:]]
-    asked = [values for values in gaps if len(values) > 1]
-    levels = iter(holm_levels(asked, confidence))
-    found = [_standing(baseline, None, "baseline", "baseline", confidence)]
-    for entry, values in zip(entries[1:], gaps, strict=True):
+    gaps = [(entry, seed_differences(entry, baseline)) for entry in entries[1:]]
+    asked = [(values, len(entry.looks)) for entry, values in gaps if len(values) > 1]
+    levels = iter(
+        holm_levels([values for values, _ in asked], confidence, [look for _, look in asked])
+    )
+    found = [_standing(baseline, np.empty(0), confidence, confidence, "baseline", "baseline")]
+    for entry, values in gaps:
         level = next(levels) if len(values) > 1 else confidence
-        interval = t_interval(values, level) if len(values) > 1 else None
-        tone, verdict = _verdict(entry, baseline, values, interval, level)
-        found.append(_standing(entry, interval, tone, verdict, confidence))
+        tone, verdict = _verdict(entry, baseline, values, level)
+        found.append(_standing(entry, values, level, confidence, tone, verdict))
     return found
 
 
@@ -78,13 +89,21 @@ def edge(entry: Entry) -> str | None:
     )
 
 
+def finished_runs(runs: Iterable[Outcome]) -> dict[int, Outcome]:
+    """The runs by seed, without those that failed."""
+    return {run.seed: run for run in runs if _reached(run) is not None}
+
+
 def finished(entry: Entry) -> dict[int, float]:
     """The losses of final runs by seed, without those that failed."""
-    return {
-        outcome.seed: outcome.validation_loss
-        for outcome in entry.finals
-        if outcome.validation_loss is not None and math.isfinite(outcome.validation_loss)
-    }
+    reached = {run.seed: _reached(run) for run in entry.finals}
+    return {seed: loss for seed, loss in reached.items() if loss is not None}
+
+
+def _reached(run: Outcome) -> float | None:
+    """The loss of a run that finished."""
+    loss = run.validation_loss
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def seed_differences(entry: Entry, baseline: Entry) -> np.ndarray:
@@ -98,7 +117,7 @@ def _failed(entry: Entry) -> int:
 
 
 def _standing(
-    entry: Entry, difference: Interval | None, tone: Tone, verdict: str, confidence: float
+    entry: Entry, gaps: np.ndarray, level: float, confidence: float, tone: Tone, verdict: str
 ) -> Standing:
     losses = np.array(list(finished(entry).values()), float)
     several = len(losses) > 1
@@ -108,7 +127,8 @@ def _standing(
         mean=float(np.mean(losses)) if len(losses) else float("nan"),
         deviation=float(np.std(losses, ddof=1)) if several else None,
         interval=t_interval(losses, confidence) if several else None,
-        difference=difference,
+        difference=t_interval(gaps, level) if len(gaps) > 1 else None,
+        trimmed=trimmed_interval(gaps, level) if len(gaps) > 1 else None,
         tone=tone,
         verdict=_with_failures(verdict, entry),
     )
@@ -119,19 +139,20 @@ def _with_failures(verdict: str, entry: Entry) -> str:
     return f"{failed} of {runs} runs failed; {verdict}" if failed else verdict
 
 
-def _verdict(
-    entry: Entry, baseline: Entry, gaps: np.ndarray, interval: Interval | None, level: float
-) -> tuple[Tone, str]:
-    """In a word and in more; `interval` is that of the differences, None of fewer than two."""
+def _verdict(entry: Entry, baseline: Entry, gaps: np.ndarray, level: float) -> tuple[Tone, str]:
+    """In a word and in more, of the differences seed by seed."""
     name = baseline.variant
     if not finished(entry):
         return "failed", f"nothing to compare with {name}"
-    if interval is None:
+    if len(gaps) < 2:
         if not _failed(entry) and not _failed(baseline):
             return "open", "one seed: no interval"
         return "open", f"{('no seed', 'one seed')[len(gaps)]} in common with {name}: no interval"
+    interval = t_interval(gaps, level)
     if not interval.excludes_zero:
-        return "open", f"not separated from {name}; {_what_would(gaps, level)}"
+        # Whoever adds seeds looks once more, and may spend less of the error then.
+        then = at_next_look(level, len(entry.looks))
+        return "open", f"not separated from {name}; {_what_would(gaps, then)}"
     tone: Tone = "worse" if interval.low > 0 else "better"
     flattered = baseline if tone == "worse" else entry
     if not _failed(flattered):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from gptjax.compare.material import Material
-from gptjax.compare.results import Outcome
+from gptjax.compare.results import Outcome, read_record
 from gptjax.compare.saved import read_saved, write_saved
-from gptjax.config import ExperimentConfig, TransformerConfig, from_dict, to_dict
+from gptjax.config import ExperimentConfig, TransformerConfig, to_dict
 from gptjax.data.tokenizers import save_tokenizer
 from gptjax.runs import CHECKPOINTS, CONFIG, RESULT, environment, save_model, write_json
 from gptjax.trial import METRICS, Trial
@@ -68,7 +68,7 @@ def finished(cell: Cell, out: Path, material: Material) -> Outcome | None:
     for directory in sorted((out / RUNS).glob(f"*{name[-13:]}")):
         if (directory / RESULT).exists():
             path = directory / RESULT
-            saved = from_dict(Outcome, read_saved(path)["outcome"], str(path))
+            saved = read_record(Outcome, read_saved(path).get("outcome"), str(path))
             return dataclasses.replace(saved, variant=cell.variant, size=cell.size)
     return None
 

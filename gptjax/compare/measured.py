@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.compare.saved import read_saved, write_saved
+from gptjax.config import InputError
 from gptjax.runs import environment
 
 
@@ -22,7 +23,7 @@ class Measured:
         self._path = path
         self._known: dict[str, Any] = {}
         if path.exists():
-            self._known = read_saved(path)["measured"]
+            self._known = _measured(path)
 
     def known(self, what: str, of: Any, measure: Callable[[], Any]) -> Any:
         """What `measure` gives, plain values, or gave when this was asked before.
@@ -36,8 +37,19 @@ class Measured:
         if key not in self._known:
             # Through JSON now too, so that the first call computes with what the next one reads.
             self._known[key] = json.loads(json.dumps(measure()))
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists():  # A dry run beside a comparison measures, too.
-                self._known = read_saved(self._path)["measured"] | self._known
+                self._known = _measured(self._path) | self._known
             write_saved(self._path, {"measured": self._known})
         return self._known[key]
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """What a file holds.
+
+    Raises:
+      InputError: a file that another version of gptjax wrote, or that cannot be read.
+    """
+    known = read_saved(path).get("measured")
+    if not isinstance(known, dict):
+        raise InputError(f"{path} is damaged: it has no measurements.")
+    return known

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.compare.document import to_html, to_markdown
-from gptjax.compare.results import Answer, Outcome
+from gptjax.compare.results import Answer, Outcome, read_record
 from gptjax.compare.story import story
-from gptjax.config import InputError, from_dict, parse_json
+from gptjax.config import InputError, parse_json
+from gptjax.disk import write_error
 from gptjax.outputs import write_whole
 
 PAGE, MARKDOWN, LINES, ROWS, FIGURES = (
@@ -48,7 +49,7 @@ def write_report(answer: Answer, directory: Path) -> None:
         for name, text in files.items():
             write_whole(directory / name, text, overwrite=True)
     except OSError as error:
-        raise InputError(f"cannot write {directory}: {error.strerror}.") from error
+        raise write_error(error, directory) from error
 
 
 def read_results(directory: Path) -> tuple[Outcome, ...]:
@@ -59,30 +60,30 @@ def read_results(directory: Path) -> tuple[Outcome, ...]:
     """
     path = directory / LINES
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
     return tuple(_outcome(line, f"line {n + 1} of {path}") for n, line in enumerate(lines))
 
 
-def _outcome(line: str, where: str) -> Outcome:
+def _outcome(line: bytes, where: str) -> Outcome:
     values = parse_json(line, where)
-    fields = values if isinstance(values, dict) else {}
-    missing = [f.name for f in dataclasses.fields(Outcome) if f.name not in fields]
-    if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}: it is of no comparison, or another.")
-    outcome = from_dict(Outcome, fields, where)
-    loss = outcome.validation_loss
-    return dataclasses.replace(
-        outcome,
-        validation_loss=None if loss is None else float(loss),
-        curve_losses=tuple(map(float, outcome.curve_losses)),
-    )
+    if isinstance(values, dict):
+        losses = values.get("curve_losses")
+        values["validation_loss"] = _number(values.get("validation_loss"))
+        if isinstance(losses, list):
+            values["curve_losses"] = [_number(loss) for loss in losses]
+    return read_record(Outcome, values, where)
 
 
 def _plain(value: Any) -> Any:
     """A number as strict JSON has it, or as a string."""
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _number(value: Any) -> Any:
+    """What `_plain` made a string of."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _lines(answer: Answer) -> str:

@@ -1,10 +1,14 @@
 """What a comparison comes to: outcomes of single runs, and what is known of each variant."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from gptjax.compare.question import Comparison
-from gptjax.config import OptimizerConfig, TransformerConfig
+from gptjax.config import InputError, OptimizerConfig, TransformerConfig, from_dict
+from gptjax.config.checks import check_types
+
+Record = TypeVar("Record", "Outcome", "Look")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,25 @@ class Outcome:
     """Of the run, below that of the comparison."""
 
 
+def read_record(kind: type[Record], values: Any, where: str) -> Record:
+    """An outcome or a look from what JSON has of it; `where` names it in an error.
+
+    Raises:
+      InputError: a field that is missing, unknown or of another type.
+    """
+    fields = values if isinstance(values, dict) else {}
+    missing = [field.name for field in dataclasses.fields(kind) if field.name not in fields]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}: it is of no comparison, or another.")
+    record = from_dict(kind, fields, where)
+    lost = {name: None for name, value in vars(record).items() if value != value}  # A loss, if nan.
+    try:
+        check_types(dataclasses.replace(record, **lost))
+    except InputError as error:
+        raise InputError(f"{where} is damaged: {error}") from error
+    return record
+
+
 class Costs(NamedTuple):
     """What a variant takes, measured in turn with all others."""
 
@@ -48,6 +71,21 @@ class Costs(NamedTuple):
     """One sequence with its cache; None of a family that does not decode."""
     tpu_peak_bytes: int | None
     """Of the same step compiled for a TPU v5e; None without libtpu."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A report of a variant's difference from the baseline, on the seeds that both finished."""
+
+    variant: str
+    size: str
+    day: str
+    """When it was made, as 2026-11-27."""
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    """[seeds], directories of the variant's runs."""
+    baseline_runs: tuple[str, ...]
+    """[seeds], of the baseline's."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +112,9 @@ class Entry:
     """By seed, failed ones too."""
     costs: Costs | None
     """None where they could not be measured."""
+    looks: tuple[Look, ...] = ()
+    """At the difference from the baseline, this report's the last; empty where seeds are too few,
+    and where their number was fixed beforehand, so that there is one look only."""
 
 
 @dataclass(frozen=True)

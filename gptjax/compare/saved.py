@@ -4,15 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import InputError, read_json
-from gptjax.runs import write_json
+from gptjax.disk import write_error, write_json
 
 FORMAT = 1
 """Another one's is refused."""
 
 
 def write_saved(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` under this format, whole or not at all."""
-    write_json(path, {"format": FORMAT, **content})
+    """Write `content` under this format, whole or not at all.
+
+    Raises:
+      InputError: a file that cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"format": FORMAT, **content})
+    except OSError as error:
+        raise write_error(error, path) from error
 
 
 def read_saved(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 
 from gptjax.compare import costs
 from gptjax.compare.analysis import standings
-from gptjax.compare.cells import Cell, finished
+from gptjax.compare.cells import RUNS, Cell, finished
 from gptjax.compare.grid import run_cells, work
+from gptjax.compare.looks import with_looks
 from gptjax.compare.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
 from gptjax.compare.progress import GridProgress, clock
 from gptjax.compare.question import Comparison
@@ -20,6 +22,7 @@ from gptjax.compare.report import write_report
 from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.compare.saved import read_saved, write_saved
 from gptjax.config import InputError, to_dict
+from gptjax.disk import write_error
 from gptjax.ledger import ledger
 from gptjax.locks import LOCK
 from gptjax.runs import environment, hold
@@ -45,7 +48,7 @@ def compare(comparison: Comparison, out: Path, command: str) -> Answer:
 
 
 def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Answer:
-    write_saved(out / QUESTION, {"comparison": to_dict(comparison)})
+    _begin(comparison, out)
     with GridProgress(_all_work(plan)) as progress:
 
         def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
@@ -63,7 +66,7 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
             f"Learning rates are those of width {comparison.mup_width}, carried by muP: that is "
             "cheaper than a search at the real width, and may end at a higher loss."
         )
-    entries = map(_entry, plan.planned, tried, finals, taken)
+    entries = with_looks(list(map(_entry, plan.planned, tried, finals, taken)), out)
     runs = [outcome for of in (*tried, *finals) for outcome in of]
     answer = Answer(
         comparison=comparison,
@@ -72,7 +75,7 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
         environment=environment(),
         data=plan.material.description,
         sizes=plan.sizes,
-        entries=tuple(entries),
+        entries=entries,
         outcomes=tuple(runs),
         notes=tuple(notes),
         seconds=sum(outcome.seconds for outcome in runs),
@@ -129,15 +132,39 @@ def summary(answer: Answer) -> str:
 
 
 def _open(out: Path) -> None:
-    """Refuse a directory that is not a comparison's, or another version's.
+    """Refuse a directory that is not a comparison's, or another version's, or cannot be written.
+
+    Nothing is made yet: a mistake in another flag leaves nothing.
 
     Raises:
       InputError: it is.
     """
-    if (out / QUESTION).exists():
-        read_saved(out / QUESTION)
-    elif out.exists() and {path.name for path in out.iterdir()} - HALF_MADE:
-        raise InputError(f"{out} holds files but no {QUESTION}: choose another --out.")
+    try:
+        around = next(path for path in (out, *out.absolute().parents) if os.path.lexists(path))
+        if not around.is_dir():
+            what = "a file" if around.exists() else "a link that leads nowhere"
+            raise InputError(f"--out is {out}, and {around} is {what}: choose another --out.")
+        if not os.access(around, os.W_OK | os.X_OK):
+            raise InputError(f"--out is {out}, and {around} may not be written: choose another.")
+        if (out / QUESTION).exists():
+            read_saved(out / QUESTION)
+        elif out.exists() and {path.name for path in out.iterdir()} - HALF_MADE:
+            raise InputError(f"{out} holds files but no {QUESTION}: choose another --out.")
+    except OSError as error:
+        raise InputError(f"--out: cannot use {out}: {error.strerror}.") from error
+
+
+def _begin(comparison: Comparison, out: Path) -> None:
+    """Make the directory, with the question and room for runs.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    write_saved(out / QUESTION, {"comparison": to_dict(comparison)})
+    try:
+        (out / RUNS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(error, out / RUNS, "--out") from error
 
 
 def _all_work(plan: Plan) -> float:

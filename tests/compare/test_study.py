@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +16,7 @@ from gptjax.compare import costs, grid, study
 from gptjax.compare.analysis import standings
 from gptjax.compare.plan import SEARCH_SEED, make_plan
 from gptjax.compare.question import BUDGETS, parse_quantity, quantity
-from gptjax.config import InputError
+from gptjax.config import InputError, to_dict
 from gptjax.ledger import ledger
 
 SILU = f"{TINY},feedforward=silu"
@@ -180,6 +182,9 @@ def test_a_study_answers(answered):
     assert len(answer.outcomes) == 2 * (2 + 3)
     assert {path.name for path in out.iterdir()} >= {*FILES, "runs", "comparison.json"}
     assert len(list((out / "runs").iterdir())) == 10
+    (look,) = answer.entries[1].looks
+    assert look.seeds == (0, 1, 2)
+    assert json.loads((out / "looks.json").read_text())["looks"] == [to_dict(look)]
     baseline, other = standings(answer, "")
     assert baseline.verdict == "baseline"
     assert other.difference is not None
@@ -242,6 +247,56 @@ def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"of another version of gptjax \(format 99, where 1 is"):
         study.compare(tiny(tmp_path), out, "it")
     assert {path.name for path in out.iterdir()} == {"thesis.tex", "comparison.json"}
+
+
+@pytest.mark.parametrize(
+    ("below", "sentence"),
+    [
+        ("text.txt", "text.txt is a file: choose another --out"),
+        ("text.txt/a/b", "text.txt is a file: choose another --out"),
+        ("link", "link is a link that leads nowhere: choose another --out"),
+        ("link/a", "link is a link that leads nowhere: choose another --out"),
+        ("n" * 300, "--out: cannot use .*: File name too long"),
+        ("pipe", "pipe is a file: choose another --out"),
+        ("locked/out", "locked may not be written: choose another"),
+        ("half/out", "half/out holds files but no comparison.json"),
+    ],
+)
+def test_what_cannot_be_a_directory_is_told(tmp_path, monkeypatch, below, sentence):
+    comparison = tiny(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "half" / "out" / "comparison.json.d").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    before = sorted(tmp_path.rglob("*"))
+    for act in (study.describe, functools.partial(study.compare, command="it")):
+        with pytest.raises(InputError, match=sentence):
+            act(comparison, tmp_path / below)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["comparison.json", "runs", "measured.json", "report.html"])
+def test_what_stands_in_the_way_of_a_file_is_told(tmp_path, name):
+    out = tmp_path / "out"
+    study._begin(tiny(tmp_path), out)
+    if name == "runs":
+        (out / name).rmdir()
+        (out / name).write_text("precious")
+    else:
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+    with pytest.raises(InputError, match=re.escape(name)):
+        study.compare(tiny(tmp_path), out, "it")
+
+
+def test_a_start_that_was_killed_is_begun_anew(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "comparison.tmp").write_text("{")
+    study._open(out)
+    study._begin(tiny(tmp_path), out)
+    assert (out / "comparison.json").exists()
 
 
 def test_costs_that_cannot_be_measured_are_a_note(tmp_path, monkeypatch):
