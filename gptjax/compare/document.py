@@ -35,6 +35,8 @@ class Picture(NamedTuple):
     title: str
     svg: str
     """One svg element (`plots.to_svg`)."""
+    narrow: str
+    """The same, for a page as narrow as a phone's."""
     caption: str
 
 
@@ -68,10 +70,21 @@ class Section(NamedTuple):
     parts: tuple[Part, ...]
 
 
+class Verdict(NamedTuple):
+    """What holds of some of those compared, at a glance."""
+
+    tone: str
+    """Better, worse, open or failed, for its colour."""
+    label: str
+    who: tuple[str, ...]
+
+
 class Document(NamedTuple):
     """What a reader is given."""
 
     title: str
+    glance: tuple[tuple[str, tuple[Verdict, ...]], ...]
+    """What is read first: verdicts by size, whose name is empty if it is the only one."""
     facts: tuple[str, ...]
     """A few words each, under the title."""
     sections: tuple[Section, ...]
@@ -90,6 +103,7 @@ def to_html(document: Document) -> str:
         title=html.escape(document.title.replace("`", "")),
         heading=_html_line(document.title),
         style=(PAGE / "page.css").read_text(encoding="utf-8"),
+        glance="".join(_html_verdicts(size, of_size) for size, of_size in document.glance),
         facts="".join(f"<li>{_html_line(fact)}</li>" for fact in document.facts),
         contents="".join(
             f'<li><a href="#{anchor}">{_html_line(section.title)}</a></li>'
@@ -108,6 +122,16 @@ def _anchor(title: str) -> str:
     return NUMBERS.sub("-", title.lower()).strip("-")
 
 
+def _html_verdicts(size: str, verdicts: tuple[Verdict, ...]) -> str:
+    name = f"<h2>{_html_line(size)}</h2>\n" if size else ""
+    rows = "".join(
+        f'<div class="{each.tone}"><dt>{_html_line(each.label)}</dt> '
+        f"<dd>{' '.join(f'<span>{_html_line(one)}</span>' for one in each.who)}</dd></div>\n"
+        for each in verdicts
+    )
+    return f'{name}<dl class="glance">\n{rows}</dl>\n' if rows else ""
+
+
 def _html_part(part: Part) -> str:
     match part:
         case str():
@@ -117,11 +141,13 @@ def _html_part(part: Part) -> str:
         case Table():
             return _html_table(part)
         case Picture():
-            title = html.escape(part.title)
-            svg = part.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+            named = f'<svg role="img" aria-label="{html.escape(part.title)}"'
+            drawn = "\n".join(
+                f'<div class="drawn {width}">{svg.replace("<svg", named, 1)}</div>'
+                for width, svg in (("wide", part.svg), ("narrow", part.narrow))
+            )
             return (
-                f'<figure><div class="box drawn" role="region" aria-label="{title}" tabindex="0">'
-                f"{svg}</div>\n<figcaption><b>{_html_line(part.title)}.</b> "
+                f"<figure>{drawn}\n<figcaption><b>{_html_line(part.title)}.</b> "
                 f"{_html_line(part.caption)}</figcaption></figure>"
             )
         case Items():
@@ -169,6 +195,12 @@ def _html_line(text: str) -> str:
 def to_markdown(document: Document) -> str:
     """The same in Markdown, its figures beside it in figures/."""
     blocks = [f"# {_markdown_line(document.title)}"]
+    for size, verdicts in document.glance:
+        lines = [
+            f"- **{_markdown_line(each.label)}**: {', '.join(map(_markdown_line, each.who))}"
+            for each in verdicts
+        ]
+        blocks += [_markdown_line(size)] * bool(size and lines) + ["\n".join(lines)] * bool(lines)
     blocks += [" · ".join(_markdown_line(fact) for fact in document.facts)]
     for section in document.sections:
         blocks += [f"## {_markdown_line(section.title)}"]

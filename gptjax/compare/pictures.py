@@ -1,15 +1,17 @@
 """The figures of a report: what is drawn of an answer, and what is said under it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from gptjax import plots
-from gptjax.compare.analysis import Standing, finished, seed_differences
+from gptjax.compare.analysis import Standing, finished, finished_runs, seed_differences
+from gptjax.compare.dark import follow_scheme
 from gptjax.compare.document import Picture
-from gptjax.compare.results import Answer, Entry, Outcome
+from gptjax.compare.results import Answer, Entry
 from gptjax.compare.scaling import Law
 from gptjax.compare.tables import seconds_a_token
 
@@ -19,9 +21,16 @@ BEYOND = 1.5
 """How far a law is drawn beyond what was measured, as a ratio of sizes."""
 
 
-def _picture(name: str, size: str, title: str, figure: Figure, caption: str) -> Picture:
+def _picture(
+    name: str, size: str, title: str, draw: Callable[..., Figure], caption: str
+) -> Picture:
+    """What `draw` draws, so many points across: for a page, and for the screen of a phone."""
     name = re.sub("[^0-9a-zA-Z]+", "-", f"{name} {size}").strip("-")
-    return Picture(name, title, plots.to_svg(figure, name), caption)
+    wide, narrow = (
+        follow_scheme(plots.to_svg(draw(width=width), f"{name}{ending}"))
+        for width, ending in ((plots.PAGE, ""), (plots.NARROW, "-narrow"))
+    )
+    return Picture(name, title, wide, narrow, caption)
 
 
 def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Picture:
@@ -32,13 +41,14 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
         standing.difference or (values.mean() if len(values) else np.nan, np.nan, np.nan)
         for standing, values in zip(others, runs, strict=True)
     ]
-    figure = plots.differences(
+    draw = partial(
+        plots.differences,
         [standing.entry.variant for standing in others],
         np.array(intervals, float),
         runs=runs,
         told=[standing.tone in ("better", "worse") for standing in others],
         label="validation loss minus the baseline's, nats a token",
-        sides=("better than the baseline", "worse"),
+        sides=("better", "worse"),
     )
     paired = any(standing.difference for standing in others)
     caption = (
@@ -53,18 +63,14 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
         "differences",
         standings[0].entry.size,
         f"Each variant against {baseline.variant}",
-        figure,
+        draw,
         caption,
     )
 
 
-def _finished(entry: Entry) -> dict[int, Outcome]:
-    return {run.seed: run for run in entry.finals if run.seed in finished(entry)}
-
-
 def _curve(entry: Entry) -> plots.Points:
     """Tokens, and losses of the seeds that finished."""
-    runs = [run for run in _finished(entry).values() if run.steps and run.curve_steps]
+    runs = [run for run in finished_runs(entry.finals).values() if run.steps and run.curve_steps]
     runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
     if not runs:
         return plots.Points(NONE, np.empty((0, 1)))
@@ -78,13 +84,13 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
     drawn = {entry.variant: _curve(entry) for entry in entries}
     if not any(len(points.places) for points in drawn.values()):
         return []
-    figure = plots.curves_by_variant(drawn, xlabel="tokens trained on", ylabel=LOSS)
+    draw = partial(plots.curves_by_variant, drawn, xlabel="tokens trained on", ylabel=LOSS)
     pictures = [
         _picture(
             "curves",
             size,
             "Validation loss along training",
-            figure,
+            draw,
             "The mean of the seeds, and their range as a band. The first fifth of the way, steep "
             "and alike in all, may leave the figure at the top.",
         )
@@ -95,15 +101,18 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
         if len((points := _apart(entry, entries[0])).places)
     }
     if panels:
-        figure = plots.difference_panels(
-            panels, xlabel="tokens trained on", ylabel="loss minus the baseline's, nats a token"
+        draw_panels = partial(
+            plots.difference_panels,
+            panels,
+            xlabel="tokens trained on",
+            ylabel="loss minus the baseline's, nats a token",
         )
         pictures.append(
             _picture(
                 "along",
                 size,
                 f"The difference to {entries[0].variant} along training",
-                figure,
+                draw_panels,
                 "Below the line a variant is ahead. The mean over seeds, and the range of the "
                 "seeds, each minus the same seed of the baseline; no interval is meant. A "
                 "difference that still grows or shrinks at the end says that the budget decides "
@@ -115,7 +124,7 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
 
 def _apart(entry: Entry, baseline: Entry) -> plots.Points:
     """Differences of the curves, of the seeds that finished of both, if they were taken at once."""
-    ours, theirs = _finished(entry), _finished(baseline)
+    ours, theirs = finished_runs(entry.finals), finished_runs(baseline.finals)
     pairs = [
         (ours[seed], theirs[seed])
         for seed in ours
@@ -147,12 +156,14 @@ def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture
     }
     if not costs:
         return None
-    figure = plots.frontier([entry.variant for entry in entries], costs, intervals, ylabel=LOSS)
+    draw = partial(
+        plots.frontier, [entry.variant for entry in entries], costs, intervals, ylabel=LOSS
+    )
     return _picture(
         "frontier",
         entries[0].size,
         "Quality and cost",
-        figure,
+        draw,
         "Down is better, left is cheaper. A ring marks a variant that no other beats in both, and "
         "the line joins them; the bars are the intervals of the means, and where bars overlap, "
         "chance may have put a variant on the line or beside it.",
@@ -176,7 +187,7 @@ def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
             lines[name] = plots.FittedLine(
                 places, law.predict(places), *law.predict_interval(places)
             )
-    figure = plots.scaling(measured, lines, xlabel="parameters", ylabel=LOSS)
+    draw = partial(plots.scaling, measured, lines, xlabel="parameters", ylabel=LOSS)
     caption = "Each mark is a run, and both axes are logarithmic."
     if lines:
         caption += (
@@ -184,7 +195,7 @@ def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
             f"{100 * answer.comparison.confidence:g}% confidence, by the bootstrap over seeds; "
             "what lies beyond the marks is extrapolated."
         )
-    return _picture("scaling", "", "Loss by size", figure, caption)
+    return _picture("scaling", "", "Loss by size", draw, caption)
 
 
 def searched(entries: Sequence[Entry]) -> Picture | None:
@@ -202,14 +213,17 @@ def searched(entries: Sequence[Entry]) -> Picture | None:
                 np.nan if loss is None else loss for loss in entry.searched[rate]
             ]
         drawn[entry.variant] = plots.Points(np.array(rates), losses)
-    figure = plots.loss_by_rate(
-        drawn, [entry.optimizer.learning_rate for entry in entries], ylabel=LOSS
+    draw = partial(
+        plots.loss_by_rate,
+        drawn,
+        [entry.optimizer.learning_rate for entry in entries],
+        ylabel=LOSS,
     )
     return _picture(
         "rates",
         entries[0].size,
         "The search for a learning rate",
-        figure,
+        draw,
         "Dots are runs of the search's own seeds, lines their mean, and a ring is the rate that "
         "was taken. Runs that failed are not drawn, and neither is what lies far above; the table "
         "has it.",

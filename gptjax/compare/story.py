@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gptjax.compare import pictures, tables
+from gptjax.compare import pictures, tables, verdicts
 from gptjax.compare.analysis import Standing, edge, standings
 from gptjax.compare.document import (
     Code,
@@ -20,9 +20,8 @@ from gptjax.compare.question import BUDGETS, MEASURES, parse_quantity
 from gptjax.compare.results import Answer, Entry
 from gptjax.compare.sizes import over_sizes
 from gptjax.compare.tables import seconds_a_token
-from gptjax.compare.wording import counted, duration, ends, joined, known, names, nats, ratio, short
+from gptjax.compare.wording import counted, duration, joined, known, names, ratio, short
 from gptjax.config import to_dict
-from gptjax.plots import signed
 
 MEASURED = {
     "params": "parameters",
@@ -35,11 +34,8 @@ SPENT = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of t
 def story(answer: Answer) -> Document:
     """The whole report."""
     ranked = {size: _best_first(standings(answer, size)) for size in answer.sizes}
-    variants = [entry.variant for entry in answer.entries if entry.size == answer.sizes[0]]
-    baseline = code(variants[0])
-    others = counted(len(variants) - 1, "variant")
-    title = f"{others} against {baseline}" if variants[1:] else f"{baseline} alone"
-    sections = [_the_answer(answer, ranked)]
+    said = verdicts.in_sentences(answer, ranked)
+    sections = [Section("The answer", (*said, _what_was_done(answer)))]
     sections += [over_sizes(answer)] if len(answer.sizes) > 1 else []
     for size, of_size in ranked.items():
         parts = _of_size(answer, of_size)
@@ -54,7 +50,9 @@ def story(answer: Answer) -> Document:
         _configs(answer),
         _how_it_was_run(answer),
     ]
-    return Document(title, _facts(answer), tuple(sections))
+    return Document(
+        verdicts.title(ranked), verdicts.at_a_glance(ranked), _facts(answer), tuple(sections)
+    )
 
 
 def _best_first(of_size: Sequence[Standing]) -> list[Standing]:
@@ -80,92 +78,6 @@ def _budget(answer: Answer) -> str:
     return f"{short(values[0])} {SPENT[name]}" if values else name
 
 
-def _the_answer(answer: Answer, ranked: dict[str, list[Standing]]) -> Section:
-    told: list[Part] = []
-    if answer.entries[1:]:
-        baseline = code(answer.entries[0].variant)
-        told.append(
-            f"Which variants predict held-out text better than the baseline {baseline}, and which "
-            "worse, after the same training? They are compared by their loss on it, in nats a "
-            "token: lower is better, and a difference below zero is a variant that is ahead."
-        )
-    for size, of_size in ranked.items():
-        told.append((f"At {size}: " if size else "") + _verdicts(answer, of_size))
-    told.append(_what_was_done(answer))
-    return Section("The answer", tuple(told))
-
-
-def _verdicts(answer: Answer, of_size: Sequence[Standing]) -> str:
-    """Which variants are better than the baseline, which worse, and of which nobody can tell."""
-    baseline = next(each for each in of_size if each.tone == "baseline")
-    name = code(baseline.entry.variant)
-    if len(of_size) == 1:
-        return (
-            f"{name} alone was run; it reached {_reached(baseline)}. There is nothing to compare."
-        )
-    if not known(baseline.mean):
-        return f"No run of the baseline {name} finished, so nothing can be compared with it."
-    groups: dict[str, list[Standing]] = {"better": [], "worse": [], "open": [], "failed": []}
-    for each in of_size:
-        if each is not baseline:
-            groups[each.tone].append(each)
-    if all(each.difference is None for each in of_size):
-        best = names([each.entry.variant for each in of_size if known(each.mean)][:1])
-        return (
-            f"Nothing is said to be better or worse than {name}: with one seed of each, nobody "
-            "knows how far two runs of the same variant lie apart, so there is no interval. The "
-            f"lowest loss was that of {best}; that may be chance." + _ended(groups["failed"])
-        )
-    sentences = [
-        f"{_list(groups[kind])} {_are(groups[kind])} {kind} than the baseline {name}."
-        for kind in ("better", "worse")
-        if groups[kind]
-    ]
-    for kind in ("better", "worse"):
-        if not groups[kind]:
-            sentences.append(f"No variant is shown to be {kind} than the baseline {name}.")
-    undecided, withheld = [], []
-    for each in groups["open"]:
-        apart = each.difference and each.difference.excludes_zero
-        (withheld if apart else undecided).append(each)
-    if undecided:
-        sentences.append(
-            f"{_list(undecided)} {_are(undecided)} not separated from it: the runs do "
-            "not tell whether better, worse or the same."
-        )
-    sentences += [f"Of {_list([each])}: {each.verdict}." for each in withheld]
-    return " ".join(sentences) + _ended(groups["failed"]) + f" {name} reached {_reached(baseline)}."
-
-
-def _reached(standing: Standing) -> str:
-    interval = "" if standing.interval is None else f" (interval {ends(standing.interval)})"
-    return f"{nats(standing.mean)} nats a token on held-out text{interval}"
-
-
-def _are(of_kind: Sequence[Standing]) -> str:
-    return "is" if len(of_kind) == 1 else "are"
-
-
-def _list(of_kind: Sequence[Standing]) -> str:
-    """Variants with their differences."""
-    return joined(
-        [
-            f"{code(each.entry.variant)} ({signed(each.difference.mean)}, interval "
-            f"{ends(each.difference, '{:+.4f}')})"
-            if each.difference
-            else f"{code(each.entry.variant)} (too few seeds finished)"
-            for each in of_kind
-        ]
-    )
-
-
-def _ended(failed: Sequence[Standing]) -> str:
-    """Of variants without a single loss."""
-    if not failed:
-        return ""
-    return f" No run of {names([each.entry.variant for each in failed])} finished."
-
-
 def _what_was_done(answer: Answer) -> str:
     asked = answer.comparison
     sentences = [
@@ -188,10 +100,27 @@ def _what_was_done(answer: Answer) -> str:
             f"All statements on differences hold together with {100 * asked.confidence:g}% "
             "confidence."
         )
+    sentences += _looks(answer)
     failed = len(_failures(answer))
     if failed:
         sentences.append(f"{failed} of {counted(len(answer.outcomes), 'run')} failed.")
     return " ".join(sentences)
+
+
+def _looks(answer: Answer) -> list[str]:
+    """Where seeds were added to those that an earlier report showed."""
+    looks: dict[tuple[str, ...], list[str]] = {}
+    for entry in answer.entries:
+        taken = tuple(f"{counted(len(each.seeds), 'seed')} on {each.day}" for each in entry.looks)
+        looks.setdefault(taken, []).append(entry.variant)
+    return [
+        f"Seeds were added after a look: this is look {len(taken)} at {names(variants)} "
+        f"({', then '.join(taken)}), which may spend 1/{len(taken) * (len(taken) + 1)} of the "
+        "error that all looks together may have, so its intervals are wider than those of as many "
+        "seeds that were fixed beforehand."
+        for taken, variants in looks.items()
+        if len(taken) > 1
+    ]
 
 
 def _matching(answer: Answer) -> str:
@@ -327,6 +256,14 @@ def _how_to_read(answer: Answer) -> Section:
                     "With many variants one will look better by chance. Holm's correction widens "
                     f"the intervals so that all statements together are right with {level} "
                     "confidence; better or worse is said only where an interval excludes zero.",
+                    "Whoever adds seeds looks again. The first look at a difference may spend half "
+                    f"of the {100 * (1 - asked.confidence):.3g}% of error, the second a sixth, the "
+                    f"third a twelfth, and so on, so that all looks together keep {level}. How "
+                    "many seeds would separate a difference is reckoned for the next look.",
+                    "The trimmed mean leaves out a fifth of the differences at either end: it says "
+                    "what a usual seed does where one is of another kind, and no verdict is taken "
+                    "from it. If its interval is far narrower than the other, look at the dots: a "
+                    "seed may lie apart, or the others be alike by chance.",
                     "Not separated is no proof of being equal: the difference may be anywhere in "
                     "its interval, and more seeds would narrow that.",
                     f"What this does not show: other data than {answer.data}, a longer or shorter "

@@ -13,40 +13,56 @@ from gptjax.compare.scaling import Law
 from gptjax.compare.wording import UNKNOWN, ends, known, memory, nats, ratio, short
 from gptjax.config import to_dict
 from gptjax.plots import signed
+from gptjax.statistics import Interval
 
 COEFFICIENTS = {"E": ".3f", "A": ".3g", "alpha": ".3f"}
 """Of a law of the loss by the number of parameters, and how each is written."""
+
+TRIMMED = 5
+"""Seeds of which a trimmed mean leaves out one at either end; of fewer it is the mean."""
 
 
 def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Table:
     """What came out."""
     level = f"{100 * answer.comparison.confidence:g}%"
+    others = [each.entry for each in standings if each.entry is not baseline]
+    trimmed = any(len(seed_differences(entry, baseline)) >= TRIMMED for entry in others)
     rows = []
     for standing in standings:
         spread = f" ± {nats(standing.deviation)}" if known(standing.deviation) else ""
         pairs = seed_differences(standing.entry, baseline)
         apart = np.mean(pairs) if len(pairs) and standing.entry is not baseline else None
-        rows.append(
-            (
-                code(standing.entry.variant),
-                nats(standing.mean) + spread,
-                ends(standing.interval),
-                f"{len(finished(standing.entry))} of {len(standing.entry.finals)}",
-                UNKNOWN if apart is None else signed(float(apart)),
-                ends(standing.difference, "{:+.4f}"),
-                standing.verdict,
-            )
-        )
-    head = (
+        row = [
+            code(standing.entry.variant),
+            standing.verdict,
+            UNKNOWN if apart is None else signed(float(apart)),
+            ends(standing.difference, "{:+.4f}"),
+            nats(standing.mean) + spread,
+            ends(standing.interval),
+            f"{len(finished(standing.entry))} of {len(standing.entry.finals)}",
+        ]
+        if trimmed:
+            row.insert(4, _difference(standing.trimmed if len(pairs) >= TRIMMED else None))
+        rows.append(tuple(row))
+    head = [
         "Variant",
+        "Verdict",
+        "Difference to the baseline",
+        "Interval of the difference, Holm",
         "Validation loss, mean ± sd",
         f"{level} interval of the mean",
         "Seeds",
-        "Difference to the baseline",
-        "Interval of the difference, Holm",
-        "Verdict",
-    )
-    return Table(head, tuple(rows), tuple(each.tone for each in standings), words=(6,))
+    ]
+    if trimmed:
+        head.insert(4, "Trimmed mean of the differences, interval")
+    return Table(tuple(head), tuple(rows), tuple(each.tone for each in standings), words=(1,))
+
+
+def _difference(interval: Interval | None) -> str:
+    """A difference with the ends of its interval."""
+    if interval is None:
+        return UNKNOWN
+    return f"{signed(interval.mean)} ({ends(interval, '{:+.4f}')})"
 
 
 def costs(standings: Sequence[Standing]) -> Table:

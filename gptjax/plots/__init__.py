@@ -2,9 +2,6 @@
 
 Made for paper: no wider than a page, no text under 6 points, colours that the colour-blind tell
 apart and that stay in order in grey. In a notebook they are shown after `%matplotlib inline`.
-
-The first layer is on top, in all of them and in the page of attention. Blue is above 0, orange
-below; attention weights go from 0 to 1, other values from the least to the largest there is.
 """
 
 from gptjax.plots.comparisons import (
@@ -26,13 +23,14 @@ from gptjax.plots.heatmaps import (
     heat_map,
     logit_lens_table,
     patching_map,
-    restored,
     score_grid,
 )
-from gptjax.plots.legible import save, to_svg, token_label
+from gptjax.plots.legible import NARROW, PAGE, luminance, save, to_svg, token_label
 from gptjax.plots.texts import token_values
 
 __all__ = [
+    "NARROW",
+    "PAGE",
     "FittedLine",
     "Points",
     "attention_grid",
@@ -47,9 +45,9 @@ __all__ = [
     "logit_lens_table",
     "loss_by_rate",
     "loss_curve",
+    "luminance",
     "pareto",
     "patching_map",
-    "restored",
     "save",
     "scaling",
     "score_grid",

@@ -15,10 +15,12 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 
 from gptjax.plots.curves import FEW, SIZE, line_style, page_axes
 from gptjax.plots.legible import LINE, LINES, PAGE, finish, wrap
-from gptjax.plots.names import legend_below, legend_height, name_label, pitch
+from gptjax.plots.names import NAME, legend_below, legend_height, name_label, pitch
 
 SIGNS = (("v", LINES[0]), ("^", LINES[1]), ("o", "0.45"))
 """Of a difference surely below zero, surely above, and neither: mark and colour."""
+PANEL, WIDE_PANEL = 145.0, 250.0
+"""Points across the smallest panel, and one with marks of all variants."""
 
 
 class Points(NamedTuple):
@@ -39,6 +41,7 @@ def differences(
     label: str,
     sides: tuple[str, str],
     title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """Differences with their intervals against a line at zero, first on top.
 
@@ -54,8 +57,10 @@ def differences(
       label: what the differences are.
       sides: what it means to be below zero, and above.
       title: above them.
+      width: points across, `PAGE` or `NARROW`.
     """
-    figure, axes = page_axes(100 + pitch(names) * len(names), title)
+    room = NAME * width / PAGE
+    figure, axes = page_axes(100 + pitch(names, room) * len(names), title, width)
     intervals = np.asarray(intervals, float).reshape(-1, 3)
     axes.axvline(0, color="0.2", linewidth=1)
     for row, (middle, low, high) in enumerate(intervals):
@@ -72,8 +77,9 @@ def differences(
     reach = np.abs(shown[np.isfinite(shown)]).max(initial=0) or 1
     axes.set_xlim(-1.08 * reach, 1.08 * reach)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_yticks(range(len(names)), [name_label(name) for name in names], fontsize=SIZE)
-    axes.set_xlabel(label, fontsize=SIZE)
+    axes.set_yticks(range(len(names)), [name_label(name, room) for name in names], fontsize=SIZE)
+    axes.set_xlabel(wrap(label, SIZE, width - room - 60), fontsize=SIZE)
+    axes.xaxis.set_major_locator(MaxNLocator(int(width // 80)))
     for side, (words, place) in enumerate(zip(sides, (0.0, 1.0), strict=True)):
         axes.annotate(
             f"◀ {words}" if side == 0 else f"{words} ▶",
@@ -99,7 +105,12 @@ def signed(value: float) -> str:
 
 
 def curves_by_variant(
-    curves: Mapping[str, Points], *, xlabel: str, ylabel: str, title: str = ""
+    curves: Mapping[str, Points],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """Measurements over training, each variant at places of its own: the mean, its range a band.
 
@@ -109,8 +120,9 @@ def curves_by_variant(
       curves: by name; without places where nothing is known.
       xlabel, ylabel: what the axes show.
       title: above them.
+      width: points across, `PAGE` or `NARROW`.
     """
-    figure, axes = page_axes(250 + legend_height(list(curves)), title)
+    figure, axes = page_axes(250 + legend_height(list(curves), width), title, width)
     for index, (name, (places, values)) in enumerate(curves.items()):
         style = line_style(index, len(places))
         if len(places):
@@ -126,7 +138,12 @@ def curves_by_variant(
 
 
 def difference_panels(
-    curves: Mapping[str, Points], *, xlabel: str, ylabel: str, title: str = ""
+    curves: Mapping[str, Points],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """How differences go over training, a panel each: the mean, its range a band, a line at zero.
 
@@ -137,13 +154,14 @@ def difference_panels(
       curves: by name.
       xlabel, ylabel: what the axes show.
       title: above them.
+      width: points across, `PAGE` or `NARROW`.
     """
-    columns = min(3, len(curves))
+    columns = min(int(width // PANEL), len(curves))
     rows = -(-len(curves) // columns)
-    titles = [name_label(name, PAGE / columns - 40) for name in curves]
+    titles = [name_label(name, width / columns - 40) for name in curves]
     lines = max(title.count("\n") for title in titles)
     height = 60 + (105 + LINE * SIZE * lines) * rows
-    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name, (places, values) in zip(panels, titles, curves.values(), strict=False):
         mean, low, high = values.mean(1), values.min(1), values.max(1)
@@ -162,7 +180,7 @@ def difference_panels(
     for axes in panels[max(0, len(curves) - columns) : len(curves)]:
         axes.tick_params(labelbottom=True)
     if title:
-        figure.suptitle(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+        figure.suptitle(wrap(title, SIZE + 1, width - 60), fontsize=SIZE + 1)
     figure.supxlabel(xlabel, fontsize=SIZE)
     figure.supylabel(ylabel, fontsize=SIZE)
     return finish(figure)
@@ -175,6 +193,7 @@ def frontier(
     *,
     ylabel: str,
     title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """What is reached for what it takes, a panel a cost; a line joins what none beats in both.
 
@@ -184,10 +203,13 @@ def frontier(
       intervals: [names, 3], what is reached, less is better, and the ends of its interval.
       ylabel: what is reached.
       title: above all panels.
+      width: points across, `PAGE` or `NARROW`.
     """
-    height = 240 + legend_height(names)
-    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
-    panels = figure.subplots(1, len(costs), sharey=True, squeeze=False).ravel()
+    columns = min(int(width // WIDE_PANEL), len(costs))
+    rows = -(-len(costs) // columns)
+    height = 240 * rows + legend_height(names, width)
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes, (xlabel, cost) in zip(panels, costs.items(), strict=True):
         middle = intervals[:, 0]
         front = pareto(cost, middle)
@@ -210,9 +232,10 @@ def frontier(
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel(xlabel, fontsize=SIZE)
-    panels[0].set_ylabel(ylabel, fontsize=SIZE)
+    for axes in panels[::columns]:
+        axes.set_ylabel(ylabel, fontsize=SIZE)
     if title:
-        figure.suptitle(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+        figure.suptitle(wrap(title, SIZE + 1, width - 60), fontsize=SIZE + 1)
     legend_below(figure, panels[0])
     return finish(figure)
 
@@ -228,7 +251,12 @@ def pareto(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def loss_by_rate(
-    searched: Mapping[str, Points], chosen: Sequence[float], *, ylabel: str, title: str = ""
+    searched: Mapping[str, Points],
+    chosen: Sequence[float],
+    *,
+    ylabel: str,
+    title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """What each learning rate came to: the mean of its seeds, a dot for each, a ring if chosen.
 
@@ -240,8 +268,9 @@ def loss_by_rate(
       chosen: [names], the rate that was taken.
       ylabel: what came out.
       title: above it.
+      width: points across, `PAGE` or `NARROW`.
     """
-    figure, axes = page_axes(230 + legend_height(list(searched)), title)
+    figure, axes = page_axes(230 + legend_height(list(searched), width), title, width)
     for index, ((name, (rates, losses)), taken) in enumerate(
         zip(searched.items(), chosen, strict=True)
     ):
@@ -287,6 +316,7 @@ def scaling(
     xlabel: str,
     ylabel: str,
     title: str = "",
+    width: float = PAGE,
 ) -> Figure:
     """Losses over sizes, both axes logarithmic: a mark a run, a line a law, its interval a band.
 
@@ -295,8 +325,9 @@ def scaling(
       fitted: by the same names, where a law could be fitted.
       xlabel, ylabel: what the axes show.
       title: above it.
+      width: points across, `PAGE` or `NARROW`.
     """
-    figure, axes = page_axes(280 + legend_height(list(measured)), title)
+    figure, axes = page_axes(280 + legend_height(list(measured), width), title, width)
     for index, (name, (places, values)) in enumerate(measured.items()):
         style = line_style(index, 1)
         if name in fitted:

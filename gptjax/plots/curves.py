@@ -16,11 +16,11 @@ FEW = 8
 """Points on a logarithmic axis that are ticks themselves: powers of ten might be none of them."""
 
 
-def page_axes(height: float, title: str) -> tuple[Figure, Axes]:
-    """Axes as wide as a page, `height` points high with what stands around them."""
-    figure = Figure(figsize=(PAGE / 72, height / 72), layout="constrained")
+def page_axes(height: float, title: str, width: float = PAGE) -> tuple[Figure, Axes]:
+    """Axes as wide as a page, `height` points high, with what stands around them."""
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(wrap(title, SIZE + 1, PAGE - 60), fontsize=SIZE + 1)
+    axes.set_title(wrap(title, SIZE + 1, width - 60), fontsize=SIZE + 1)
     axes.tick_params(labelsize=SIZE)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)

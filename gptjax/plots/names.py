@@ -7,10 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptjax.plots.curves import SIZE
-from gptjax.plots.legible import LINE, shorten, text_width, token_label
+from gptjax.plots.legible import LINE, PAGE, shorten, text_width, token_label
 
 NAME = 200.0
 """Points that a line of a name may take."""
+HANDLE = 50.0
+"""Points that the sample of a line beside its name takes."""
 MOST_LINES = 4
 
 
@@ -30,26 +32,31 @@ def name_label(name: str, width: float = NAME) -> str:
     return "\n".join(shorten(line, SIZE, width) for line in ([*kept, rest] if rest else kept))
 
 
-def pitch(names: Sequence[str]) -> float:
+def pitch(names: Sequence[str], width: float = NAME) -> float:
     """Points that a row needs whose name is as high as the highest one."""
-    lines = max((name_label(name).count("\n") + 1 for name in names), default=1)
+    lines = max((name_label(name, width).count("\n") + 1 for name in names), default=1)
     return SIZE * (1 + LINE * lines)
 
 
-def legend_height(names: Sequence[str]) -> float:
+def legend_columns(width: float) -> int:
+    """Columns of names that a figure of so many points has room for."""
+    return 2 if width >= 2 * (NAME + HANDLE) else 1
+
+
+def legend_height(names: Sequence[str], width: float = PAGE) -> float:
     """Points that `legend_below` takes of as many such names."""
-    return -(-len(names) // 2) * (pitch(names) - SIZE / 2)
+    return -(-len(names) // legend_columns(width)) * (pitch(names) - SIZE / 2)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """All labels of the axes, in two columns under the figure."""
+    """All labels of the axes, in columns under the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(
             handles,
             labels,
             loc="outside lower center",
-            ncols=min(2, len(handles)),
+            ncols=min(legend_columns(72 * figure.get_figwidth()), len(handles)),
             frameon=False,
             fontsize=SIZE,
             handlelength=4,

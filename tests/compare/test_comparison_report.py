@@ -14,6 +14,7 @@ from typing import Any
 import answers
 import pytest
 
+from gptjax.compare import dark
 from gptjax.compare.report import read_results, write_report
 from gptjax.compare.results import Answer
 from gptjax.config import InputError
@@ -143,6 +144,69 @@ def test_the_answer_comes_first_and_says_no_more_than_is_known(written):
     assert "95% confidence" in told
 
 
+@pytest.mark.parametrize(
+    ("name", "title", "glance"),
+    [
+        (
+            "usual",
+            "Of 4 variants 1 is better than gpt2, 1 worse, 1 not separated and 1 failed",
+            ["▼ better llama-style −0.0", "▲ worse post-norm +0.0", "○ not separated", "✕ failed"],
+        ),
+        ("one seed", "No verdict on 3 variants against gpt2: too few seeds", ["○ no interval"]),
+        ("alone", "gpt2 alone", []),
+        ("withheld", "llama-style is not judged against gpt2, since runs failed", ["○ withheld"]),
+        ("no baseline", "No run of the baseline gpt2 finished", ["○ no interval llama-style"]),
+        (
+            "many",
+            "Of 11 variants 5 are better than gpt2, 4 worse and 2 not separated",
+            ["▼ better"],
+        ),
+    ],
+)
+def test_the_verdict_is_the_first_thing_on_the_page(name, title, glance, written):
+    page = words(written(name))
+    assert page.index(title) < 200  # Behind the same words as the tab's name.
+    places = [page.index(said) for said in (title, *glance, "of each")]
+    assert places == sorted(places)
+    markdown = (written(name) / "report.md").read_text()
+    assert markdown.replace("`", "").startswith(f"# {title}\n")
+
+
+def test_each_size_has_its_verdict(written):
+    assert re.search(
+        r"3 variants against gpt2 at 2 sizes params=0\.3M .*better llama-style −.*"
+        r"params=1M .*worse llama-style \+",
+        words(written("two sizes")),
+    )
+
+
+def test_of_a_variant_its_verdict_comes_first(written):
+    (head,) = re.findall(
+        r"^\| Variant \| Verdict \|.*$", (written("usual") / "report.md").read_text(), re.M
+    )
+    assert "Trimmed mean of the differences, interval" in head
+    few = (written("two sizes") / "report.md").read_text()
+    assert "Trimmed mean of the differences, interval" not in few  # Of three seeds it is the mean.
+
+
+@pytest.mark.parametrize("name", ["usual", "many"])
+def test_figures_follow_the_scheme_and_stand_out(name, written):
+    for path in (written(name) / "figures").iterdir():
+        svg = path.read_text()
+        rules = svg.partition("@media screen and (prefers-color-scheme: dark)")[2]
+        for what, colour in set(dark.COLOUR.findall(svg.partition("</style>")[2])):
+            (counterpart,) = re.findall(
+                rf'\[style\*="{what}: {colour}"\] {{{what}: (#\w+) !important}}', rules
+            )
+            if colour == "#ffffff":
+                assert counterpart == dark.PAGE
+            elif colour != "#b0b0b0":  # Lines of the grid.
+                assert dark.contrast(counterpart) > 3
+    style = (written(name) / "report.html").read_text()
+    assert f"--page: {dark.PAGE}" in style
+    assert f"--ink: {dark.INK}" in style
+
+
 def test_negative_results_stand_beside_the_others(written):
     page = words(written("usual"))
     assert "not separated from gpt2; about " in page
@@ -203,6 +267,10 @@ def test_what_a_user_gives_stays_text(tmp_path):
     assert not re.findall(r"(?<![`\\\w=|])<script", re.sub(r"`[^`\n]*`|```.*?```", "", markdown))
 
 
+TALL = "text => parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a"
+"""Pixels of the letters of a text in a figure."""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
@@ -230,6 +298,16 @@ def test_a_browser_shows_it_all_and_asks_for_nothing(name, written, browser, tmp
             page.goto(address)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.locator("figure svg").count() > 0 or name == "no baseline"
+            for figure in page.locator("figure").all():
+                (drawn,) = [svg for svg in figure.locator("svg").all() if svg.is_visible()]
+                box = drawn.bounding_box()
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= width
+                assert drawn.locator("text").first.evaluate(TALL) > 8.5
+                paper = drawn.locator("path").first.evaluate("part => getComputedStyle(part).fill")
+                assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(18, 21, 28)")
+            for cell in page.locator("#what-came-out td.words").all():
+                assert cell.bounding_box()["x"] + cell.bounding_box()["width"] <= width
             assert page.evaluate("window.broken") is None
             assert said == []
             assert asked == [address]
