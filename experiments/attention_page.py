@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 
 import gptjax
 from gptjax import probe
-from gptjax.attention_view import AttentionPart, AttentionView
+from gptjax.attention_view import AttentionPart, AttentionView, likeliest
 from gptjax.cli import run_command
 from gptjax.config import InputError
 
@@ -51,10 +51,12 @@ def view_of(preset: str, tokens: int) -> AttentionView:
     config = gptjax.preset(preset)
     model = gptjax.build(config, rngs=nnx.Rngs(0))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens))
-    seen = probe.observe(model, ids, ("attention", "query", "key")).captured
+    logits, _, seen = probe.observe(model, ids, ("attention", "query", "key"))
     weights, query, key = (np.asarray(seen[name])[:, 0] for name in ("attention", "query", "key"))
     names = [f"token {number}" for number in ids[0]]
-    return AttentionView([AttentionPart("attention", names, names, weights, query, key)], preset)
+    expected = likeliest(np.asarray(logits)[0], lambda token: f"token {token}")
+    part = AttentionPart("attention", names, names, weights, query, key, next_tokens=expected)
+    return AttentionView([part], " ".join(names[:12]), preset)
 
 
 def seconds_to_draw(page: Page, path: Path) -> tuple[float, float]:

@@ -22,6 +22,7 @@ import argparse
 import functools
 import gc
 import importlib.util
+import json
 import multiprocessing
 import statistics
 import time
@@ -58,8 +59,8 @@ from gptjax import (
 from gptjax.cli import accept_all_characters
 from gptjax.config import InputError, MeshConfig
 from gptjax.data.batch import Batch
-from gptjax.outputs import check_output
-from gptjax.runs import environment, write_json
+from gptjax.outputs import check_output, write_whole
+from gptjax.runs import environment
 from gptjax.sharding import build_mesh, configure_cpu
 from gptjax.training.losses import token_loss
 from gptjax.training.metrics import measured_matmul_flops
@@ -296,6 +297,12 @@ def table_rows(figures: dict) -> Iterator[str]:
             )
 
 
+def write_figures(path: Path, figures: dict) -> None:
+    """Write what was found as JSON, with the versions and the device."""
+    content = json.dumps({**figures, **environment()}, indent=2, ensure_ascii=False)
+    write_whole(path, f"{content}\n", overwrite=True)
+
+
 def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(
@@ -338,7 +345,7 @@ def main() -> None:
         figures = measure_decoding(arguments.decode, arguments.rounds, arguments.against)
         print_decoding(figures)
         if arguments.json:
-            write_json(arguments.json, {"decoding": figures, **environment()})
+            write_figures(arguments.json, {"decoding": figures})
         return
 
     peak = measured_matmul_flops()
@@ -352,10 +359,7 @@ def main() -> None:
         results.append(measure(name, arguments.rounds, arguments.against, peak))
         print(*table_rows(results[-1]), sep="\n", flush=True)
     if arguments.json:
-        write_json(
-            arguments.json,
-            {"peak_gflops": peak / 1e9, "configurations": results, **environment()},
-        )
+        write_figures(arguments.json, {"peak_gflops": peak / 1e9, "configurations": results})
 
 
 if __name__ == "__main__":

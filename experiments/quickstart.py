@@ -33,6 +33,7 @@ from gptjax.data.pipeline import (
     streamed_batches,
     training_batches,
 )
+from gptjax.data.report import labels
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
 from gptjax.keys import random_key
@@ -194,10 +195,11 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the run's attention and samples, by its best checkpoint."""
     line = first_line(sources.validation[0])
     sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context)]
-    labels = [plots.token_label(run.tokenizer.decode([token])) for token in sentence]
     if run.config.model.family == "decoder":
         weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
-        plots.save(plots.attention_grid(weights, labels), out / "attention.png")
+        said = map(plots.token_label, labels(sentence, run.tokenizer, corpus.vocabulary))
+        title = plots.token_label(line).replace("·", " ")
+        plots.save(plots.attention_grid(weights, list(said), title), out / "attention.png")
 
     prompts = np.tile(sentence, (4, 1))
     tokens = generate(

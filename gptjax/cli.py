@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from gptjax import distributed
 from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
 from gptjax.disk import is_failure
-from gptjax.exits import Exit, StoppedAtOnce
+from gptjax.exits import Exit, Interrupts
 from gptjax.memory import ran_out
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
@@ -177,11 +176,18 @@ def _sentence(box: str) -> str:
 def _guarded(command: Callable[[list[str]], None]) -> None:
     """Run a command; what the user can mend is a sentence, and `--debug` shows the traceback."""
     accept_all_characters()
+    interrupts = Interrupts()
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Else it is a job's.
+    if default:
+        signal.signal(signal.SIGINT, interrupts)
     try:
         _with_sentences(command)
     except BaseException as error:
         distributed.leave_at_once(error)
         raise
+    finally:
+        if default and not interrupts.noted:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def accept_all_characters() -> None:
@@ -201,14 +207,11 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
         sys.stdout.flush()
     except CheckpointFailed as error:
         _fail_at_once(str(error), Exit.DISK, debug)
-    except StoppedAtOnce as error:
-        _fail_at_once(str(error), Exit.INTERRUPTED, debug)
     except InputError as error:
         _fail(str(error), Exit.DISK if is_failure(error) else Exit.MISTAKE, debug)
     except Diverged as error:
         _fail_together(str(error), Exit.DIVERGED, debug)
     except Interrupted as error:
-        _leave_at_next_interrupt()
         _fail_together(str(error), error.exit_code, debug)
     except BrokenPipeError:
         _let_go_of_output()  # The reader, say `head`, has seen enough.
@@ -221,7 +224,6 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
         _let_go_of_output()  # It may be what has no room.
         _fail(f"{error.filename or 'the output'}: {error.strerror}.", Exit.DISK, debug)
     except KeyboardInterrupt:
-        _leave_at_next_interrupt()
         _fail("Stopped.", Exit.INTERRUPTED, debug)
     except Exception as error:
         if not ran_out(error):
@@ -236,12 +238,6 @@ def _let_go_of_output() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _leave_at_next_interrupt() -> None:
-    """A further Ctrl-C would show a traceback of whatever Python does at its end."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, lambda *_: os._exit(Exit.INTERRUPTED))
 
 
 def _fail_at_once(sentence: str, code: int, debug: bool) -> NoReturn:

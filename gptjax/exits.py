@@ -13,8 +13,14 @@
 65, 74 and 75 are EX_DATAERR, EX_IOERR and EX_TEMPFAIL of sysexits.h.
 """
 
+import contextlib
 import enum
+import os
 import signal
+import types
+
+SHOW_CURSOR = b"\x1b[?25h"
+"""Which a progress bar has hidden."""
 
 
 class Exit(enum.IntEnum):
@@ -27,8 +33,24 @@ class Exit(enum.IntEnum):
     INTERRUPTED = 128 + signal.SIGINT
 
 
-class StoppedAtOnce(KeyboardInterrupt):
-    """A second interrupt, which does not wait until the state is saved."""
+class Interrupts:
+    """A command's handler of Ctrl-C: the first is a KeyboardInterrupt, the second ends it at once.
+
+    An exception would not do that: threads that write a checkpoint are waited for, and one that
+    arises where a library calls back into Python is lost.
+    """
 
     def __init__(self):
-        super().__init__("Stopped at once; the same command goes on from the last checkpoint.")
+        self.noted = False
+        """Whether the first one came, here or to who handles it instead."""
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        """Be told of a signal."""
+        if not self.noted:
+            self.noted = True
+            raise KeyboardInterrupt
+        with contextlib.suppress(OSError):
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)
+            os.write(2, b"Stopped at once; what was saved before stays.\n")
+        os._exit(Exit.INTERRUPTED)

@@ -11,12 +11,14 @@ from test_attention_view import header, numbers, unpacked
 
 from gptjax import probe, to_huggingface
 from gptjax.config import TransformerConfig
+from gptjax.data.report import labels
 from gptjax.data.tokenizers import (
     ByteTokenizer,
     SubwordTokenizer,
     save_tokenizer,
     train_tokenizer,
 )
+from gptjax.data.vocabulary import vocabulary
 from gptjax.runs import load_run, save_model
 from gptjax.transformer import build
 
@@ -27,6 +29,7 @@ CONFIGS = {
     "encoder": dataclasses.replace(SMALL, family="encoder"),
     "unframed": dataclasses.replace(SMALL, family="encoder", vocab_size=256),
     "pairs": dataclasses.replace(SMALL, family="encoder_decoder", encoder_depth=3),
+    "local": dataclasses.replace(SMALL, attention="local,full", window=2),
     "lstm": dataclasses.replace(SMALL, family="recurrent", heads=1, positions="none"),
     "compressed": dataclasses.replace(SMALL, attention="full,compressed", compression=2),
 }
@@ -60,6 +63,8 @@ def test_the_page_of_a_decoder_shows_its_weights(name, runs, command, tmp_path):
     ended = command("attention", runs / name, "--text", "a cat", "--html", path)
     assert ended == (0, f"{path} is the attention of {runs / name}, step 0.\n", "")
     page = path.read_text(encoding="utf-8")
+    assert "<title>a cat</title>" in page
+    assert f'<bdi id="model">{runs / name}, step 0</bdi>' in page
     (told,) = header(page)["parts"]
     assert told["name"] == "attention"
     assert told["rows"] == told["columns"] == ["a", "·", "c", "a", "t"]
@@ -68,6 +73,31 @@ def test_the_page_of_a_decoder_shows_its_weights(name, runs, command, tmp_path):
     tokens = run.tokenizer.encode("a cat")[None]
     for layer, truth in enumerate(np.asarray(probe.attention(run.model, tokens))[:, 0]):
         np.testing.assert_allclose(weights(page, 0, layer), truth, atol=1e-5)
+    shares = nnx.softmax(probe.observe(run.model, tokens).logits[0])
+    best = np.argsort(-shares, axis=-1)[:, :5]
+    words = vocabulary(run.tokenizer, ())
+    for place, expected in enumerate(told["next"]):
+        found = [share for _, share in expected]
+        np.testing.assert_allclose(found, shares[place, best[place]], atol=1e-4)
+        if best[place, 0] < words.size:
+            assert expected[0][0] == labels(best[place, :1], run.tokenizer, words)[0]
+
+
+def test_parts_of_a_character_are_its_bytes(runs, command, tmp_path):
+    path = tmp_path / "a.html"
+    command("attention", runs / "decoder", "--text", "a机", "--html", path)
+    (told,) = header(path.read_text(encoding="utf-8"))["parts"]
+    assert told["rows"] == ["a", r"\xe6", r"\x9c", r"\xba"]
+
+
+def test_a_local_layer_says_what_it_hides(runs, command, tmp_path):
+    path = tmp_path / "a.html"
+    command("attention", runs / "local", "--text", "abcde", "--html", path)
+    page = path.read_text(encoding="utf-8")
+    assert header(page)["parts"][0]["windows"] == [2, 0]
+    far = np.tri(5, k=-2, dtype=bool)
+    assert not weights(page, 0, 0)[:, far].any()
+    assert weights(page, 0, 1)[:, far].all()
 
 
 def test_chosen_layers_and_heads_are_shown_alone(runs, command, tmp_path):
@@ -104,6 +134,8 @@ def test_an_encoder_decoder_has_three_kinds_of_attention(runs, command, tmp_path
         ("encoder", read, read),
     ]
     assert [len(told["layers"]) for told in header(page)["parts"]] == [2, 2, 3]
+    assert [len(told["next"]) for told in header(page)["parts"]] == [3, 3, 0]
+    assert "<title>abc → de</title>" in page
     run = load_run(runs / "pairs")
     source, tokens = np.array([[97, 98, 99, 257]]), np.array([[256, 100, 101]])
     for number, part in enumerate(("decoder", "cross", "encoder")):

@@ -19,7 +19,8 @@ import pytest
 from conftest import EXPERIMENTS
 from fontTools.ttLib import TTFont
 
-from gptjax.attention_view import PAGE, SCRIPTS, AttentionPart, AttentionView
+from gptjax.attention_view import PAGE, SCRIPTS, AttentionPart, AttentionView, likeliest
+from gptjax.colours import diverging
 from gptjax.config import InputError
 from gptjax.plots import token_label
 
@@ -159,6 +160,8 @@ BAD_PARTS = {
     "below 0": (part()._replace(weights=np.full((2, 3, 4, 4), -0.1)), "not all from 0 to 1"),
     "layers": (part()._replace(layers=[1]), "names 1 layers of 2"),
     "heads": (part()._replace(heads=[1]), "names 1 heads of 3"),
+    "windows": (part()._replace(windows=[1]), "names 1 windows of 2"),
+    "next tokens": (part()._replace(next_tokens=[[]]), "names 1 next tokens of 4"),
     "query alone": (part()._replace(key=None), "has a query or a key: the neuron view needs both"),
     "key heads": (part()._replace(key=np.zeros((2, 4, 2, 8))), r"\[2, 4, 2, 8\]"),
     "width": (part()._replace(key=np.zeros((2, 4, 3, 7))), r"\[2, 4, 3, 7\]"),
@@ -365,9 +368,9 @@ def test_the_map_shows_each_weight_by_its_colour_and_its_number(opened):
         (tip,) = [tip for tip in found if tip.startswith(pair)]
         if s > t:
             assert tip == pair + "nothing: it comes later and is hidden"
-        else:
-            told = float(tip.removeprefix(pair + "weight "))
-            assert told == pytest.approx(weight, abs=0.00005 + 0.000008)
+            continue  # It has no weight, and no colour of one.
+        told = float(tip.removeprefix(pair + "weight "))
+        assert told == pytest.approx(weight, abs=0.00005 + 0.000008)
         x, y = found[tip]
         lightness[weight] = pixels[int(y - top) + 4, int(x) + 4].sum()
     in_order = [lightness[weight] for weight in sorted(lightness)]
@@ -573,3 +576,167 @@ def test_a_notebook_shows_the_page_in_a_frame(opened):
     assert colours(plain) > 30
     chip(frame, "layers", "1").click()
     assert not np.array_equal(picture(frame), plain)
+
+
+FOLLOWING = [[("·fish", 0.75), ("·dog", 0.125)]] * 4
+
+
+@needs_chromium
+def test_what_comes_next_is_shown_with_its_probability_in_every_view(opened):
+    frame = opened(AttentionView([part()._replace(next_tokens=FOLLOWING)]), "view=heads")
+    expected = "next: ·fish 75.0%, ·dog 12.5%"
+    (tip,) = [tip for tip in tips(frame) if tip.startswith("·sat (2) looks most at")]
+    assert tip.split("\n")[-1] == expected
+    for view, begin in (("map", "·sat (2) looks at"), ("neurons", "·down (3) looks at")):
+        frame.evaluate(f"location.hash = 'view={view}'")
+        picture(frame)
+        found = [tip for tip in tips(frame) if tip.startswith(begin)]
+        assert found
+        assert {tip.split("\n")[-1] for tip in found} == {expected}
+    assert not any("next" in tip for tip in tips(opened(AttentionView([part()]), "view=map")))
+
+
+def test_the_likeliest_tokens_come_first_with_their_probabilities():
+    logits = np.log([[0.1, 0.6, 0.3], [0.5, 0.25, 0.25]]) + 1000
+    found = likeliest(logits, lambda token: "abc"[token], count=2)
+    assert [[label for label, _ in place] for place in found] == [["b", "c"], ["a", "b"]]
+    shares = [[share for _, share in place] for place in found]
+    np.testing.assert_allclose(shares, [[0.6, 0.3], [0.5, 0.25]])
+
+
+def test_next_tokens_of_512_places_take_little_of_a_page():
+    words = [f"word{number}" for number in range(512)]
+    small = part(words, layers=1, heads=1)._replace(query=None, key=None)
+    following = likeliest(np.random.default_rng(0).normal(size=(512, 512)), lambda t: words[t])
+    larger = small._replace(next_tokens=following)
+    grown = len(AttentionView([larger]).html) - len(AttentionView([small]).html)
+    assert 0 < grown < 60_000
+
+
+@needs_chromium
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_a_mask_hides_looks_like_no_weight(theme, opened):
+    given = part()
+    weights = np.broadcast_to(np.eye(4), (2, 3, 4, 4)).copy()
+    weights[:, :, 3, 3], weights[:, :, 3, 2] = 0, 1
+    windows = (3, 0)  # In the first layer, the first token is hidden from the last.
+    view = AttentionView([given._replace(weights=weights, windows=windows, query=None, key=None)])
+    frame = opened(view, "view=map", color_scheme=theme)
+    found, pixels = tips(frame), picture(frame)
+    top = frame.evaluate("document.getElementById('canvas').getBoundingClientRect().top")
+
+    def cell(t: int, s: int) -> np.ndarray:
+        pair = f"{WORDS[t]} ({t}) looks at {WORDS[s]} ({s})\n"
+        (tip,) = [tip for tip in found if tip.startswith(pair)]
+        x, y = found[tip]
+        square = pixels[int(y - top) + 4 : int(y - top) + 22, int(x) + 4 : int(x) + 22]
+        return square.reshape(-1, 3)
+
+    assert len(np.unique(cell(2, 0), axis=0)) == 1  # A weight of 0 is one colour alone.
+    for t, s in ((0, 1), (0, 3), (3, 0)):
+        assert len(np.unique(cell(t, s), axis=0)) > 1
+    assert any(tip.endswith("\nnothing: it is too far away and is hidden") for tip in found)
+    assert frame.locator("#hidden").is_visible()
+    chip(frame, "layers", "1").click()
+    found, pixels = tips(frame), picture(frame)
+    assert len(np.unique(cell(3, 0), axis=0)) == 1
+
+
+@needs_chromium
+def test_the_header_speaks_of_the_colours_that_are_drawn(opened):
+    frame = opened(AttentionView([part()]), "view=neurons")
+    assert frame.inner_text("#meaning") == "Blue is above 0, orange below; bars: weights."
+    assert frame.inner_text("#least") == "−largest"
+    ends = frame.evaluate("""() => {
+      const ramp = document.getElementById("ramp");
+      const image = new OffscreenCanvas(96, 10).getContext("2d", { willReadFrequently: true });
+      image.drawImage(ramp, 0, 0);
+      return [0, ramp.width - 1].map((x) => [...image.getImageData(x, 4, 1, 1).data].slice(0, 3));
+    }""")
+    np.testing.assert_allclose(ends, np.rint(255 * diverging()[[0, -1]]), atol=1)
+    drawn = {tuple(pixel) for pixel in picture(frame).reshape(-1, 3).tolist()}
+    assert {tuple(end) for end in ends} <= drawn  # The largest query and key of their kind.
+    frame.evaluate("location.hash = 'view=map'")
+    picture(frame)
+    assert frame.inner_text("#least") == "0"
+    assert frame.inner_text("#meaning") == "Rows look at columns; stronger colour: more."
+
+
+def drawn_by(frame: Any, method: str) -> list[list[Any]]:
+    """What a method of the canvas is called with while all is drawn anew, after the colour."""
+    return frame.evaluate(
+        """(method) => new Promise((done) => {
+      const prototype = CanvasRenderingContext2D.prototype, plain = prototype[method], calls = [];
+      prototype[method] = function (...given) {
+        calls.push([this.fillStyle, ...given]);
+        return plain.apply(this, given);
+      };
+      document.getElementById("stage").dispatchEvent(new Event("scroll"));
+      requestAnimationFrame(() => setTimeout(() => {
+        prototype[method] = plain;
+        done(calls);
+      }));
+    })""",
+        method,
+    )
+
+
+@needs_chromium
+def test_bars_of_the_head_view_can_be_read(opened):
+    given = part(heads=8)
+    frame = opened(AttentionView([given]), "shown=0,1,2,3,4,5,6,7&token=3")
+    picture(frame)
+    palette = [
+        "#0b5fa5",
+        "#d97a00",
+        "#0a8f6c",
+        "#b04fa0",
+        "#8a7400",
+        "#4aa3df",
+        "#c23b22",
+        "#5b6478",
+    ]
+    bars = [call for call in drawn_by(frame, "fillRect") if call[0] in palette]
+    assert len(bars) == 8 * 4
+    assert {bar[3] for bar in bars} == {13}
+    largest = given.weights[0, :, 3].max()
+    heights = {(palette.index(bar[0]), bar[4]) for bar in bars}
+    for head, s in np.ndindex(8, 4):
+        expected = max(2, 18 * given.weights[0, head, 3, s] / largest)
+        near = [height for of, height in heights if of == head]
+        assert min(abs(height - expected) for height in near) < 0.01
+    assert max(height for _, height in heights) == 18
+    assert f"The longest bar is {largest:.4f}" in frame.inner_text("#caption")
+
+
+@needs_chromium
+def test_all_labels_of_an_axis_have_one_direction(opened):
+    frame = opened(AttentionView([part(["a", "·a·very·long·one", "b", "c"])]), "view=map")
+    picture(frame)
+    angles = [angle for _, angle in drawn_by(frame, "rotate")]
+    assert angles == [0] * 4 + [-np.pi / 2] * 4
+    short = opened(AttentionView([part(CHINESE)]), "view=map")
+    picture(short)
+    assert {angle for _, angle in drawn_by(short, "rotate")} == {0}
+
+
+@needs_chromium
+@pytest.mark.parametrize("view", ["heads", "model", "map", "neurons"])
+def test_a_telephone_shows_the_attention_and_all_of_its_columns(view, opened):
+    narrow = {"width": 390, "height": 844}
+    given = part([*WORDS, "·representation", "·of"] * 2, heads=12, layers=4, width=64)
+    following = FOLLOWING[:1] * 12
+    shown = AttentionView([given._replace(next_tokens=following)], title="A sentence of words " * 4)
+    frame = opened(shown, f"view={view}&token=5", viewport=narrow)
+    picture(frame)
+    sizes = frame.evaluate("""() => ["header", "footer"].map((name) =>
+      document.querySelector(name).offsetHeight)""")
+    assert sum(sizes) < 844 / 3
+    assert sizes[0] < 844 / 4
+    assert frame.evaluate("[stage.scrollWidth, document.documentElement.scrollWidth]") == [390, 390]
+
+
+def test_the_title_is_the_text_and_the_model_stands_below():
+    page = AttentionView([part()], title="A cat <sat>", model="runs/<a>").html
+    assert "<title>A cat &lt;sat&gt;</title>" in page
+    assert '<bdi id="model">runs/&lt;a&gt;</bdi>' in page

@@ -21,6 +21,7 @@ COMPARE = "gptjax.compare.*"
 ALLOWED = {
     # module: what it may import of ours; the first line that fits a module is its own.
     CONFIG: [CONFIG],
+    "gptjax.colours": [],
     "gptjax.exits": [],
     "gptjax.disk": [CONFIG],
     "gptjax.locks": [CONFIG],
@@ -51,8 +52,8 @@ ALLOWED = {
     "gptjax.generate": [CONFIG, "gptjax.keys", "gptjax.transformer"],
     "gptjax.beam_search": [CONFIG, "gptjax.generate", "gptjax.transformer"],
     "gptjax.huggingface.*": [CONFIG, "gptjax.transformer", "gptjax.huggingface.*"],
-    "gptjax.plots.*": [CONFIG, "gptjax.outputs", "gptjax.plots.*"],
-    "gptjax.attention_view": [CONFIG, "gptjax.outputs"],
+    "gptjax.plots.*": [CONFIG, "gptjax.colours", "gptjax.outputs", "gptjax.plots.*"],
+    "gptjax.attention_view": [CONFIG, "gptjax.colours", "gptjax.outputs"],
     "gptjax.runs": [
         CONFIG,
         "gptjax.disk",

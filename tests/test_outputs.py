@@ -12,7 +12,6 @@ from gptjax.attention_view import AttentionPart, AttentionView
 from gptjax.config import InputError
 from gptjax.outputs import check_output, whole_directory, write_whole
 from gptjax.plots import save
-from gptjax.runs import write_json
 
 
 def _view(path: Path) -> None:
@@ -24,7 +23,6 @@ WRITERS = {
     "text": lambda path: write_whole(path, "new", overwrite=True),
     "page": _view,
     "figure": lambda path: save(Figure(), path),
-    "JSON": lambda path: write_json(path, {}),
 }
 
 
@@ -90,14 +88,14 @@ def test_what_fails_while_it_is_written_leaves_the_old_file(tmp_path, monkeypatc
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(InputError, match=r"cannot write .*a\.json: No space left on device\."):
-        write_json(path, {})
+        write_whole(path, "new", overwrite=True)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_of_another_name_beside_it_stays(tmp_path):
     (tmp_path / "figures.tmp").write_text("mine")
-    write_json(tmp_path / "figures.json", {})
+    write_whole(tmp_path / "figures.json", "{}")
     assert (tmp_path / "figures.tmp").read_text() == "mine"
 
 

@@ -7,16 +7,16 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.image import imread
+from matplotlib.image import AxesImage, imread
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from gptjax import plots
+from gptjax.colours import diverging, sequential
 from gptjax.config import InputError
 from gptjax.plots import legible
 from gptjax.plots.comparisons import FittedLine, Points
@@ -179,6 +179,12 @@ def _contrast(one, other) -> float:
     return (bright + 0.05) / (dark + 0.05)
 
 
+def _colour_of(image: AxesImage, value: float) -> tuple[float, float, float]:
+    """Red, green and blue that stand for a value."""
+    red, green, blue, _ = image.to_rgba(np.array([value]))[0]
+    return red, green, blue
+
+
 def _texts(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
@@ -231,11 +237,13 @@ def test_text_on_colours_stands_out_and_stays_in_its_cell(name):
 
 
 def test_values_stay_in_order_in_grey():
-    grey = [_luminance(colour) for colour in colormaps[legible.SEQUENTIAL](np.arange(256))]
+    grey = [_luminance(colour) for colour in legible.colour_map(legible.SEQUENTIAL)(np.arange(256))]
     assert (np.diff(grey) < 0).all()
     assert grey[0] > 0.9
     assert grey[-1] < 0.01
-    diverging = [_luminance(colour) for colour in colormaps[legible.DIVERGING](np.arange(256))]
+    diverging = [
+        _luminance(colour) for colour in legible.colour_map(legible.DIVERGING)(np.arange(256))
+    ]
     assert (np.diff(diverging[:127]) > 0).all()
     assert (np.diff(diverging[129:]) < 0).all()
 
@@ -272,7 +280,7 @@ def _seen(colour, eye: str) -> np.ndarray:
 def test_the_colour_blind_tell_lines_and_signs_apart(eye):
     for one, other in itertools.combinations(legible.LINES, 2):
         assert np.linalg.norm(_seen(one, eye) - _seen(other, eye)) > 10, (one, other)
-    diverging = colormaps[legible.DIVERGING]
+    diverging = legible.colour_map(legible.DIVERGING)
     for size in (0.1, 0.2, 0.3, 0.4, 0.5):
         ends = [_seen(diverging(0.5 + sign * size), eye) for sign in (-1, 1)]
         assert np.linalg.norm(ends[0] - ends[1]) > 10, size
@@ -457,12 +465,12 @@ def test_the_attention_grid_has_a_row_for_each_layer_and_a_column_for_each_head(
     assert tops[0] > tops[3]
     for panel, shown in zip(panels, weights.reshape(6, 4, 4), strict=True):
         (image,) = panel.get_images()
-        np.testing.assert_array_equal(image.get_array(), shown)
+        np.testing.assert_array_equal(np.ma.getdata(np.ma.asarray(image.get_array())), shown)
         assert image.get_clim() == (0, 1)  # One scale, so that panels can be compared.
     bottom_left = panels[3]  # The outer panels are labelled.
     assert _ticks(bottom_left.xaxis) == _ticks(bottom_left.yaxis) == tokens
     assert _ticks(panels[1].xaxis) == _ticks(panels[1].yaxis) == []
-    assert colorbar.get_xlabel() == "attention weight"
+    assert colorbar.get_xlabel() == "attention weight; hatched: hidden"
     assert figure.get_suptitle() == "heads"
     assert figure.get_supxlabel() == "is looked at"
     assert figure.get_supylabel() == "looks"
@@ -508,6 +516,89 @@ def test_the_first_key_is_left_and_the_first_query_on_top():
         assert figure.axes[0].get_ylim() == (11.5, -0.5)
 
 
+def test_what_a_mask_hides_is_hatched_and_is_not_a_weight_of_0():
+    weights = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    later = np.triu(np.ones((3, 3), bool), 1)
+    for figure in (
+        plots.attention_map(weights, ["a", "b", "c"]),
+        plots.attention_grid(weights[None, None], ["a", "b", "c"]),
+        plots.attention_map(weights, ["a", "b", "c"], hidden=later),
+    ):
+        axes = figure.axes[0]
+        (image,) = axes.get_images()
+        np.testing.assert_array_equal(np.ma.getmaskarray(np.ma.asarray(image.get_array())), later)
+        (hatched,) = axes.patches
+        assert hatched.get_hatch()
+        path = hatched.get_path()
+        inside = [path.contains_point((column, row)) for row, column in np.ndindex(3, 3)]
+        assert inside == later.ravel().tolist()
+        assert "hatched" in figure.axes[-1].get_xlabel()
+        background = np.array(hatched.get_facecolor())[:3]
+        assert np.abs(np.subtract(background, _colour_of(image, 0.0))).max() > 0.02
+    assert _texts(plots.attention_map(weights, ["a", "b", "c"]).axes[0]) == [
+        "1.00", "0.00", "1.00", "0.50", "0.00", "0.50"
+    ]  # fmt: skip
+
+
+def test_nothing_is_hatched_where_nothing_is_hidden():
+    for figure in (
+        plots.attention_map(np.full((2, 2), 0.5), ["a", "b"]),
+        plots.attention_map(np.tri(2, 3), ["a", "b"], columns=["x", "y", "z"]),
+        plots.attention_map(np.tri(2), ["a", "b"], hidden=np.zeros((2, 2), bool)),
+    ):
+        assert not figure.axes[0].patches
+        assert figure.axes[-1].get_xlabel() == "attention weight"
+
+
+def test_a_mask_of_its_own_may_differ_by_layer():
+    window = np.tri(3, dtype=bool) & ~np.tri(3, k=-2, dtype=bool)
+    hidden = ~np.stack([np.tri(3, dtype=bool), window])[:, None]
+    figure = plots.attention_grid(np.ones((2, 2, 3, 3)) / 3, ["a", "b", "c"], hidden=hidden)
+    for panel, unseen in zip(figure.axes[:4], np.repeat(hidden[:, 0], 2, axis=0), strict=True):
+        (image,) = panel.get_images()
+        np.testing.assert_array_equal(np.ma.getmaskarray(np.ma.asarray(image.get_array())), unseen)
+
+
+def test_values_that_hardly_differ_are_told_apart_by_their_colours():
+    values = np.array([[0.17, 0.175], [0.18, 0.17]])
+    for figure in (
+        plots.score_grid(values, label="nats"),
+        plots.patching_map(values, ["a", "b"], label="nats"),
+    ):
+        (image,) = figure.axes[0].get_images()
+        assert image.get_clim() == (0.17, 0.18)
+        darkness = 1 - np.array([_luminance(_colour_of(image, value)) for value in values.ravel()])
+        assert darkness[0] == darkness[3] < 0.1 < darkness[1] < 0.9 < darkness[2]
+    (alone,) = plots.score_grid(np.full((1, 2), 0.3), label="nats").axes[0].get_images()
+    assert alone.get_clim() == (0, 0.3)
+
+
+def test_a_patched_metric_can_be_relative_to_the_clean_and_the_corrupted_run():
+    values = np.array([[2.0, 3.0], [6.0, 4.0]])
+    np.testing.assert_array_equal(plots.restored(values, 6.0, 2.0), [[0, 0.25], [1, 0.5]])
+    for figure in (
+        plots.patching_map(values, ["a", "b"], label="logits", clean=6.0, corrupted=2.0),
+        plots.score_grid(values, label="logits", clean=6.0, corrupted=2.0),
+    ):
+        axes, bar = figure.axes
+        assert _texts(axes) == ["0.00", "0.25", "1.00", "0.50"]
+        assert bar.get_xlabel() == "logits: 0 as corrupted, 1 as clean"
+    with pytest.raises(InputError, match=r"clean and corrupted are both 2: there is nothing"):
+        plots.restored(values, 2.0, 2.0)
+    with pytest.raises(InputError, match=r"clean and corrupted must be given together\."):
+        plots.score_grid(values, label="logits", clean=1.0)
+
+
+def test_orange_is_below_0_and_blue_above_as_in_the_page():
+    (image,) = plots.score_grid(np.array([[-1.0, 1.0]]), label="nats").axes[0].get_images()
+    for value, place in ((-0.5, 64), (0.5, 192)):
+        np.testing.assert_allclose(_colour_of(image, value), diverging()[place], atol=0.01)
+    red, _, blue = _colour_of(image, -0.5)
+    assert red > 2 * blue
+    (weights,) = plots.attention_map(np.eye(2), ["a", "b"]).axes[0].get_images()
+    np.testing.assert_allclose(_colour_of(weights, 0.5), sequential()[128], atol=0.01)
+
+
 def test_a_heads_weights_are_printed_where_they_are_few_but_for_what_a_mask_leaves():
     weights = np.array([[1.0, 0.0], [0.996, 0.004]])
     axes, _ = plots.attention_map(weights, ["a", "b"]).axes
@@ -523,6 +614,7 @@ def test_scores_are_printed_with_as_many_digits_as_their_size_asks_for():
     assert printed(0.0123, -0.0004) == ["0.012", "0.000"]
     assert printed(-23.46, 1) == ["\N{MINUS SIGN}23.5", "1.0"]
     assert printed(0.5, np.nan) == ["0.50"]
+    assert printed(0.1712, 0.1789) == ["0.1712", "0.1789"]
 
 
 @pytest.mark.parametrize("length", [24, 28, 32])
@@ -544,15 +636,23 @@ def test_negative_values_are_coloured_about_0_and_keep_a_sign_where_numbers_have
     assert set(_texts(axes)) == {"\N{MINUS SIGN}"}
 
 
-def test_layers_go_upwards_where_tokens_are_the_columns():
+def test_the_first_layer_is_on_top_in_every_figure():
+    for figure in (
+        plots.patching_map(_random(3, 2), ["a", "b"], label="nats"),
+        plots.score_grid(_random(3, 2), label="nats"),
+        plots.logit_lens_table(["a", "b"], [["x", "y"]] * 3, _random(3, 2)),
+    ):
+        assert figure.axes[0].get_ylim() == (2.5, -0.5)
+    panels = plots.attention_grid(_random(3, 1, 2, 2), ["a", "b"]).axes[:3]
+    tops = [panel.get_position().y1 for panel in panels]
+    assert tops == sorted(tops, reverse=True)
     axes, _ = plots.patching_map(_random(3, 2), ["a", "b"], label="nats", rows="block").axes
-    assert axes.get_ylim() == (-0.5, 2.5)
     assert _ticks(axes.yaxis) == ["0", "1", "2"]
     figure = _figure("patching")
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("position", "layer")
 
 
-def test_the_logit_lens_has_a_guess_in_every_cell_the_embeddings_at_the_bottom():
+def test_the_logit_lens_has_a_guess_in_every_cell_the_embeddings_on_top():
     guesses = [["x", "y"], ["一", "representation" * 3]]
     values = np.array([[0.25, 0.5], [0.75, 0.875]])
     axes, bar = plots.logit_lens_table(["a", "b"], guesses, values).axes
@@ -562,7 +662,7 @@ def test_the_logit_lens_has_a_guess_in_every_cell_the_embeddings_at_the_bottom()
     assert cut.endswith("…")
     assert (guesses[1][1]).startswith(cut[:-1])
     assert _ticks(axes.yaxis) == ["embedding", "0"]
-    assert axes.get_ylim() == (-0.5, 1.5)
+    assert axes.get_ylim() == (1.5, -0.5)
     assert axes.get_images()[0].get_clim() == (0, 1)
     assert bar.get_xlabel() == "probability"
     assert _figure("lens of 40 tokens").axes[0].get_images()[0].get_clim()[1] > 1
@@ -577,7 +677,7 @@ def test_a_text_reads_as_it_was_and_breaks_after_its_line_ends():
     assert places[0][1] == places[1][1] < places[2][1] < places[-1][1]
     assert sorted(places, key=lambda place: (place[1], place[0])) == places
     colours = [patch.get_facecolor() for patch in axes.patches]
-    expected = colormaps[legible.DIVERGING]((values + 1) / 2)
+    expected = legible.colour_map(legible.DIVERGING)((values + 1) / 2)
     np.testing.assert_allclose([to_rgb(colour) for colour in colours], expected[:, :3])
     assert len(axes.collections) == (values < -0.1).sum()  # Underlined.
     assert bar.get_xlabel() == "nats"

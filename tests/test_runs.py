@@ -1,5 +1,8 @@
 import dataclasses
+import errno
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,14 +21,18 @@ from gptjax.config import (
     to_dict,
 )
 from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
+from gptjax.disk import DiskError
 from gptjax.runs import (
+    BEGUN,
     CHECKPOINTS,
     CONFIG,
     RESULT,
     WRITTEN,
+    hold,
     load_config,
     load_run,
     open_run,
+    saved_tokenizer,
     write_json,
 )
 from gptjax.training.checkpoint import Checkpoints
@@ -147,6 +154,100 @@ def test_an_overwrite_cut_short_leaves_a_directory_that_can_be_overwritten(copie
             _open(copied_run, overwrite=True)
     assert (copied_run / CONFIG).exists()
     assert _open(copied_run, overwrite=True) is False
+
+
+class Killed(BaseException):
+    """Instead of a signal, which nothing could catch."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Runs a function until just before its event of a number; True if it had so many."""
+
+    def run(number: int, function) -> bool:
+        events = iter(range(number))
+
+        def counted(act):
+            def counting(*arguments, **options):
+                if next(events, None) is None:
+                    raise Killed
+                return act(*arguments, **options)
+
+            return counting
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "touch", "unlink", "rmdir", "open", "replace"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            for name in ("unlink", "rmdir"):  # Those of shutil.rmtree.
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                function()
+            except Killed:
+                return True
+        return False
+
+    return run
+
+
+def test_a_start_that_was_killed_anywhere_is_begun_anew(tmp_path, killed_at):
+    number, whole = 0, tmp_path / "whole"
+    _open(whole)
+    while killed_at(number, functools.partial(_open, tmp_path / str(number))):
+        directory = tmp_path / str(number)
+        for overwrite in (False, True):
+            assert _open(directory, overwrite=overwrite) is False
+            assert _content(directory) == _content(whole)
+        number += 1
+    assert number > 5
+
+
+def test_an_overwrite_that_was_killed_anywhere_is_begun_anew(tiny_run, tmp_path, killed_at):
+    number = 0
+    while True:
+        directory = Path(shutil.copytree(tiny_run, tmp_path / str(number)))
+        (directory / "notes.txt").write_text("precious")
+        if not killed_at(number, functools.partial(_open, directory, overwrite=True)):
+            break
+        if number > 0:  # The first event is the directory's, before which nothing has begun.
+            data = CONFIGURED.data
+            assert (directory / BEGUN).exists() == (number > 1)
+            if number > 1:
+                assert saved_tokenizer(directory, data, "fingerprint") is None
+                assert _open(directory) is False
+                names = ["config.json", "notes.txt", "tokenizer.json", "tokenizer.model"]
+                assert sorted(_content(directory)) == names
+        shutil.rmtree(directory)
+        number += 1
+    assert number > 20
+
+
+def test_a_directory_in_use_is_refused_and_an_overwrite_deletes_nothing(copied_run):
+    before = _content(copied_run)
+    with (
+        hold(copied_run),
+        pytest.raises(InputError, match=r" is in use by process \d+ on "),
+        hold(copied_run),
+    ):
+        pass
+    assert _content(copied_run) == before
+    with hold(copied_run, finished=False), hold(copied_run, finished=False):
+        assert _content(copied_run) == before  # What is looked at alone is not held.
+
+
+def test_a_disk_that_fails_is_one_sentence(tmp_path):
+    def fail(number: int) -> None:
+        with hold(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path / "samples.txt"))
+
+    with pytest.raises(DiskError) as failed:
+        fail(errno.ENOSPC)
+    assert str(failed.value) == (
+        f"{tmp_path / 'samples.txt'}: No space left on device; what is saved in {tmp_path} stays, "
+        "and once there is room the same command goes on from it."
+    )
+    with pytest.raises(FileNotFoundError):
+        fail(errno.ENOENT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):

@@ -1,37 +1,32 @@
-// Colours, for light and for dark pages. Ramps go evenly through lightness in OKLab (Ottosson
-// 2020), so that equal steps of a weight look equal, and look alike to the colour-blind.
-
-/** OKLCH as bytes of sRGB. */
-function srgb(lightness, chroma, hue) {
-  const a = chroma * Math.cos((hue * Math.PI) / 180), b = chroma * Math.sin((hue * Math.PI) / 180);
-  const l = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3;
-  const m = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3;
-  const s = (lightness - 0.0894841775 * a - 1.291485548 * b) ** 3;
-  return [
-    4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
-    -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
-    -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
-  ].map((linear) => {
-    const value = linear <= 0.0031308 ? 12.92 * linear : 1.055 * linear ** (1 / 2.4) - 0.055;
-    return Math.round(255 * Math.min(1, Math.max(0, value)));
-  });
-}
+// Colours, for light and for dark pages; Python has packed the ramps, which figures share.
 
 const STEPS = 256;
 
-/** 256 colours of one hue as the pixels of an ImageData, from the page's to the strongest. */
-function ramp(dark, hue) {
+/** 256 packed colours as the pixels of an ImageData. */
+function unpackedRamp(packed) {
+  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
   const pixels = new Uint32Array(STEPS); // A pixel's bytes are red, green, blue, opacity.
   for (let i = 0; i < STEPS; i++) {
-    const p = i / (STEPS - 1);
-    const lightness = dark ? 0.21 + 0.74 * p : 0.985 - 0.685 * p;
-    // Near white and near black screens have little colour; at 0 it is the page's own grey.
-    const most = Math.min(0.15, 0.42 * (1 - lightness), 0.38 * lightness);
-    const chroma = most * Math.min(1, 0.2 + 4 * p);
-    const [red, green, blue] = srgb(lightness, chroma, hue);
+    const [red, green, blue] = bytes.subarray(3 * i, 3 * i + 3);
     pixels[i] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
   }
   return pixels;
+}
+
+/** Lines across what a mask hides: no weight looks like it. */
+function hatching() {
+  const size = 6, canvas = new OffscreenCanvas(size, size), ctx = canvas.getContext("2d");
+  ctx.fillStyle = colours.panel;
+  ctx.fillRect(0, 0, size, size);
+  ctx.strokeStyle = colours.faint;
+  ctx.globalAlpha = 0.45;
+  ctx.beginPath();
+  for (const shift of [-size, 0, size]) {
+    ctx.moveTo(shift - 1, size + 1);
+    ctx.lineTo(shift + size + 1, -1);
+  }
+  ctx.stroke();
+  return ctx.createPattern(canvas, "repeat");
 }
 
 const PALETTES = { // Of heads: lightness differs from neighbour to neighbour, not the hue alone.
@@ -44,13 +39,14 @@ const colours = {};
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
-  const dark = theme === "dark", style = getComputedStyle(document.documentElement);
+  const style = getComputedStyle(document.documentElement);
   colours.theme = theme;
-  colours.ramp = ramp(dark, 258);
-  colours.negative = ramp(dark, 50);
+  colours.ramp = unpackedRamp(header.ramps[theme].sequential);
+  colours.signed = unpackedRamp(header.ramps[theme].diverging);
   colours.heads = PALETTES[theme];
   for (const name of ["page", "panel", "ink", "faint", "edge", "chosen", "on-chosen"])
     colours[name] = style.getPropertyValue(`--${name}`).trim();
+  colours.hidden = hatching();
 }
 
 function headColour(head) {
@@ -73,5 +69,5 @@ function pixelOf(strength, pixels = colours.ramp) {
 
 /** The colour of a number from -1 to 1: orange below 0, blue above. */
 function signed(value) {
-  return css(pixelOf(Math.abs(value), value < 0 ? colours.negative : colours.ramp));
+  return css(pixelOf((value + 1) / 2, colours.signed));
 }

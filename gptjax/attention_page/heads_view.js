@@ -1,6 +1,7 @@
 // Tokens in two columns, and a line from each that looks to each that is looked at.
 
-const ROW = 20;
+const ROW = 24;
+const BAR = ROW - 6; // Of the largest share that is shown.
 const LEAST = 0.02; // Weaker lines are not drawn unless a token is chosen: a row has 50 at most.
 const MOST_LINES = 600;
 const LEVELS = 24;
@@ -10,13 +11,15 @@ const headsView = {
 
   layout(ctx, part, width) {
     ctx.font = font();
-    const squares = state.shown.length > 1 ? 9 * state.shown.length + 8 : 60;
+    const many = state.shown.length, room = (width - 260) / many;
+    const lane = many > 1 ? Math.max(8, Math.min(16, Math.floor(room))) : 0;
+    const squares = many > 1 ? lane * many + 8 : 116;
     const most = Math.max(60, Math.min(180, (width - squares - 260) / 2));
     const left = widest(ctx, part.rows, most), right = widest(ctx, part.columns, most);
-    const gap = Math.max(120, Math.min(420, width - left - right - squares - 130));
+    const gap = Math.max(60, Math.min(420, width - left - right - squares - 130));
     const start = Math.max(16, (width - left - gap - right - squares - 64) / 2);
     const from = start + 34 + left;
-    return { from, to: from + gap, left, right, squares, top: 34 };
+    return { from, to: from + gap, left, right, squares, lane, top: 34 };
   },
 
   extent(ctx, part, width) {
@@ -112,6 +115,7 @@ const headsView = {
     ctx.textBaseline = "middle";
     const first = Math.max(0, Math.floor((view.top - at.top) / ROW));
     const last = first + Math.ceil(view.height / ROW) + 1;
+    const full = focus.row == null ? 1 : this.largest(part, focus.row);
     for (let token = first; token < Math.min(last, part.T); token++) {
       const chosen = token === focus.row;
       if (chosen) plate(ctx, at.from - at.left - 5, y(token), at.left + 9);
@@ -130,27 +134,46 @@ const headsView = {
       ctx.font = font(13, chosen ? 600 : 400);
       ctx.fillStyle = chosen ? colours["on-chosen"] : colours.ink;
       ctx.fillText(fit(ctx, part.columns[token], at.right), at.to, y(token));
-      if (focus.row != null) this.shares(ctx, part, at, focus.row, token, y(token));
+      if (focus.row != null) this.shares(ctx, part, at, focus.row, token, y(token), full);
     }
   },
 
-  /** Behind a token: how much of it each head takes, at a place of its own, or the number. */
-  shares(ctx, part, at, row, column, y) {
-    const start = at.to + at.right + 14;
-    if (state.shown.length === 1) {
+  /** The largest weight of a row, of all heads that are shown. */
+  largest(part, row) {
+    const weights = part.weights[state.layer], reach = part.reach(row);
+    let largest = 1;
+    for (const head of state.shown)
+      for (let start = part.start(head, row), s = 0; s < reach; s++)
+        if (weights[start + s] > largest) largest = weights[start + s];
+    return largest / part.levels;
+  },
+
+  /** Behind a token: a bar of how much of it each head takes; of one head the number too. */
+  shares(ctx, part, at, row, column, y, full) {
+    const start = at.to + at.right + 14, floor = y + BAR / 2;
+    if (part.hides(state.layer, row, column)) {
+      ctx.fillStyle = colours.hidden;
+      ctx.fillRect(start, y - 5, at.lane ? at.lane * state.shown.length - 4 : 52, 10);
+      return;
+    }
+    if (!at.lane) {
+      const weight = part.weight(state.layer, state.shown[0], row, column);
+      ctx.fillStyle = colours.edge;
+      ctx.fillRect(start, y - 5, 52, 10);
+      ctx.fillStyle = headColour(part.heads[state.shown[0]]);
+      ctx.fillRect(start, y - 5, weight ? Math.max(2, (52 * weight) / full) : 0, 10);
       ctx.font = font(11);
       ctx.fillStyle = colours.faint;
-      ctx.fillText(digits(part.weight(state.layer, state.shown[0], row, column)), start, y);
+      ctx.fillText(digits(weight), start + 60, y);
       return;
     }
     state.shown.forEach((head, place) => {
-      const weights = part.weights[state.layer], reach = part.reach(row);
-      const full = fullOf(part, weights, part.start(head, row), reach) / part.levels;
+      const weight = part.weight(state.layer, head, row, column), x = start + at.lane * place;
       ctx.fillStyle = colours.edge;
-      ctx.fillRect(start + 9 * place, y + 6, 7, 1);
-      const height = 12 * Math.min(1, part.weight(state.layer, head, row, column) / full);
+      ctx.fillRect(x, floor, at.lane - 3, 1);
+      const height = weight ? Math.max(2, (BAR * weight) / full) : 0;
       ctx.fillStyle = headColour(part.heads[head]);
-      ctx.fillRect(start + 9 * place, y + 6 - height, 7, height);
+      ctx.fillRect(x, floor - height, at.lane - 3, height);
     });
   },
 
@@ -190,7 +213,22 @@ const headsView = {
     else if (part.same) choose({ token: found.column });
   },
 
-  caption() {
+  row(_, found) {
+    return found.row ?? (found.column == null ? null : state.token);
+  },
+
+  legend: (part) => ({
+    meaning: "Left tokens look right; stronger lines: more.",
+    colour: () => headColour(part.heads[state.head]),
+    opacity: (share) => 0.08 + 0.87 * share,
+    hidden: false,
+  }),
+
+  caption(part) {
+    const { row } = this.focus();
+    if (row != null && ready())
+      return `Tokens on the left look at those on the right; a hue is a head. The longest bar is
+        ${digits(this.largest(part, row))}${part.masked ? "; hatched: hidden by the mask" : ""}.`;
     const which = this.least ? ` Lines from ${digits(this.least)} on: a token that is pointed at or
       chosen by a click shows all of its own.` : "";
     return `Tokens on the left look at those on the right; a line's hue is its head.${which}`;

@@ -1,12 +1,16 @@
 // Maps of weights: of one head, with tokens on both axes, and of all heads of all layers.
 
-/** A canvas of its own with a pixel for each code; `full` is the strongest colour's, by row. */
+/** A canvas of its own with a pixel for each code, clear where it is below 0, which is hidden;
+ * `full` is the strongest colour's, by row. */
 function picture(width, height, codeAt, full) {
   const canvas = new OffscreenCanvas(width, height), ctx = canvas.getContext("2d");
   const image = ctx.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
   for (let t = 0, place = 0; t < height; t++) {
     const most = full(t);
-    for (let s = 0; s < width; s++) pixels[place++] = pixelOf(codeAt(t, s) / most);
+    for (let s = 0; s < width; s++, place++) {
+      const code = codeAt(t, s);
+      if (code >= 0) pixels[place] = pixelOf(code / most);
+    }
   }
   ctx.putImageData(image, 0, 0);
   return canvas;
@@ -59,7 +63,7 @@ const mapView = {
     const head = state.head, weights = part.weights[state.layer];
     const image = this.pictures.of(`${part.index}|${state.layer}|${head}`, () =>
       picture(part.S, part.T,
-        (t, s) => (s < part.reach(t) ? weights[part.start(head, t) + s] : 0),
+        (t, s) => (part.hides(state.layer, t, s) ? -1 : weights[part.start(head, t) + s]),
         (t) => fullOf(part, weights, part.start(head, t), part.reach(t))));
     const x = (s) => left + cell * s - view.left, y = (t) => top + cell * t - view.top;
     ctx.save();
@@ -67,6 +71,8 @@ const mapView = {
     ctx.rect(left - 2, top - 2, view.width, view.height);
     ctx.clip();
     ctx.imageSmoothingEnabled = false;
+    ctx.fillStyle = colours.hidden;
+    ctx.fillRect(x(0), y(0), cell * part.S, cell * part.T);
     ctx.drawImage(image, x(0), y(0), cell * part.S, cell * part.T);
     ctx.strokeStyle = colours.edge;
     ctx.strokeRect(x(0) - 0.5, y(0) - 0.5, cell * part.S + 1, cell * part.T + 1);
@@ -90,14 +96,15 @@ const mapView = {
       draw(() => ctx.fillText(token, 0, 0));
     };
     const rowLabel = (t, chosen) => {
-      const text = fit(ctx, part.rows[t], 150), width = ctx.measureText(text).width;
+      const text = fit(ctx, part.rows[t], left - 12), width = ctx.measureText(text).width;
       if (y(t) + half < top - 2) return;
       label(text, chosen, (draw) => moved(ctx, left - 8 - width, y(t) + half, 0, draw));
     };
+    const shown = part.columns.filter((_, s) => s % every === 0);
+    const upright = widest(ctx, shown, top - 14) <= every * cell - 2; // Chinese tokens, say.
     const columnLabel = (s, chosen) => {
       const text = fit(ctx, part.columns[s], top - 14), width = ctx.measureText(text).width;
       if (x(s) + half < left - 2) return;
-      const upright = width <= every * cell - 2; // A Chinese token, say.
       label(text, chosen, (draw) =>
         upright
           ? moved(ctx, x(s) + half - width / 2, top - 13, 0, draw)
@@ -126,12 +133,22 @@ const mapView = {
       return [row == null ? named(part.columns, column) : named(part.rows, row)];
     const looks = [...named(part.rows, row), " looks at ", ...named(part.columns, column)];
     if (column >= part.reach(row)) return [looks, ["nothing: it comes later and is hidden"]];
+    if (part.hides(state.layer, row, column))
+      return [looks, ["nothing: it is too far away and is hidden"]];
     return [looks, ["weight ", digits(part.weight(state.layer, state.head, row, column))]];
   },
 
   click(part, found) {
     if (found.row != null) choose({ token: state.token === found.row ? null : found.row });
   },
+
+  row: (_, found) => found.row,
+
+  legend: (part) => ({
+    meaning: "Rows look at columns; stronger colour: more.",
+    colour: (share) => css(pixelOf(share)),
+    hidden: part.masked,
+  }),
 
   caption(part) {
     const { layers, heads } = part;
@@ -145,17 +162,17 @@ const modelView = {
   pictures: new Pictures(4000),
 
   layout(part, view) {
-    const wide = (view.width - 76) / part.heads.length;
+    const wide = (view.width - 64) / part.heads.length;
     const high = (view.height - 40) / part.layers.length;
-    const cell = Math.floor(Math.max(30, Math.min(220, wide, Math.max(44, high))));
-    const left = Math.max(60, Math.floor((view.width - cell * part.heads.length) / 2));
+    const cell = Math.floor(Math.max(24, Math.min(220, wide, Math.max(44, high))));
+    const left = Math.max(56, Math.floor((view.width - cell * part.heads.length) / 2));
     return { left, top: 30, cell };
   },
 
   extent(_, part, width, height) {
     const { left, top, cell } = this.layout(part, { width, height });
     return {
-      width: left + cell * part.heads.length + 10,
+      width: left + cell * part.heads.length + 6,
       height: top + cell * part.layers.length + 10,
     };
   },
@@ -174,6 +191,8 @@ const modelView = {
           const longer = Math.max(thumbnail.width, thumbnail.height);
           const width = (size * thumbnail.width) / longer;
           const height = (size * thumbnail.height) / longer;
+          ctx.fillStyle = colours.hidden;
+          ctx.fillRect(x, y, width, height);
           ctx.drawImage(this.image(part, layer, head), x, y, width, height);
         }
         const current = layer === state.layer && head === state.head;
@@ -227,7 +246,12 @@ const modelView = {
     choose({ layer, head, shown: [head], view: "map" });
   },
 
+  row: () => null,
+
+  legend: (part) => mapView.legend(part),
+
   caption() {
-    return "A row of pictures is a layer, a column a head; a click opens one.";
+    return `A row of pictures is a layer, the first on top, and a column a head; a click opens
+      one.`;
   },
 };

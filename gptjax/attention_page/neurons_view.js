@@ -8,17 +8,19 @@ const neuronsView = {
   layout(ctx, part, view) {
     ctx.font = font();
     const label = widest(ctx, part.columns, Math.max(60, Math.min(140, view.width * 0.16))) + 46;
-    const band = Math.max(part.width, Math.min(460, (view.width - label - 220) / 2));
-    const spare = view.width - label - 2 * band - 216;
-    const start = Math.max(8, spare / 2);
+    const thick = view.width < 520 ? 24 : 60, beside = 168 + thick; // What is not a band.
+    const room = (view.width - label - beside) / 2;
+    const band = Math.max(Math.min(part.width, 40), Math.min(460, room));
+    const start = Math.max(8, room - band);
     const key = start + label, product = key + band + 18;
     const sum = product + band + 62;
-    return { start, key, product, band, sum, bar: sum + 14, top: 78 };
+    const bar = sum + 14, end = bar + thick + 58;
+    return { start, key, product, band, sum, bar, thick, end, top: 78 };
   },
 
   extent(ctx, part, width, height) {
-    const { bar, top } = this.layout(ctx, part, { width, height });
-    return { width: bar + 130, height: top + LINE * part.reach(this.token(part)) + 12 };
+    const { end, top } = this.layout(ctx, part, { width, height });
+    return { width: end, height: top + LINE * part.reach(this.token(part)) + 12 };
   },
 
   token(part) {
@@ -54,7 +56,7 @@ const neuronsView = {
       const y = at.top + LINE * s - view.top;
       if (s === hover?.column) {
         ctx.fillStyle = colours.edge;
-        ctx.fillRect(left + at.start - 4, y, at.bar + 132 - at.start, LINE);
+        ctx.fillRect(left + at.start - 4, y, at.end - at.start, LINE);
       }
       this.label(ctx, part.columns, s, left + at.key, y + LINE / 2, at);
       this.band(ctx, keys[s], most.mostKey, left + at.key, y + 3, at.band, LINE - 6);
@@ -62,7 +64,7 @@ const neuronsView = {
       ctx.fillStyle = colours.ink;
       ctx.textAlign = "right";
       ctx.fillText(scores[s].toFixed(2), left + at.sum, y + LINE / 2);
-      this.weight(ctx, part, token, s, left + at.bar, y);
+      this.weight(ctx, part, token, s, left + at.bar, y, at.thick);
     }
     this.heading(ctx, part, view, at, token, looks, most.mostQuery);
   },
@@ -85,18 +87,19 @@ const neuronsView = {
     });
   },
 
-  weight(ctx, part, token, s, x, y) {
+  weight(ctx, part, token, s, x, y, thick) {
     const weight = part.weight(state.layer, state.head, token, s);
     const weights = part.weights[state.layer], start = part.start(state.head, token);
     const full = fullOf(part, weights, start, part.reach(token)) / part.levels;
-    ctx.fillStyle = css(pixelOf(0));
-    ctx.fillRect(x, y + 3, 60, LINE - 6);
+    const hidden = part.hides(state.layer, token, s);
+    ctx.fillStyle = hidden ? colours.hidden : css(pixelOf(0));
+    ctx.fillRect(x, y + 3, thick, LINE - 6);
     ctx.fillStyle = css(pixelOf(0.65));
-    ctx.fillRect(x, y + 3, 60 * Math.min(1, weight / full), LINE - 6);
+    ctx.fillRect(x, y + 3, thick * Math.min(1, weight / full), LINE - 6);
     ctx.font = font(11);
     ctx.textAlign = "left";
     ctx.fillStyle = colours.ink;
-    ctx.fillText(digits(weight), x + 68, y + LINE / 2);
+    ctx.fillText(hidden ? "hidden" : digits(weight), x + thick + 8, y + LINE / 2);
     ctx.font = font();
   },
 
@@ -119,7 +122,7 @@ const neuronsView = {
     ctx.fillText("weight", left + at.bar, 58);
     ctx.strokeStyle = colours.edge;
     ctx.lineWidth = 1;
-    ctx.strokeRect(left + at.start - 4, at.top - 3.5, at.bar + 132 - at.start, 0);
+    ctx.strokeRect(left + at.start - 4, at.top - 3.5, at.end - at.start, 0);
     ctx.font = font();
   },
 
@@ -151,6 +154,18 @@ const neuronsView = {
   click(part, found) {
     if (found.column != null && part.same) choose({ token: found.column });
   },
+
+  row(part) {
+    return this.token(part);
+  },
+
+  legend: (part) => ({
+    meaning: "Blue is above 0, orange below; bars: weights.",
+    colour: (share) => css(pixelOf(share, colours.signed)),
+    ends: ["−largest", "largest"],
+    scale: "bars to",
+    hidden: part.windows[state.layer] > 0,
+  }),
 
   caption(part) {
     return `Layer ${part.layers[state.layer]}, head ${part.heads[state.head]}: the query of a token

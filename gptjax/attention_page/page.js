@@ -140,10 +140,23 @@ function showToken(part) {
 
 function showScale(part) {
   const ramp = byId("ramp"), image = ramp.getContext("2d");
+  const { meaning, colour, opacity, ends, scale, hidden } = VIEWS[state.view].legend(part);
+  image.fillStyle = colours.page;
+  image.fillRect(0, 0, ramp.width, ramp.height);
   for (let x = 0; x < ramp.width; x++) {
-    image.fillStyle = css(pixelOf(x / (ramp.width - 1)));
+    const share = x / (ramp.width - 1);
+    image.globalAlpha = opacity?.(share) ?? 1;
+    image.fillStyle = colour(share);
     image.fillRect(x, 0, 1, ramp.height);
   }
+  image.globalAlpha = 1;
+  byId("meaning").textContent = meaning;
+  byId("least").textContent = ends?.[0] ?? "0";
+  byId("largest").textContent = ends ? `${ends[1]}; ${scale}` : "";
+  byId("hidden").hidden = !hidden;
+  const swatch = byId("swatch").getContext("2d");
+  swatch.fillStyle = colours.hidden;
+  swatch.fillRect(0, 0, 18, 10);
   fill("most", [
     chip("1", state.scale === "one", () => choose({ scale: "one" })),
     chip("row's largest", state.scale === "row", () => choose({ scale: "row" })),
@@ -241,9 +254,16 @@ function point(event) {
   const before = JSON.stringify(hover);
   hover = found(event);
   if (JSON.stringify(hover) !== before) drawSoon();
-  const lines = hover ? VIEWS[state.view].tip(parts[state.part], hover) : [];
-  showTip(lines, event.clientX, event.clientY);
+  showTip(hover ? tipOf(VIEWS[state.view], hover) : [], event.clientX, event.clientY);
   canvas.style.cursor = hover ? "pointer" : "default";
+}
+
+/** What a view says of a place, and what the model expects behind the token that looks there. */
+function tipOf(view, found) {
+  const part = parts[state.part], lines = view.tip(part, found), row = view.row(part, found);
+  const expected = part.next[row]?.flatMap(([token, share], place) =>
+    [place ? ", " : "next: ", { token }, ` ${(100 * share).toFixed(1)}%`]);
+  return expected ? [...lines, expected] : lines;
 }
 
 function leave() {
@@ -280,7 +300,7 @@ function tell(part) {
   if (!ready()) return;
   const { left, top } = stage.getBoundingClientRect();
   if (state.view === "heads") stage.scrollTop = ROW * state.token - stage.clientHeight / 2;
-  showTip(headsView.tip(part, { row: state.token }), left, top);
+  showTip(tipOf(headsView, { row: state.token }), left, top);
 }
 
 function listen() {

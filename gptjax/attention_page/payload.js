@@ -41,7 +41,7 @@ class Part {
   load(layer) {
     return this.once(`weights-${layer}`, async () => {
       const weights = joined(await unpacked(`weights-${this.index}-${layer}`));
-      this.thumbnails[layer] = this.heads.map((_, head) => this.pooled(weights, head));
+      this.thumbnails[layer] = this.heads.map((_, head) => this.pooled(weights, layer, head));
       this.weights[layer] = weights;
     });
   }
@@ -71,6 +71,17 @@ class Part {
     return this.causal ? t + 1 : this.S;
   }
 
+  /** Whether the mask of a layer hides key s from query t. */
+  hides(layer, t, s) {
+    const window = this.windows[layer];
+    return s >= this.reach(t) || (window > 0 && Math.abs(t - s) >= window);
+  }
+
+  /** Whether a mask hides anything at all. */
+  get masked() {
+    return this.causal || this.windows.some((window) => window > 0);
+  }
+
   weight(layer, head, t, s) {
     if (s >= this.reach(t)) return 0;
     return this.weights[layer][this.start(head, t) + s] / this.levels;
@@ -87,16 +98,17 @@ class Part {
     return values;
   }
 
-  /** The largest weight of each square of tokens, at most 64 squares a side. */
-  pooled(weights, head) {
+  /** The largest weight of each square of tokens, at most 64 a side; -1 where all are hidden. */
+  pooled(weights, layer, head) {
     const step = Math.ceil(Math.max(this.T, this.S) / 64);
     const width = Math.ceil(this.S / step), height = Math.ceil(this.T / step);
-    const codes = new Uint16Array(width * height);
+    const codes = new Int32Array(width * height).fill(-1);
     for (let t = 0; t < this.T; t++) {
       const start = this.start(head, t), row = Math.floor(t / step) * width;
       for (let s = 0, reach = this.reach(t); s < reach; s++) {
         const place = row + Math.floor(s / step);
-        if (weights[start + s] > codes[place]) codes[place] = weights[start + s];
+        const code = this.hides(layer, t, s) ? -1 : weights[start + s];
+        if (code > codes[place]) codes[place] = code;
       }
     }
     return { codes, width, height };

@@ -1,6 +1,6 @@
 """The command that shows what a model's heads look at."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -55,7 +55,7 @@ def attention(
             given.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name} is {given!r}: it must be UTF-8.") from error
-    loaded, tokenizer, title = _load(model, step)
+    loaded, tokenizer, name = _load(model, step)
     read = _read(model, loaded.config, tokenizer, text, target)
     known = PARTS[loaded.config.family]
     if part is not None and part not in known:
@@ -64,8 +64,9 @@ def attention(
             f"is {' and '.join(known)} alone."
         )
     shown = _observe(loaded, read, known if part is None else (part,), layers, heads)
-    AttentionView(shown, title).save(html, overwrite=overwrite)
-    print(f"{html} is the attention of {title}.")
+    sentence = text if target is None else f"{text} → {target}"
+    AttentionView(shown, sentence, name).save(html, overwrite=overwrite)
+    print(f"{html} is the attention of {name}.")
 
 
 def _load(name: str, step: int | None) -> tuple[Any, Any, str]:
@@ -106,6 +107,8 @@ class _Reading(NamedTuple):
     """[S], of an encoder-decoder, whose tokens are then the target's."""
     sides: dict[str, _Side]
     """By the names of `PARTS`."""
+    label: Callable[[int], str]
+    """What a token is called."""
 
 
 def _read(name: str, config: Any, tokenizer: Any, text: str, target: str | None) -> _Reading:
@@ -139,32 +142,40 @@ def _read(name: str, config: Any, tokenizer: Any, text: str, target: str | None)
         (written,) = tokenizer.encode_documents([target]) if pairs else (source,)
         tokens = np.insert(written, 0, words.needed("begin"))
     said = labels(tokens, tokenizer, words)
+
+    def label(token: int) -> str:
+        return labels([token], tokenizer, words)[0] if token < words.size else f"[{token}]"
+
     if not pairs:
-        return _Reading(tokens, None, {family: _Side("", said, said)})
+        return _Reading(tokens, None, {family: _Side("", said, said)}, label)
     heard = labels(source, tokenizer, words)
     sides = {
         "decoder": _Side("", said, said),
         "cross": _Side("cross_", said, heard),
         "encoder": _Side("encoder_", heard, heard),
     }
-    return _Reading(tokens, source, sides)
+    return _Reading(tokens, source, sides, label)
 
 
 def _observe(
     model: Any, read: _Reading, parts: Sequence[str], layers: Sequence[int], heads: Sequence[int]
 ) -> list["AttentionPart"]:
-    """The weights, queries and keys of the chosen layers and heads, of each part."""
+    """The weights, queries and keys of the chosen layers and heads, of each part.
+
+    A decoder's have the likeliest next tokens beside them.
+    """
     import numpy as np
 
     from gptjax import probe
-    from gptjax.attention_view import AttentionPart
+    from gptjax.attention_view import AttentionPart, likeliest
 
     names = ("attention", "query", "key")
     its_layers = {part: _layers(model.config, part, layers) for part in parts}
     _check_numbers("heads", heads, model.config.heads)
     source = None if read.source is None else read.source[None]
     sites = [read.sides[part].prefix + name for part in parts for name in names]
-    captured = probe.observe(model, read.tokens[None], sites, source=source).captured
+    logits, _, captured = probe.observe(model, read.tokens[None], sites, source=source)
+    expected = likeliest(np.asarray(logits)[0], read.label)
     its_heads = list(heads or range(model.config.heads))
     shown = []
     for part, numbers in its_layers.items():
@@ -176,8 +187,28 @@ def _observe(
             key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)[:, :, its_heads]
         weights, query = weights[:, its_heads], query[:, :, its_heads]
         kind = part if len(read.sides) > 1 else "attention"
-        shown.append(AttentionPart(kind, rows, columns, weights, query, key, numbers, its_heads))
+        windows = [_window(model.config, part, number) for number in numbers]
+        shown.append(
+            AttentionPart(
+                kind,
+                rows,
+                columns,
+                weights,
+                query,
+                key,
+                numbers,
+                its_heads,
+                windows,
+                None if part == "encoder" else expected,
+            )
+        )
     return shown
+
+
+def _window(config: Any, part: str, layer: int) -> int:
+    """The distance from which on the mask of a layer hides keys; 0 if from none."""
+    pattern = config.attention_pattern
+    return config.window if part != "cross" and pattern[layer % len(pattern)] == "local" else 0
 
 
 def _layers(config: Any, part: str, chosen: Sequence[int]) -> list[int]:

@@ -180,15 +180,21 @@ def labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
             found.append(_meaning(token, tokenizer, words))
             before = []
             continue
-        # What a token adds to the one before it: some tokenizers put a space between them.
-        text, known = tokenizer.decode([*before, token]), tokenizer.decode(before)
-        if REPLACEMENT in text:
-            text, known = tokenizer.decode([token]), ""
-        text = "".join(INVISIBLE.get(character, character) for character in text[len(known) :])
-        # A part of a character adds nothing that is seen, and its mark needs a place.
-        found.append("".join(c if c.isprintable() else REPLACEMENT for c in text) or REPLACEMENT)
+        text = tokenizer.decode([token])
+        if REPLACEMENT not in text:
+            # What it adds to the one before it: some tokenizers put a space between them.
+            text = tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
+        elif token < tokenizer.vocab_size:  # A part of a character is its bytes, as \xe6\x9c.
+            text = tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") or text
+        found.append("".join(map(_visible, text)) or REPLACEMENT)  # A mark needs a place.
         before = [token]
     return found
+
+
+def _visible(character: str) -> str:
+    """A character, or what stands for one that is not seen."""
+    shown = INVISIBLE.get(character, character)
+    return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 
 
 def _meaning(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:

@@ -2,6 +2,9 @@
 
 Made for paper: no wider than a page, no text under 6 points, colours that the colour-blind tell
 apart and that stay in order in grey. In a notebook they are shown after `%matplotlib inline`.
+
+The first layer is on top, in all of them and in the page of attention. Blue is above 0, orange
+below; attention weights go from 0 to 1, other values from the least to the largest there is.
 """
 
 from gptjax.plots.comparisons import (
@@ -23,6 +26,7 @@ from gptjax.plots.heatmaps import (
     heat_map,
     logit_lens_table,
     patching_map,
+    restored,
     score_grid,
 )
 from gptjax.plots.legible import NARROW, PAGE, luminance, save, to_svg, token_label
@@ -48,6 +52,7 @@ __all__ = [
     "luminance",
     "pareto",
     "patching_map",
+    "restored",
     "save",
     "scaling",
     "score_grid",

@@ -7,7 +7,18 @@ from matplotlib.figure import Figure
 
 from gptjax.config import InputError
 from gptjax.plots.legible import LINE, PAGE, SMALLEST, finish, scale, text_width, widest
-from gptjax.plots.sheet import GAP, LARGEST, MARGIN, NAME, Sheet, column_ticks, row_ticks
+from gptjax.plots.sheet import (
+    GAP,
+    LARGEST,
+    MARGIN,
+    NAME,
+    Sheet,
+    column_ticks,
+    draw_cells,
+    hidden_cells,
+    row_ticks,
+    weight_label,
+)
 
 
 def attention_grid(
@@ -18,12 +29,14 @@ def attention_grid(
     columns: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
+    hidden: np.ndarray | None = None,
 ) -> Figure:
-    """Attention of heads side by side: a row of the grid is a layer, a column a head.
+    """Attention of heads side by side: a row of the grid is a layer, the first on top.
 
-    In a panel, a row is a token that looks and a column a token that is looked at; each row sums
-    to 1. The grid is as wide as a page at most: where a panel has no room for all its tokens, it
-    names one in several and says so, and small panels are called 3.5 for layer 3, head 5.
+    A column is a head. In a panel, a row is a token that looks and a column a token that is looked
+    at; each row sums to 1, and what a mask hides is hatched. The grid is as wide as a page at most:
+    where a panel has no room for all its tokens, it names one in several and says so, and small
+    panels are called 3.5 for layer 3, head 5.
 
     Args:
       weights: [L, N, T, S].
@@ -31,6 +44,8 @@ def attention_grid(
       title: above the grid.
       columns: S labels, where the keys are other tokens than the queries.
       layers, heads: the L and N numbers that the panels have, if not all are shown.
+      hidden: bool, whose last axes are [T, S], as far as they are not all alike; where a mask hides
+        the weights. None takes what a causal mask hides, if nothing there has any weight.
 
     Raises:
       InputError: labels or numbers are not as many as the weights have.
@@ -60,11 +75,11 @@ def attention_grid(
         left=left,
         below=along.depth + NAME,
     )
-    colours = scale(weights, 1.0)
+    colours, hidden = scale(weights, 1.0), hidden_cells(weights, hidden)
     for layer, head in np.ndindex(depth, count):
         low = (height + above) * (depth - 1 - layer)
         axes = sheet.axes((width + GAP) * head, low, width, height)
-        axes.imshow(weights[layer, head], cmap=colours.cmap, norm=colours.norm, aspect="auto")
+        draw_cells(axes, weights[layer, head], colours, hidden[layer, head])
         axes.set_title(name.format(layers[layer], heads[head]), fontsize=SMALLEST + 1, pad=2)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_linewidth(0.5)
@@ -73,5 +88,5 @@ def attention_grid(
         if head == 0:
             down.put(axes.yaxis)
     sheet.name_axes(along.named("is looked at"), down.named("looks"))
-    sheet.colour_bar(colours, "attention weight")
+    sheet.colour_bar(colours, weight_label(hidden))
     return finish(sheet.figure)

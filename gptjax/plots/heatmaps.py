@@ -21,7 +21,18 @@ from gptjax.plots.legible import (
     text_width,
     widest,
 )
-from gptjax.plots.sheet import LABEL, LARGEST, MARGIN, NAME, Sheet, column_ticks, row_ticks
+from gptjax.plots.sheet import (
+    LABEL,
+    LARGEST,
+    MARGIN,
+    NAME,
+    Sheet,
+    column_ticks,
+    draw_cells,
+    hidden_cells,
+    row_ticks,
+    weight_label,
+)
 
 LONGEST = 620.0  # Points that the cells take of a page, from top to bottom.
 MINUS = "\N{MINUS SIGN}"
@@ -38,7 +49,7 @@ def heat_map(
     title: str,
     most: float | None = None,
     texts: Sequence[Sequence[str]] | None = None,
-    upwards: bool = False,
+    hidden: np.ndarray | None = None,
 ) -> Figure:
     """A figure of one heat map with its labels and, below, what its colours mean.
 
@@ -49,11 +60,12 @@ def heat_map(
       cell: the largest width and height of a cell in points; a page makes them smaller.
       label: what the values are.
       title: above the map.
-      most: the value at which the colours end; else the largest.
+      most: the value at which the colours end that begin at 0; else they go from the least value
+        to the largest, or about 0 if some are negative.
       texts: [R][C], to be printed in the cells, shortened where they must be. Without, the values
         are, if they fit; if not, a minus sign marks negative ones, which grey would not tell from
         positive ones.
-      upwards: the first row is at the bottom.
+      hidden: [R, C], bool, what has no value, and is hatched; None if all have one.
 
     Raises:
       InputError: labels are not as many as rows and columns.
@@ -73,25 +85,24 @@ def heat_map(
     sheet = Sheet(*size, title=title, left=left, below=below)
     axes = sheet.axes(0, 0, *size)
     colours = scale(values, most)
-    axes.imshow(values, cmap=colours.cmap, norm=colours.norm, aspect="auto")
-    if upwards:
-        axes.invert_yaxis()
+    draw_cells(axes, values, colours, hidden)
     axes.spines[:].set_linewidth(0.5)
     down.put(axes.yaxis)
     along.put(axes.xaxis)
     sheet.name_axes(along.named(names[1]), down.named(names[0]))
     sheet.colour_bar(colours, label)
     if texts is None:
-        shown = _numbers(values, colours.largest, width)
+        shown = _numbers(values, colours, width)
     else:
         shown = [[shorten(text, SMALLEST, width - 2) for text in row] for row in texts]
     _write(axes, colours, values, shown, (width, height))
     return finish(sheet.figure)
 
 
-def _numbers(values: np.ndarray, largest: float, width: float) -> list[list[str]]:
+def _numbers(values: np.ndarray, colours: Colours, width: float) -> list[list[str]]:
     """The values where all fit into `width` points, else a minus where one is clearly negative."""
-    power = math.floor(math.log10(largest))
+    largest, least = colours.largest, max(0.0, colours.least)
+    power = math.floor(math.log10(largest - least))
     places = max(0, 2 - power if power >= 0 else 1 - power)
     shown = [
         [f"{value:z.{places}f}".replace("-", MINUS) if np.isfinite(value) else "" for value in row]
@@ -136,18 +147,21 @@ def attention_map(
     title: str = "",
     *,
     columns: Sequence[str] | None = None,
+    hidden: np.ndarray | None = None,
 ) -> Figure:
     """One head's attention, large: a row is a token that looks, a column one that is looked at.
 
-    Where there are at most 12 tokens the weights are printed, but for the exact zeros that a mask
-    leaves.
+    What a mask hides is hatched. Where there are at most 12 tokens the other weights are printed.
 
     Args:
       weights: [T, S], each row summing to 1.
       tokens: T labels.
       title: above the map.
       columns: S labels, where the keys are other tokens than the queries.
+      hidden: [T, S], bool, where a mask hides the weights; None takes what a causal mask hides, if
+        nothing there has any weight.
     """
+    hidden = hidden_cells(weights, hidden)
     columns = tokens if columns is None else columns
     side = min(30.0, (PAGE - 40) / len(columns), LONGEST / len(tokens))
     few = max(weights.shape) <= 12
@@ -157,21 +171,59 @@ def attention_map(
         columns,
         names=("looks", "is looked at"),
         cell=(side, side),
-        label="attention weight",
+        label=weight_label(hidden),
         title=title,
         most=1.0,
-        texts=[[f"{weight:.2f}" if few and weight else "" for weight in row] for row in weights],
+        texts=np.where(hidden | (not few), "", np.char.mod("%.2f", weights)).tolist(),
+        hidden=hidden,
     )
 
 
-def score_grid(values: np.ndarray, *, label: str, title: str = "") -> Figure:
-    """A value for every head: a row is a layer, a column a head; about 0 if some are negative.
+def restored(values: np.ndarray, clean: float, corrupted: float) -> np.ndarray:
+    """A metric after patching, relative to two runs: 0 as the corrupted one, 1 as the clean one.
+
+    Raises:
+      InputError: both runs have the same metric.
+    """
+    if clean == corrupted:
+        raise InputError(f"clean and corrupted are both {clean:g}: there is nothing to restore.")
+    return (values - corrupted) / (clean - corrupted)
+
+
+def _metric(
+    values: np.ndarray, label: str, clean: float | None, corrupted: float | None
+) -> tuple[np.ndarray, str]:
+    """The values and their label, relative to the two runs where they are given.
+
+    Raises:
+      InputError: one of them alone, or as `restored`.
+    """
+    if clean is None and corrupted is None:
+        return values, label
+    if clean is None or corrupted is None:
+        raise InputError("clean and corrupted must be given together.")
+    return restored(values, clean, corrupted), f"{label}: 0 as corrupted, 1 as clean"
+
+
+def score_grid(
+    values: np.ndarray,
+    *,
+    label: str,
+    title: str = "",
+    clean: float | None = None,
+    corrupted: float | None = None,
+) -> Figure:
+    """A value for every head: a row is a layer, the first on top, and a column a head.
+
+    Colours go from the least value to the largest, or about 0 if some are negative.
 
     Args:
       values: [L, N], printed where they fit.
       label: what they are.
       title: above the grid.
+      clean, corrupted: the metric of both runs, to which the values are then relative (`restored`).
     """
+    values, label = _metric(values, label, clean, corrupted)
     layers, heads = (list(map(str, range(size))) for size in values.shape)
     cell = (30.0, 18.0)
     return heat_map(
@@ -186,8 +238,12 @@ def patching_map(
     label: str,
     title: str = "",
     rows: str = "layer",
+    clean: float | None = None,
+    corrupted: float | None = None,
 ) -> Figure:
-    """What a change at each layer and token does: layers upwards; about 0 if some are negative.
+    """What a change at each layer and token does, the first layer on top.
+
+    Colours go from the least value to the largest, or about 0 if some are negative.
 
     Args:
       values: [L, T], printed where they fit.
@@ -195,7 +251,9 @@ def patching_map(
       label: what the values are.
       title: above the map.
       rows: what a row is.
+      clean, corrupted: the metric of both runs, to which the values are then relative (`restored`).
     """
+    values, label = _metric(values, label, clean, corrupted)
     return heat_map(
         values,
         list(map(str, range(len(values)))),
@@ -204,7 +262,6 @@ def patching_map(
         cell=(30.0, 18.0),
         label=label,
         title=title,
-        upwards=True,
     )
 
 
@@ -216,7 +273,7 @@ def logit_lens_table(
     *,
     label: str = "probability",
 ) -> Figure:
-    """What the model would say after each layer, layers upwards, coloured by a value.
+    """What the model would say after each layer, the embeddings on top, coloured by a value.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens". A guess that is wider than
     its cell is cut with an ellipsis: twenty positions leave room for words.
@@ -239,5 +296,4 @@ def logit_lens_table(
         title=title,
         most=1.0 if np.nanmin(values) >= 0 and np.nanmax(values) <= 1 else None,
         texts=guesses,
-        upwards=True,
     )

@@ -13,13 +13,14 @@ import noto_cjk_sans_otc
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize, to_rgb
+from matplotlib.colors import Colormap, ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.typing import ColorType
 
+from gptjax.colours import diverging, sequential
 from gptjax.config import InputError
 from gptjax.outputs import whole_file
 
@@ -35,7 +36,10 @@ SMALLEST = 6.0
 LINE = 1.2
 """Height of a line of text in units of its size."""
 
-SEQUENTIAL, DIVERGING = "magma_r", "PuOr_r"
+SEQUENTIAL, DIVERGING = "gptjax_above", "gptjax_signed"
+"""Blue above 0, orange below: `gptjax.colours` has them, of pages too."""
+UNKNOWN, HIDDEN, HATCH = "0.8", "0.95", "0.75"
+"""Grey of NaN, and of what a mask hides, with the lines across it."""
 
 CLEAR = 0.1
 """Which part of the largest value is clearly not 0."""
@@ -45,6 +49,14 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+@functools.cache
+def colour_map(name: str) -> Colormap:
+    """`SEQUENTIAL` or `DIVERGING`, as Matplotlib has it from now on."""
+    colours = sequential() if name == SEQUENTIAL else diverging()
+    colormaps.register(ListedColormap(colours, name=name), force=True)
+    return colormaps[name]
 
 
 @functools.cache
@@ -200,13 +212,13 @@ class Colours:
     """Which colour stands for which value."""
 
     cmap: Colormap
+    least: float
     largest: float
-    negative: bool
 
     @property
     def norm(self) -> Normalize:
         """Values to numbers from 0 to 1."""
-        return Normalize(-self.largest if self.negative else 0, self.largest)
+        return Normalize(self.least, self.largest)
 
     def of(self, value: float) -> tuple[float, float, float]:
         """Red, green and blue of a value, each from 0 to 1."""
@@ -219,15 +231,19 @@ class Colours:
 
 
 def scale(values: np.ndarray, most: float | None = None) -> Colours:
-    """Colours for values: from 0 up, or about 0 where some are negative; grey for NaN.
+    """Colours for values: about 0 where some are negative; grey for NaN.
 
-    They end at `most`, or at the largest value there is.
+    They go from 0 to `most`; without it, from the least value there is to the largest, so that
+    values which hardly differ are told apart.
     """
     finite = values[np.isfinite(values)]
     largest = most or float(np.abs(finite).max(initial=0)) or 1.0
-    negative = bool((finite < 0).any())
-    cmap = colormaps[DIVERGING if negative else SEQUENTIAL].with_extremes(bad="0.8")
-    return Colours(cmap, largest, negative)
+    if (finite < 0).any():
+        name, least = DIVERGING, -largest
+    else:
+        name, least = SEQUENTIAL, 0.0 if most else float(finite.min(initial=largest))
+        least = least if least < largest else 0.0  # One value alone has no range.
+    return Colours(colour_map(name).with_extremes(bad=UNKNOWN), least, largest)
 
 
 def luminance(colour: ColorType) -> float:

@@ -4,11 +4,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 
-from gptjax.plots.legible import LINE, SMALLEST, Colours, shorten, widest, wrap
+from gptjax.plots.legible import HATCH, HIDDEN, LINE, SMALLEST, Colours, shorten, widest, wrap
 
 MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
 LARGEST, TITLE = 8.0, 10.0  # Points of the largest text, and of the title.
@@ -62,6 +65,41 @@ class Sheet:
         bar.set_xlabel(label, fontsize=LARGEST, labelpad=1)
         bar.tick_params(labelsize=LARGEST - 1, length=2, pad=1)
         bar.locator_params(nbins=5)
+
+
+def draw_cells(
+    axes: Axes, values: np.ndarray, colours: Colours, hidden: np.ndarray | None = None
+) -> None:
+    """A heat map of values [R, C], hatched where they are `hidden` [R, C]."""
+    shown = values if hidden is None else np.ma.masked_array(values, hidden)
+    axes.imshow(shown, cmap=colours.cmap, norm=colours.norm, aspect="auto")
+    if hidden is None or not hidden.any():
+        return
+    paths = []
+    for row, line in enumerate(hidden):
+        ends = np.flatnonzero(np.diff(line.astype(int), prepend=0, append=0)).reshape(-1, 2) - 0.5
+        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]])
+        paths += [Path(corners * [b - a, 1] + [a, row - 0.5], closed=True) for a, b in ends]
+    rectangles = Path.make_compound_path(*paths)
+    style = {"facecolor": HIDDEN, "edgecolor": HATCH, "linewidth": 0}
+    axes.add_patch(PathPatch(rectangles, hatch="/////", **style))
+
+
+def hidden_cells(weights: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
+    """Where a mask hides the weights [..., T, S], as a bool array of their shape.
+
+    None takes what a causal mask hides, if nothing there has any weight.
+    """
+    if hidden is None:
+        queries, keys = weights.shape[-2:]
+        later = np.triu(np.ones((queries, keys), bool), 1)
+        hidden = later if queries == keys and not weights[..., later].any() else np.zeros(1, bool)
+    return np.broadcast_to(hidden, weights.shape)
+
+
+def weight_label(hidden: np.ndarray) -> str:
+    """What the colours of attention weights mean, and the hatching where there is any."""
+    return f"attention weight{'; hatched: hidden' if hidden.any() else ''}"
 
 
 @dataclasses.dataclass(frozen=True)

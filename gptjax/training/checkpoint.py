@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,6 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from gptjax.config import InputError
 from gptjax.disk import DiskError
-from gptjax.exits import StoppedAtOnce
 from gptjax.training.step import State
 
 VALIDATION_LOSS = "validation_loss"
@@ -51,15 +50,10 @@ class Checkpoints:
     With `read_only` nothing there is touched, not even what a live run has half written.
     """
 
-    _left: ClassVar[list["Checkpoints"]] = []
-    """Those that nobody waited for; they may still write, and a notebook goes on."""
-
     def __init__(self, directory: Path, *, keep_every: int = 0, read_only: bool = False):
         # Of what fails in the background Orbax logs a traceback a thread, and raises it too.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
-        while self._left:
-            self._left.pop()._close(quiet=True)
 
         def validation_loss(metrics: dict[str, float]) -> float:
             return metrics[VALIDATION_LOSS]
@@ -100,16 +94,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is StoppedAtOnce:
-            self._left.append(self)
-        else:
-            self._close(quiet=kind is not None)
-        sys.excepthook = self._hook
-
-    def _close(self, *, quiet: bool) -> None:
-        """Wait for the last write; with `quiet` its failure hides no other one."""
-        with contextlib.suppress(*[CheckpointFailed] * quiet), self._writing():
+        hidden = [] if kind is None else [CheckpointFailed]  # It hides no other error.
+        with contextlib.suppress(*hidden), self._writing():
             self._manager.close()
+        sys.excepthook = self._hook
 
     def _show(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
         """The hook for what nobody catches, without what follows from a failed write.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
-from gptjax.exits import StoppedAtOnce
+from gptjax.exits import Interrupts
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
@@ -125,7 +125,6 @@ def fit(
     Raises:
       Diverged: a loss or gradient that is not finite.
       Interrupted: SIGINT or SIGTERM to any process, once the state is saved.
-      StoppedAtOnce: a second SIGINT.
       DiskError: a checkpoint that cannot be written.
       InputError: a checkpoint that does not fit.
     """
@@ -318,19 +317,15 @@ class _Logger:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """The signals (SIGINT, SIGTERM) that arrived inside.
-
-    A second SIGTERM acts as ever, and a second SIGINT raises `StoppedAtOnce`.
-    """
+    """The signals (SIGINT, SIGTERM) that arrived inside; a second one acts as ever."""
     caught: list[int] = []
     before = {}
 
-    def stop(number: int, _: Any) -> None:
-        raise StoppedAtOnce
-
     def note(number: int, _: Any) -> None:
         caught.append(number)
-        signal.signal(number, stop if number == signal.SIGINT else before[number])
+        if isinstance(before[number], Interrupts):
+            before[number].noted = True
+        signal.signal(number, before[number])
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):

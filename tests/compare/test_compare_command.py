@@ -1,5 +1,6 @@
 """`python experiments/compare.py` as its user has it: mistakes, a kill, Ctrl-C, a second call."""
 
+import errno
 import importlib
 import json
 import os
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 from compared import TINY, text
 from conftest import EXPERIMENTS
+
+from gptjax.compare import grid
+from gptjax.locks import LOCK
+from gptjax.runs import hold
 
 FLAGS = {
     "--match": ["none"],
@@ -81,6 +86,29 @@ def test_results_of_another_version_are_one_sentence(command, tmp_path):
     code, _, errors = command(*words(tmp_path, TINY))
     assert code == 2
     assert errors.endswith("(format 99, where 1 is read): choose another --out.\n")
+
+
+def test_a_directory_in_which_another_process_compares_is_one_sentence(command, tmp_path):
+    out = tmp_path / "out"
+    with hold(out):
+        code, _, errors = command(*words(tmp_path, TINY))
+        assert {path.name for path in out.iterdir()} == {LOCK}
+    assert code == 2
+    assert errors.startswith(f"{out} is in use by process {os.getpid()} on ")
+    assert errors.count("\n") == 1
+
+
+def test_a_full_disk_stops_a_comparison(command, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(grid, "keep", fail)
+    code, _, errors = command(*words(tmp_path, TINY))
+    assert code == 74
+    assert errors == (
+        f"{tmp_path / 'out'}: No space left on device; what is saved in {tmp_path / 'out'} stays, "
+        "and once there is room the same command goes on from it.\n"
+    )
 
 
 @pytest.fixture(autouse=True)

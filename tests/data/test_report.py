@@ -140,6 +140,10 @@ def test_every_token_has_a_label_that_a_mark_can_stand_under(spec):
     assert all(cell_len(label) >= 1 for label in found)
     assert "\n" not in "".join(found)
     assert "here," in "".join(found)
+    assert "\ufffd" not in "".join(found)
+    if spec == "bytes":
+        at = len("Tab\there, ")
+        assert found[at : at + 6] == [r"\xe4", r"\xb8", r"\xad", r"\xe6", r"\x96", r"\x87"]
 
 
 def test_a_long_row_is_wrapped_with_its_marks_below_and_its_rest_counted():

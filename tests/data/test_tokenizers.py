@@ -313,3 +313,11 @@ def test_a_missing_or_damaged_sentencepiece_file_is_one_sentence(tmp_path, conte
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^data.tokenizer: .*{sentence}.*\.$"):
         train_tokenizer(f"sentencepiece:{path}", "")
+
+
+@pytest.mark.parametrize("spec", ["bytes", "characters", "bpe:270", "sentencepiece:290"])
+def test_the_bytes_of_tokens_are_those_of_the_text(spec):
+    text = "Here, 中文 é and \U0001f600 end. " * 4
+    tokenizer = train_tokenizer(spec, text)
+    found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text).tolist()))
+    assert found == text.encode("utf-8")

@@ -104,6 +104,29 @@ def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
     assert {int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()} == {8, 12}
 
 
+def test_a_line_is_written_through_before_the_checkpoint_that_it_leads_to(tmp_path, monkeypatch):
+    events: list[tuple] = []
+    save = Checkpoints.save
+
+    class Durable(Recorder):
+        def write_through(self, step, scalars):
+            events.append(("through", step, scalars and "validation_loss" in scalars))
+
+    def saved(self, state, progress, validation_loss=None):
+        events.append(("saved", int(state.step)))
+        save(self, state, progress, validation_loss)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    writer = Durable()
+    run(tmp_path, writer)
+    assert events == [
+        event
+        for step, evaluated in [(4, True), (5, None), (8, True), (10, False), (12, True)]
+        for event in (("through", step, evaluated), ("saved", step))
+    ]
+    assert [step for step, _ in writer.lines] == [2, 6]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [2, 6, 8])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, uninterrupted, number, step):

@@ -1,11 +1,16 @@
 import json
+import os
+import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from gptjax.config import InputError
 from gptjax.training.metrics import JsonlWriter, open_writers, read_jsonl
+from gptjax.training.tensorboard import TensorBoardWriter
 
 
 def test_scalars_after_the_resumed_step_are_dropped(tmp_path):
@@ -17,6 +22,105 @@ def test_scalars_after_the_resumed_step_are_dropped(tmp_path):
     writer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+
+
+LINES = [f'{{"step": {step}, "loss": {step}.5}}\n'.encode() for step in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "steps", "said"),
+    [
+        ({2: b"\0" * 30 + b"\n"}, [1, 2, 4, 5, 6], "line 3 (behind step 2 and before step 4) is"),
+        ({0: b'{"step": 1, "lo\xffs": 1.5}\n'}, [2, 3, 4, 5, 6], "line 1 (before step 2) is"),
+        ({1: b'{"step": 2, \n', 2: b"3\n"}, [1, 4, 5, 6], "lines 2-3 (behind step 1 and"),
+        ({1: b'{"loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (behind step 1 and before step 3) is"),
+        ({1: b'{"step": 92, "loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (behind step 1 and"),
+        ({4: b'{"step": 1, "loss": 5.5}\n'}, [1, 2, 3, 4, 6], "line 5 (behind step 4 and"),
+        ({4: b'{"step": 5, "loss": "5.5"}\n'}, [1, 2, 3, 4, 6], "line 5 (behind step 4 and"),
+        ({1: LINES[1][:-1]}, [1, 4, 5, 6], "line 2 (behind step 1 and before step 4) is"),
+        ({5: b"\xff\n", 1: b"[" * 2000 + b"\n"}, [1, 3, 4, 5], "line 2 (behind step 1 and befo"),
+    ],
+)
+def test_damaged_lines_are_left_out_and_named(tmp_path, capsys, damaged, steps, said):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(damaged.get(place, line) for place, line in enumerate(LINES)))
+    kept = read_jsonl(path)
+    assert [line["step"] for line in kept] == steps
+    assert all(line["loss"] == line["step"] + 0.5 for line in kept)
+    error = capsys.readouterr().err
+    assert error.startswith(f"{path}: {said}")
+    assert error.endswith(" left out.\n")
+    assert error.count("\n") == 1
+    JsonlWriter(path, resume_step=6).close()
+    capsys.readouterr()
+    assert read_jsonl(path) == kept
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
+    path, synced = tmp_path / "metrics.jsonl", []
+    writer = JsonlWriter(path, resume_step=0)
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
+    writer.write(1, {"loss": 1.5})
+    assert not synced
+    writer.write_through(2, {"loss": 2.5})
+    writer.write_through(3, None)
+    assert synced == [LINES[0] + LINES[1]] * 2
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        writer.write_through(3, {"loss": 3.5})
+    path.write_text("of another")
+    with pytest.raises(FileNotFoundError):
+        writer.write_through(4, {"loss": 4.5})
+    writer.close()
+
+
+def shown(directory: Path) -> list[tuple[int, float]]:
+    """The points of the loss that TensorBoard shows, in the order in which they were written."""
+    points = []
+    for path in sorted(directory.iterdir()):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            (length,) = struct.unpack_from("<Q", content, start)
+            event = vars(event_pb2)["Event"].FromString(content[start + 12 : start + 12 + length])
+            start += 16 + length
+            if event.HasField("session_log"):
+                points = [point for point in points if point[0] < event.step]
+            points += [(event.step, value.simple_value) for value in event.summary.value]
+    return points
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1, 40, 150, 10_000])
+def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
+    directory, lines = tmp_path / "tensorboard", [json.loads(line) for line in LINES]
+    first = TensorBoardWriter(directory, [])
+    for line in lines:
+        first.write(line["step"], {"loss": line["loss"]})
+    if lost is None:  # As at a kill: nothing was closed.
+        assert shown(directory) == [(line["step"], line["loss"]) for line in lines]
+    first.close()
+    (path,) = directory.iterdir()
+    if lost:
+        path.write_bytes(path.read_bytes()[:-lost] if lost < 1000 else b"")
+    second = TensorBoardWriter(directory, lines[:4])  # It goes on from step 4.
+    for step in (5, 6):
+        second.write(step, {"loss": step + 0.25})
+    second.close()
+    # Of a record that is cut the rest is no longer read.
+    if lost:
+        path.write_bytes(path.read_bytes()[: whole_records(path)])
+    assert shown(directory) == [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5), (5, 5.25), (6, 6.25)]
+
+
+def whole_records(path: Path) -> int:
+    """Bytes of a file's records that are whole."""
+    content, start = path.read_bytes(), 0
+    while start + 16 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        if start + 16 + length > len(content):
+            break
+        start += 16 + length
+    return start
 
 
 class FakeRun:

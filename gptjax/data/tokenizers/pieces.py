@@ -142,6 +142,10 @@ class SentencePieceTokenizer(Tokenizer):
             [pieces[token] if token < known else REPLACEMENT for token in tokens]
         )
 
+    def token_bytes(self, token: int) -> bytes:
+        """What the piece stands for."""
+        return bytes_of_piece(self._pieces[token])
+
     def word_edges(self) -> WordEdges:
         """Which pieces join which in a word."""
         return edges_of_text(map(bytes_of_piece, self._pieces))

@@ -47,6 +47,10 @@ class ByteTokenizer(Tokenizer):
         text = bytes(min(int(token), NO_BYTE) for token in tokens if token != end)
         return text.decode("utf-8", "replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """The byte itself."""
+        return bytes([token]) if token < BYTES else b""
+
     def word_edges(self) -> WordEdges:
         """Which bytes join which in a word."""
         end = [b""] * (self.vocab_size - BYTES)
@@ -112,6 +116,10 @@ class CharacterTokenizer(Tokenizer):
         return "".join(
             known[token] if token < len(known) else REPLACEMENT for token in tokens if token != end
         )
+
+    def token_bytes(self, token: int) -> bytes:
+        """The character in UTF-8, a lone surrogate as if it were one."""
+        return self.decode([token]).encode("utf-8", "surrogatepass")
 
     def word_edges(self) -> WordEdges:
         """Which characters join which in a word."""

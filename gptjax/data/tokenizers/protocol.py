@@ -76,6 +76,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token below `vocab_size` stands for, which may be a part of a character."""
+        ...
+
     def word_edges(self) -> WordEdges:
         """Which tokens join which in a word, as words.py has it; computed anew at each call.
 

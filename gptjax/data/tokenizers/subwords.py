@@ -88,6 +88,7 @@ class SubwordTokenizer(Tokenizer):
         self._content = content
         self._library = library
         self._cuttable = _is_cuttable(json.loads(text))
+        self._byte_level = _mentions(json.loads(text), "ByteLevel")
         vocabulary = library.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.special = {
@@ -185,6 +186,11 @@ class SubwordTokenizer(Tokenizer):
         decoder = self._library.decoder
         return decoder.decode(pieces) if decoder else " ".join(pieces)
 
+    def token_bytes(self, token: int) -> bytes:
+        """What the piece stands for."""
+        of_piece = _bytes_of_byte_level if self._byte_level else bytes_of_piece
+        return of_piece(self._pieces[token])
+
     def word_edges(self) -> WordEdges:
         """Which pieces join which in a word."""
         content = json.loads(self._content)
@@ -198,9 +204,7 @@ class SubwordTokenizer(Tokenizer):
             ends = (suffix, REPLACEMENT)
             inner = np.array([not piece.endswith(ends) for piece in self._pieces])
             return WordEdges(every, inner)
-        if _mentions(content, "ByteLevel"):
-            return edges_of_text(map(_bytes_of_byte_level, self._pieces))
-        return edges_of_text(map(bytes_of_piece, self._pieces))
+        return edges_of_text(map(self.token_bytes, range(self.vocab_size)))
 
     def save(self) -> bytes:
         """The tokenizer.json."""
