@@ -148,7 +148,7 @@ def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
 def test_every_experiment_is_run_by_a_test():
     tested = {
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
-        "long_attention.py", "seeds_together.py",
+        "long_attention.py", "seeds_together.py", "checkpoint_cost.py",
         "compare.py",  # In tests/compare/.
         "attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -161,6 +161,12 @@ def test_long_attention_tells_time_and_memory():
     flags = ["--tokens", "64", "--block", "16", "--model", "quickstart", "--layer", "1"]
     printed = output_of(start("long_attention.py", *flags))
     assert re.search(r"64 tokens, block 16: [\d.]+ s .* peak [\d.]+ GiB", printed)
+
+
+def test_checkpoint_cost_tells_the_share_of_the_checksums():
+    printed = output_of(start("checkpoint_cost.py", "--mebibytes=1", "--rounds=2"))
+    shares = re.search(r"1 MiB: .* checksums \d+ ms, [\d.]+%, [\d.]+% of the processor", printed)
+    assert shares, printed
 
 
 def test_seeds_together_tells_what_is_saved():
