@@ -232,6 +232,43 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert samples[0] == samples[1]
 
 
+@pytest.mark.slow
+def test_of_two_runs_into_one_directory_one_is_refused(tmp_path):
+    flags = ["--train.steps=40", "--train.checkpoint-every=7"]
+    runs = [quickstart(tmp_path / "run", *flags, "--overwrite") for _ in range(2)]
+    errors = {process.communicate(timeout=300)[1]: process.returncode for process in runs}
+    assert sorted(errors.values()) == [0, 2]
+    (refused,) = [sentence for sentence, code in errors.items() if code]
+    assert re.fullmatch(r"\S+/run is in use by process \d+ on \S+ since .+\n", refused)
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 41)]
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_room_is_one_sentence_and_the_run_goes_on(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(300)))
+    flags = ["--train.steps=20", "--train.checkpoint-every=4", "--model.width=64"]
+    flags.append(f"--data.source={text}")
+    words = [sys.executable, str(EXPERIMENTS / "quickstart.py"), *TINY, *flags]
+    ended = subprocess.run(
+        ["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *words, f"--out={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert ended.returncode == 74
+    assert re.fullmatch(
+        r"cannot write a checkpoint into \S+: File too large; there is none yet, and the same "
+        r"command goes on from it\.\n",
+        ended.stderr,
+    )
+    output_of(quickstart(tmp_path / "run", *flags))
+    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 21)]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_sentence(tmp_path, number, code):
     process = quickstart(tmp_path / "run", "--train.steps=100000")
