@@ -52,11 +52,11 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
             question.prompt[None],
             max_new_tokens=run.config.model.context - 1,
             beams=4,
-            end_token=question.end,
+            end_token=question.ends,
             length_penalty=0.6,
             source=question.source[None],
         )
-        written = run.tokenizer.decode(token for token in best.tokens if token != question.end)
+        written = run.tokenizer.decode(token for token in best.tokens if token not in question.ends)
         shown.append(f"{text}\n  model      {written}\n  reference  {reference}")
     (out / "translations.txt").write_text("\n".join(shown) + "\n", encoding="utf-8")
     return "translations.txt"

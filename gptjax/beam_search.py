@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gptjax.config import InputError
-from gptjax.generate import Decoding, checked_rows, checked_sources
+from gptjax.generate import Decoding, checked_rows, checked_sources, end_tokens
 from gptjax.transformer import LanguageModel
 
 
@@ -29,7 +29,7 @@ def beam_search(
     *,
     max_new_tokens: int,
     beams: int,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     length_penalty: float = 0.0,
     early_stopping: bool = False,
     source: np.ndarray | Sequence[Sequence[int]] | None = None,
@@ -45,7 +45,7 @@ def beam_search(
       prompt: tokens, B rows.
       max_new_tokens: the length at which live beams are cut.
       beams: how many continuations live, and how many are kept.
-      end_token: the token that ends a continuation.
+      end_token: the token that ends a continuation, or several such tokens.
       length_penalty: 0 compares log-probabilities; larger favours longer continuations.
       early_stopping: see above.
       source: what an encoder-decoder reads, B rows.
@@ -61,7 +61,7 @@ def beam_search(
     for tokens, read in zip(prompts, sources or [None] * len(prompts), strict=True):
         decoding = Decoding(model, beams, None if read is None else [read] * beams)
         longest = min(max_new_tokens, model.config.context - len(tokens) + 1)
-        search = _BeamSearch(beams, end_token, length_penalty, early_stopping, longest)
+        search = _BeamSearch(beams, end_tokens(end_token), length_penalty, early_stopping, longest)
         found.append(search.run(decoding, tokens))
     return found
 
@@ -72,13 +72,13 @@ class _BeamSearch:
     def __init__(
         self,
         beams: int,
-        end_token: int | None,
+        ends: list[int],
         length_penalty: float,
         early_stopping: bool,
         longest: int,
     ):
         self._beams = beams
-        self._end_token = end_token
+        self._ends = ends
         self._length_penalty = length_penalty
         self._early_stopping = early_stopping
         self._longest = longest
@@ -112,11 +112,12 @@ class _BeamSearch:
         kept only where it is among the best `beams` extensions, so that one beam is greedy.
         """
         extended, parents = [], []
-        # Each beam ends at most once, so twice as many candidates leave enough unended ones.
-        for rank, index in enumerate(_largest(scores.ravel(), 2 * self._beams)):
+        # Each beam has as many extensions that end as there are end tokens, and needs one more.
+        candidates = (1 + len(self._ends)) * self._beams
+        for rank, index in enumerate(_largest(scores.ravel(), candidates)):
             parent, token = divmod(int(index), scores.shape[1])
             tokens, score = [*live[parent].tokens, token], float(scores[parent, token])
-            if token == self._end_token:
+            if token in self._ends:
                 if rank < self._beams:
                     self._keep(kept, [self._scored(tokens, score)])
             elif len(extended) < self._beams:

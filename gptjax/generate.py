@@ -102,7 +102,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     seed: int | Sequence[int] = 0,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
     sliding_window: bool = False,
     source: np.ndarray | Sequence[Sequence[int]] | None = None,
 ) -> Iterator[np.ndarray]:
@@ -120,7 +120,7 @@ def generate(
       sampling: how tokens are chosen; None samples from the softmax.
       seed: of the choices, one for each row, or the first row's, row i having `seed` + i; the key
         of a row's n-th choice is `fold_in(random_key(its seed), n)`. Seeds are taken modulo 2³².
-      end_token: the token after which a row says nothing more.
+      end_token: the token after which a row says nothing more, or several such tokens.
       sliding_window: whether to go on past the context's end.
       source: what an encoder-decoder reads, B rows.
 
@@ -137,8 +137,8 @@ def generate(
         occurred = np.zeros((len(rows), model.config.vocab_size), bool)
         for row, tokens in enumerate(rows):
             occurred[row, tokens] = True
-    seeds = _row_seeds(seed, len(rows))
-    ended = np.zeros(len(rows), bool)
+    seeds, ends = _row_seeds(seed, len(rows)), end_tokens(end_token)
+    ended, repeated = np.zeros(len(rows), bool), np.zeros(len(rows), np.int32)
     logits, lengths = decoding.read(rows), _lengths(rows)
     for index in range(max_new_tokens):
         chosen, occurred = choose_next(logits, occurred, seeds, index)
@@ -146,11 +146,9 @@ def generate(
         if not (last or full):
             # Before these tokens are fetched, so that the device does not wait for the host.
             logits = decoding.read_chosen(chosen, lengths)
-        tokens = np.asarray(chosen)[:, 0]
-        tokens = tokens.copy() if end_token is None else np.where(ended, end_token, tokens)
+        tokens = repeated = np.where(ended, repeated, np.asarray(chosen)[:, 0])
         yield tokens
-        if end_token is not None:
-            ended |= tokens == end_token
+        ended |= np.isin(tokens, ends)
         if last or ended.all() or (full and not sliding_window):
             return
         # A row that has ended stays as it is, so that no other is cut or stopped for it.
@@ -164,6 +162,11 @@ def generate(
             rows = [row[-half:] if len(row) > context else row for row in rows]
             decoding.forget()
             logits, lengths = decoding.read(rows), _lengths(rows)
+
+
+def end_tokens(given: int | Sequence[int] | None) -> list[int]:
+    """The end tokens that a caller gave: one, several or none."""
+    return [] if given is None else np.atleast_1d(given).tolist()
 
 
 class Decoding:

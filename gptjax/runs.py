@@ -35,6 +35,7 @@ from gptjax.config import (
 )
 from gptjax.data.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.disk import DiskError, is_failure, write_error, write_json
 from gptjax.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
@@ -42,6 +43,8 @@ from gptjax.training.step import State
 from gptjax.transformer import LanguageModel, build, split
 
 CONFIG, RESULT = "config.json", "result.json"
+TOKENS = "tokens"
+"""The field of an imported model's config.json for what it decodes from and to."""
 CHECKPOINTS = "checkpoints"
 BEGUN = ".begun"
 OPENED = "the run's directory"
@@ -218,8 +221,8 @@ class Question(NamedTuple):
     """[T], tokens to continue."""
     source: np.ndarray | None
     """[S], what an encoder-decoder reads."""
-    end: int | None
-    """The token behind which there is nothing more."""
+    ends: tuple[int, ...]
+    """The tokens behind which there is nothing more."""
 
 
 class Run(NamedTuple):
@@ -230,16 +233,27 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     step: int
     """Of the checkpoint that the model is from."""
+    tokens: DecodingTokens
+    """What decoding begins and ends with."""
 
     def question(self, text: str) -> Question:
-        """The text as what is to be continued, or as the source of an encoder-decoder."""
-        model, data = self.config.model, self.config.data
-        if model.family != "encoder_decoder" or data.objective == "causal":
-            return Question(self.tokenizer.encode_prompt(text), None, self.tokenizer.end_token)
-        words = objective_vocabulary(data, model, self.tokenizer)
-        begin, end = words.needed("begin"), words.needed("end")
-        (tokens,) = self.tokenizer.encode_documents([text])
-        return Question(np.array([begin]), np.append(tokens, end), end)
+        """The text as what is to be continued, or as the source of an encoder-decoder.
+
+        Raises:
+          InputError: an encoder-decoder that was imported without a token to begin or end with.
+        """
+        tokens = self.tokens
+        if self.config.model.family != "encoder_decoder":
+            return Question(self.tokenizer.encode_prompt(text), None, tokens.ends)
+        start = tokens.begin if tokens.start is None else tokens.start
+        if start is None or not tokens.ends:
+            lacking = "eos_token_id" if tokens.ends == () else "decoder_start_token_id"
+            raise InputError(
+                f"The model was converted from a config.json without {lacking}, so that it cannot "
+                "translate: add it there, and convert it again."
+            )
+        (source,) = self.tokenizer.encode_documents([text])
+        return Question(np.array([start]), np.append(source, tokens.ends[0]), tokens.ends)
 
 
 def load_config(directory: str | Path) -> ExperimentConfig:
@@ -262,7 +276,34 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     """
     directory = Path(directory)
     config, model, step = load_model(directory, step)
-    return Run(config, model, load_tokenizer(directory), step)
+    tokenizer = load_tokenizer(directory)
+    return Run(config, model, tokenizer, step, decoding_tokens(directory, config, tokenizer))
+
+
+def decoding_tokens(
+    directory: str | Path, config: ExperimentConfig, tokenizer: Tokenizer | None
+) -> DecodingTokens:
+    """What decoding begins and ends with in a run: as it was imported, or as it was trained.
+
+    Raises:
+      InputError: a `config.json` that holds something else there.
+    """
+    path = Path(directory) / CONFIG
+    saved = _read_config(Path(directory)).get(TOKENS)
+    if saved is not None:
+        try:
+            fields = DecodingTokens(**saved).fields()
+        except TypeError as error:
+            raise InputError(f"{path}: {TOKENS} is {saved!r}, not of a gptjax run.") from error
+        return DecodingTokens.of_fields([(str(path), fields)], config.model.vocab_size)
+    if tokenizer is None or config.model.family == "encoder":
+        return DecodingTokens(pad=tokenizer.special.get("pad") if tokenizer else None)
+    begin, pad = tokenizer.special.get("begin"), tokenizer.special.get("pad")
+    if config.model.family != "encoder_decoder":
+        ends = () if tokenizer.end_token is None else (tokenizer.end_token,)
+        return DecodingTokens(begin, ends, pad)
+    words = objective_vocabulary(config.data, config.model, tokenizer)
+    return DecodingTokens(begin, (words.needed("end"),), pad, words.needed("begin"))
 
 
 def load_model(
@@ -306,8 +347,12 @@ def _check_checkpoints(directory: Path) -> None:
         raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
 
 
-def save_model(directory: str | Path, model: LanguageModel) -> None:
+def save_model(
+    directory: str | Path, model: LanguageModel, tokens: DecodingTokens | None = None
+) -> None:
     """A run's directory for a model that was not trained here: its config, and a checkpoint.
+
+    `tokens` are what it decodes from and to, where that does not follow from its tokenizer.
 
     It has no tokenizer yet and no optimizer state: `load_model` reads it, and no run resumes it.
     """
@@ -317,7 +362,10 @@ def save_model(directory: str | Path, model: LanguageModel) -> None:
     with Checkpoints(directory / CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
-    write_json(directory / CONFIG, {"config": to_dict(ExperimentConfig(model=model.config))})
+    saved: dict[str, Any] = {"config": to_dict(ExperimentConfig(model=model.config))}
+    if tokens is not None:
+        saved[TOKENS] = tokens._asdict()
+    write_json(directory / CONFIG, saved)
 
 
 def environment() -> dict[str, Any]:

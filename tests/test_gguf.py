@@ -24,9 +24,11 @@ from gptjax import (
     split,
     to_huggingface,
 )
+from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.huggingface import gguf_keys
 from gptjax.huggingface.gguf_format import read_layout
 from gptjax.huggingface.gguf_keys import config_of_keys
+from gptjax.runs import decoding_tokens, load_config
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is missing")
 
@@ -402,3 +404,13 @@ def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match=r"pip install 'gptjax\[gguf\]'"):
         from_gguf(tmp_path / "model.gguf")
+
+
+def test_a_file_becomes_a_run_that_knows_its_ends(command, tmp_path):
+    ids = {"bos": 4, "eos": 6, "eot": 9, "eom": 17, "padding": 2}  # There are 17 rows.
+    keys = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    path, run = _write(GOLDEN / "llama", tmp_path / "model.gguf", keys=keys), tmp_path / "run"
+    said = f"{run} is {path} as a run, without a tokenizer.\n"
+    assert command("convert", path, run)[:2] == (0, said)
+    expected = DecodingTokens(begin=4, ends=(6, 9), pad=2)
+    assert decoding_tokens(run, load_config(run), None) == expected

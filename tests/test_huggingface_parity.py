@@ -1,5 +1,6 @@
 """Tiny random models of transformers compute the same here, and what is written loads there."""
 
+import json
 import logging
 
 import jax
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptjax import TransformerConfig, build, from_huggingface, split, to_huggingface
+from gptjax import (
+    TransformerConfig,
+    build,
+    from_huggingface,
+    generate,
+    split,
+    to_huggingface,
+)
+from gptjax.commands import convert
+from gptjax.generate import Sampling
+from gptjax.runs import decoding_tokens, load_config, load_model
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity: PyTorch is missing")
 transformers = pytest.importorskip(
@@ -320,6 +331,58 @@ def test_a_bert_without_a_pooler_is_read_and_written(tmp_path):
     assert not any(report.values()), report
     for key, parameter in model.state_dict().items():
         assert torch.equal(parameter, again.state_dict()[key]), key
+
+
+def _rewrite(path, **fields) -> None:
+    """The JSON in a file with other fields."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def _continued(directory, *, tokens, **how) -> list[int]:
+    """What transformers' `generate` adds to `tokens`, greedily, where nothing else is asked for."""
+    kind = "AutoModelForSeq2SeqLM" if "decoder_start_token_id" in how else "AutoModelForCausalLM"
+    theirs = getattr(transformers, kind).from_pretrained(directory)
+    given = torch.tensor([tokens])
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": 8}
+    said = theirs.generate(given, attention_mask=torch.ones_like(given), **options)[0].tolist()
+    return said[1:] if "decoder_start_token_id" in how else said[len(tokens) :]
+
+
+@pytest.mark.parametrize("name", ["llama", "marian"])
+@pytest.mark.parametrize("said_by", ["config.json", "generation_config.json"])
+def test_decoding_begins_and_ends_as_in_transformers(name, said_by, tmp_path):
+    theirs, run, back = tmp_path / "theirs", tmp_path / "run", tmp_path / "back"
+    _their_model(name).save_pretrained(theirs)
+    prompt, start, pairs = [5, 7, 2], 11, name == "marian"
+    fields = {"decoder_start_token_id": start} if pairs else {}
+    nothing = {"eos_token_id": None, "forced_eos_token_id": None, "pad_token_id": 0, **fields}
+    _rewrite(theirs / "config.json", **nothing)
+    _rewrite(theirs / "generation_config.json", **nothing)
+    whole = _continued(theirs, tokens=prompt, **fields)
+    ends = [whole[5], whole[3]]
+    if said_by == "config.json":
+        (theirs / "generation_config.json").unlink()
+        _rewrite(theirs / "config.json", eos_token_id=ends[1])
+    else:
+        _rewrite(theirs / "config.json", eos_token_id=whole[0], decoder_start_token_id=1)
+        _rewrite(theirs / "generation_config.json", eos_token_id=ends)
+    expected = _continued(theirs, tokens=prompt, **fields)
+    assert expected == whole[: 1 + whole.index(whole[3])]
+
+    convert(str(theirs), run)
+    convert(str(run), back)
+    assert _continued(back, tokens=prompt, **fields) == expected
+    _, model, _ = load_model(run)
+    tokens = decoding_tokens(run, load_config(run), None)
+    rows = generate(
+        model,
+        [prompt] if tokens.start is None else [[tokens.start]],
+        max_new_tokens=8,
+        sampling=Sampling(temperature=0),
+        end_token=tokens.ends,
+        source=[prompt] if pairs else None,
+    )
+    assert [int(row[0]) for row in rows] == expected
 
 
 def test_shards_are_read_and_types_are_cast(tmp_path):

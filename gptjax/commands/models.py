@@ -90,7 +90,7 @@ def sample(
     question = loaded.question(prompt)
 
     def text(tokens: Iterable[int]) -> Iterator[str]:
-        said = itertools.takewhile(lambda token: token != question.end, tokens)
+        said = itertools.takewhile(lambda token: token not in question.ends, tokens)
         return stream_text(loaded.tokenizer, said)
 
     def repeated(tokens: np.ndarray | None) -> np.ndarray | None:
@@ -102,7 +102,7 @@ def sample(
             question.prompt[None],
             max_new_tokens=max_new_tokens,
             beams=beams,
-            end_token=question.end,
+            end_token=question.ends,
             source=repeated(question.source),
         )
         print("".join(text(best.tokens)))
@@ -113,7 +113,7 @@ def sample(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=seed,
-        end_token=question.end,
+        end_token=question.ends,
         sliding_window=sliding_window,
         source=repeated(question.source),
     )
@@ -265,12 +265,12 @@ def convert(
     /,
     step: int | None = None,
 ) -> None:
-    """Write a run as a Hugging Face directory, or a Hugging Face model as a run.
+    """Write a run as a Hugging Face directory, or a Hugging Face model or a GGUF file as a run.
 
-    A tokenizer.json goes along, both ways.
+    A tokenizer.json goes along, both ways, and so does what a text begins and ends with.
 
     Args:
-      source: Directory of a run or of Hugging Face's, or a name on its hub.
+      source: Directory of a run or of Hugging Face's, a name on its hub, or a GGUF file.
       destination: New or empty directory; nothing is overwritten.
       step: Checkpoint of the run to take; the best by default.
     """
@@ -284,6 +284,8 @@ def convert(
     with whole_directory(destination) as made:
         if is_run:
             what = _convert_run(Path(source), made, step)
+        elif Path(source).suffix == ".gguf":
+            what = _convert_gguf(Path(source), made)
         else:
             what = _convert_huggingface(source, made)
     print(f"{destination} is {what}.")
@@ -292,16 +294,23 @@ def convert(
 def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     """Write it, and say what it is."""
     from gptjax.data.tokenizers import SubwordTokenizer, load_tokenizer
+    from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
-    from gptjax.runs import load_model
+    from gptjax.runs import decoding_tokens, load_model
 
-    _, model, step = load_model(run, step)
+    config, model, step = load_model(run, step)
     tokenizer = load_tokenizer(run) if (run / TOKENIZER).exists() else None
-    to_huggingface(model, destination)
+    tokens = decoding_tokens(run, config, tokenizer)
+    to_huggingface(model, destination, fields=tokens.fields())
     its = f"without a tokenizer: the run has none that a {TOKENIZER} describes"
     if isinstance(tokenizer, SubwordTokenizer):
-        (destination / TOKENIZER).write_bytes(tokenizer.save())
+        family = config.model.family
+        # The source of a Marian ends by its tokenizer; here the run puts the end behind it.
+        content = tokenizer.ended() if family == "encoder_decoder" else tokenizer.save()
+        (destination / TOKENIZER).write_bytes(content)
+        described = tokenizer_config(tokenizer.special_texts(), family)
+        (destination / TOKENIZER_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         its = "with its tokenizer"
     return f"step {step} of {run}, {its}"
 
@@ -309,15 +318,34 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
 def _convert_huggingface(source: str, destination: Path) -> str:
     """Write it, and say what it is."""
     from gptjax.data.tokenizers import read_huggingface, save_tokenizer
+    from gptjax.data.tokenizers.special import read_decoding_tokens
     from gptjax.huggingface import from_huggingface
     from gptjax.huggingface.files import TOKENIZER, find
     from gptjax.runs import save_model
 
     directory = find(source)
     tokenizer = read_huggingface(directory) if (directory / TOKENIZER).exists() else None
-    save_model(destination, from_huggingface(directory))
+    model = from_huggingface(directory)
+    tokens = read_decoding_tokens(directory, model.config.vocab_size)
+    end = tokenizer.end_token if tokenizer else None
+    if not tokens.ends and end is not None:
+        tokens = tokens._replace(ends=(end,))
+    save_model(destination, model, tokens)
     its = f"without a tokenizer: there is no {TOKENIZER}"
     if tokenizer:
         save_tokenizer(tokenizer, destination)
         its = "with its tokenizer"
     return f"{source} as a run, {its}"
+
+
+def _convert_gguf(path: Path, destination: Path) -> str:
+    """Write it, and say what it is."""
+    from gptjax.data.tokenizers.special import DecodingTokens
+    from gptjax.huggingface import from_gguf
+    from gptjax.huggingface.gguf_files import GGUFWeights
+    from gptjax.runs import save_model
+
+    model = from_gguf(path)
+    given = [(str(path), GGUFWeights(path).token_ids())]
+    save_model(destination, model, DecodingTokens.of_fields(given, model.config.vocab_size))
+    return f"{path} as a run, without a tokenizer"

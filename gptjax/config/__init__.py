@@ -15,7 +15,7 @@ from gptjax.config.experiment import (
     TrainConfig,
     with_vocabulary,
 )
-from gptjax.config.json_files import parse_json, read_json, read_json_object
+from gptjax.config.json_files import parse_json, read_json, read_json_object, read_limited
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 
@@ -35,6 +35,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_json_object",
+    "read_limited",
     "shown",
     "to_dict",
     "whole_number",

@@ -23,7 +23,16 @@ def read_json(path: Path) -> Any:
     """The value in a file of JSON.
 
     Raises:
-      InputError: a file that is missing, no regular file, too large, or that `parse_json` refuses.
+      InputError: what `read_limited` and `parse_json` refuse.
+    """
+    return parse_json(read_limited(path), str(path))
+
+
+def read_limited(path: Path) -> bytes:
+    """The content of a file that others wrote.
+
+    Raises:
+      InputError: a file that is missing, no regular file, or larger than `MOST_BYTES`.
     """
     try:
         if path.exists() and not path.is_file():
@@ -34,7 +43,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"cannot read {path}: {error.strerror}.") from error
     if len(content) > MOST_BYTES:
         raise InputError(f"{path} is larger than {MOST_BYTES >> 20} MiB, the most that is read.")
-    return parse_json(content, str(path))
+    return content
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -27,9 +27,9 @@ class Vocabulary(NamedTuple):
     size: int
     """V, the rows that a model needs."""
     begin: int | None
-    """Before a text; None, like the next two, where it was not asked for."""
+    """Before a text, or what an encoder-decoder writes first; None where it was not asked for."""
     end: int | None
-    """Behind a text."""
+    """Behind a text; None likewise, as is the next one."""
     mask: int | None
     """In the place of a token that is to be found."""
     sentinels: tuple[int, ...]
@@ -72,10 +72,12 @@ def vocabulary(tokenizer: Tokenizer, needed: Collection[str], sentinels: int = 0
     if sentinels < 0:
         raise InputError(f"sentinels is {sentinels}; it must be at least 0.")
     size = tokenizer.vocab_size
-    ids: dict[str, int | None] = dict.fromkeys(NAMES)
+    own, ids = dict(tokenizer.special), dict[str, int | None].fromkeys(NAMES)
+    if "start" in own:
+        own["begin"] = own["start"]
     for name in NAMES:
         if name in needed:
-            ids[name] = tokenizer.special.get(name, size)
+            ids[name] = own.get(name, size)
             size += ids[name] == size
     first, size = size, size + sentinels
     special = np.arange(size) >= tokenizer.vocab_size

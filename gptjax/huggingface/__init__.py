@@ -37,6 +37,8 @@ __all__ = [
     "to_huggingface",
 ]
 
+DECODED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""The fields by which transformers decodes."""
 Sharding = jax.sharding.Sharding
 Place = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
@@ -135,7 +137,7 @@ def to_huggingface(
       model: as `gptjax.build` makes it.
       directory: where to; it must be empty or new.
       fields: to add to `config.json`, such as the end token's `eos_token_id`, which a model of ours
-        does not know.
+        does not know; generation_config.json holds those of `DECODED` too.
 
     Raises:
       InputError: a model that no family of theirs computes exactly, or a directory in use.
@@ -152,7 +154,10 @@ def to_huggingface(
     dtype = params["embedding.table"].dtype
     if model.config.family == "encoder" and not model.config.segments:
         tensors[TOKEN_TYPES] = np.zeros((given["type_vocab_size"], model.config.width), dtype)
-    files.write(Path(directory), {**given, "dtype": str(dtype), **(fields or {})}, tensors)
+    fields = fields or {}
+    generates = model.config.family != "encoder"
+    decoded = {name: fields[name] for name in DECODED if generates and fields.get(name) is not None}
+    files.write(Path(directory), {**given, "dtype": str(dtype), **fields}, tensors, decoded)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

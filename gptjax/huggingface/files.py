@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 
 from gptjax.config import InputError, read_json_object, shown
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TIMEOUT_SECONDS = 5
 MOST_LISTED = 20
@@ -183,7 +184,8 @@ def find(source: str | Path) -> Path:
             f"{source} is no directory; to download it from the hub, "
             "pip install 'gptjax[huggingface]'."
         ) from error
-    wanted = [CONFIG, "model*.safetensors", INDEX, TOKENIZER]
+    beside = ["tokenizer_config.json", "special_tokens_map.json", GENERATION]
+    wanted = [CONFIG, "model*.safetensors", INDEX, TOKENIZER, *beside]
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -212,8 +214,15 @@ def check_unused(directory: Path) -> None:
         raise InputError(f"{directory} is there already: choose another, or delete it.")
 
 
-def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    generation: Mapping[str, Any],
+) -> None:
     """A directory that transformers loads; the config last, so that it is whole or no model.
+
+    What `generation` holds is its generation_config.json, if it holds anything.
 
     Raises:
       InputError: a directory that is in use, or cannot be written.
@@ -222,6 +231,12 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.n
     try:
         directory.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), directory / WEIGHTS, metadata={"format": "pt"})
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if generation:
+            (directory / GENERATION).write_text(_json(generation), encoding="utf-8")
+        (directory / CONFIG).write_text(_json(config), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {directory}: {error}.") from error
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"

@@ -33,6 +33,12 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_TOKENS = {
+    "bos_token_id": ("bos",),
+    "eos_token_id": ("eos", "eot", "eom"),
+    "pad_token_id": ("padding",),
+}
+"""Fields of a config.json, and which of llama.cpp's tokens they have; it ends at each of three."""
 
 
 class GGUFWeights:
@@ -54,6 +60,7 @@ class GGUFWeights:
         self.directory = path
         self._gguf = gguf
         self._content = layout.content
+        self._keys = layout.keys
         self._tensors = {_their_name(name): tensor for name, tensor in layout.tensors.items()}
         if len(self._tensors) < len(layout.tensors):
             raise InputError(f"{path} has a tensor twice, under llama.cpp's name and another's.")
@@ -99,6 +106,14 @@ class GGUFWeights:
             pairs = tensor.reshape(self.config[heads[projection]], -1, 2, *tensor.shape[1:])
             tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
         return checked(tensor, f"{self.directory}: {name}")
+
+    def token_ids(self) -> dict[str, list[int]]:
+        """The tokens that begin, end and pad a text, as the fields of a `config.json`."""
+        ids = {}
+        for name, tokens in _TOKENS.items():
+            found = (self._keys.get(f"tokenizer.ggml.{token}_token_id") for token in tokens)
+            ids[name] = [token for token in found if token is not None]
+        return ids
 
 
 def _their_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Byte-level BPE, GPT-1's BPE and WordPiece: published vocabularies, tiny ones, and bad files."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,99 @@ def test_missing_and_damaged_files_are_one_sentence(kind, file, damage, sentence
     assert sentence.format(tmp_path / file) in str(error.value)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
+
+
+REWRITTEN = {
+    "Windows' line ends": lambda content: content.replace(b"\n", b"\r\n"),
+    "a byte order mark": lambda content: b"\xef\xbb\xbf" + content,
+    "no last line end": lambda content: content.rstrip(b"\n"),
+    "empty lines at the end": lambda content: content + b"\r\n\n",
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("how", REWRITTEN)
+def test_files_may_end_their_lines_in_any_way(kind, how, tmp_path):
+    WRITERS[kind](tmp_path)
+    expected = train_tokenizer(f"{kind}:{tmp_path}", "").fingerprint
+    for path in tmp_path.iterdir():
+        path.write_bytes(REWRITTEN[how](path.read_bytes()))
+    assert train_tokenizer(f"{kind}:{tmp_path}", "").fingerprint == expected
+
+
+def test_the_number_of_a_line_is_its_id(tmp_path):
+    # So google-research/bert has it, tokenization.py: of an empty line, and of the last of equals.
+    write_wordpiece(tmp_path)
+    lines = (tmp_path / "vocab.txt").read_text().splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*lines, "", "dog", "cats"]))
+    tokenizer = train_tokenizer(f"wordpiece:{tmp_path}", "")
+    assert tokenizer.vocab_size == len(lines) + 3
+    assert tokenizer.encode_documents(["dog cats"])[0].tolist() == [len(lines) + 1, len(lines) + 2]
+
+
+def _added(token: int, content: str) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": content, "special": True, **flags}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda content: content["model"]["vocab"].update(a=1 << 31),
+            "'a' the id 2147483648: it",
+        ),
+        (lambda content: content["model"]["vocab"].update(a=-1), "is not a tokenizer of .*integer"),
+        (lambda content: content["model"]["vocab"].update(a=7), "and '.*' one id, 7"),
+        (lambda content: content["model"]["vocab"].update(a="7"), "is not a tokenizer of"),
+        (lambda content: content["model"].update(merges=[["q", "zz"]]), "out of vocabulary"),
+        (lambda content: content["model"].update(dropout=7), "between 0 and 1"),
+        (
+            lambda content: content["model"].update(continuing_subword_prefix="#" * 9),
+            "continue a word",
+        ),
+        (lambda content: content["model"].update(continuing_subword_prefix="r"), "continue a"),
+        (lambda content: content["added_tokens"].append(_added(7, "<x>")), "in its vocabulary 340"),
+        (lambda content: content["added_tokens"].append(_added(9, "<s>")), "in its vocabulary 0"),
+        (lambda content: content.update(post_processor=BEYOND), "puts the id 99999 around a text"),
+        (lambda content: content.update(normalizer=PANIC), "cannot parse precompiled_charsmap"),
+        (lambda content: content.update(model={"type": "WordLevel", "vocab": {}}), "is not a tok"),
+        (lambda content: content.update(normalizer=DEEP), "more than 100 deep"),
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_is_one_sentence(change, sentence, tmp_path, capfd):
+    content = json.loads(train_tokenizer("bpe:340", TRAINED_ON).save())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"(?i)^data\.tokenizer: .*json .*{sentence}.*\.$"
+    ) as error:
+        train_tokenizer(f"huggingface:{tmp_path}", "")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+BEYOND = {"type": "BertProcessing", "sep": ["</s>", 99999], "cls": ["<s>", 0]}
+PANIC = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+DEEP: list = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+def test_what_a_tokenizer_cannot_encode_is_one_sentence(tmp_path):
+    model = {"type": "WordLevel", "vocab": {"dog": 0}, "unk_token": "?"}
+    content = {"version": "1.0", "added_tokens": [], "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = train_tokenizer(f"huggingface:{tmp_path}", "")
+    assert tokenizer.encode("dog").tolist() == [0]
+    with pytest.raises(InputError, match=r"^The tokenizer cannot encode the text: .*\.$"):
+        tokenizer.encode("cat")
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(InputError, match="is not a regular file"):
+        train_tokenizer(f"huggingface:{tmp_path}", "")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"model": {}}', b"\xff"])

@@ -321,3 +321,10 @@ def test_the_bytes_of_tokens_are_those_of_the_text(spec):
     tokenizer = train_tokenizer(spec, text)
     found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text).tolist()))
     assert found == text.encode("utf-8")
+
+
+def test_a_sentencepiece_file_whose_pieces_are_no_text_is_one_sentence(sentencepiece, tmp_path):
+    path = tmp_path / "pieces.model"
+    path.write_bytes(sentencepiece.save().replace("中".encode(), b"\xff\xff\xff"))
+    with pytest.raises(InputError, match=r"pieces\.model is not a SentencePiece model\.$"):
+        train_tokenizer(f"sentencepiece:{path}", "")

@@ -19,11 +19,10 @@ Bytes and characters have an end token only where the text is several documents.
 What `save_tokenizer` writes is the whole tokenizer: `load_tokenizer` reads none of these paths.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
-from gptjax.config import InputError, near_names, whole_number
+from gptjax.config import InputError, near_names, parse_json, whole_number
 from gptjax.data.tokenizers.files import (
     read_gpt1,
     read_gpt2,
@@ -33,7 +32,7 @@ from gptjax.data.tokenizers.files import (
 )
 from gptjax.data.tokenizers.pieces import MODEL_TYPES, SentencePieceTokenizer
 from gptjax.data.tokenizers.plain import ByteTokenizer, CharacterTokenizer
-from gptjax.data.tokenizers.protocol import Tokenizer, stream_text
+from gptjax.data.tokenizers.protocol import Tokenizer, fingerprint_of, stream_text
 from gptjax.data.tokenizers.subwords import SubwordTokenizer
 
 __all__ = [
@@ -105,7 +104,11 @@ def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Write `tokenizer.json` (its name and fingerprint) and `tokenizer.model` (what it learnt)."""
-    description = {"tokenizer": tokenizer.name, "sha256": tokenizer.fingerprint}
+    description = {
+        "tokenizer": tokenizer.name,
+        "sha256": tokenizer.fingerprint,
+        **({"special": dict(tokenizer.declared)} if tokenizer.declared else {}),
+    }
     (directory / "tokenizer.model").write_bytes(tokenizer.save())
     (directory / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -118,8 +121,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     description_path, path = directory / "tokenizer.json", directory / "tokenizer.model"
     try:
-        description = json.loads(description_path.read_text())
+        description = parse_json(description_path.read_bytes(), str(description_path))
         name, fingerprint = description["tokenizer"], description["sha256"]
+        declared = dict(description.get("special", {}))
         kind, _, _ = name.partition(":")
         learnt = path.read_bytes()
     except OSError as error:
@@ -130,16 +134,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(
             f"{description_path} names the tokenizer {kind!r}: {near_names(kind, KINDS)}"
         )
-    if hashlib.sha256(learnt).hexdigest() != fingerprint:
+    if fingerprint_of(learnt, declared) != fingerprint:
         raise InputError(f"{path} is not the file that was saved there.")
     try:
-        return _restored(name, kind, learnt)
+        return _restored(name, kind, learnt, declared)
     except ValueError as error:
         raise InputError(f"{path} {error}.") from error
 
 
-def _restored(name: str, kind: str, learnt: bytes) -> Tokenizer:
-    """The tokenizer of a name and of what its `save` gave.
+def _restored(name: str, kind: str, learnt: bytes, declared: dict[str, int]) -> Tokenizer:
+    """The tokenizer of a name, of what its `save` gave and of what was declared of it.
 
     Raises:
       ValueError: it does not save that.
@@ -150,4 +154,4 @@ def _restored(name: str, kind: str, learnt: bytes) -> Tokenizer:
         return CharacterTokenizer.from_saved(learnt)
     if kind in MODEL_TYPES:
         return SentencePieceTokenizer(learnt, kind)
-    return SubwordTokenizer(learnt, name)
+    return SubwordTokenizer(learnt, name, declared)

@@ -4,19 +4,16 @@ Where a tokenizer was released in other code, its tokenizer.json is written here
 on the version of any library, and so neither does the tokenizer's fingerprint.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from gptjax.config import InputError
+from gptjax.config import InputError, parse_json, read_limited
 from gptjax.data.tokenizers.pieces import SentencePieceTokenizer
-from gptjax.data.tokenizers.subwords import (
-    BYTE_LEVEL,
-    SPECIAL,
-    SubwordTokenizer,
-    description,
-)
+from gptjax.data.tokenizers.special import NAMES, read_declared_tokens
+from gptjax.data.tokenizers.subwords import BYTE_LEVEL, SubwordTokenizer, description
 
-SPECIAL_NAMES = {name for names in SPECIAL.values() for name in names}
+SPECIAL_NAMES = {name for names in NAMES.values() for name in names}
 
 # BERT's words: lower case without accents, each Chinese character and each sign by itself.
 BERT_WORDS = {
@@ -85,8 +82,8 @@ def read_wordpiece(path: Path) -> SubwordTokenizer:
       InputError: a file that is missing or damaged.
     """
     path = path / "vocab.txt" if path.is_dir() else path
-    lines = _read(path).removesuffix("\n").split("\n")
-    vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    # A line's number is its id, of an empty line too; of a token on several lines the last.
+    vocabulary = {line: number for number, line in enumerate(_lines(path))}
     _check_has(vocabulary, ("[UNK]", "[CLS]", "[SEP]"), path)
     model = {
         "type": "WordPiece",
@@ -107,11 +104,20 @@ def read_wordpiece(path: Path) -> SubwordTokenizer:
 def read_huggingface(path: Path) -> SubwordTokenizer:
     """A `tokenizer.json`, or the directory of it, whatever tokenizer it describes.
 
+    Which of its tokens begin and end a text is read from the files beside it (special.py).
+
     Raises:
-      InputError: a file that is missing or damaged.
+      InputError: a file that is missing or damaged, here or beside it.
     """
     path = path / "tokenizer.json" if path.is_dir() else path
-    return _described(_read(path), "huggingface", path)
+    content = _read(path)
+    tokenizer = _described(content, "huggingface", path)
+    declared = {
+        meaning: token
+        for meaning, token in read_declared_tokens(path.parent, tokenizer.vocabulary).items()
+        if tokenizer.special.get(meaning) != token
+    }
+    return _described(content, "huggingface", path, declared) if declared else tokenizer
 
 
 def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
@@ -133,12 +139,12 @@ def _read_bpe(encoder: Path, merges: Path) -> tuple[dict[str, int], list[list[st
       InputError: a file that is missing or damaged, or two that do not belong together.
     """
     try:
-        vocabulary = json.loads(_read(encoder))
-    except json.JSONDecodeError as error:
-        raise InputError(f"data.tokenizer: {encoder} is not JSON: {error}.") from error
+        vocabulary = parse_json(_read(encoder), str(encoder))
+    except InputError as error:
+        raise InputError(f"data.tokenizer: {error}") from error
     if not isinstance(vocabulary, dict) or {*map(type, vocabulary.values())} != {int}:
         raise InputError(f"data.tokenizer: {encoder} does not give tokens their numbers.")
-    lines = [line for line in _read(merges).split("\n") if not line.startswith("#version")]
+    lines = [line for line in _lines(merges) if not line.startswith("#version")]
     pairs = [line.split(" ") for line in lines if line]
     for pair in pairs:
         if len(pair) != 2:
@@ -155,10 +161,12 @@ def _read_bpe(encoder: Path, merges: Path) -> tuple[dict[str, int], list[list[st
     return vocabulary, pairs
 
 
-def _described(content: str, name: str, source: Path) -> SubwordTokenizer:
+def _described(
+    content: str, name: str, source: Path, declared: Mapping[str, int] = MappingProxyType({})
+) -> SubwordTokenizer:
     """The tokenizer of a tokenizer.json that was read or written here."""
     try:
-        return SubwordTokenizer(content.encode("utf-8"), name)
+        return SubwordTokenizer(content.encode("utf-8"), name, declared)
     except ValueError as error:
         raise InputError(f"data.tokenizer: {source} {error}.") from error
 
@@ -169,15 +177,21 @@ def _check_has(vocabulary: dict[str, int], names: tuple[str, ...], path: Path) -
             raise InputError(f"data.tokenizer: {path} lacks the token {name}.")
 
 
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file, as Unix and Windows end them; empty ones at its end are none."""
+    return [line.removesuffix("\r") for line in _read(path).rstrip("\r\n").split("\n")]
+
+
 def _read(path: Path) -> str:
+    """The text of a file, without a byte order mark."""
     try:
-        return _read_bytes(path).decode("utf-8")
+        return _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"data.tokenizer: {path} is not UTF-8.") from error
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"data.tokenizer: cannot read {path}: {error.strerror}.") from error
+        return read_limited(path)
+    except InputError as error:
+        raise InputError(f"data.tokenizer: {error}") from error

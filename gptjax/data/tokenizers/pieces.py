@@ -55,9 +55,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         try:
             self._processor = SentencePieceProcessor(model_proto=model or b"\0")
-        except RuntimeError as error:
+            self.vocab_size = self._processor.vocab_size()
+            self._pieces = [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+            normalized = self._processor.normalize(_PROBE)
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError("is not a SentencePiece model") from error
-        self.vocab_size = self._processor.vocab_size()
         self.name = f"{kind}:{self.vocab_size}"
         ids = {
             "begin": self._processor.bos_id(),
@@ -69,11 +71,9 @@ class SentencePieceTokenizer(Tokenizer):
         if not self._processor.is_control(ids["mask"]):
             ids["mask"] = -1
         self.special = {name: token for name, token in ids.items() if token >= 0}
-        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
-        self._pieces = list(pieces)
         # A piece that no vocabulary has is decoded to itself.
         self._pieces[ids["unknown"]] = REPLACEMENT
-        as_it_is = self._processor.normalize(_PROBE) == _PROBE.replace(" ", "▁")
+        as_it_is = normalized == _PROBE.replace(" ", "▁")
         self._lossless = as_it_is and "<0x00>" in self._pieces
 
     @classmethod

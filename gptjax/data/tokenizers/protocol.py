@@ -1,6 +1,7 @@
 """What a tokenizer is, and how its text streams."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -30,7 +31,10 @@ class Tokenizer(Protocol):
     | pad | fills a row |
     | mask | hides a token that a masked language model is to find |
     | unknown | for what the vocabulary lacks |
+    | start | an encoder-decoder writes it first, where that is not begin: Marian's <pad> |
     """
+    declared: Mapping[str, int] = MappingProxyType({})
+    """Those of `special` that only files beside the tokenizer's own name."""
 
     @property
     def end_token(self) -> int | None:
@@ -39,8 +43,8 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what `save` gives: equal fingerprints encode equally."""
-        return hashlib.sha256(self.save()).hexdigest()
+        """SHA-256 of what `save` gives and of `declared`: equal fingerprints encode equally."""
+        return fingerprint_of(self.save(), self.declared)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32.
@@ -90,6 +94,12 @@ class Tokenizer(Protocol):
     def save(self) -> bytes:
         """All that `load_tokenizer` needs, as the content of one file."""
         ...
+
+
+def fingerprint_of(learnt: bytes, declared: Mapping[str, int]) -> str:
+    """The fingerprint of a tokenizer with this `save` and this `declared`."""
+    beside = json.dumps(dict(declared), sort_keys=True).encode() if declared else b""
+    return hashlib.sha256(learnt + beside).hexdigest()
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -9,24 +9,25 @@ vocabularies; that of another tokenizer is taken as it is.
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import InputError
+from gptjax.data.tokenizers.byte_level import bytes_of, written_in_bytes
+from gptjax.data.tokenizers.descriptions import (
+    LibraryError,
+    decodes_bytes,
+    library_errors,
+    open_description,
+    unknown_token,
+)
 from gptjax.data.tokenizers.pieces import bytes_of_piece
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
+from gptjax.data.tokenizers.special import NAMES
 from gptjax.data.tokenizers.words import WordEdges, edges_of_text
-
-SPECIAL = {
-    "begin": ("<s>", "[CLS]"),
-    "end": ("</s>", "[SEP]", "<|endoftext|>"),
-    "pad": ("<pad>", "[PAD]"),
-    "mask": ("<mask>", "[MASK]"),
-    "unknown": ("<unk>", "[UNK]"),
-}
-"""What the special tokens are called in vocabularies."""
 
 TRAINED_SPECIAL = ("<s>", "</s>", "<pad>", "<mask>")
 """The special tokens of a vocabulary that is trained here, where no byte is unknown."""
@@ -64,52 +65,89 @@ class SubwordTokenizer(Tokenizer):
     """What a tokenizer.json describes.
 
     Special tokens that its template puts around a text, such as BERT's [CLS] and [SEP], are in what
-    `encode` gives. A limit of length or a padding that it asks for is not followed.
+    `encode` gives. A limit of length or a padding that it asks for is not followed, and what it
+    draws at random is not drawn (descriptions.py).
     """
 
-    def __init__(self, content: bytes, name: str):
-        """Take the content of a tokenizer.json.
+    def __init__(
+        self, content: bytes, name: str, declared: Mapping[str, int] = MappingProxyType({})
+    ):
+        """Take the content of a tokenizer.json, and what other files declare as its special tokens.
 
         Raises:
-          ValueError: another content.
+          ValueError: another content, or a declared token that it lacks.
         """
-        import tokenizers
-
         try:
             text = content.decode("utf-8")
-            library = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # The library has no narrower class.
-            reason = str(error).rstrip(".")
-            raise ValueError(f"is not a tokenizer of the tokenizers library: {reason}") from error
-        library.no_truncation()
-        library.no_padding()
-        library.encode_special_tokens = True  # The name of a special token in a text is text.
+        except UnicodeDecodeError as error:
+            raise ValueError("is not a tokenizer of the tokenizers library: no UTF-8") from error
+        opened = open_description(text)
         self.name = name
+        self.declared = declared
         self._content = content
-        self._library = library
-        self._cuttable = _is_cuttable(json.loads(text))
-        self._byte_level = _mentions(json.loads(text), "ByteLevel")
-        vocabulary = library.get_vocab()
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.special = {
-            meaning: vocabulary[token]
-            for meaning, names in SPECIAL.items()
-            for token in names
-            if token in vocabulary
-        }
-        added = library.get_added_tokens_decoder()
-        self._silent = {token for token in added if added[token].special}
-        self._silent |= set(self.special.values())
-        self._silent -= {self.special.get("unknown")}
+        self._library = opened.library
+        self._decoder = opened.library.decoder
+        self._cuttable = _is_cuttable(opened.content)
+        self._byte_level = _mentions(opened.content, "ByteLevel")
+        self._before = np.array(opened.before, np.int32)
+        self._behind = np.array(opened.behind, np.int32)
+        self.vocabulary = opened.library.get_vocab()
+        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        for meaning, token in declared.items():
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"has no token {token}, which is declared as its {meaning}")
+        unknown = unknown_token(opened.content, self.vocabulary)
+        self.special = self._special(unknown)
+        meant = {token for meaning, token in self.special.items() if meaning != "unknown"}
+        # GPT-2's files call its end token the unknown one too, which it never gives.
+        unknowns = {unknown, self.special.get("unknown")} - meant
+        added = self._library.get_added_tokens_decoder()
+        self._silent = {token for token in added if added[token].special} | meant
+        self._silent -= unknowns
         self._pieces = [REPLACEMENT] * self.vocab_size
-        for piece, token in vocabulary.items():
-            if token != self.special.get("unknown"):
-                self._pieces[token] = piece
-        framed = library.encode("a")
-        text_at = np.flatnonzero(np.array(framed.special_tokens_mask, np.int32) == 0)
-        first, last = (text_at[0], text_at[-1] + 1) if text_at.size else (len(framed.ids),) * 2
-        self._before = np.array(framed.ids[:first], np.int32)
-        self._behind = np.array(framed.ids[last:], np.int32)
+        in_bytes = decodes_bytes(opened.content)
+        for piece, token in self.vocabulary.items():
+            if token not in unknowns:
+                # The library's decoder takes the letters of an added token for bytes.
+                of_text = in_bytes and token in added
+                self._pieces[token] = written_in_bytes(piece) if of_text else piece
+        typed = [token for token in meant if token in added and not added[token].special]
+        if typed:  # What a user types is text.
+            names = [added[token].content for token in typed]
+            self._library.add_special_tokens(names)
+
+    def _special(self, unknown: int | None) -> dict[str, int]:
+        """Ids by meaning: as declared, by the model itself, or else by what they are called."""
+        special = {
+            meaning: self.vocabulary[token]
+            for meaning, names in NAMES.items()
+            for token in names
+            if token in self.vocabulary
+        }
+        if unknown is not None and unknown not in special.values():
+            special["unknown"] = unknown
+        return special | dict(self.declared)
+
+    def ended(self) -> bytes:
+        """The tokenizer.json with the end token behind every text, where it puts nothing there."""
+        end = self.special_texts().get("end")
+        if self._behind.size or end is None:
+            return self._content
+        places = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        mark = {"SpecialToken": {"id": end, "type_id": 0}}
+        template = {
+            "type": "TemplateProcessing",
+            "single": [places[0], mark],
+            "pair": [*places, mark],
+            "special_tokens": {end: {"id": end, "ids": [self.end_token], "tokens": [end]}},
+        }
+        content = {**json.loads(self._content), "post_processor": template}
+        return json.dumps(content, ensure_ascii=False).encode("utf-8")
+
+    def special_texts(self) -> dict[str, str]:
+        """Entries of the vocabulary, by the names of `special`."""
+        texts = {token: text for text, token in self.vocabulary.items()}
+        return {name: texts[token] for name, token in self.special.items() if token in texts}
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "SubwordTokenizer":
@@ -162,7 +200,11 @@ class SubwordTokenizer(Tokenizer):
                 words = _CUT.split(piece) if self._cuttable else [piece]
                 places += [numbers.setdefault(word, len(numbers)) for word in words]
             counts.append(len(places) - before)
-        encodings = self._library.encode_batch_fast(list(numbers), add_special_tokens=False)
+        try:
+            with library_errors():
+                encodings = self._library.encode_batch_fast(list(numbers), add_special_tokens=False)
+        except LibraryError as error:
+            raise InputError(f"The tokenizer cannot encode the text: {error}.") from error
         found = [encoding.ids for encoding in encodings]
         tokens = np.fromiter(itertools.chain.from_iterable(found), np.int32)
         lengths = np.array([len(ids) for ids in found], np.int64)
@@ -183,12 +225,11 @@ class SubwordTokenizer(Tokenizer):
             for token in tokens
             if token not in self._silent
         ]
-        decoder = self._library.decoder
-        return decoder.decode(pieces) if decoder else " ".join(pieces)
+        return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
 
     def token_bytes(self, token: int) -> bytes:
         """What the piece stands for."""
-        of_piece = _bytes_of_byte_level if self._byte_level else bytes_of_piece
+        of_piece = bytes_of if self._byte_level else bytes_of_piece
         return of_piece(self._pieces[token])
 
     def word_edges(self) -> WordEdges:
@@ -211,32 +252,13 @@ class SubwordTokenizer(Tokenizer):
         return self._content
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """The character by which byte-level BPE writes each byte, so that none of them is blank.
-
-    A byte that Latin-1 prints is that character; the others are those from U+0100 on, in order.
-    """
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted({*range(256)} - {*printed})
-    alphabet = {chr(byte): byte for byte in printed}
-    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTES = _byte_level_alphabet()
-
-
-def _bytes_of_byte_level(piece: str) -> bytes:
-    """The bytes that a piece of byte-level BPE stands for; none for another token's name."""
-    return bytes(_BYTES[character] for character in piece if character in _BYTES)
-
-
-def _mentions(content: dict[str, Any], step: str) -> bool:
+def _mentions(content: Mapping[str, Any], step: str) -> bool:
     """Whether `step` is among what a tokenizer.json does before or after its model."""
     steps = [content.get("pre_tokenizer"), content.get("decoder")]
     return f'"type": "{step}"' in json.dumps(steps)
 
 
-def _is_cuttable(content: dict[str, Any]) -> bool:
+def _is_cuttable(content: Mapping[str, Any]) -> bool:
     """Whether the words of a text, encoded one by one, give the tokens of the whole.
 
     So it is with the two ways to find words that `_CUT` was made for, where nothing before them
