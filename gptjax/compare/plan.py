@@ -143,6 +143,9 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     sizes, planned = [], []
     for target in targets or (None,):
         sizes.append(f"{measure}={quantity(target)}" if comparison.scale and target else "")
+        if target and measure in MEASURE:
+            for variant in variants:
+                _check_reachable(variant.model, measure, target)
         planned += _matched(variants, sizes[-1], measure, target, comparison)
     states = (sum(ledger(each.model).state_bytes.values()) for each in planned)
     check_fits("The training state of the largest variant", max(states))
@@ -157,6 +160,18 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
             each._replace(steps=count) for each, count in zip(plan.planned, steps, strict=True)
         ]
     )
+
+
+def _check_reachable(model: TransformerConfig, measure: str, target: float) -> None:
+    """Refuse a target beyond the widest model that this machine can hold, before it is looked for.
+
+    Raises:
+      InputError: it is beyond.
+    """
+    while MEASURE[measure](model) < target:
+        state = sum(ledger(model).state_bytes.values())
+        check_fits(f"A model whose {measure} are {target:.3g}", state)
+        model = resized(model, 2 * model.width)
 
 
 def _targets(comparison: Comparison) -> tuple[str, tuple[float, ...]]:

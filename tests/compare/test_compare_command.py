@@ -69,6 +69,8 @@ def command(monkeypatch, capsys):
         ([TINY], {"seeds": "0"}, "Comparison.seeds is 0: it must be at least 1."),
         ([TINY], {"sedes": "3"}, "Unknown flag --sedes: did you mean"),
         ([TINY], {"rates": "fast"}, "--rates"),
+        ([TINY], {"match": "params=1e30"}, "A model whose params are 1e+30 takes at least "),
+        ([TINY], {"match": "flops=1e30"}, "A model whose flops are 1e+30 takes at least "),
     ],
 )
 def test_a_mistake_is_one_sentence(command, tmp_path, variants, changed, sentence):
