@@ -6,7 +6,7 @@
 First 90% of the characters train, the last 10% validate, all of them at every evaluation.
 
 `cpu` is nanoGPT's CPU shape, batch and 2,000 steps with AdamW: validation loss 1.750 in 66 s.
-`fast` stops near nanoGPT's loss of 1.88: 1.835, 1.855 and 1.866 (seeds 0, 1, 2) in 8 s each.
+`fast` stops near nanoGPT's loss of 1.88: 1.837, 1.860 and 1.869 (seeds 0, 1, 2) in 8 s each.
 Seconds are the whole run's, 2 to 3 of them compilation, both on the same 2 cores (Intel Xeon,
 Python 3.11, jax 0.10.2); experiments/README.md has what was tried on the way.
 """

@@ -102,7 +102,7 @@ def test_a_step_is_that_without_it_dropout_and_all():
     """Its state, which is what a checkpoint holds, has the same types, and the same numbers."""
     config = config_of("gpt")
     graphdef, _ = split_model(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    transformation = build_optimizer(OptimizerConfig(warmup_steps=0), steps=9)
+    transformation = build_optimizer(OptimizerConfig(name="muon", warmup_steps=0), steps=9)
     loss = training_loss(graphdef, TRAIN)
 
     def stepped():

@@ -10,18 +10,31 @@ The rules go by a leaf's name, not by its rank: stacked biases are matrices too.
 | `scale`, `bias` | no | no |
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple, assert_never
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from gptjax.config import InputError, OptimizerConfig
 
 INPUT_AXES = {"output": 2, "compress_key": 3, "compress_value": 3}
 """Of the kernels with more than one axis of inputs, how many they have."""
-NESTEROV_BETA = 0.95
-"""Muon's momentum (Jordan 2024)."""
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_EPSILON = 1e-7
+"""Muon's numbers (Jordan 2024)."""
+
+
+class MatrixAxes(NamedTuple):
+    """Of a kernel, what makes the rows and the columns of a matrix; other axes count matrices."""
+
+    reduction_axis: tuple[int, ...]
+    """The axes of its inputs."""
+    output_axis: tuple[int, ...]
+    """The axes of its outputs, the last ones."""
 
 
 def learning_rate_schedule(
@@ -57,6 +70,15 @@ def build_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) with AdamW for all but matrices.
 
+    Muon's update is that of Jordan's code (github.com/KellerJordan/Muon, `muon.py`): Nesterov
+    momentum without bias correction, `orthogonalised`, decoupled weight decay. What differs: the
+    Newton-Schulz iteration runs in float32 instead of bfloat16; the matrix of a kernel with more
+    than two axes, and the scale of its update, is that of all its inputs by all its outputs, each
+    layer's and expert's on its own; gradients are clipped first, as `clip_norm` says; and all else
+    gets the AdamW of `name="adamw"` with the config's numbers (in Jordan's code betas of 0.9 and
+    0.95, epsilon 1e-10 and no decay). optax.contrib.muon corrects the momentum's bias, with
+    different factors for its two terms, and gives all else Nesterov's Adam.
+
     Args:
       config: which, and how.
       steps: of the whole run.
@@ -75,34 +97,65 @@ def build_optimizer(
             "orthogonalised."
         )
     peak = config.learning_rate if learning_rate is None else learning_rate
-    adamw_rate = learning_rate_schedule(config, peak, steps)
-    if config.name == "adamw":
-        # The factors come before the decay, so that in a step a weight loses the same share of
-        # itself at every width: decay is of the weight's own size, which no width has to correct.
-        adam = optax.scale_by_adam(
-            b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.moments
-        )
-        update = optax.chain(
-            adam if rate_factors is None else optax.chain(adam, _multiplied_by(rate_factors)),
-            optax.add_decayed_weights(config.weight_decay, mask=decays),
-            optax.scale_by_learning_rate(adamw_rate),
-        )
-    else:
-        update = muon(
-            learning_rate_schedule(config, config.muon_learning_rate, steps),
-            beta=NESTEROV_BETA,
-            eps=config.epsilon,
-            mu_dtype=config.moments,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=config.weight_decay,
-            adam_learning_rate=adamw_rate,
-            muon_weight_dimension_numbers=muon_dimensions,
-        )
+    # The factors come before the decay, so that in a step a weight loses the same share of itself
+    # at every width: decay is of the weight's own size, which no width has to correct.
+    adam = optax.scale_by_adam(
+        b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.moments
+    )
+    adamw = optax.chain(
+        adam if rate_factors is None else optax.chain(adam, _multiplied_by(rate_factors)),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, peak, steps)),
+    )
+    match config.name:
+        case "adamw":
+            update = adamw
+        case "muon":
+            rate = learning_rate_schedule(config, config.muon_learning_rate, steps)
+            update = optax.partition({"muon": _muon(config, rate), "adamw": adamw}, _partition)
+        case unknown:
+            assert_never(unknown)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, update)
+
+
+def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon of matrices alone."""
+    return optax.chain(
+        # Jordan's buffer averages the gradients, where a trace sums them.
+        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.moments),
+        optax.scale(1 - MUON_MOMENTUM),
+        optax.stateless(
+            lambda updates, _: jax.tree.map(orthogonalised, updates, muon_dimensions(updates))
+        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def orthogonalised(update: jax.Array, dimensions: MatrixAxes) -> jax.Array:
+    """Each matrix U S Vᵀ of `update` as about U Vᵀ, times √max(1, outputs / inputs).
+
+    The quintic Newton-Schulz iteration of Jordan 2024 brings singular values near 1, not onto it.
+
+    Args:
+      update: [..., *inputs, *outputs], of which the leading axes count matrices.
+      dimensions: the axes of the inputs and of the outputs.
+    """
+    inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in dimensions)
+    x = update.reshape(-1, inputs, outputs)
+    x = x if inputs <= outputs else x.mT  # The products that follow are of the shorter side.
+    x /= jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NEWTON_SCHULZ_EPSILON
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+
+    def iteration(_: int, x: jax.Array) -> jax.Array:
+        gram = x @ x.mT
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    # A loop, because XLA fuses iterations into each other and rounds them differently.
+    x = jax.lax.fori_loop(0, NEWTON_SCHULZ_STEPS, iteration, x)
+    x = x if inputs <= outputs else x.mT
+    return max(1.0, outputs / inputs) ** 0.5 * x.reshape(update.shape)
 
 
 def _multiplied_by(factors: Any) -> optax.GradientTransformation:
@@ -118,6 +171,15 @@ def decays(params: Any) -> Any:
     )
 
 
+def _partition(params: Any) -> Any:
+    """The tree of `params` with the name of the transformation that updates each."""
+    return jax.tree.map(
+        lambda _, dimensions: "adamw" if dimensions is None else "muon",
+        params,
+        muon_dimensions(params),
+    )
+
+
 def muon_dimensions(params: Any) -> Any:
     """The tree of `params` with the axes that Muon multiplies along, None where AdamW updates.
 
@@ -125,7 +187,7 @@ def muon_dimensions(params: Any) -> Any:
     matrices.
     """
 
-    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
+    def dimensions(path: tuple[Any, ...], leaf: jax.Array) -> MatrixAxes | None:
         names = [key.key for key in path]
         layered = "blocks" in names or "layers" in names
         if not layered or names[-1] != "kernel" or "router" in names:
@@ -134,6 +196,6 @@ def muon_dimensions(params: Any) -> Any:
             inputs = tuple(range(1, 1 + INPUT_AXES[names[-2]]))
         else:
             inputs = (leaf.ndim - 2,) if "feedforward" in names else (1,)
-        return MuonDimensionNumbers(inputs, tuple(range(inputs[-1] + 1, leaf.ndim)))
+        return MatrixAxes(inputs, tuple(range(inputs[-1] + 1, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import typing
 from typing import Any
 
 import jax
@@ -40,14 +42,38 @@ def test_kernels_and_tables_decay_and_nothing_else():
     assert len(decaying) == len(KERNELS) + len(TABLES) + 6 + 6
 
 
-def test_weight_decay_moves_just_the_leaves_that_decay():
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **STEADY)
+OTHERS = {
+    "experts": {"experts": 2, "feedforward": "swiglu", "norm": "rmsnorm", "qk_norm": True},
+    "compressed": {"attention": "full,compressed", "embedding_norm": True, "head_bias": True},
+    "bert": {"family": "encoder", "encoder_heads": "pretraining", "segments": 2},
+    "t5": {"family": "encoder_decoder", "positions": "relative"},
+    "lstm": {"family": "recurrent", "positions": "none"},
+}
+"""Between them every kind of layer."""
+
+
+def shapes_of(changes: dict[str, Any]) -> Any:
+    config = dataclasses.replace(CONFIG, **changes)
+    return split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[1]
+
+
+@pytest.mark.parametrize("changes", [{}, *OTHERS.values()], ids=["gpt", *OTHERS])
+@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]))
+def test_weight_decay_moves_just_the_leaves_that_decay(name, changes):
+    """A step of zero gradient, leaf by leaf, whichever optimizer a leaf goes to."""
+    rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1}
+    config = OptimizerConfig(name=name, weight_decay=0.5, **rates, **STEADY)
     transformation = build_optimizer(config, steps=10)
-    zero = jax.tree.map(jnp.zeros_like, PARAMS)
-    ones = jax.tree.map(jnp.ones_like, PARAMS)
-    updates, _ = transformation.update(zero, transformation.init(ones), ones)
-    for name, update in zip(leaf_names(updates), jax.tree.leaves(updates), strict=True):
-        np.testing.assert_allclose(update, -0.05 if name in KERNELS | TABLES else 0.0)
+    shapes = shapes_of(changes)
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    zero = jax.tree.map(np.zeros_like, ones)
+    updates = jax.jit(lambda: transformation.update(zero, transformation.init(ones), ones)[0])()
+    for path, update in zip(leaf_names(updates), jax.tree.leaves(updates), strict=True):
+        kind = path.rpartition(".")[2]
+        assert kind in ("kernel", "table", "scale", "bias")
+        np.testing.assert_allclose(
+            update, -0.05 if kind in ("kernel", "table") else 0.0, err_msg=path
+        )
 
 
 def test_factors_scale_the_step_and_not_the_decay():
@@ -128,12 +154,111 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
     ],
 )
 def test_muon_takes_other_families_kernels_and_neither_routers_nor_heads(changes, expected):
-    config = dataclasses.replace(CONFIG, **changes)
-    axes = muon_axes(split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[1])
+    axes = muon_axes(shapes_of(changes))
     assert expected.items() <= axes.items()
     for name in axes:
         assert "router" not in name
         assert ".blocks." in name or name.startswith("layers.")
+
+
+JORDAN_MATRICES = {
+    "query": (1, 1),
+    "key": (1, 1),
+    "value": (1, 1),
+    "output": (1, 2),
+    "compress_key": (1, 3),
+    "compress_value": (1, 3),
+    "up": (2, 1),
+    "gate": (2, 1),
+    "down": (2, 1),
+}
+"""A kernel's leading axes, which count matrices (layers, experts), and its axes of inputs."""
+
+
+class Jordan:
+    """Muon of one matrix [outputs, inputs], after KellerJordan/Muon, in float64."""
+
+    def __init__(self, rate: float, decay: float):
+        self.rate, self.decay = rate, decay
+        self.momentum: Any = 0.0
+
+    def __call__(self, weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        self.momentum = 0.95 * self.momentum + 0.05 * gradient
+        x = 0.05 * gradient + 0.95 * self.momentum
+        x = x / (np.sqrt((x * x).sum()) + 1e-7)
+        for _ in range(5):
+            square = x @ x.T
+            x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+        outputs, inputs = weight.shape
+        weight = weight * (1 - self.rate * self.decay)
+        return weight - self.rate * max(1, outputs / inputs) ** 0.5 * x
+
+
+class AdamW:
+    """Loshchilov & Hutter 2019, algorithm 2, of one array."""
+
+    def __init__(self, rate: float, decay: float, beta1: float, beta2: float, epsilon: float):
+        self.rate, self.decay, self.epsilon = rate, decay, epsilon
+        self.betas, self.step = (beta1, beta2), 0
+        self.moments: list[Any] = [0.0, 0.0]
+
+    def __call__(self, weight: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        self.step += 1
+        corrected = []
+        for number, (beta, power) in enumerate(
+            zip(self.betas, (gradient, gradient**2), strict=True)
+        ):
+            self.moments[number] = beta * self.moments[number] + (1 - beta) * power
+            corrected.append(self.moments[number] / (1 - beta**self.step))
+        direction = corrected[0] / (np.sqrt(corrected[1]) + self.epsilon)
+        return weight - self.rate * (direction + self.decay * weight)
+
+
+def test_twenty_steps_of_muon_are_jordans_and_of_the_rest_adamws():
+    """Every layer's and every expert's matrix on its own, to 1e-5 of the largest weight."""
+    config = OptimizerConfig(name="muon", learning_rate=0.01, muon_learning_rate=0.02, **STEADY)
+    draw = np.random.default_rng(0)
+    shapes = shapes_of({**OTHERS["compressed"], **OTHERS["experts"], "kv_heads": 1})
+    params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype("f4"), shapes)
+    expected, references = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True)), {}
+
+    def matrices(name: str, array: np.ndarray) -> list[np.ndarray]:
+        """Those of a kernel of Muon's, [outputs, inputs]; another leaf is one row."""
+        leading, inputs = JORDAN_MATRICES[name.split(".")[-2]] if of_muon(name) else (0, array.ndim)
+        counted, read = array.shape[:leading], array.shape[leading : leading + inputs]
+        flat = array.astype(np.float64).reshape(math.prod(counted), math.prod(read), -1)
+        return [matrix.T for matrix in flat]
+
+    def of_muon(name: str) -> bool:
+        layer, _, kind = name.rpartition(".")
+        return kind == "kernel" and layer.split(".")[-1] in JORDAN_MATRICES
+
+    def reference(name: str) -> Jordan | AdamW:
+        if of_muon(name):
+            return Jordan(rate=0.02, decay=0.1)
+        decay = 0.1 if name.endswith(("kernel", "table")) else 0.0
+        return AdamW(0.01, decay, 0.9, 0.99, 1e-8)
+
+    transformation = build_optimizer(config, steps=20)
+    state = jax.jit(transformation.init)(params)
+
+    @jax.jit
+    def step(params, state, gradient):
+        updates, state = transformation.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(20):
+        gradient = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype("f4"), shapes)
+        params, state = step(params, state, gradient)
+        for name, leaf in zip(leaf_names(gradient), jax.tree.leaves(gradient), strict=True):
+            parts = [matrices(name, array) for array in (expected[name], leaf)]
+            own = references.setdefault(name, [reference(name) for _ in parts[0]])
+            moved = [each(*part) for each, *part in zip(own, *parts, strict=True)]
+            expected[name] = np.stack([matrix.T for matrix in moved]).reshape(leaf.shape)
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        largest = np.abs(expected[name]).max()
+        np.testing.assert_allclose(leaf, expected[name], rtol=0, atol=1e-5 * largest, err_msg=name)
+    assert {name for name in expected if of_muon(name)} == set(muon_axes(shapes))
 
 
 def test_muon_orthogonalises_each_layers_matrix():
@@ -207,10 +332,13 @@ def test_a_first_moment_in_bfloat16_takes_half_and_steps_alike(name):
         return [leaf for path, leaf in found if f".{which}" in map(str, path)]
 
     (half, half_state), (whole, whole_state) = stepped("bfloat16"), stepped("float32")
-    first, second = moments_of(half_state, "mu"), moments_of(half_state, "nu")
+    # Adam's and Muon's.
+    first = moments_of(half_state, "mu") + moments_of(half_state, "trace")
+    second = moments_of(half_state, "nu")
+    assert len(first) == len(jax.tree.leaves(PARAMS))
     assert {leaf.dtype.name for leaf in first} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in second} == {"float32"}
-    in_float32 = moments_of(whole_state, "mu")
+    in_float32 = moments_of(whole_state, "mu") + moments_of(whole_state, "trace")
     assert 2 * sum(leaf.nbytes for leaf in first) == sum(leaf.nbytes for leaf in in_float32)
     moved = optax.tree.sub(whole, PARAMS)
     apart = optax.tree.norm(optax.tree.sub(half, whole)) / optax.tree.norm(moved)

@@ -83,7 +83,7 @@ def assert_parted(state: Any, kernels: int) -> None:
             assert leaf.sharding == sharding
             held = {shard.data.size * 2 ** len(axes) for shard in leaf.addressable_shards}
             assert held == {leaf.size}
-    assert max(leaf.size for leaf in found.values()) <= 3  # Counts, and Muon's coefficients.
+    assert max(leaf.size for leaf in found.values()) == 1  # Counts.
 
 
 @pytest.mark.parametrize(("name", "kernels"), [("adamw", 3), ("muon", 2)])
