@@ -8,6 +8,9 @@ OSError there.
 What is missing nevertheless (files that were damaged or deleted, a machine that went down) is
 written again when a run goes on: TensorBoard reads the files by name, and a `SessionLog.START` at a
 step takes back all points from that step on.
+
+TensorBoard draws one chart for each name, with a curve for each directory: the validation loss is
+written a second time, in `validation/`, under the name of the training loss that it compares with.
 """
 
 import functools
@@ -25,7 +28,7 @@ TAIL_BYTES = 4
 
 
 class TensorBoardWriter:
-    """A writer of scalars as event files below `directory`.
+    """A writer of scalars as event files in `directory`, and of validation in a directory there.
 
     Args:
       directory: Of the event files.
@@ -33,13 +36,42 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: Path, lines: Iterable[dict[str, Any]]):
+        lines = list(lines)
+        self._all = _EventFile(directory, lines)
+        validated = [{"step": line["step"], **_validation(line)} for line in lines]
+        self._validation = _EventFile(
+            directory / "validation", [line for line in validated if len(line) > 1]
+        )
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Add each scalar under its name."""
+        self._all.write(step, scalars)
+        if validation := _validation(scalars):
+            self._validation.write(step, validation)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._all.close()
+        self._validation.close()
+
+
+def _validation(scalars: dict[str, float]) -> dict[str, float]:
+    """The validation loss, if there is one, under the name of its chart."""
+    loss = scalars.get("validation_loss")
+    return {} if loss is None else {"cross_entropy": loss}
+
+
+class _EventFile:
+    """The event file to which this process adds, behind those that are in `directory`."""
+
+    def __init__(self, directory: Path, lines: list[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
 
         directory.mkdir(exist_ok=True)
         files = sorted(directory.glob("*tfevents*"))
         # The name has the second, of which two files may be.
         self._file = EventsWriter(str(directory / "events"), f".{len(files)}")
-        there, lines, first = steps_shown(files), list(lines), 0
+        there, first = steps_shown(files), 0
         while first < len(lines) and lines[first]["step"] in there:
             first += 1
         again = lines[first:]
