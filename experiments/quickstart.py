@@ -140,7 +140,7 @@ def train(
             batches = training_batches(corpus.train, config.data.weights, **order, **hosts)
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-            open_writers(out, config.train.steps, checkpoints.last_step or 0) as writers,
+            open_writers(out, config.train, checkpoints.last_step or 0) as writers,
         ):
             fitted = fit(
                 config.train,

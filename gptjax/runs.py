@@ -30,7 +30,8 @@ from gptjax.config import (
     InputError,
     differences,
     from_dict,
-    read_json,
+    read_sealed,
+    sealed,
     to_dict,
 )
 from gptjax.data.rows import objective_vocabulary
@@ -128,7 +129,7 @@ def begin(
         if name not in (LOCK, BEGUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     make()
-    write_json(directory / CONFIG, content)
+    write_json(directory / CONFIG, sealed(content))
     (directory / BEGUN).unlink()
 
 
@@ -272,11 +273,17 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     """The model and tokenizer of a run, from its best checkpoint or the one of `step`.
 
     Raises:
-      InputError: no run, no checkpoint, or one that does not fit its config.
+      InputError: no run, no checkpoint, one that does not fit its config, or another tokenizer
+        than the run's.
     """
     directory = Path(directory)
     config, model, step = load_model(directory, step)
     tokenizer = load_tokenizer(directory)
+    trained = _read_config(directory).get("tokenizer_sha256", tokenizer.fingerprint)
+    if tokenizer.fingerprint != trained:
+        raise InputError(
+            f"The tokenizer in {directory} is damaged: it is not the one of the run's {CONFIG}."
+        )
     return Run(config, model, tokenizer, step, decoding_tokens(directory, config, tokenizer))
 
 
@@ -365,7 +372,7 @@ def save_model(
     saved: dict[str, Any] = {"config": to_dict(ExperimentConfig(model=model.config))}
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
-    write_json(directory / CONFIG, saved)
+    write_json(directory / CONFIG, sealed(saved))
 
 
 def environment() -> dict[str, Any]:
@@ -380,7 +387,7 @@ def environment() -> dict[str, Any]:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
-    saved = read_json(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
+    saved = read_sealed(path)
+    if not isinstance(saved.get("config"), dict):
         raise InputError(f"{path} is not of a gptjax run: it has no field 'config'.")
     return saved

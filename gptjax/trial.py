@@ -105,7 +105,9 @@ def _train(
 
     with (
         Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-        closing(JsonlWriter(directory / METRICS, checkpoints.last_step or 0)) as writer,
+        closing(
+            JsonlWriter(directory / METRICS, checkpoints.last_step or 0, config.train.log_every)
+        ) as writer,
     ):
         fitted = fit(
             config.train,

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import pytest
 
 from gptjax import beam_search, cli
-from gptjax.config import ExperimentConfig, OptimizerConfig, TrainConfig, to_dict
+from gptjax.config import (
+    ExperimentConfig,
+    OptimizerConfig,
+    TrainConfig,
+    read_sealed,
+    sealed,
+    to_dict,
+)
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.ledger import ledger
 from gptjax.presets import preset
@@ -152,7 +159,11 @@ BAD_FLAGS = {
         f"TransformerConfig.width is {10**30}: it must be below 2**32.\n",
     ),
     "width beyond the memory": (["--model.width", f"{10**8}"], "The training state takes at least"),
-    "depth beyond the memory": (["--model.depth", f"{10**9}"], "The training state takes at least"),
+    "depth": (["--model.depth", f"{10**9}"], "depth is 1000000000: it must be at most 65536."),
+    "depth beyond the memory": (
+        ["--model.depth", "65536", "--model.width", "4096"],
+        "The training state takes at least",
+    ),
     "batch beyond the memory": (
         ["--train.batch-size", f"{10**9}"],
         f"A batch of {10**9} rows of 32 tokens takes at least ",
@@ -268,9 +279,9 @@ def test_a_run_goes_on_without_the_files_its_tokenizer_was_read_from(
 def test_a_directory_that_cannot_be_written_is_one_sentence(quickstart, tiny_run, tmp_path):
     (tmp_path / "file").write_text("text")
     ended = quickstart(*_flags(tiny_run), "--out", tmp_path / "file")
-    _assert_one_sentence(ended, f"--out: cannot write {tmp_path / 'file'}: ")
+    _assert_one_sentence(ended, f"cannot write {tmp_path / 'file'}: ")
     ended = quickstart(*_flags(tiny_run), "--out", tmp_path / "file" / "run")
-    _assert_one_sentence(ended, f"--out: cannot write {tmp_path / 'file' / 'run'}: ")
+    _assert_one_sentence(ended, f"cannot write {tmp_path / 'file' / 'run'}: ")
     assert _content(tmp_path) == {tmp_path / "file": b"text"}
 
 
@@ -286,7 +297,10 @@ BAD_SAMPLES = {
     "top-k": (["--top-k", "-1"], "top-k is -1: it must be at least 0."),
     "top-p": (["--top-p", "0"], "top-p is 0.0: it must be above 0 and at most 1."),
     "min-p": (["--min-p", "2"], "min-p is 2.0: it must be at least 0 and at most 1."),
-    "penalty": (["--repetition-penalty", "0"], "repetition-penalty is 0.0: it must be above 0."),
+    "penalty": (
+        ["--repetition-penalty", "0"],
+        "repetition-penalty is 0.0: it must be at least 1e-06",
+    ),
     "beams": (["--beams", "-1"], "beams is -1: it must be at least 1."),
     "beams and top-k": (
         ["--beams", "2", "--top-k", "3"],
@@ -334,9 +348,9 @@ def test_no_run_to_sample_from_is_one_sentence(gptjax, tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(gptjax, tiny_run, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    config = json.loads((run / "config.json").read_text())
+    config = read_sealed(run / "config.json")
     config["config"]["model"]["tied"] = False
-    (run / "config.json").write_text(json.dumps(config))
+    (run / "config.json").write_text(json.dumps(sealed(config)))
     before = _content(run)
     _assert_one_sentence(gptjax("sample", run), "params.head.table is missing.")
     assert _content(run) == before

@@ -10,7 +10,7 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from gptjax import beam_search, from_huggingface, generate
-from gptjax.config import InputError
+from gptjax.config import InputError, read_sealed, sealed
 from gptjax.data.tokenizers import save_tokenizer, train_tokenizer
 from gptjax.generate import Sampling
 from gptjax.huggingface import files
@@ -78,9 +78,9 @@ def test_a_converted_model_stops_at_each_of_its_ends(command, tmp_path):
         assert _written(tmp_path / "back", name) == {
             "bos_token_id": 1, "eos_token_id": [said[4], said[2]]
         }  # fmt: skip
-    (tmp_path / "run" / CONFIG).write_text(
-        (tmp_path / "run" / CONFIG).read_text().replace('"ends"', '"end"')
-    )
+    config = tmp_path / "run" / CONFIG
+    edited = json.loads(json.dumps(read_sealed(config)).replace('"ends"', '"end"'))
+    config.write_text(json.dumps(sealed(edited)))
     with pytest.raises(InputError, match=r"config\.json: tokens is .*, not of a gptjax run"):
         load_run(tmp_path / "run")
 

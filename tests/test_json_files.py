@@ -1,11 +1,20 @@
 """JSON that is damaged, endless or a trap is one sentence, before it takes time or memory."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from gptjax.config import InputError, json_files, parse_json, read_json, read_json_object
+from gptjax.config import (
+    InputError,
+    json_files,
+    parse_json,
+    read_json,
+    read_json_object,
+    read_sealed,
+    sealed,
+)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +66,33 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, make):
     make(tmp_path / "config.json")
     with pytest.raises(InputError, match=r"config\.json is not a regular file\.$"):
         read_json(tmp_path / "config.json")
+
+
+def test_every_bit_of_what_is_sealed_counts(tmp_path, capsys):
+    path, content = tmp_path / "config.json", {"config": {"rate": 3e-3, "é": [1, None]}, "n": 2}
+    written = json.dumps(sealed(content), indent=2, ensure_ascii=False).encode()
+    path.write_bytes(written)
+    assert read_sealed(path) == content
+    assert capsys.readouterr().err == ""
+    for place in range(len(written)):
+        for bit in range(8):
+            damaged = bytearray(written)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                same = read_sealed(path) == content
+            except InputError:
+                continue
+            # White space between values says nothing, and a damaged name is as one that is missing.
+            assert same or capsys.readouterr().err.startswith(f"{path} has no crc32")
+            json_files._say_unsealed.cache_clear()
+
+
+def test_what_an_older_version_wrote_is_read_with_a_line(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"config": {}}')
+    for _ in range(2):
+        assert read_sealed(path) == {"config": {}}
+    assert capsys.readouterr().err == (
+        f"{path} has no crc32: whether it is damaged is not known.\n"
+    )

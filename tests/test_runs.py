@@ -19,6 +19,8 @@ from gptjax.config import (
     MeshConfig,
     TransformerConfig,
     from_dict,
+    read_sealed,
+    sealed,
     to_dict,
 )
 from gptjax.data.tokenizers import ByteTokenizer, CharacterTokenizer, load_tokenizer
@@ -271,7 +273,7 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatc
     ("content", "sentence"),
     [
         ("{", "is not JSON: "),
-        ("[]", "is not of a gptjax run: it has no field 'config'."),
+        ("[]", "holds list, not a JSON object."),
         ('{"model_type": "gpt2"}', "is not of a gptjax run: it has no field 'config'."),
     ],
 )
@@ -287,11 +289,24 @@ def test_a_config_of_another_program_is_one_sentence(content, sentence, tmp_path
 
 def test_a_run_with_an_unknown_field_is_refused_with_its_file(tmp_path):
     _open(tmp_path)
-    saved = json.loads((tmp_path / CONFIG).read_text())
+    saved = read_sealed(tmp_path / CONFIG)
     saved["config"]["model"]["moe"] = 4
-    (tmp_path / CONFIG).write_text(json.dumps(saved))
+    (tmp_path / CONFIG).write_text(json.dumps(sealed(saved)))
     with pytest.raises(InputError, match=r"config\.json: model has an unknown field 'moe'"):
         load_config(tmp_path)
+
+
+def test_a_damaged_config_or_tokenizer_is_one_sentence(copied_run):
+    config, tokenizer = copied_run / CONFIG, copied_run / "tokenizer.model"
+    written, learnt = config.read_bytes(), tokenizer.read_bytes()
+    config.write_bytes(written.replace(b"0.003", b"0.002"))
+    for read in (load_config, load_run):
+        with pytest.raises(InputError, match=r"config\.json is damaged or was edited"):
+            read(copied_run)
+    config.write_bytes(written)
+    tokenizer.write_bytes(learnt.replace(b"a", b"A"))
+    with pytest.raises(InputError, match=r"^The tokenizer in .* is damaged: it is not the one of"):
+        load_run(copied_run)
 
 
 def test_a_loaded_run_is_the_trained_model(tiny_run):
@@ -322,11 +337,11 @@ def test_a_run_without_checkpoints_is_refused_and_gets_none(tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_every_leaf(copied_run):
-    saved = json.loads((copied_run / CONFIG).read_text())
+    saved = read_sealed(copied_run / CONFIG)
     config = from_dict(ExperimentConfig, saved["config"])
     model = dataclasses.replace(config.model, width=8, bias=False, tied=False)
     saved["config"] = to_dict(dataclasses.replace(config, model=model))
-    (copied_run / CONFIG).write_text(json.dumps(saved))
+    (copied_run / CONFIG).write_text(json.dumps(sealed(saved)))
     with pytest.raises(InputError) as error:
         load_run(copied_run)
     sentence = str(error.value)

@@ -20,10 +20,11 @@ from typing import Literal
 from gptjax.compare.material import Material
 from gptjax.compare.results import Outcome, read_record
 from gptjax.compare.saved import read_saved, write_saved
-from gptjax.config import ExperimentConfig, TransformerConfig, to_dict
+from gptjax.config import ExperimentConfig, TransformerConfig, sealed, to_dict
 from gptjax.data.tokenizers import save_tokenizer
 from gptjax.runs import CHECKPOINTS, CONFIG, RESULT, environment, save_model, write_json
-from gptjax.trial import METRICS, Trial
+from gptjax.training.metrics import METRICS, line_of
+from gptjax.trial import Trial
 
 RUNS = "runs"
 
@@ -91,7 +92,7 @@ def keep(cell: Cell, trial: Trial, out: Path, material: Material) -> Outcome:
             shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Of a call that was killed.
             save_model(directory, trial.model)
         save_tokenizer(material.tokenizer, directory)
-    lines = "".join(json.dumps(line) + "\n" for line in trial.lines)
+    lines = "".join(map(line_of, trial.lines))
     (directory / METRICS).write_text(lines, encoding="utf-8")
     curve = [
         (line["step"], line["validation_loss"]) for line in trial.lines if "validation_loss" in line
@@ -114,7 +115,7 @@ def keep_diverged(cell: Cell, sentence: str, out: Path, material: Material) -> O
 def _write(config: ExperimentConfig, outcome: Outcome, out: Path, material: Material) -> None:
     directory = out / outcome.directory
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, {"config": to_dict(config), **material.identity})
+    write_json(directory / CONFIG, sealed({"config": to_dict(config), **material.identity}))
     write_saved(directory / RESULT, {"outcome": to_dict(outcome), **environment()})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from gptjax.compare.document import to_html, to_markdown
 from gptjax.compare.results import Answer, Outcome, read_record
 from gptjax.compare.story import story
-from gptjax.config import InputError, parse_json
+from gptjax.config import SEAL, InputError, parse_json, sealed, unsealed
 from gptjax.disk import write_error
 from gptjax.outputs import write_whole
 
@@ -69,6 +69,7 @@ def read_results(directory: Path) -> tuple[Outcome, ...]:
 def _outcome(line: bytes, where: str) -> Outcome:
     values = parse_json(line, where)
     if isinstance(values, dict):
+        values = unsealed(values, where) if SEAL in values else values  # Older ones have none.
         losses = values.get("curve_losses")
         values["validation_loss"] = _number(values.get("validation_loss"))
         if isinstance(losses, list):
@@ -91,7 +92,7 @@ def _lines(answer: Answer) -> str:
     for run in answer.outcomes:
         values = {name: _plain(value) for name, value in dataclasses.asdict(run).items()}
         values["curve_losses"] = [_plain(loss) for loss in run.curve_losses]
-        lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
+        lines.append(json.dumps(sealed(values), ensure_ascii=False, allow_nan=False) + "\n")
     return "".join(lines)
 
 

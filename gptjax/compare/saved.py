@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gptjax.config import InputError, read_json
+from gptjax.config import InputError, read_sealed, sealed
 from gptjax.disk import write_error, write_json
 
 FORMAT = 1
@@ -18,7 +18,7 @@ def write_saved(path: Path, content: dict[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, **content})
+        write_json(path, sealed({"format": FORMAT, **content}))
     except OSError as error:
         raise write_error(error, path) from error
 
@@ -29,8 +29,8 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
       InputError: a file that another version of gptjax wrote, or that cannot be read.
     """
-    saved = read_json(path)
-    found = saved.get("format") if isinstance(saved, dict) else None
+    saved = read_sealed(path)
+    found = saved.get("format")
     if found != FORMAT:
         raise InputError(
             f"{path} is of another version of gptjax (format {found!r}, where {FORMAT} is read): "

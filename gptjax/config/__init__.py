@@ -15,11 +15,21 @@ from gptjax.config.experiment import (
     TrainConfig,
     with_vocabulary,
 )
-from gptjax.config.json_files import parse_json, read_json, read_json_object, read_limited
+from gptjax.config.json_files import (
+    SEAL,
+    parse_json,
+    read_json,
+    read_json_object,
+    read_limited,
+    read_sealed,
+    sealed,
+    unsealed,
+)
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 
 __all__ = [
+    "SEAL",
     "DataConfig",
     "ExperimentConfig",
     "InputError",
@@ -36,8 +46,11 @@ __all__ = [
     "read_json",
     "read_json_object",
     "read_limited",
+    "read_sealed",
+    "sealed",
     "shown",
     "to_dict",
+    "unsealed",
     "whole_number",
     "with_vocabulary",
 ]

@@ -1,11 +1,14 @@
-"""JSON that others wrote, read with limits: whatever is wrong with it is one sentence.
+"""JSON, read with limits: whatever is wrong with it is one sentence.
 
 Python's own reader ends in a RecursionError in brackets a thousand deep, makes an integer of any
 number of digits (from 4,301 on another error), waits for ever at a pipe and takes a file of any
 size into memory. None of that occurs in a config, an index or a tokenizer.
 """
 
+import functools
 import json
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,47 @@ MOST_DEPTH = 100
 """Of objects and lists in each other; a tokenizer's have about ten."""
 MOST_DIGITS = 300
 """Of an integer, so that each fits into a float too; tokenizer_config.json has some of 31."""
+
+
+SEAL = "crc32"
+"""The field with the checksum of the others, in JSON that gptjax writes and reads again."""
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with its checksum, which `unsealed` looks at."""
+    return {**content, SEAL: zlib.crc32(json.dumps(content).encode())}
+
+
+def unsealed(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """What `sealed` was given, of what was read from `where`.
+
+    Raises:
+      InputError: it is not what was written.
+    """
+    inner = {name: value for name, value in content.items() if name != SEAL}
+    if sealed(inner) != content:
+        raise InputError(f"{where} is damaged or was edited: its {SEAL} is of other content.")
+    return inner
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object in a file that was written `sealed`, without its checksum.
+
+    A file that has none, as older versions wrote it, is read with a line on standard error.
+
+    Raises:
+      InputError: as `read_json_object`, or a file that is not what was written.
+    """
+    content = read_json_object(path)
+    if SEAL in content:
+        return unsealed(content, str(path))
+    _say_unsealed(path)
+    return content
+
+
+@functools.cache
+def _say_unsealed(path: Path) -> None:
+    print(f"{path} has no {SEAL}: whether it is damaged is not known.", file=sys.stderr)
 
 
 def read_json(path: Path) -> Any:

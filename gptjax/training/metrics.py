@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.chips import chip_of
-from gptjax.config import InputError, parse_json
+from gptjax.config import SEAL, InputError, TrainConfig, parse_json, sealed, unsealed
 from gptjax.disk import replacing
 from gptjax.distributed import is_first
 from gptjax.training.console import ConsoleWriter
@@ -85,8 +85,8 @@ class DurableWriter(Writer, Protocol):
 
 
 @contextlib.contextmanager
-def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list[Writer]]:
-    """The writers of a run of `steps` steps that goes on from `resume_step`; in process 0 alone.
+def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iterator[list[Writer]]:
+    """The writers of a run that goes on from `resume_step`; in process 0 alone.
 
     Weights & Biases is one of them where its own variable `WANDB_PROJECT` is set.
     """
@@ -102,22 +102,28 @@ def open_writers(directory: Path, steps: int, resume_step: int) -> Iterator[list
 
         if project := os.environ.get("WANDB_PROJECT"):
             add(WandbWriter(project, directory))
-        add(JsonlWriter(directory / METRICS, resume_step))
+        add(JsonlWriter(directory / METRICS, resume_step, config.log_every))
         add(TensorBoardWriter(directory / "tensorboard", read_jsonl(directory / METRICS)))
-        add(ConsoleWriter(steps))
+        add(ConsoleWriter(config.steps))
         yield writers
 
 
 class JsonlWriter:
     """One JSON object a line, `step` first; lines of steps after `resume_step` are dropped.
 
-    So are damaged ones, with a sentence on standard error that says which.
+    So are damaged ones, with a sentence on standard error that says which, as it does of lines that
+    are missing at the end where there should be one for every `log_every` steps. A line ends with
+    its checksum (`gptjax.config.sealed`).
     """
 
-    def __init__(self, path: Path, resume_step: int):
+    def __init__(self, path: Path, resume_step: int, log_every: int):
         self._path = path
         kept = [line for line in read_jsonl(path) if line["step"] <= resume_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        last = kept[-1]["step"] if kept else 0
+        if resume_step // log_every > last // log_every:
+            lost = f"those behind step {last}" if kept else "all"
+            print(f"{path}: lines are lost, {lost} up to step {resume_step}.", file=sys.stderr)
+        text = "".join(map(line_of, kept)).encode()
         if not path.exists() or path.read_bytes() != text:
             with replacing(path, path.with_suffix(".tmp")) as file:
                 file.write(text)
@@ -144,7 +150,7 @@ class JsonlWriter:
         self._file.close()
 
     def _append(self, step: int, scalars: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.write(line_of({"step": step, **scalars}))
         self._file.flush()
 
 
@@ -195,9 +201,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *written, _ = path.read_bytes().split(b"\n")
+    sealed_lines = any(f'"{SEAL}"'.encode() in text for text in written)
     kept: list[tuple[int, dict[str, Any]]] = []
     for number, text in enumerate(written, 1):
-        line = _scalars(text)
+        line = _scalars(text, sealed_lines)
         if line is None:
             continue
         if kept and line["step"] <= kept[-1][1]["step"]:
@@ -210,10 +217,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [line for _, line in kept]
 
 
-def _scalars(text: bytes) -> dict[str, Any] | None:
-    """A line's content; None of one that nothing here has written."""
+def line_of(scalars: dict[str, Any]) -> str:
+    """The line of a `metrics.jsonl` with these scalars, `step` first, and its checksum."""
+    return json.dumps(sealed(scalars)) + "\n"
+
+
+def _scalars(text: bytes, sealed_lines: bool) -> dict[str, Any] | None:
+    """A line's content; None of one that is not what was written, or that nothing here writes."""
     try:
         line = parse_json(text, "a line")
+        if sealed_lines and isinstance(line, dict):
+            line = unsealed(line, "a line")
     except InputError:
         return None
     numbers = isinstance(line, dict) and all(type(value) in (int, float) for value in line.values())

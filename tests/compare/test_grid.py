@@ -157,7 +157,8 @@ def test_a_run_that_breaks_is_tried_again(kept, material, tmp_path, monkeypatch,
     ("content", "sentence"),
     [
         ('{"format": 0}', "is of another version of gptjax (format 0, where 1 is read): choose"),
-        ("[]", "is of another version of gptjax (format None, where 1 is read)"),
+        ("[]", "holds list, not a JSON object."),
+        ("{}", "is of another version of gptjax (format None, where 1 is read)"),
         ("{", "is not JSON: Expecting property name"),
     ],
 )

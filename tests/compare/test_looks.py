@@ -12,7 +12,7 @@ from gptjax.compare.analysis import standings
 from gptjax.compare.looks import with_looks
 from gptjax.compare.report import write_report
 from gptjax.compare.results import Entry
-from gptjax.config import InputError
+from gptjax.config import InputError, read_sealed, sealed
 from gptjax.statistics import at_look, holm_levels, t_interval, trimmed_interval
 
 VARIANT = "llama-style"
@@ -93,9 +93,9 @@ def test_damaged_looks_are_a_sentence(tmp_path, content, sentence):
 
 def test_a_look_with_fields_of_another_type_is_a_sentence(tmp_path):
     with_looks(entries(3), tmp_path)
-    saved = json.loads((tmp_path / "looks.json").read_text())
+    saved = read_sealed(tmp_path / "looks.json")
     saved["looks"][0]["runs"] = 5
-    (tmp_path / "looks.json").write_text(json.dumps(saved))
+    (tmp_path / "looks.json").write_text(json.dumps(sealed(saved)))
     with pytest.raises(InputError, match=r"look 1 of .* is damaged: Look\.runs is 5"):
         with_looks(entries(3), tmp_path)
 

@@ -45,8 +45,8 @@ FLAGS = (
     "--train.keep-every=8",
     "--optimizer.warmup-steps=1",
 )
-TIMES = {"tokens_per_second", "data_wait", "mfu", "wall_seconds", "compile_seconds", "device"}
-"""What no two runs have in common."""
+TIMES = {"tokens_per_second", "data_wait", "mfu", "wall_seconds", "compile_seconds", "crc32"}
+"""What no two runs have in common: times, and the checksum of a line with times."""
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link"}
 """Python's audit events that change a directory; `open` does if it may write."""
 KILLED = -signal.SIGKILL
@@ -82,6 +82,7 @@ def train(out: Path, text: Path, kill: Kill | None, process: int, processes: int
         os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
         os.environ["JAX_NUM_PROCESSES"] = str(processes)
         os.environ["JAX_PROCESS_ID"] = str(process)
+        os.environ["GPTJAX_SECRET"] = "known to the processes of a trial"
     if kill and kill.process == process and kill.kind != "moment":
         die_at_change(out, int(kill.at), "loss.png" if kill.kind == "result" else "")
     from gptjax.cli import run_experiment
@@ -135,6 +136,7 @@ def left(out: Path) -> dict[str, Any]:
     found["steps"] = [line["step"] for line in lines]
     found["lines"] = [_without_times(line) for line in lines]
     found["points"] = tensorboard_points(out / "tensorboard")
+    found["points of validation"] = tensorboard_points(out / "tensorboard" / "validation")
     found["result"] = _without_times(json.loads((out / "result.json").read_text()))
     for name in ("samples.txt", "attention.png", "loss.png"):
         found[name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
@@ -262,11 +264,12 @@ def killed_runs(
 
 def troubles(ended: list[forked.Ended], processes: int) -> Iterator[str]:
     """What no process of a run may do, whatever happens to it or to another."""
-    expected = {0, KILLED, 75}
+    # With process 0 JAX's own service ends, and may abort the others before they say why.
+    lost = {75, -signal.SIGABRT} if processes > 1 else set()
     for process, end in enumerate(ended):
         if end.hung:
             yield f"process {process} hung: {end.said[-300:]}"
-        elif end.code not in expected or (processes == 1 and end.code == 75):
+        elif end.code not in {0, KILLED} | lost:
             yield f"process {process} ended with {end.code}: {end.said[-300:]}"
         elif "Traceback" in end.said:
             yield f"process {process} showed a traceback: {end.said[-600:]}"

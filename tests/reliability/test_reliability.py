@@ -1,4 +1,4 @@
-"""A small sample of each trial of this folder, and all of them as experiments/README.md has them."""
+"""A small sample of each trial of this folder, and each as experiments/README.md has it."""
 
 import subprocess
 import sys

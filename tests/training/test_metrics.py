@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.proto import event_pb2
 
-from gptjax.config import InputError
-from gptjax.training.metrics import JsonlWriter, open_writers, read_jsonl
+from gptjax.config import InputError, TrainConfig, sealed
+from gptjax.training import tensorboard
+from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
 
 
@@ -17,11 +18,12 @@ def test_scalars_after_the_resumed_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
     assert [line["step"] for line in read_jsonl(path)] == [1, 2]
-    writer = JsonlWriter(path, resume_step=1)
+    writer = JsonlWriter(path, resume_step=1, log_every=1)
     writer.write(2, {"loss": 2.5})
     writer.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
+    assert lines == [sealed({"step": 1, "loss": 3.0}), sealed({"step": 2, "loss": 2.5})]
+    assert read_jsonl(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}]
 
 
 LINES = [f'{{"step": {step}, "loss": {step}.5}}\n'.encode() for step in range(1, 7)]
@@ -51,21 +53,49 @@ def test_damaged_lines_are_left_out_and_named(tmp_path, capsys, damaged, steps, 
     assert error.startswith(f"{path}: {said}")
     assert error.endswith(" left out.\n")
     assert error.count("\n") == 1
-    JsonlWriter(path, resume_step=6).close()
+    JsonlWriter(path, resume_step=steps[-1], log_every=1).close()
     capsys.readouterr()
     assert read_jsonl(path) == kept
     assert capsys.readouterr().err == ""
 
 
+def test_every_bit_of_a_line_counts(tmp_path, capsys):
+    path, lines = tmp_path / "metrics.jsonl", [line_of({"step": n, "loss": n / 3}) for n in (1, 2)]
+    for place in range(len(lines[0]) - 1):
+        for bit in range(8):
+            damaged = bytearray("".join(lines).encode())
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            assert [line["step"] for line in read_jsonl(path)] in ([2], [])
+    assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "log_every", "said"),
+    [
+        (6, 1, ""),
+        (4, 1, "lines are lost, those behind step 4 up to step 6."),
+        (0, 1, "lines are lost, all up to step 6."),
+        (4, 4, ""),  # Step 6 is none that is logged.
+    ],
+)
+def test_lines_that_are_cut_off_are_named(tmp_path, capsys, kept, log_every, said):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(LINES[:kept]))
+    JsonlWriter(path, resume_step=6, log_every=log_every).close()
+    assert capsys.readouterr().err == (said and f"{path}: {said}\n")
+
+
 def test_a_line_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
     path, synced = tmp_path / "metrics.jsonl", []
-    writer = JsonlWriter(path, resume_step=0)
+    writer = JsonlWriter(path, resume_step=0, log_every=1)
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
     writer.write(1, {"loss": 1.5})
     assert not synced
     writer.write_through(2, {"loss": 2.5})
     writer.write_through(3, None)
-    assert synced == [LINES[0] + LINES[1]] * 2
+    lines = [line_of({"step": step, "loss": step + 0.5}) for step in (1, 2)]
+    assert synced == ["".join(lines).encode()] * 2
     path.unlink()
     with pytest.raises(FileNotFoundError):
         writer.write_through(3, {"loss": 3.5})
@@ -78,7 +108,7 @@ def test_a_line_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
 def shown(directory: Path) -> list[tuple[int, float]]:
     """The points of the loss that TensorBoard shows, in the order in which they were written."""
     points = []
-    for path in sorted(directory.iterdir()):
+    for path in sorted(directory.glob("events*")):
         content, start = path.read_bytes(), 0
         while start < len(content):
             (length,) = struct.unpack_from("<Q", content, start)
@@ -99,7 +129,7 @@ def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
     if lost is None:  # As at a kill: nothing was closed.
         assert shown(directory) == [(line["step"], line["loss"]) for line in lines]
     first.close()
-    (path,) = directory.iterdir()
+    (path,) = directory.glob("events*")
     if lost:
         path.write_bytes(path.read_bytes()[:-lost] if lost < 1000 else b"")
     second = TensorBoardWriter(directory, lines[:4])  # It goes on from step 4.
@@ -110,6 +140,33 @@ def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
     if lost:
         path.write_bytes(path.read_bytes()[: whole_records(path)])
     assert shown(directory) == [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5), (5, 5.25), (6, 6.25)]
+
+
+def test_tensorboard_has_training_and_validation_in_one_chart(tmp_path):
+    lines = [
+        {"step": 1, "cross_entropy": 3.5},
+        {"step": 2, "cross_entropy": 2.5, "validation_loss": 2.75},
+    ]
+    first = TensorBoardWriter(tmp_path, [])
+    for line in lines:
+        first.write(line["step"], {name: line[name] for name in line if name != "step"})
+    first.close()
+    again = TensorBoardWriter(tmp_path, lines)
+    again.write(3, {"cross_entropy": 1.5})
+    again.write(4, {"cross_entropy": 1.25, "validation_loss": 1.75})
+    again.close()
+    assert shown(tmp_path / "validation") == [(2, 2.75), (4, 1.75)]  # The directory is the curve.
+    assert names(tmp_path / "validation") == {"cross_entropy"}  # The name is the chart.
+    assert names(tmp_path) == {"cross_entropy", "validation_loss"}
+
+
+def names(directory: Path) -> set[str]:
+    """The tags of all points."""
+    found = set()
+    for path in directory.glob("events*"):
+        for event in tensorboard._events(path.read_bytes()):
+            found |= {value.tag for value in event.summary.value}
+    return found
 
 
 def whole_records(path: Path) -> int:
@@ -155,7 +212,7 @@ def test_a_run_goes_to_weights_and_biases_under_one_identity(run_directory, monk
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     for step in (1, 2):
-        with open_writers(run_directory, steps=2, resume_step=step - 1) as writers:
+        with open_writers(run_directory, TrainConfig(steps=2), resume_step=step - 1) as writers:
             for writer in writers:
                 writer.write(step, SCALARS)
     first, second = runs
@@ -170,6 +227,6 @@ def test_weights_and_biases_without_its_package_is_one_sentence(run_directory, m
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(InputError, match="WANDB_PROJECT is set, but the package wandb is not"),
-        open_writers(run_directory, steps=2, resume_step=0),
+        open_writers(run_directory, TrainConfig(steps=2), resume_step=0),
     ):
         pass
