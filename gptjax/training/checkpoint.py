@@ -96,7 +96,7 @@ class Checkpoints:
         self._deleting = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Checkpoints":
-        self._hook, sys.excepthook = sys.excepthook, self._show
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._show
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -107,15 +107,16 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
             self._deleting.shutdown()
-            sys.excepthook = self._hook
+            sys.unraisablehook = self._hook
 
-    def _show(self, kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        """The hook for what nobody catches, without what follows from a failed write.
+    def _show(self, unraisable: Any) -> None:
+        """The hook for what nobody can catch, without what follows from a failed write.
 
         TensorStore's threads tell an event loop of their results that Orbax has closed.
         """
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            self._hook(kind, error, trace)
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not (unraisable.exc_type is RuntimeError and closed):
+            self._hook(unraisable)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -128,6 +129,8 @@ class Checkpoints:
                 reason = error.strerror or str(error)
             elif number:
                 reason = os.strerror(int(number[1]))
+            elif "NOT_FOUND" in str(error):
+                reason = "it was deleted meanwhile"
             else:
                 raise
             self._steps = [step for step in self._steps if step != self._saving]

@@ -1,7 +1,6 @@
 """What a run tells of itself while it trains: throughput, MFU, and the places they are written."""
 
 import contextlib
-import errno
 import importlib
 import itertools
 import json
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 
 from gptjax.chips import chip_of
 from gptjax.config import SEAL, InputError, TrainConfig, parse_json, sealed, unsealed
-from gptjax.disk import replacing
+from gptjax.disk import DiskError, replacing
 from gptjax.distributed import is_first
 from gptjax.training.console import ConsoleWriter
 from gptjax.training.tensorboard import TensorBoardWriter
@@ -137,13 +136,16 @@ class JsonlWriter:
         """Append one line, if there are scalars, and return when all lines are on the disk.
 
         Raises:
-          OSError: the disk fails, or the file is no longer where it was.
+          OSError: the disk fails.
+          DiskError: the file is no longer where it was.
         """
         if scalars is not None:
             self._append(step, scalars)
         os.fsync(self._file.fileno())
-        if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
-            raise FileNotFoundError(errno.ENOENT, "it was replaced by another", str(self._path))
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
+                return
+        raise DiskError(f"{self._path} was deleted or replaced while this run wrote it.")
 
     def close(self) -> None:
         """Close the file."""

@@ -9,6 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from gptjax.config import InputError, TrainConfig, sealed
+from gptjax.disk import DiskError
 from gptjax.training import tensorboard
 from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
@@ -96,11 +97,12 @@ def test_a_line_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
     writer.write_through(3, None)
     lines = [line_of({"step": step, "loss": step + 0.5}) for step in (1, 2)]
     assert synced == ["".join(lines).encode()] * 2
+    monkeypatch.undo()
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DiskError, match=r"metrics\.jsonl was deleted or replaced"):
         writer.write_through(3, {"loss": 3.5})
     path.write_text("of another")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DiskError, match=r"metrics\.jsonl was deleted or replaced"):
         writer.write_through(4, {"loss": 4.5})
     writer.close()
 
