@@ -306,7 +306,7 @@ def decoding_tokens(
     if tokenizer is None or config.model.family == "encoder":
         return DecodingTokens(pad=tokenizer.special.get("pad") if tokenizer else None)
     begin, pad = tokenizer.special.get("begin"), tokenizer.special.get("pad")
-    if config.model.family != "encoder_decoder":
+    if config.model.family != "encoder_decoder" or config.data.objective == "causal":
         ends = () if tokenizer.end_token is None else (tokenizer.end_token,)
         return DecodingTokens(begin, ends, pad)
     words = objective_vocabulary(config.data, config.model, tokenizer)
