@@ -149,6 +149,7 @@ def test_every_experiment_is_run_by_a_test():
     tested = {
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
         "long_attention.py", "seeds_together.py", "checkpoint_cost.py",
+        "intervals.py",
         "compare.py",  # In tests/compare/.
         "attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -167,6 +168,19 @@ def test_checkpoint_cost_tells_the_share_of_the_checksums():
     printed = output_of(start("checkpoint_cost.py", "--mebibytes=1", "--rounds=2"))
     shares = re.search(r"1 MiB: .* checksums \d+ ms, [\d.]+%, [\d.]+% of the processor", printed)
     assert shares, printed
+
+
+@pytest.mark.slow
+def test_looks_again_mislead_unless_the_error_is_spent_over_them():
+    printed = output_of(start("intervals.py", "--studies=200"))
+    studies, coverage = printed.strip().split("\n\n")
+    rows = [list(map(float, row.split("|")[3:7])) for row in studies.splitlines()[2:]]
+    whole_level, spent = np.mean(rows, axis=0).reshape(2, 2)
+    assert (whole_level > 7).all()  # Where 5 are meant, of 9 rows of 200 studies.
+    assert (spent < 5).all()
+    held = [float(row.split("|")[5]) for row in coverage.splitlines()[2:] if "| 95.00 |" in row]
+    assert len(held) == 12
+    assert np.mean(held) == pytest.approx(95, abs=2)
 
 
 def test_seeds_together_tells_what_is_saved():
