@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import io
 import os
 import random
 import re
@@ -130,7 +131,7 @@ def templates(material: Material) -> list[Invocation]:
         ("data", f"{text}#documents=line", "--tokenizer=characters", "--context=16"),
         ("build-dataset", text, "--name=corpus", f"--data-dir={new}", "--version=1.0.0"),
         ("preflight", "gpt2", "--topology=v5e:2x2", "--seq=64", "--batch-per-device=1"),
-        ("launch", text, "--local=2", "--devices=1"),
+        ("launch", "no-such.py", "--local=2", "--devices=1"),
     ]
     flags = (*TRAIN, f"--data.source={text}", f"--out={new}")
     fields = [flag for flag in _number_flags() if not flag.startswith(tuple(TRAIN))]
@@ -200,8 +201,12 @@ def invoke(invocation: Invocation, directory: Path) -> forked.Ended:
         os.chdir(directory)
         if invocation.output:
             os.dup2(os.open(invocation.output, os.O_WRONLY), 1)
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(encoding=invocation.encoding, errors="strict")
+        for name, errors in (("stdout", "strict"), ("stderr", "backslashreplace")):
+            raw = io.FileIO(getattr(sys, name).fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                io.BufferedWriter(raw), invocation.encoding, errors, line_buffering=True
+            )
+            setattr(sys, name, text)
         sys.argv = [invocation.program, *invocation.words]
         if invocation.program == "gptjax":
             cli.main()
@@ -255,7 +260,9 @@ def trial(directory: Path, count: int, seed: int = 0) -> Tally:
 
 def main() -> None:
     """The trial as a command; its exit code is 1 if anything was found."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()

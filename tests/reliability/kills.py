@@ -155,7 +155,7 @@ def tensorboard_points(directory: Path) -> list[tuple[str, int, float]]:
     from tensorboardX.proto import event_pb2
 
     points: list[tuple[str, int, float]] = []
-    for path in sorted(directory.glob("events*"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(directory.glob("events*")):
         content, place = path.read_bytes(), 0
         while place + 12 <= len(content):
             (size,) = struct.unpack_from("<Q", content, place)
@@ -163,7 +163,7 @@ def tensorboard_points(directory: Path) -> list[tuple[str, int, float]]:
             place += 16 + size
             if len(record) < size:
                 break  # Cut short by a kill.
-            event = event_pb2.Event.FromString(record)
+            event = vars(event_pb2)["Event"].FromString(record)
             if event.HasField("session_log"):
                 points = [point for point in points if point[1] < event.step]
             points += [
@@ -281,6 +281,7 @@ def trial(
     """Kill runs below `directory`, `kills` times or a few more, `at_once` runs side by side."""
     text, whole = directory / "text.txt", directory / "whole"
     text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(300)))
+    start = 0.0
     for _ in range(2):  # The second has its programs compiled, and so its usual length.
         shutil.rmtree(whole, ignore_errors=True)
         start = time.monotonic()
@@ -325,7 +326,7 @@ def prepare() -> None:
 def main() -> None:
     """The trial as a command; its exit code is 1 if anything was found."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=1, help="of each run")
