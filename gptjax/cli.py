@@ -22,7 +22,7 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
-from gptjax.disk import DiskError, is_failure
+from gptjax.disk import is_failure
 from gptjax.exits import Exit, Interrupts
 from gptjax.memory import ran_out
 
@@ -199,15 +199,16 @@ def accept_all_characters() -> None:
 def _with_sentences(command: Callable[[list[str]], None]) -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    from gptjax.training.checkpoint import CheckpointFailed
     from gptjax.training.loop import Diverged, Interrupted
 
     try:
         command(arguments)
         sys.stdout.flush()
-    except DiskError as error:
+    except CheckpointFailed as error:
         _fail_at_once(str(error), Exit.DISK, debug)
     except InputError as error:
-        _fail(str(error), Exit.MISTAKE, debug)
+        _fail(str(error), Exit.DISK if is_failure(error) else Exit.MISTAKE, debug)
     except Diverged as error:
         _fail_together(str(error), Exit.DIVERGED, debug)
     except Interrupted as error:

@@ -1,10 +1,13 @@
 """Files that a user names for output: each is written whole or not at all, and nothing is lost."""
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from gptjax.config import InputError
 from gptjax.disk import write_error
@@ -42,7 +45,8 @@ def check_output(path: Path, *, overwrite: bool = False) -> Path:
 def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path with the same suffix, whose file takes the place of `path` at the end.
 
-    If what is inside fails, nothing is left and the file that was there stays.
+    If what is inside fails, nothing is left and the file that was there stays; what a process that
+    was killed has left is deleted.
 
     Raises:
       InputError: what `check_output` refuses, or a file that cannot be written; a `DiskError` where
@@ -52,6 +56,10 @@ def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     where = check_output(path, overwrite=overwrite)
     temporary = where.with_name(f".{os.getpid()}.{where.name}")
     try:
+        for left in where.parent.glob(f".*.{glob.escape(where.name)}"):
+            process = left.name.split(".")[1]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                left.unlink(missing_ok=True)
         yield temporary
         if where.exists():
             shutil.copymode(where, temporary)

@@ -273,17 +273,11 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     """The model and tokenizer of a run, from its best checkpoint or the one of `step`.
 
     Raises:
-      InputError: no run, no checkpoint, one that does not fit its config, or another tokenizer
-        than the run's.
+      InputError: no run, no checkpoint, or one that does not fit its config.
     """
     directory = Path(directory)
     config, model, step = load_model(directory, step)
     tokenizer = load_tokenizer(directory)
-    trained = _read_config(directory).get("tokenizer_sha256", tokenizer.fingerprint)
-    if tokenizer.fingerprint != trained:
-        raise InputError(
-            f"The tokenizer in {directory} is damaged: it is not the one of the run's {CONFIG}."
-        )
     return Run(config, model, tokenizer, step, decoding_tokens(directory, config, tokenizer))
 
 

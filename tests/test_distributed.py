@@ -186,7 +186,9 @@ def test_process_0_listens_where_the_others_come_and_nowhere_else(monkeypatch):
     with contextlib.closing(Coordinator(1, KNOWN, interface("127.0.0.2:1"))) as coordinator:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", coordinator.port), timeout=5)
-        socket.create_connection(("127.0.0.2", coordinator.port), timeout=5).close()
+        with socket.create_connection(("127.0.0.2", coordinator.port), timeout=5) as reached:
+            reached.shutdown(socket.SHUT_WR)
+            assert len(reached.makefile("rb").read()) == 32
 
 
 def test_the_others_hear_at_once_that_one_has_ended(stack):

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +156,14 @@ def test_a_directory_that_somebody_else_filled_is_not_replaced(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*converted: Directory not empty"):
         fill()
     assert [each.name for each in path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    path, ended = tmp_path / "a.txt", subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".{ended.pid}.a.txt"
+    others = {tmp_path / f".{os.getppid()}.a.txt", tmp_path / ".notes.a.txt"}
+    for file in (left, *others):
+        file.write_text("half")
+    write_whole(path, "whole")
+    assert {*tmp_path.iterdir()} == {path, *others}

@@ -305,7 +305,7 @@ def test_a_damaged_config_or_tokenizer_is_one_sentence(copied_run):
             read(copied_run)
     config.write_bytes(written)
     tokenizer.write_bytes(learnt.replace(b"a", b"A"))
-    with pytest.raises(InputError, match=r"^The tokenizer in .* is damaged: it is not the one of"):
+    with pytest.raises(InputError, match=r"tokenizer\.model is damaged"):
         load_run(copied_run)
 
 

@@ -98,6 +98,7 @@ class Coordinator:
             for task in left:
                 task.cancel()
             await asyncio.wait(attending)
+        await asyncio.sleep(0)  # In which the connections close.
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A connection, from its first line to its end."""

@@ -100,7 +100,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        hidden = [] if kind is None else [CheckpointFailed]  # It hides no other error.
+        # It hides no other error but of the same disk.
+        same = kind is None or issubclass(kind, (OSError, DiskError))
+        hidden = [] if same else [CheckpointFailed]
         try:
             with contextlib.suppress(*hidden):
                 self.wait()

@@ -140,9 +140,9 @@ def wait_for_another_result(out: Path, known: int, process: subprocess.Popen) ->
 
 
 def losses(out: Path) -> dict[str, dict]:
-    """What is not a clock's, by run."""
+    """What is not a clock's, nor the checksum of a line with that, by run."""
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return {line.pop("directory"): line | {"seconds": 0} for line in lines}
+    return {line.pop("directory"): line | {"seconds": 0, "crc32": 0} for line in lines}
 
 
 @pytest.mark.slow

@@ -194,7 +194,9 @@ def test_a_damaged_tokenizer_is_refused(sentencepiece, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"tokenizer\.model is not the file that was saved there"):
+    with pytest.raises(
+        InputError, match=r"tokenizer\.model is damaged: it is not the file that was saved there"
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -135,7 +135,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             f"{description_path} names the tokenizer {kind!r}: {near_names(kind, KINDS)}"
         )
     if fingerprint_of(learnt, declared) != fingerprint:
-        raise InputError(f"{path} is not the file that was saved there.")
+        raise InputError(f"{path} is damaged: it is not the file that was saved there.")
     try:
         return _restored(name, kind, learnt, declared)
     except ValueError as error:
