@@ -131,7 +131,9 @@ def run_once(
 
 def left(out: Path) -> dict[str, Any]:
     """What a finished run left, by the name of each thing, without times."""
-    found: dict[str, Any] = {"files": sorted(path.name for path in out.iterdir())}
+    # Whoever was killed behind its last file leaves a lock that nobody holds.
+    names = {path.name for path in out.iterdir()} - {".lock"}
+    found: dict[str, Any] = {"files": sorted(names)}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found["steps"] = [line["step"] for line in lines]
     found["lines"] = [_without_times(line) for line in lines]
