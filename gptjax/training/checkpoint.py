@@ -135,7 +135,9 @@ class Checkpoints:
                 reason = "it was deleted meanwhile"
             else:
                 raise
-            self._steps = [step for step in self._steps if step != self._saving]
+            # Of a directory that was deleted none is left.
+            there = [step for step in self._steps if (self.directory / str(step)).is_dir()]
+            self._steps = [step for step in there if step != self._saving]
             last = self.last_step
             kept = "there is none yet" if last is None else f"the last whole one is of step {last}"
             raise CheckpointFailed(

@@ -18,16 +18,15 @@ by zlib takes several times as long. experiments/README.md has what a save pays.
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorstore
 import xxhash
 
-from gptjax.config import InputError, read_json_object
+from gptjax.config import InputError, read_json_object, sealed, unsealed
 
 LIST = "checksums.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
@@ -88,7 +87,7 @@ def list_files(checkpoint: Path, arrays: dict[str, dict[str, str]]) -> None:
         known |= {(beneath / name).as_posix(): found for name, found in listed.items()}
         own.unlink()
     content = {"arrays": arrays, "files": _checksums(checkpoint, known)}
-    text = json.dumps({**content, "crc32": _crc32(content)}, indent=1)
+    text = json.dumps(sealed(content), indent=1)
     (checkpoint / LIST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -101,8 +100,8 @@ def read_list(checkpoint: Path) -> Listed | None:
     path = checkpoint / LIST
     if not path.exists():
         return None
-    content = read_json_object(path)
-    if content.pop("crc32", None) != _crc32(content) or set(content) != set(Listed._fields):
+    content = unsealed(read_json_object(path), str(path))
+    if set(content) != set(Listed._fields):
         raise InputError(f"{path} is not what was written.")
     return Listed(**content)
 
@@ -182,7 +181,3 @@ def _checksums(directory: Path, known: dict[str, str]) -> dict[str, str]:
             zip(new, pool.map(checksum, [paths[name] for name in new]), strict=True)
         )
     return {name: known[name] for name in files}
-
-
-def _crc32(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())
