@@ -80,6 +80,7 @@ class Checkpoints:
         if not read_only:
             _ = self.best_step  # What is wrong with it must not come up in the middle of a run.
         self._saving: int | None = None
+        self._failed = False
         self._arrays: dict[str, dict[str, str]] = {}
         # One process may read a run while the others wait, as for its samples.
         alone = MultiprocessingOptions(jax.process_index(), {jax.process_index()})
@@ -109,7 +110,8 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
             self._deleting.shutdown()
-            sys.unraisablehook = self._hook
+            if not self._failed:  # Else its threads may still have something to say.
+                sys.unraisablehook = self._hook
 
     def _show(self, unraisable: Any) -> None:
         """The hook for what nobody can catch, without what follows from a failed write.
@@ -135,6 +137,7 @@ class Checkpoints:
                 reason = "it was deleted meanwhile"
             else:
                 raise
+            self._failed = True
             # Of a directory that was deleted none is left.
             there = [step for step in self._steps if (self.directory / str(step)).is_dir()]
             self._steps = [step for step in there if step != self._saving]
