@@ -22,7 +22,7 @@ from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainCo
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.pipeline import EvaluationBatches
 from gptjax.data.report import labels
-from gptjax.runs import Run
+from gptjax.runs.directory import Run
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(

@@ -36,11 +36,12 @@ from gptjax.data.pipeline import (
 from gptjax.data.report import labels
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import stream_text
-from gptjax.keys import random_key
-from gptjax.layers.kernels import resolve_kernel
-from gptjax.layers.pipeline import bubble, microbatches
-from gptjax.memory import check_training_fits
-from gptjax.runs import (
+from gptjax.layers.attention.flash import resolve_kernel
+from gptjax.models.build import Params, parameter_axes
+from gptjax.parallel.keys import random_key
+from gptjax.parallel.pipeline import bubble, microbatches
+from gptjax.parallel.sharding import build_mesh, configure_cpu, mesh_name
+from gptjax.runs.directory import (
     CHECKPOINTS,
     RESULT,
     Run,
@@ -51,15 +52,14 @@ from gptjax.runs import (
     saved_tokenizer,
     write_json,
 )
-from gptjax.sharding import build_mesh, configure_cpu, mesh_name
+from gptjax.system.memory import check_training_fits
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.feed import own_rows
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import training_loss
 from gptjax.training.metrics import METRICS, MFU_FORMULA, open_writers, peak_flops, read_jsonl
 from gptjax.training.optimizers import build_optimizer, learning_rate_schedule
+from gptjax.training.prefetch import own_rows
 from gptjax.training.step import state_shapes
-from gptjax.transformer import Params, parameter_axes
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),

@@ -16,7 +16,7 @@ from gptjax import beam_search, preset
 from gptjax.cli import run_experiment
 from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
 from gptjax.data.corpus import Corpus, Sources
-from gptjax.runs import Run
+from gptjax.runs.directory import Run
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("transformer-tiny"), vocab_size=0, context=64),

@@ -1,6 +1,5 @@
 """gptjax: a laboratory for the GPT family in JAX: train, look inside, compare."""
 
-from gptjax.beam_search import Hypothesis, beam_search
 from gptjax.config import (
     DataConfig,
     ExperimentConfig,
@@ -9,11 +8,12 @@ from gptjax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from gptjax.generate import Sampling, generate
+from gptjax.costs.model import ledger
+from gptjax.decoding.beam_search import Hypothesis, beam_search
+from gptjax.decoding.generate import Sampling, generate
 from gptjax.huggingface import from_gguf, from_huggingface, to_huggingface
-from gptjax.ledger import ledger
-from gptjax.presets import PRESETS, preset
-from gptjax.transformer import Decoder, Encoder, EncoderDecoder, Recurrent, build, split
+from gptjax.models.build import Decoder, Encoder, EncoderDecoder, Recurrent, build, split
+from gptjax.models.presets import PRESETS, preset
 
 __all__ = [
     "PRESETS",

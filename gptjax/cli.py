@@ -1,7 +1,7 @@
 """The command line, thin over the modules: `python -m gptjax`, and the flags of experiments.
 
-What a user can mend is one sentence on standard error, and an exit code (`gptjax.exits`) that says
-of which kind it is; `--debug` shows where it was noticed.
+What a user can mend is one sentence on standard error, and an exit code (`gptjax.system.exits`)
+that says of which kind it is; `--debug` shows where it was noticed.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
-from gptjax.disk import is_failure
-from gptjax.exits import Exit, Interrupts
-from gptjax.memory import ran_out
+from gptjax.system.disk import is_failure
+from gptjax.system.exits import Exit, Interrupts
+from gptjax.system.memory import ran_out
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 """What is wrong with a path that no file can be at, or that is not this user's."""

@@ -147,32 +147,33 @@ def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
 
 def test_every_experiment_is_run_by_a_test():
     tested = {
-        "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py", "benchmark.py",
-        "long_attention.py", "seeds_together.py", "checkpoint_cost.py",
-        "intervals.py",
+        "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py",
+        "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
+        "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
         "compare.py",  # In tests/compare/.
-        "attention_page.py",  # In test_attention_view.py, which has the browser.
+        "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
     # Compiling the table takes many minutes; tests/preflight run the command that it calls.
-    others = {"torch_baselines.py", "preflight_table.py"}
-    assert {path.name for path in EXPERIMENTS.glob("*.py")} == tested | others
+    others = {"benchmarks/torch_baselines.py", "benchmarks/preflight_table.py"}
+    scripts = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.py")}
+    assert scripts == tested | others
 
 
 def test_long_attention_tells_time_and_memory():
     flags = ["--tokens", "64", "--block", "16", "--model", "quickstart", "--layer", "1"]
-    printed = output_of(start("long_attention.py", *flags))
+    printed = output_of(start("benchmarks/long_attention.py", *flags))
     assert re.search(r"64 tokens, block 16: [\d.]+ s .* peak [\d.]+ GiB", printed)
 
 
 def test_checkpoint_cost_tells_the_share_of_the_checksums():
-    printed = output_of(start("checkpoint_cost.py", "--mebibytes=1", "--rounds=2"))
+    printed = output_of(start("benchmarks/checkpoint_cost.py", "--mebibytes=1", "--rounds=2"))
     shares = re.search(r"1 MiB: .* checksums \d+ ms, [\d.]+%, [\d.]+% of the processor", printed)
     assert shares, printed
 
 
 @pytest.mark.slow
 def test_looks_again_mislead_unless_the_error_is_spent_over_them():
-    printed = output_of(start("intervals.py", "--studies=200"))
+    printed = output_of(start("benchmarks/intervals.py", "--studies=200"))
     studies, coverage = printed.strip().split("\n\n")
     rows = [list(map(float, row.split("|")[3:7])) for row in studies.splitlines()[2:]]
     whole_level, spent = np.mean(rows, axis=0).reshape(2, 2)
@@ -185,7 +186,7 @@ def test_looks_again_mislead_unless_the_error_is_spent_over_them():
 
 def test_seeds_together_tells_what_is_saved():
     flags = ["--seeds=2", "--steps=12", "--width=16", "--rounds=1"]
-    printed = output_of(start("seeds_together.py", *flags))
+    printed = output_of(start("benchmarks/seeds_together.py", *flags))
     assert "2 runs of 12 steps, 18,272 parameters" in printed
     (apart,) = re.findall(r"ratio [\d.]+; losses differ by at most (\S+) of themselves", printed)
     assert float(apart) < 1e-5
@@ -194,7 +195,15 @@ def test_seeds_together_tells_what_is_saved():
 def test_benchmark_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     printed = output_of(
-        start("benchmark.py", "--only", "nanogpt-cpu", "--rounds", "1", "--json", str(file))
+        start(
+            "benchmarks/steps_and_tokens.py",
+            "--only",
+            "nanogpt-cpu",
+            "--rounds",
+            "1",
+            "--json",
+            str(file),
+        )
     )
     assert "nanogpt-cpu" in printed
     figures = json.loads(file.read_text())
@@ -206,7 +215,8 @@ def test_benchmark_prints_and_writes_its_figures(tmp_path):
 def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]
-    assert "quickstart: a token reads 3.3 MB of weights" in output_of(start("benchmark.py", *flags))
+    printed = output_of(start("benchmarks/steps_and_tokens.py", *flags))
+    assert "quickstart: a token reads 3.3 MB of weights" in printed
     figures = json.loads(file.read_text())["decoding"]
     ours, reading = figures["gptjax"], figures["reading"]
     # All parameters but the 128 positions are read; the embedding is the head.

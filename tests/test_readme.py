@@ -21,19 +21,31 @@ def test_the_first_two_commands_are_those_of_ci():
     assert "readme_command 2" in CI
 
 
-def test_every_file_of_the_tree_is_there():
-    tree = README.split("```text\n")[1].split("```")[0]
+def paths_of(document: str) -> set[str]:
+    """What a document's tree names."""
+    tree = document.split("```text\n")[1].split("```")[0]
     folders: list[str] = []
+    found = set()
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        name = line.split()[0]
-        folders = [*folders[:depth], name]
-        assert (ROOT / "".join(folders)).exists(), line
+        folders = [*folders[:depth], line.split()[0]]
+        found.add("".join(folders))
+    return found
 
 
-def test_every_module_is_in_the_tree():
-    for path in [*(ROOT / "gptjax").rglob("*.py"), *(ROOT / "experiments").glob("*.py")]:
-        assert path.name.startswith("__") or path.name in README, path.name
+def test_the_readme_names_every_room_and_every_experiment():
+    named = paths_of(README)
+    assert all((ROOT / path).exists() for path in named), named
+    rooms = {f"gptjax/{path.parent.name}/" for path in (ROOT / "gptjax").glob("*/__init__.py")}
+    runs = {f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py")}
+    assert rooms | runs <= named
+
+
+def test_the_map_names_every_module():
+    rooms = {f"gptjax/{path}" for path in paths_of((ROOT / "gptjax" / "README.md").read_text())}
+    assert all((ROOT / path).exists() for path in rooms), rooms
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gptjax").rglob("*.py")}
+    assert {path for path in modules if not path.rpartition("/")[2].startswith("__")} <= rooms
 
 
 def test_pictures_and_links_into_the_project_are_there():

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import tyro
 
 from gptjax.config import InputError
-from gptjax.outputs import check_output
+from gptjax.system.outputs import check_output
 
 if TYPE_CHECKING:  # JAX starts only once the arguments are found to be right.
     import numpy as np
 
-    from gptjax.attention_view import AttentionPart
+    from gptjax.plots.attention_view import AttentionPart
 
 PARTS = {
     "decoder": ("decoder",),
@@ -47,7 +47,7 @@ def attention(
       step: Checkpoint of the run; the best by default.
       overwrite: Replace the page that is there.
     """
-    from gptjax.attention_view import AttentionView
+    from gptjax.plots.attention_view import AttentionView
 
     check_output(html, overwrite=overwrite)
     for name, given in (("text", text), ("target", target or "")):
@@ -74,7 +74,7 @@ def _load(name: str, step: int | None) -> tuple[Any, Any, str]:
     from gptjax.data.tokenizers import read_huggingface
     from gptjax.huggingface import from_huggingface
     from gptjax.huggingface.files import TOKENIZER, find
-    from gptjax.runs import CHECKPOINTS, load_run
+    from gptjax.runs.directory import CHECKPOINTS, load_run
 
     if (Path(name) / CHECKPOINTS).is_dir():
         run = load_run(name, step)
@@ -91,7 +91,7 @@ class _Side(NamedTuple):
     """One kind of attention: where the model shows it, and between what."""
 
     prefix: str
-    """Of its places in `gptjax.layers.taps`."""
+    """Of its places in `gptjax.layers.hooks`."""
     rows: list[str]
     """[T], the tokens that look."""
     columns: list[str]
@@ -119,8 +119,8 @@ def _read(name: str, config: Any, tokenizer: Any, text: str, target: str | None)
     """
     import numpy as np
 
+    from gptjax.data.objectives.vocabulary import vocabulary
     from gptjax.data.report import labels
-    from gptjax.data.vocabulary import vocabulary
 
     family = config.family
     if family not in PARTS:
@@ -167,7 +167,7 @@ def _observe(
     import numpy as np
 
     from gptjax import probe
-    from gptjax.attention_view import AttentionPart, likeliest
+    from gptjax.plots.attention_view import AttentionPart, likeliest
 
     names = ("attention", "query", "key")
     its_layers = {part: _layers(model.config, part, layers) for part in parts}

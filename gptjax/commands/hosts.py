@@ -11,8 +11,8 @@ import tyro
 from gptjax import distributed
 from gptjax.config import InputError
 from gptjax.distributed.launch import launch as launch_processes
-from gptjax.exits import Exit
-from gptjax.memory import check_fits
+from gptjax.system.exits import Exit
+from gptjax.system.memory import check_fits
 
 PROCESS_BYTES = 200 << 20
 """Of a process that has imported JAX and gptjax, at least."""

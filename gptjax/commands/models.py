@@ -13,10 +13,10 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import InputError, TransformerConfig
-from gptjax.ledger import Ledger, ledger
-from gptjax.memory import ACTIVATION_BYTES, check_fits
-from gptjax.outputs import whole_directory
-from gptjax.presets import PRESETS, preset
+from gptjax.costs.model import Ledger, ledger
+from gptjax.models.presets import PRESETS, preset
+from gptjax.system.memory import ACTIVATION_BYTES, check_fits
+from gptjax.system.outputs import whole_directory
 
 TOKEN_BYTES = 8
 """Of a token in a list."""
@@ -57,10 +57,10 @@ def sample(
     """
     import numpy as np
 
-    from gptjax.beam_search import beam_search
     from gptjax.data.tokenizers import stream_text
-    from gptjax.generate import Sampling, generate
-    from gptjax.runs import load_run
+    from gptjax.decoding.beam_search import beam_search
+    from gptjax.decoding.generate import Sampling, generate
+    from gptjax.runs.directory import load_run
 
     if num_samples < 1:
         raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
@@ -168,7 +168,7 @@ def params(
       name: A preset's name, or the directory of a run.
       as_json: Print JSON for machines.
     """
-    from gptjax.runs import CONFIG, load_config
+    from gptjax.runs.directory import CONFIG, load_config
 
     is_run = name not in PRESETS and (Path(name) / CONFIG).exists()
     counted = ledger(load_config(name).model if is_run else preset(name))
@@ -238,7 +238,7 @@ def certify(
     """
     import jax
 
-    from gptjax.certify import certify, failures, heading, line, page, variants
+    from gptjax.certify.grid import certify, failures, heading, line, page, variants
 
     if every == bool(names):
         raise InputError("certify takes names, such as gpt2 or positions=alibi, or else --all.")
@@ -275,7 +275,7 @@ def convert(
       step: Checkpoint of the run to take; the best by default.
     """
     from gptjax.huggingface.files import check_unused
-    from gptjax.runs import CHECKPOINTS
+    from gptjax.runs.directory import CHECKPOINTS
 
     check_unused(destination)
     is_run = (Path(source) / CHECKPOINTS).is_dir()
@@ -297,7 +297,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
-    from gptjax.runs import decoding_tokens, load_model
+    from gptjax.runs.directory import decoding_tokens, load_model
 
     config, model, step = load_model(run, step)
     tokenizer = load_tokenizer(run) if (run / TOKENIZER).exists() else None
@@ -321,7 +321,7 @@ def _convert_huggingface(source: str, destination: Path) -> str:
     from gptjax.data.tokenizers.special import read_decoding_tokens
     from gptjax.huggingface import from_huggingface
     from gptjax.huggingface.files import TOKENIZER, find
-    from gptjax.runs import save_model
+    from gptjax.runs.directory import save_model
 
     directory = find(source)
     tokenizer = read_huggingface(directory) if (directory / TOKENIZER).exists() else None
@@ -343,7 +343,7 @@ def _convert_gguf(path: Path, destination: Path) -> str:
     from gptjax.data.tokenizers.special import DecodingTokens
     from gptjax.huggingface import from_gguf
     from gptjax.huggingface.gguf_files import GGUFWeights
-    from gptjax.runs import save_model
+    from gptjax.runs.directory import save_model
 
     model = from_gguf(path)
     given = [(str(path), GGUFWeights(path).token_ids())]

@@ -8,8 +8,8 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import ExperimentConfig, InputError
+from gptjax.models.presets import PRESETS, preset
 from gptjax.preflight.settings import default_config, with_sizes
-from gptjax.presets import PRESETS, preset
 
 
 def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:

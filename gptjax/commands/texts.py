@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import DataConfig, InputError, Objective, Packing, TransformerConfig
-from gptjax.memory import check_batch_fits
+from gptjax.system.memory import check_batch_fits
 
 
 def data(
@@ -40,9 +40,9 @@ def data(
       batch_size: Rows of a batch.
     """
     from gptjax.data.corpus import learn_tokenizer, open_corpus, open_sources
+    from gptjax.data.objectives.rows import FAMILIES
     from gptjax.data.pipeline import training_batches
     from gptjax.data.report import report
-    from gptjax.data.rows import FAMILIES
 
     if batch_size < 1:
         raise InputError(f"batch-size is {batch_size}: it must be at least 1.")
@@ -89,7 +89,7 @@ def build_dataset(
         called source and target, and otherwise text.
       validation_fraction: Share of the documents, the last ones, for a split named validation.
     """
-    from gptjax.data.datasets import build_dataset
+    from gptjax.data.export import build_dataset
     from gptjax.data.sources import open_source
 
     documents = open_source(source)

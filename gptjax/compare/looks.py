@@ -1,8 +1,9 @@
 """The looks at each difference: which seeds earlier reports of the same runs showed, and when.
 
 Whoever adds seeds because of what the first ones showed looks again, and each look may spend less
-of the error that all may have together (`gptjax.statistics`). So the looks are kept in looks.json,
-each before its report is written; a report of what an earlier one showed is no new look.
+of the error that all may have together (analysis/statistics.py). So the looks are kept in
+looks.json, each before its report is written; a report of what an earlier one showed is no new
+look.
 """
 
 import dataclasses
@@ -10,10 +11,10 @@ import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gptjax.compare.analysis import finished_runs
-from gptjax.compare.report import LINES, read_results
+from gptjax.compare.analysis.verdicts import finished_runs
+from gptjax.compare.report.files import LINES, read_results
 from gptjax.compare.results import Entry, Look, Outcome, read_record
-from gptjax.compare.saved import read_saved, write_saved
+from gptjax.compare.versioned_files import read_saved, write_saved
 from gptjax.config import InputError, to_dict
 
 LOOKS = "looks.json"

@@ -127,7 +127,7 @@ class Answer:
     commit: str
     """Of the code; empty outside a repository."""
     environment: dict[str, Any]
-    """Of `gptjax.runs.environment`: versions, device, machine."""
+    """Of `gptjax.runs.directory.environment`: versions, device, machine."""
     data: str
     """What was trained and evaluated on, in a line."""
     sizes: tuple[str, ...]

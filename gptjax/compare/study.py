@@ -10,22 +10,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gptjax.compare import costs
-from gptjax.compare.analysis import standings
-from gptjax.compare.cells import RUNS, Cell, finished
-from gptjax.compare.grid import run_cells, work
+from gptjax.compare.analysis.verdicts import standings
+from gptjax.compare.grid.grid import run_cells, work
+from gptjax.compare.grid.progress import GridProgress, clock
 from gptjax.compare.looks import with_looks
-from gptjax.compare.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
-from gptjax.compare.progress import GridProgress, clock
+from gptjax.compare.plan import costs
+from gptjax.compare.plan.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
+from gptjax.compare.plan.runs import RUNS, Cell, finished
 from gptjax.compare.question import Comparison
-from gptjax.compare.report import write_report
+from gptjax.compare.report.files import write_report
 from gptjax.compare.results import Answer, Costs, Entry, Outcome
-from gptjax.compare.saved import read_saved, write_saved
+from gptjax.compare.versioned_files import read_saved, write_saved
 from gptjax.config import InputError, to_dict
-from gptjax.disk import write_error
-from gptjax.ledger import ledger
-from gptjax.locks import LOCK
-from gptjax.runs import environment, hold
+from gptjax.costs.model import ledger
+from gptjax.runs.directory import environment, hold
+from gptjax.system.disk import write_error
+from gptjax.system.locks import LOCK
 
 QUESTION = "comparison.json"
 HALF_MADE = {MEASURED, "measured.tmp", "comparison.tmp", LOCK}

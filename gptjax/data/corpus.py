@@ -12,15 +12,21 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
-from gptjax.data.cache import open_store
-from gptjax.data.pairs import bucket_lengths, pair_lengths, pair_rows
-from gptjax.data.rows import Bucket, joins_documents, objective_vocabulary, text_rows, window
+from gptjax.data.objectives.pairs import bucket_lengths, pair_lengths, pair_rows
+from gptjax.data.objectives.rows import (
+    Bucket,
+    joins_documents,
+    objective_vocabulary,
+    text_rows,
+    window,
+)
+from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.sources import Documents, open_source
 from gptjax.data.sources.text import Whole
-from gptjax.data.store import TokenStore
+from gptjax.data.storage.cache import open_store
+from gptjax.data.storage.store import TokenStore
 from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
-from gptjax.data.vocabulary import Vocabulary
 
 LEARNING_CHARACTERS = 1 << 26
 """Of a larger text a tokenizer learns from documents at even distances, about as many as that."""

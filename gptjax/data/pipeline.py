@@ -22,12 +22,12 @@ from grain.experimental import (
 from gptjax.config import DataConfig, InputError
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, Sources
-from gptjax.data.packing import OPEN_ROWS, PackedTokens, cut
-from gptjax.data.pairs import translated_row
-from gptjax.data.rows import Bucket, finisher, window
+from gptjax.data.objectives.packing import OPEN_ROWS, PackedTokens, cut
+from gptjax.data.objectives.pairs import translated_row
+from gptjax.data.objectives.rows import Bucket, finisher, window
+from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.data.vocabulary import Vocabulary
 
 ENDLESS = 1 << 48
 """Rows, no more of which are asked for: Grain's own endlessness is too long a length for batches of

@@ -12,9 +12,9 @@ from rich.cells import cell_len
 
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Sources
+from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
-from gptjax.data.vocabulary import Vocabulary
 
 SECONDS = 1.0
 """How long batches are made to see how fast that goes."""

@@ -22,11 +22,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gptjax.config import InputError, to_dict, whole_number
+from gptjax.distributed.cluster import Place, find_place, free_port, has_tpu, interface
 from gptjax.distributed.handshake import CHALLENGE_BYTES
-from gptjax.distributed.places import Place, find_place, free_port, has_tpu, interface
+from gptjax.distributed.membership import END, Coordinator, Member
 from gptjax.distributed.report import check_same, code_hash, devices, versions
-from gptjax.distributed.roll_call import END, Coordinator, Member
-from gptjax.exits import Exit
+from gptjax.system.exits import Exit
 
 __all__ = [
     "agreed_stop",

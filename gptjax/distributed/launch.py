@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from gptjax.distributed.cluster import ADDRESS, SELF, free_port
 from gptjax.distributed.handshake import SECRET, new_secret
-from gptjax.distributed.places import ADDRESS, SELF, free_port
 
 END_SECONDS = 10
 """Which the others have to stop by themselves when one has ended with a mistake."""

@@ -27,7 +27,7 @@ from gptjax.huggingface.configs import config_from_huggingface, config_to_huggin
 from gptjax.huggingface.gguf_files import GGUFWeights
 from gptjax.huggingface.particulars import stored_bert_heads
 from gptjax.huggingface.tensors import BUFFERS, TABLES, TOKEN_TYPES, Entry, Tables, entries
-from gptjax.transformer import build, split
+from gptjax.models.build import build, split
 
 __all__ = [
     "config_from_huggingface",

@@ -6,14 +6,7 @@ here; of their several the first is read, and all are written.
 
 from typing import Any
 
-from gptjax.config import (
-    InputError,
-    TransformerConfig,
-    differences,
-    near_names,
-    shown,
-    to_dict,
-)
+from gptjax.config import InputError, TransformerConfig, differences, near_names, shown, to_dict
 from gptjax.config.model import MOST_BLOCKS
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.particulars import HuggingFaceConfig, pattern, refusal

@@ -17,14 +17,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
-from gptjax.layers.attention import Attention, KVCache
+from gptjax.layers.attention.flash import Sight
+from gptjax.layers.attention.module import Attention, KVCache
 from gptjax.layers.dropout import dropout, split_key
-from gptjax.layers.experts import Experts, RouterLosses
-from gptjax.layers.feedforward import FeedForward
-from gptjax.layers.kernels import Sight
+from gptjax.layers.hooks import CROSS, UNTAPPED, Taps
+from gptjax.layers.mlp import FeedForward
+from gptjax.layers.moe import Experts, RouterLosses
 from gptjax.layers.norms import build_norm
-from gptjax.layers.taps import CROSS, UNTAPPED, Taps
-from gptjax.sharding import constrain
+from gptjax.parallel.sharding import constrain
 
 
 class View(NamedTuple):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gptjax.layers.linear import DEFAULT_STD
-from gptjax.sharding import auto_mesh, gathered, mesh_axes, parameter_spec, spec
+from gptjax.parallel.sharding import auto_mesh, gathered, mesh_axes, parameter_spec, spec
 
 
 class Embedding(nnx.Module):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.sharding import auto_mesh, constrain, gathered
+from gptjax.parallel.sharding import auto_mesh, constrain, gathered
 
 DEFAULT_STD = 0.02
 """Standard deviation of GPT-2's initialisation (its released code, `model.py`)."""
@@ -21,7 +21,8 @@ class Linear(nnx.Module):
     transposing copy that costs more than the product. Where the compiler parts the program, axes
     stay apart, since two that are parted make no one axis.
 
-    `axes` are the kernel's letters, by which `gptjax.sharding` parts it; "-" is never parted.
+    `axes` are the kernel's letters, by which `gptjax.parallel.sharding` splits it; "-" is never
+    split.
     """
 
     def __init__(

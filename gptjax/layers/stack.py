@@ -13,20 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import InputError, TransformerConfig
-from gptjax.layers.attention import KVCache, attention_mask, compressed_mask
+from gptjax.layers.attention.flash import Sight
+from gptjax.layers.attention.module import KVCache, attention_mask, compressed_mask
 from gptjax.layers.block import Block, BlockCache, View
 from gptjax.layers.embedding import Embedding
-from gptjax.layers.experts import RouterLosses
-from gptjax.layers.kernels import Sight
+from gptjax.layers.hooks import Capture, Intervention, Taps
+from gptjax.layers.moe import RouterLosses
 from gptjax.layers.norms import build_norm
-from gptjax.layers.pipeline import run_stages, stages
-from gptjax.layers.positions import (
-    RELATIVE_BUCKETS,
-    alibi_bias,
-    relative_buckets,
-    rotary_angles,
-)
-from gptjax.layers.taps import Capture, Intervention, Taps
+from gptjax.layers.positions import RELATIVE_BUCKETS, alibi_bias, relative_buckets, rotary_angles
+from gptjax.parallel.pipeline import run_stages, stages
 
 Edits = Mapping[str, Intervention] | None
 """Interventions by place, of all layers [L, ...] or of one."""

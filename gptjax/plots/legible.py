@@ -20,9 +20,9 @@ from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.typing import ColorType
 
-from gptjax.colours import diverging, sequential
 from gptjax.config import InputError
-from gptjax.outputs import whole_file
+from gptjax.plots.colours import diverging, sequential
+from gptjax.system.outputs import whole_file
 
 PAGE = 518.0
 """Points across what is printed of a page: A4 or letter, half an inch of margin."""
@@ -37,7 +37,7 @@ LINE = 1.2
 """Height of a line of text in units of its size."""
 
 SEQUENTIAL, DIVERGING = "gptjax_above", "gptjax_signed"
-"""Blue above 0, orange below: `gptjax.colours` has them, of pages too."""
+"""Blue above 0, orange below: `gptjax.plots.colours` has them, of pages too."""
 UNKNOWN, HIDDEN, HATCH = "0.8", "0.95", "0.75"
 """Grey of NaN, and of what a mask hides, with the lines across it."""
 
@@ -121,7 +121,7 @@ def finish(figure: Figure) -> Figure:
 def save(figure: Figure, path: str | Path, *, most_pixels: int = 4000) -> None:
     """Write a figure as its name's suffix says: .png of at most `most_pixels` a side, .pdf, .svg.
 
-    A figure that is there already is replaced; see `gptjax.outputs` for what is not.
+    A figure that is there already is replaced; see `gptjax.system.outputs` for what is not.
 
     Raises:
       InputError: a character of the figure is in no font, or a suffix that Matplotlib does not

@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
-from gptjax.generate import compiled_read
-from gptjax.layers.kernels import resolve_kernel
-from gptjax.sharding import BATCH, build_mesh
+from gptjax.decoding.generate import compiled_read
+from gptjax.layers.attention.flash import resolve_kernel
+from gptjax.models.build import build, parameter_axes, split
+from gptjax.parallel.sharding import BATCH, build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import State, lower_train_step, state_shapes
-from gptjax.transformer import build, parameter_axes, split
 
 
 class Lowered(NamedTuple):
@@ -43,7 +43,7 @@ class Lowered(NamedTuple):
 
 
 def batch_shapes(config: ExperimentConfig) -> Batch:
-    """The arrays of a training batch, as `gptjax.data.rows` makes them, at full length."""
+    """The arrays of a training batch, as data/objectives/rows.py makes them, at full length."""
     rows, length = config.train.batch_size, config.model.context
 
     def array(dtype: Any) -> Any:

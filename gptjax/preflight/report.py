@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gptjax.config import ExperimentConfig, TransformerConfig
-from gptjax.ledger import ledger
+from gptjax.costs.model import ledger
 from gptjax.preflight.collectives import Collective, Expected, Shapes, Weight, expected
 from gptjax.preflight.compilation import Compilation, compile_step
 from gptjax.preflight.memory import Memory

@@ -9,7 +9,7 @@ Neither is a measurement.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from gptjax.chips import Chip
+from gptjax.costs.chips import Chip
 from gptjax.preflight.collectives import Collective
 from gptjax.preflight.hlo import Instruction, Program
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gptjax.config import ExperimentConfig, InputError
-from gptjax.ledger import ledger
+from gptjax.costs.model import ledger
 from gptjax.preflight.report import GIB, Report, milliseconds, preflight
 from gptjax.preflight.topology import Topology
 

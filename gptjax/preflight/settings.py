@@ -13,7 +13,7 @@ from gptjax.config import (
     near_names,
     whole_number,
 )
-from gptjax.presets import preset
+from gptjax.models.presets import preset
 
 LOSS_CHUNK = 1024
 """Tokens whose scores are there at once. For GPT-2, 8 sequences of 1,024 have 1.5 GiB of them."""

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from gptjax.chips import Chip, known_chips
 from gptjax.config import InputError, near_names, whole_number
+from gptjax.costs.chips import Chip, known_chips
 
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks the metadata server of a TPU VM otherwise.

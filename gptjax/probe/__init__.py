@@ -3,11 +3,12 @@
     seen = probe.observe(model, tokens, capture=("attention", "residual"))
     seen.captured["attention"]  # [L, B, N, T, S]
 
-The places and their axes are in `gptjax.layers.taps`; L layers, B rows, T queries, S keys, N heads,
-H channels of a head, D of the stream, F of the feed-forward layer, V tokens of the vocabulary.
+The places and their axes are in `gptjax.layers.hooks`; L layers, B rows, T queries, S keys, N
+heads, H channels of a head, D of the stream, F of the feed-forward layer, V tokens of the
+vocabulary.
 """
 
-from gptjax.layers.taps import Intervention, sites
+from gptjax.layers.hooks import Intervention, sites
 from gptjax.probe.heads import (
     HeadScores,
     entropy,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import InputError
+from gptjax.models.build import LanguageModel
 from gptjax.probe.observation import observe
 from gptjax.probe.weights import place_of
-from gptjax.transformer import LanguageModel
 
 
 def entropy(weights: jax.Array) -> jax.Array:

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 
 from gptjax.config import InputError
-from gptjax.layers.taps import ENCODER, Intervention, check_sites, sites
+from gptjax.layers.hooks import ENCODER, Intervention, check_sites, sites
+from gptjax.models.build import LanguageModel, split
 from gptjax.probe.observation import as_arrays, run
-from gptjax.transformer import LanguageModel, split
 
 Metric = Callable[[jax.Array], jax.Array]
 """Logits [B, T, V] → one number, by functions that JAX can trace."""

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import InputError
-from gptjax.layers.attention import Attention
+from gptjax.layers.attention.module import Attention
 from gptjax.layers.block import Block
+from gptjax.layers.hooks import CROSS
 from gptjax.layers.norms import LayerNorm
-from gptjax.layers.taps import CROSS
+from gptjax.models.build import LanguageModel, split
 from gptjax.probe.observation import as_arrays, observe, run
-from gptjax.transformer import LanguageModel, split
 
 
 def token_loss(model: LanguageModel, tokens: Any, targets: Any = None, **inputs: Any) -> jax.Array:

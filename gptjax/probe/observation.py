@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.layers.taps import Capture, Intervention, kept_of
-from gptjax.transformer import LanguageModel, split
+from gptjax.layers.hooks import Capture, Intervention, kept_of
+from gptjax.models.build import LanguageModel, split
 
 
 class Activations(NamedTuple):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.runs import checkpoint_steps, load_model
+from gptjax.runs.directory import checkpoint_steps, load_model
 
 
 def history(

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from gptjax.config import InputError
-from gptjax.layers.taps import CROSS, ENCODER
+from gptjax.layers.hooks import CROSS, ENCODER
+from gptjax.models.build import LanguageModel, split
 from gptjax.probe.interventions import check_numbers
 from gptjax.probe.observation import as_arrays, run
-from gptjax.transformer import LanguageModel, split
 
 
 class TopAttention(NamedTuple):

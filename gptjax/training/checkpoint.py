@@ -30,7 +30,7 @@ from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
 from gptjax import distributed
 from gptjax.config import InputError, read_json_object
-from gptjax.disk import DiskError
+from gptjax.system.disk import DiskError
 from gptjax.training import checkpoint_files as files
 from gptjax.training.checkpoint_files import ARRAYS, HAS_LIST, METRICS, PROGRESS, Listed
 from gptjax.training.step import State

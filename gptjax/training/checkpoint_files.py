@@ -28,6 +28,8 @@ import xxhash
 
 from gptjax.config import InputError, read_json_object, sealed, unsealed
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a run that holds its checkpoints."""
 LIST = "checksums.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
 """Orbax's own file of a checkpoint; it puts the time of the commit in after all else is written."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gptjax.sharding import auto_mesh, mesh_axes, parameter_spec, spec
+from gptjax.parallel.sharding import auto_mesh, mesh_axes, parameter_spec, spec
 
 
 class LossSums(NamedTuple):

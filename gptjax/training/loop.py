@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
-from gptjax.exits import Interrupts
+from gptjax.system.exits import Interrupts
 from gptjax.training.checkpoint import Checkpoints, leaf_names
-from gptjax.training.feed import Feed
 from gptjax.training.losses import LossFunction
 from gptjax.training.metrics import DurableWriter, Writer
+from gptjax.training.prefetch import Feed
 from gptjax.training.step import (
     CompiledByShape,
     EvalStep,

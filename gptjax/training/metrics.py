@@ -15,10 +15,19 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from gptjax.chips import chip_of
-from gptjax.config import SEAL, InputError, TrainConfig, parse_json, sealed, unsealed
-from gptjax.disk import DiskError, replacing
+from gptjax.config import (
+    SEAL,
+    InputError,
+    TrainConfig,
+    parse_json,
+    read_json_object,
+    sealed,
+    unsealed,
+)
+from gptjax.costs.chips import chip_of
 from gptjax.distributed import is_first
+from gptjax.system.disk import DiskError, replacing
+from gptjax.training.checkpoint_files import CHECKPOINTS, survey
 from gptjax.training.console import ConsoleWriter
 from gptjax.training.tensorboard import TensorBoardWriter
 
@@ -117,11 +126,8 @@ class JsonlWriter:
 
     def __init__(self, path: Path, resume_step: int, log_every: int):
         self._path = path
-        kept = [line for line in read_jsonl(path) if line["step"] <= resume_step]
-        last = kept[-1]["step"] if kept else 0
-        if resume_step // log_every > last // log_every:
-            lost = f"those behind step {last}" if kept else "all"
-            print(f"{path}: lines are lost, {lost} up to step {resume_step}.", file=sys.stderr)
+        kept = [line for line in _undamaged(path) if line["step"] <= resume_step]
+        _say_lost_behind(path, kept, resume_step, log_every)
         text = "".join(map(line_of, kept)).encode()
         if not path.exists() or path.read_bytes() != text:
             with replacing(path, path.with_suffix(".tmp")) as file:
@@ -198,8 +204,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, if it is there, without a last one that was cut short.
 
     Those that are damaged are left out, and a sentence on standard error says which: what is no
-    object of numbers, or has a step that its neighbours cannot have.
+    object of numbers, or has a step that its neighbours cannot have. So it does of lines that are
+    missing at the end: they were on the disk before the newest of the run's checkpoints.
     """
+    lines = _undamaged(path)
+    checkpoints, config = path.parent / CHECKPOINTS, path.parent / "config.json"
+    if path.exists():
+        with contextlib.suppress(InputError, KeyError, TypeError):
+            log_every = read_json_object(config)["train"]["log_every"]
+            _say_lost_behind(path, lines, max(survey(checkpoints)[0], default=0), log_every)
+    return lines
+
+
+def _say_lost_behind(path: Path, lines: list[dict[str, Any]], until: int, log_every: int) -> None:
+    """Say that lines are missing at the end, if there should be some up to the step `until`."""
+    last = lines[-1]["step"] if lines else 0
+    if until // log_every > last // log_every:
+        lost = f"those behind step {last}" if lines else "all"
+        print(f"{path}: lines are lost, {lost} up to step {until}.", file=sys.stderr)
+
+
+def _undamaged(path: Path) -> list[dict[str, Any]]:
+    """The lines but for damaged ones, which are named on standard error."""
     if not path.exists():
         return []
     *written, _ = path.read_bytes().split(b"\n")

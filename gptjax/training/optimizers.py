@@ -85,7 +85,7 @@ def build_optimizer(
       learning_rate: the peak of AdamW's, where one program trains at several; None takes the
         config's.
       rate_factors: what AdamW's learning rate is multiplied by, a tree like the parameters of
-        numbers (`gptjax.mup`); None is 1. The weight decay does not change.
+        numbers (`gptjax.runs.mup`); None is 1. The weight decay does not change.
 
     Raises:
       InputError: a warm-up as long as the run, or factors for Muon.

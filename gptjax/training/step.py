@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
-from gptjax.keys import random_key
-from gptjax.sharding import DATA, batch_sharding, parameter_sharding, partitioned
+from gptjax.parallel.keys import random_key
+from gptjax.parallel.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.losses import LossFunction
 
@@ -211,7 +211,7 @@ def lower_train_step(
     """`train_step` for `state` and `batch` (arrays or their shapes); the state is donated.
 
     Where rows alone are split, each device holds the state and takes its share of the batch; with
-    more axes the compiler parts the one program, by the constraints of `gptjax.sharding`.
+    more axes the compiler parts the one program, by the constraints of `gptjax.parallel.sharding`.
     """
     step = functools.partial(
         train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate

@@ -14,9 +14,9 @@ import pytest
 from compared import TINY, text
 from conftest import EXPERIMENTS
 
-from gptjax.compare import grid
-from gptjax.locks import LOCK
-from gptjax.runs import hold
+from gptjax.compare.grid import grid
+from gptjax.runs.directory import hold
+from gptjax.system.locks import LOCK
 
 FLAGS = {
     "--match": ["none"],

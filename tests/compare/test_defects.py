@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 from compared import COSTS, tiny
 
-from gptjax.compare import costs, study
-from gptjax.compare.analysis import standings
-from gptjax.compare.grid import run_cells
-from gptjax.compare.plan import make_plan
-from gptjax.compare.progress import GridProgress
+from gptjax.compare import study
+from gptjax.compare.analysis.statistics import paired_differences
+from gptjax.compare.analysis.verdicts import standings
+from gptjax.compare.grid.grid import run_cells
+from gptjax.compare.grid.progress import GridProgress
+from gptjax.compare.plan import costs
+from gptjax.compare.plan.plan import make_plan
 from gptjax.compare.question import Comparison
 from gptjax.config import DataConfig
-from gptjax.statistics import paired_differences
 
 SOUND = "quickstart:depth=1,width=32,heads=2"
 DEFECTS = {

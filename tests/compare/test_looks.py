@@ -8,12 +8,12 @@ import answers
 import numpy as np
 import pytest
 
-from gptjax.compare.analysis import standings
+from gptjax.compare.analysis.statistics import at_look, holm_levels, t_interval, trimmed_interval
+from gptjax.compare.analysis.verdicts import standings
 from gptjax.compare.looks import with_looks
-from gptjax.compare.report import write_report
+from gptjax.compare.report.files import write_report
 from gptjax.compare.results import Entry
 from gptjax.config import InputError, read_sealed, sealed
-from gptjax.statistics import at_look, holm_levels, t_interval, trimmed_interval
 
 VARIANT = "llama-style"
 

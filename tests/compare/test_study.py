@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from compared import COSTS, TINY, tiny
 
-from gptjax.compare import costs, grid, study
-from gptjax.compare.analysis import standings
-from gptjax.compare.plan import SEARCH_SEED, make_plan
+from gptjax.compare import study
+from gptjax.compare.analysis.verdicts import standings
+from gptjax.compare.plan import costs, grid
+from gptjax.compare.plan.plan import SEARCH_SEED, make_plan
 from gptjax.compare.question import BUDGETS, parse_quantity, quantity
 from gptjax.config import InputError, to_dict
-from gptjax.ledger import ledger
+from gptjax.costs.model import ledger
 
 SILU = f"{TINY},feedforward=silu"
 FILES = ("report.html", "report.md", "results.csv", "results.jsonl")

@@ -19,6 +19,7 @@ from gptjax.config import (
 from gptjax.data import corpus as corpus_module
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Predicted, learn_tokenizer, open_corpus, open_sources
+from gptjax.data.objectives.vocabulary import vocabulary
 from gptjax.data.pipeline import EvaluationBatches, bits_per_byte, training_batches
 from gptjax.data.sources import files
 from gptjax.data.tokenizers import (
@@ -29,7 +30,6 @@ from gptjax.data.tokenizers import (
     save_tokenizer,
     train_tokenizer,
 )
-from gptjax.data.vocabulary import vocabulary
 
 PAIRS = {"segments": 2, "encoder_heads": "pretraining"}
 

@@ -16,7 +16,8 @@ from gptjax.config import DataConfig, InputError, TransformerConfig
 from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, open_corpus, open_sources
-from gptjax.data.packing import Windows
+from gptjax.data.objectives.packing import Windows
+from gptjax.data.objectives.rows import FAMILIES, Bucket, causal_row
 from gptjax.data.pipeline import (
     EvaluationBatches,
     bits_per_byte,
@@ -24,7 +25,6 @@ from gptjax.data.pipeline import (
     streamed_batches,
     training_batches,
 )
-from gptjax.data.rows import FAMILIES, Bucket, causal_row
 from gptjax.data.tokenizers import ByteTokenizer
 
 CONTEXT, BATCH_SIZE, WINDOWS = 4, 3, 12

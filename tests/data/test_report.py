@@ -12,9 +12,9 @@ from rich.cells import cell_len
 
 from gptjax.data import report
 from gptjax.data.batch import Batch
+from gptjax.data.objectives.vocabulary import vocabulary
 from gptjax.data.report import drawn, labels
 from gptjax.data.tokenizers import ByteTokenizer, train_tokenizer
-from gptjax.data.vocabulary import vocabulary
 
 # 0, 1, 2 … bytes: of 40 lines 5 are empty.
 LINES = [("word " * 8)[: number % 8] for number in range(40)]

@@ -3,7 +3,7 @@
     python tests/golden/make_golden.py
 
 Needs the extra `parity`, and imports its packages by name, for the linters run without it.
-tests/test_huggingface.py reads what it writes, without PyTorch.
+tests/huggingface/test_huggingface.py reads what it writes, without PyTorch.
 """
 
 import importlib

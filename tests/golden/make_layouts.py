@@ -3,8 +3,8 @@
     python tests/golden/make_layouts.py > tests/golden/layouts.txt
 
 A line is a parameter: preset, name, its axes' letters, its shape, and over which mesh axis each is
-parted; where the mesh cannot part it, the sentence that refuses it. tests/test_sharding.py compares
-it, so that a change of layout is seen in review.
+parted; where the mesh cannot part it, the sentence that refuses it. tests/parallel/test_sharding.py
+compares it, so that a change of layout is seen in review.
 """
 
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError
-from gptjax.presets import PRESETS
-from gptjax.sharding import AXES, mesh_axes, parameter_sharding
-from gptjax.transformer import build, parameter_axes, split
+from gptjax.models.build import build, parameter_axes, split
+from gptjax.models.presets import PRESETS
+from gptjax.parallel.sharding import AXES, mesh_axes, parameter_sharding
 
 MESH = AbstractMesh((2,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

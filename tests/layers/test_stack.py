@@ -8,8 +8,8 @@ import jax
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from gptjax.certify.properties import ROUNDING, ROWS, Case, difference, product_flops
 from gptjax.config import TransformerConfig
-from gptjax.equivalence import ROUNDING, ROWS, Case, difference, product_flops
 
 L, T, D, N, H, F = 3, 6, 8, 2, 5, 14
 CONFIG = TransformerConfig(

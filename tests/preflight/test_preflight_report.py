@@ -10,9 +10,11 @@ import pytest
 from flax import nnx
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from gptjax.chips import known_chips
 from gptjax.config import DataConfig, InputError, MeshConfig
-from gptjax.ledger import ledger
+from gptjax.costs.chips import known_chips
+from gptjax.costs.model import ledger
+from gptjax.models.build import build, parameter_axes, split
+from gptjax.parallel.sharding import build_mesh
 from gptjax.preflight.collectives import Collective
 from gptjax.preflight.hlo import read_program
 from gptjax.preflight.program import batch_shapes, bytes_held, lower_decoding, lower_training
@@ -21,11 +23,9 @@ from gptjax.preflight.roofline import memory_traffic, roofline
 from gptjax.preflight.search import meshes, nearest_changes, ranking, search
 from gptjax.preflight.settings import default_config
 from gptjax.preflight.topology import Topology
-from gptjax.sharding import build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import lower_train_step, state_shapes
-from gptjax.transformer import build, parameter_axes, split
 
 
 @pytest.fixture(scope="module", autouse=True)

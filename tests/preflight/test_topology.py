@@ -5,12 +5,12 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from gptjax.chips import chip_of, known_chips
 from gptjax.config import InputError
+from gptjax.costs.chips import chip_of, known_chips
+from gptjax.models.presets import PRESETS
 from gptjax.preflight import topology
 from gptjax.preflight.settings import default_config, with_sizes
 from gptjax.preflight.topology import Topology, check_packages, gpu_target, open_topology
-from gptjax.presets import PRESETS
 
 
 @pytest.mark.parametrize("chip", known_chips().values(), ids=lambda chip: chip.name)

@@ -14,7 +14,7 @@ from probed import SOURCE, TOKENS, VARIANTS, config, inputs, model
 from gptjax import InputError, from_huggingface, probe, split
 from gptjax.data.batch import Batch
 from gptjax.huggingface.families import TRANSLATIONS
-from gptjax.layers.taps import Taps
+from gptjax.layers.hooks import Taps
 from gptjax.training.losses import token_loss
 
 GOLDEN = ROOT / "tests" / "golden"

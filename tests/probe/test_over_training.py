@@ -10,11 +10,11 @@ from gptjax import (
     TrainConfig,
     TransformerConfig,
     probe,
-    trial,
 )
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
-from gptjax.runs import load_model
+from gptjax.runs import trial
+from gptjax.runs.directory import load_model
 
 
 def make(generator: np.random.Generator) -> Batch:

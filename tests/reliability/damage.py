@@ -78,7 +78,7 @@ def _quickstart(out: Path, text: Path) -> None:
 def read_finished_run(directory: Path) -> Any:
     """The config, the curve, and the model and tokenizer of every checkpoint."""
     from gptjax.config import to_dict
-    from gptjax.runs import checkpoint_steps, load_config, load_run
+    from gptjax.runs.directory import checkpoint_steps, load_config, load_run
     from gptjax.training.metrics import read_jsonl
 
     run = directory / "run"
@@ -99,7 +99,7 @@ def read_stopped_run(directory: Path) -> Any:
 def _hashed(model: Any) -> str:
     import jax
 
-    from gptjax.transformer import split
+    from gptjax.models.build import split
 
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(split(model)[1]):
@@ -263,7 +263,8 @@ def outcome(ended: forked.Ended, found: Any, expected: Any) -> str:
         return f"exit code {ended.code}"
     if found == expected:
         return "same"
-    return "said" if any(word in ended.said for word in ("damaged", "lost", "lacks")) else "silent"
+    words = ("damaged", "lost", "lacks", "left out")
+    return "said" if any(word in ended.said for word in words) else "silent"
 
 
 class Tally(NamedTuple):

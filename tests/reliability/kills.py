@@ -180,8 +180,8 @@ def checkpoint_hashes(out: Path) -> dict[str, str]:
     """A hash of the parameters of each checkpoint that the run keeps."""
     import jax
 
-    from gptjax.runs import checkpoint_steps, load_run
-    from gptjax.transformer import split
+    from gptjax.models.build import split
+    from gptjax.runs.directory import checkpoint_steps, load_run
 
     hashes = {}
     for step in checkpoint_steps(out):

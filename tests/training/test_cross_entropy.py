@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import MeshConfig
-from gptjax.sharding import build_mesh, parameter_spec, spec
+from gptjax.parallel.sharding import build_mesh, parameter_spec, spec
 from gptjax.training.cross_entropy import cross_entropy
 
 # No other size is the vocabulary's, nor that of a part of it.

@@ -13,10 +13,10 @@ from flax import nnx
 
 from gptjax import Decoder, OptimizerConfig, TrainConfig, TransformerConfig, split
 from gptjax.config import MeshConfig
-from gptjax.data.packing import Windows
+from gptjax.data.objectives.packing import Windows
+from gptjax.data.objectives.rows import Bucket, causal_row
 from gptjax.data.pipeline import EvaluationBatches, training_batches
-from gptjax.data.rows import Bucket, causal_row
-from gptjax.sharding import build_mesh
+from gptjax.parallel.sharding import build_mesh
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Diverged, Fit, Interrupted, fit

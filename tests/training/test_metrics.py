@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from gptjax.config import InputError, TrainConfig, sealed
-from gptjax.disk import DiskError
+from gptjax.system.disk import DiskError
 from gptjax.training import tensorboard
 from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
@@ -69,6 +69,17 @@ def test_every_bit_of_a_line_counts(tmp_path, capsys):
             path.write_bytes(damaged)
             assert [line["step"] for line in read_jsonl(path)] in ([2], [])
     assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cut", "lost"), [(None, ""), (-1, "behind step 5"), (0, "all")])
+def test_lines_that_a_checkpoint_followed_are_missed(tmp_path, capsys, cut, lost):
+    lines = [line_of({"step": step, "loss": step / 3}) for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:cut]))
+    (tmp_path / "config.json").write_text('{"train": {"log_every": 1}}')
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == len(lines[:cut])
+    said = capsys.readouterr().err
+    assert lost in said if lost else said == ""
 
 
 @pytest.mark.parametrize(

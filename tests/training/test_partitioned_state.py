@@ -12,16 +12,11 @@ from flax import nnx
 from gptjax import OptimizerConfig, TransformerConfig, build, split
 from gptjax.config import MeshConfig
 from gptjax.data.batch import Batch
-from gptjax.sharding import batch_sharding, build_mesh, mesh_axes, parameter_sharding
+from gptjax.models.build import parameter_axes
+from gptjax.parallel.sharding import batch_sharding, build_mesh, mesh_axes, parameter_sharding
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
-from gptjax.training.step import (
-    compile_train_step,
-    init_state,
-    lower_first_state,
-    state_shapes,
-)
-from gptjax.transformer import parameter_axes
+from gptjax.training.step import compile_train_step, init_state, lower_first_state, state_shapes
 
 # Sizes so that no part of a parameter has the shape of another whole one.
 CONFIG = TransformerConfig(

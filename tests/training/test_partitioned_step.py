@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
+from gptjax.certify.properties import ROUNDING, ROWS, Case, difference
 from gptjax.config import MeshConfig, TransformerConfig
-from gptjax.equivalence import ROUNDING, ROWS, Case, difference
-from gptjax.presets import preset
-from gptjax.sharding import AXES, build_mesh
+from gptjax.models.build import parameter_axes
+from gptjax.models.presets import preset
+from gptjax.parallel.sharding import AXES, build_mesh
 from gptjax.training.step import compile_train_step, init_state
-from gptjax.transformer import parameter_axes
 
 DEVICES = 8
 CHUNK = 11

@@ -22,13 +22,7 @@ import os
 from gptjax.config import whole_number
 from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
 from gptjax.data.sources.files import find_files, is_gzip
-from gptjax.data.sources.protocol import (
-    Documents,
-    Spec,
-    check_no_option,
-    parse_spec,
-    refuse,
-)
+from gptjax.data.sources.protocol import Documents, Spec, check_no_option, parse_spec, refuse
 from gptjax.data.sources.records import JsonLines, Parquet
 from gptjax.data.sources.text import Blocks, Column, Lines, Whole
 

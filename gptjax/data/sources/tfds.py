@@ -23,13 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.config import InputError, near_names
-from gptjax.data.sources.protocol import (
-    Spec,
-    check_index,
-    check_no_option,
-    first_line,
-    refuse,
-)
+from gptjax.data.sources.protocol import Spec, check_index, check_no_option, first_line, refuse
 from gptjax.data.sources.records import no_field, text_of
 
 ARRAY_RECORD = "array_record"

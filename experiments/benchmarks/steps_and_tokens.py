@@ -1,0 +1,366 @@
+"""How fast a training step runs here, and how that compares with PyTorch.
+
+    python experiments/benchmarks/steps_and_tokens.py
+    python experiments/benchmarks/steps_and_tokens.py --against torch --json figures.json
+    python experiments/benchmarks/steps_and_tokens.py --decode --against torch
+
+For each configuration: milliseconds a step, tokens/s, achieved GFLOP/s (exact model FLOPs of
+`gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the
+same run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape
+with PyTorch's fused AdamW in turn with ours, A B A B, and prints our median over its median; the
+machine's speed drifts, so the ratio is the figure to quote. `--against lean-torch` does the same
+with the leanest GPT-2 that eager PyTorch allows. Random tokens, float32, gradients clipped at
+norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
+
+`--decode` times greedy decoding of a preset (gpt2 unless named) instead, one sequence, a token at a
+time after the first, random weights. Each token reads all weights but the tables that are only
+looked up, so the memory sets a bound: the time of a compiled sum over an array of as many bytes, on
+all cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its cache.
+"""
+
+import argparse
+import functools
+import gc
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from torch_baselines import (
+    BETAS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    RunSteps,
+    huggingface_decoding,
+    huggingface_steps,
+    lean_steps,
+)
+
+from gptjax import (
+    PRESETS,
+    Decoder,
+    OptimizerConfig,
+    Sampling,
+    TransformerConfig,
+    build,
+    generate,
+    ledger,
+    preset,
+    split,
+)
+from gptjax.cli import accept_all_characters
+from gptjax.config import InputError, MeshConfig
+from gptjax.data.batch import Batch
+from gptjax.parallel.sharding import build_mesh, configure_cpu
+from gptjax.runs.directory import environment
+from gptjax.system.outputs import check_output, write_whole
+from gptjax.training.losses import token_loss
+from gptjax.training.metrics import measured_matmul_flops
+from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import compile_train_step, init_state
+
+CONFIGURATIONS = {
+    # name: (model, sequences a step, steps a round)
+    "nanogpt-cpu": (
+        TransformerConfig(vocab_size=65, context=64, depth=4, width=128, heads=4, bias=False),
+        12,
+        20,
+    ),
+    "baby": (
+        TransformerConfig(vocab_size=65, context=256, depth=6, width=384, heads=6, bias=False),
+        8,
+        2,
+    ),
+    "gpt2-depth-4": (
+        TransformerConfig(vocab_size=50304, context=512, depth=4, width=768, heads=12, bias=False),
+        2,
+        1,
+    ),
+}
+TOKENS_A_ROUND = 48
+
+
+def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
+    """A function that runs a number of gptjax's training steps and waits for them."""
+    graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
+    beta1, beta2 = BETAS
+    optimizer = build_optimizer(
+        OptimizerConfig(
+            learning_rate=LEARNING_RATE,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=WEIGHT_DECAY,
+            schedule="constant",
+            warmup_steps=0,
+        ),
+        steps=1,
+    )
+    mesh = build_mesh(MeshConfig(), len(batch.tokens))
+    state = init_state(lambda: params, optimizer, mesh)
+    step = compile_train_step(token_loss(graphdef), optimizer, state, batch, mesh)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        late = None
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            if late is not None:
+                float(late.loss)
+            late = metrics
+        jax.block_until_ready(state)
+
+    return run
+
+
+def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
+    """Tokens of no meaning, the same at every call."""
+    shape = (batch_size, config.context + 1)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
+    ones = np.ones((batch_size, config.context), np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], ones)
+
+
+RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_steps}
+
+
+def jax_decoding(config: TransformerConfig) -> RunSteps:
+    """A function that decodes a number of tokens with gptjax."""
+    model, greedy = build(config, rngs=nnx.Rngs(0)), Sampling(temperature=0)
+    tokens = iter(())
+
+    def run(steps: int) -> None:
+        nonlocal tokens
+        for _ in range(steps):
+            if next(tokens, None) is None:
+                tokens = generate(model, [[0]], max_new_tokens=config.context, sampling=greedy)
+                next(tokens)
+
+    return run
+
+
+def memory_reads(config: TransformerConfig) -> RunSteps:
+    """A bound: reading as many bytes as a token needs of the weights."""
+    return _passes(jnp.sum, decoding_bytes(config))
+
+
+def memory_copies(config: TransformerConfig) -> RunSteps:
+    """A bound: moving as many bytes as XLA copies, half of them read and half written."""
+    return _passes(jnp.copy, decoding_bytes(config) // 2)
+
+
+def _passes(through: Callable[[jax.Array], jax.Array], size: int) -> RunSteps:
+    numbers, compiled = jnp.ones(size // 4), jax.jit(through)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            compiled(numbers).block_until_ready()
+
+    return run
+
+
+def decoding_bytes(config: TransformerConfig) -> int:
+    """Bytes of the float32 weights that a decoded token reads, looked-up tables left out."""
+    looked_up = config.context if config.positions == "learned" else 0
+    looked_up += 0 if config.tied else config.vocab_size
+    return 4 * (ledger(config).parameters - looked_up * config.width)
+
+
+BOUNDS = {"reading": memory_reads, "copying": memory_copies}
+DECODERS = {"gptjax": jax_decoding, **BOUNDS, "torch": huggingface_decoding}
+
+
+def serve(
+    runner: Callable[[], RunSteps], parameters: int, steps: int, connection: Connection
+) -> None:
+    """Run steps of one runner in this process, a round at each request, answering with seconds."""
+    configure_cpu(parameters)
+    run = runner()
+    run(steps)
+    gc.disable()
+    connection.send("ready")
+    while connection.recv():
+        start = time.perf_counter()
+        run(steps)
+        connection.send((time.perf_counter() - start) / steps)
+
+
+def timed_rounds(
+    runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds a step of each runner in each round, the runners in turn.
+
+    Each lives in a process of its own, so that neither disturbs the other's threads and memory.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    connections = {}
+    for name, runner in runners.items():
+        connections[name], other = spawn.Pipe()
+        # PyTorch stands as its users run it.
+        own = 0 if "torch" in name else parameters
+        spawn.Process(target=serve, args=(runner, own, steps, other), daemon=True).start()
+        assert connections[name].recv() == "ready"
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, connection in connections.items():
+            connection.send(True)
+            seconds[name].append(connection.recv())
+    for connection in connections.values():
+        connection.send(False)
+    return seconds
+
+
+def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
+    """The figures of decoding with the preset `name`."""
+    config = preset(name)
+    runners = {
+        runner: functools.partial(DECODERS[runner], config)
+        for runner in ("gptjax", *BOUNDS, *against)
+    }
+    parameters = ledger(config).parameters
+    times = timed_rounds(runners, parameters, TOKENS_A_ROUND, rounds)
+    bounds = {name: statistics.median(times[name]) for name in BOUNDS}
+    figures: dict = {"preset": name, "weight_bytes": decoding_bytes(config)}
+    for runner, seconds in times.items():
+        median = statistics.median(seconds)
+        figures[runner] = {
+            "milliseconds": 1000 * median,
+            "fastest": 1000 * min(seconds),
+            "slowest": 1000 * max(seconds),
+            "gigabytes_per_second": decoding_bytes(config) / median / 1e9,
+            "share_of_bounds": {name: bound / median for name, bound in bounds.items()},
+            "gptjax_over_this": statistics.median(times["gptjax"]) / median,
+        }
+    return figures
+
+
+def print_decoding(figures: dict) -> None:
+    """A table of what `measure_decoding` found."""
+    megabytes = figures["weight_bytes"] / 1e6
+    print(f"{figures['preset']}: a token reads {megabytes:.1f} MB of weights, float32")
+    shares = "".join(f"{f'of {name}':>12}" for name in BOUNDS)
+    print(f"{'runner':<12}{'ms/token':>9}{'range':>16}{'GB/s':>8}{shares}{'ratio':>7}")
+    for runner in DECODERS:
+        if row := figures.get(runner):
+            span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
+            shares = "".join(f"{share:>12.1%}" for share in row["share_of_bounds"].values())
+            print(
+                f"{runner:<12}{row['milliseconds']:>9.1f}{span:>16}"
+                f"{row['gigabytes_per_second']:>8.1f}{shares}{row['gptjax_over_this']:>7.2f}"
+            )
+
+
+def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
+    """The figures of one configuration."""
+    config, batch_size, steps = CONFIGURATIONS[name]
+    batch = random_batch(config, batch_size)
+    runners = {
+        runner: functools.partial(RUNNERS[runner], config, batch) for runner in ("gptjax", *against)
+    }
+    times = timed_rounds(runners, ledger(config).parameters, steps, rounds)
+    figures: dict = {"configuration": name}
+    for runner, seconds in times.items():
+        median = statistics.median(seconds)
+        tokens_per_second = batch_size * config.context / median
+        flops = tokens_per_second * ledger(config).training_flops
+        figures[runner] = {
+            "milliseconds": 1000 * median,
+            "fastest": 1000 * min(seconds),
+            "slowest": 1000 * max(seconds),
+            "tokens_per_second": tokens_per_second,
+            "gflops": flops / 1e9,
+            "share_of_peak": flops / peak,
+        }
+    for other in against:
+        ours, theirs = figures["gptjax"]["milliseconds"], figures[other]["milliseconds"]
+        figures[other]["gptjax_over_this"] = ours / theirs
+    return figures
+
+
+def table_rows(figures: dict) -> Iterator[str]:
+    """A line of the table for each runner."""
+    for runner in RUNNERS:
+        if row := figures.get(runner):
+            span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
+            ratio = f"{row['gptjax_over_this']:.2f}" if "gptjax_over_this" in row else ""
+            yield (
+                f"{figures['configuration']:<14}{runner:<12}{row['milliseconds']:>9.1f}{span:>16}"
+                f"{row['tokens_per_second']:>10,.0f}{row['gflops']:>9.1f}"
+                f"{row['share_of_peak']:>9.1%}{ratio:>7}"
+            )
+
+
+def write_figures(path: Path, figures: dict) -> None:
+    """Write what was found as JSON, with the versions and the device."""
+    content = json.dumps({**figures, **environment()}, indent=2, ensure_ascii=False)
+    write_whole(path, f"{content}\n", overwrite=True)
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--against",
+        choices=[name for name in RUNNERS if name != "gptjax"],
+        nargs="+",
+        default=[],
+        help="time these in turn with gptjax: Hugging Face's GPT-2, or a lean one, in PyTorch",
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of each (default 9)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+    parser.add_argument(
+        "--only", choices=CONFIGURATIONS, nargs="+", help="these configurations (default all)"
+    )
+    parser.add_argument(
+        "--decode",
+        choices=PRESETS,
+        nargs="?",
+        const="gpt2",
+        metavar="PRESET",
+        help="time decoding with a preset (default gpt2)",
+    )
+    arguments = parser.parse_args()
+    accept_all_characters()
+    if arguments.json:
+        try:
+            check_output(arguments.json, overwrite=True)
+        except InputError as error:
+            parser.error(str(error))
+    if arguments.rounds < 1:
+        parser.error(f"--rounds is {arguments.rounds}: it must be at least 1.")
+    if arguments.against and importlib.util.find_spec("transformers") is None:
+        parser.error("--against needs PyTorch and transformers: pip install -e '.[torch]'.")
+    if arguments.decode:
+        if "lean-torch" in arguments.against:
+            parser.error("--decode is timed against torch only.")
+        figures = measure_decoding(arguments.decode, arguments.rounds, arguments.against)
+        print_decoding(figures)
+        if arguments.json:
+            write_figures(arguments.json, {"decoding": figures})
+        return
+
+    peak = measured_matmul_flops()
+    print(f"matrix-product peak {peak / 1e9:.0f} GFLOP/s (2048 × 2048 × 2048, float32)")
+    print(
+        f"{'configuration':<14}{'runner':<12}{'ms/step':>9}{'range':>16}{'tokens/s':>10}"
+        f"{'GFLOP/s':>9}{'of peak':>9}{'ratio':>7}"
+    )
+    results = []
+    for name in arguments.only or CONFIGURATIONS:
+        results.append(measure(name, arguments.rounds, arguments.against, peak))
+        print(*table_rows(results[-1]), sep="\n", flush=True)
+    if arguments.json:
+        write_figures(arguments.json, {"peak_gflops": peak / 1e9, "configurations": results})
+
+
+if __name__ == "__main__":
+    main()

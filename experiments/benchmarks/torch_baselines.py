@@ -1,0 +1,135 @@
+"""What steps_and_tokens.py compares with: GPT-2s in PyTorch, trained and decoding.
+
+    python experiments/benchmarks/steps_and_tokens.py --against torch lean-torch
+
+PyTorch and transformers come with the extra `torch`, and are imported by name where they are used.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from gptjax import TransformerConfig
+from gptjax.data.batch import Batch
+
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
+"""What both sides train with."""
+
+RunSteps = Callable[[int], None]
+"""Runs a number of steps, and waits for them."""
+
+
+def huggingface_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
+    """Training steps of a Hugging Face GPT-2, eager, as its users run it."""
+    model = huggingface_model(config)
+    parameters = list(model.parameters())
+    return torch_steps(lambda tokens: model(tokens, use_cache=False).logits, parameters, batch)
+
+
+def huggingface_model(config: TransformerConfig) -> Any:
+    """Hugging Face's GPT-2 of this shape."""
+    transformers = importlib.import_module("transformers")
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.context,
+            n_embd=config.width,
+            n_layer=config.depth,
+            n_head=config.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
+    """Training steps of as lean a GPT-2 as eager PyTorch allows, what nanoGPT trains.
+
+    No biases, one product for query, key and value, PyTorch's own attention kernel.
+    """
+    torch = importlib.import_module("torch")
+    functional, width = torch.nn.functional, config.width
+
+    def matrix(*shape: int):
+        return (0.02 * torch.randn(shape)).requires_grad_()
+
+    def norm(x, scale):
+        return functional.layer_norm(x, (width,), scale)
+
+    blocks = [
+        {
+            "attention_norm": torch.ones(width, requires_grad=True),
+            "query_key_value": matrix(3 * width, width),
+            "output": matrix(width, width),
+            "feedforward_norm": torch.ones(width, requires_grad=True),
+            "up": matrix(4 * width, width),
+            "down": matrix(width, 4 * width),
+        }
+        for _ in range(config.depth)
+    ]
+    embedding, positions = matrix(config.vocab_size, width), matrix(config.context, width)
+    last_norm = torch.ones(width, requires_grad=True)
+
+    def logits(tokens):
+        x = functional.embedding(tokens, embedding) + positions
+        for block in blocks:
+            projected = functional.linear(
+                norm(x, block["attention_norm"]), block["query_key_value"]
+            )
+            query, key, value = (
+                part.unflatten(2, (config.heads, -1)).transpose(1, 2)
+                for part in projected.split(width, dim=2)
+            )
+            mixture = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            x = x + functional.linear(mixture.transpose(1, 2).flatten(2), block["output"])
+            up = functional.linear(norm(x, block["feedforward_norm"]), block["up"])
+            x = x + functional.linear(functional.gelu(up), block["down"])
+        return functional.linear(norm(x, last_norm), embedding)
+
+    leaves = [leaf for block in blocks for leaf in block.values()]
+    return torch_steps(logits, [embedding, positions, last_norm, *leaves], batch)
+
+
+def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
+    """A function that runs a number of training steps of a PyTorch model."""
+    torch = importlib.import_module("torch")
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        fused=True,
+    )
+    tokens = torch.from_numpy(batch.tokens).long()
+    targets = torch.from_numpy(batch.targets).long().flatten()
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            loss = torch.nn.functional.cross_entropy(logits(tokens).flatten(0, 1), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def huggingface_decoding(config: TransformerConfig) -> RunSteps:
+    """Greedy decoding with Hugging Face's generate and its cache, one sequence."""
+    torch = importlib.import_module("torch")
+    model = huggingface_model(config).eval()
+    prompt = torch.zeros((1, 1), dtype=torch.long)
+
+    def run(steps: int) -> None:
+        how = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **how)
+
+    return run

@@ -1,0 +1,1 @@
+"""Proofs by measurement: every choice of a config, held to its properties."""

@@ -1,0 +1,262 @@
+"""The grid: every variant, in tiny shapes, against every property of gptjax.certify.properties.
+
+The variants are the presets (`gpt2`) and every value of every axis of `gptjax.config.axes`
+(`positions=alibi`), so that a new one is here without another line.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from gptjax.certify.properties import PROPERTIES, ROWS, Case, NotApplicable
+from gptjax.config import InputError, TransformerConfig, near_names
+from gptjax.config.axes import AXES, OUTSIDE, companions
+from gptjax.models.presets import PRESETS
+from gptjax.runs.directory import environment
+
+BASE = TransformerConfig(vocab_size=11, context=12, depth=2, width=16, heads=4)
+"""What an axis value changes: the defaults, in tiny shapes."""
+
+TINY: dict[str, tuple[Any, ...]] = {
+    "head_size": (8,),
+    "hidden": (20,),
+    "attention_cap": (1.0,),
+    "logit_cap": (1.0,),
+    "logit_scale": (0.25,),
+    "encoder_depth": (1,),
+}
+"""Values that mean something in tiny shapes alone, of the axes that have no others."""
+
+HEAD_WIDTH = 4
+"""Of a shrunk preset."""
+
+OF_REAL_SIZE = ("parameters",)
+"""Properties that are checked of a variant in its own size."""
+
+
+def axis_values() -> dict[str, TransformerConfig]:
+    """`axis=value` → the base with that value, for every value of every axis."""
+    known = {**AXES, **TINY}
+    return {
+        f"{axis}={value}": _with_value(axis, value)
+        for axis in typing.get_type_hints(TransformerConfig)
+        if axis in known
+        for value in known[axis]
+    }
+
+
+def variants(names: Iterable[str] = ()) -> dict[str, TransformerConfig]:
+    """The config of each of `names`, a preset's in its real size; of all where none is named.
+
+    Raises:
+      InputError: an unknown name; the near ones are listed.
+    """
+    known = {**axis_values(), **PRESETS}
+    for name in names:
+        if name not in known:
+            raise InputError(f"Unknown variant {name!r}: {near_names(name, known)}")
+    return {name: known[name] for name in names} or known
+
+
+def shrunk(config: TransformerConfig) -> TransformerConfig:
+    """The same architecture in tiny shapes, float32, neither scanned nor recomputed.
+
+    What stays: how query heads share key heads, whether heads are a power of two, whether they fill
+    the width, the share of channels that turn, the pattern of attention and its window's part of
+    the context, more layers on one side than on the other. A cap is lowered until it is felt.
+    """
+    if config == BASE or config in axis_values().values():
+        return config
+    context = 4 * config.compression if "compressed" in config.attention_pattern else BASE.context
+    turn = len(config.attention_pattern)
+    heads, kv_heads = _shrunk_heads(config)
+    head_width = HEAD_WIDTH
+    while config.positions == "rotary" and int(config.rotary_fraction * head_width) < 2:
+        head_width *= 2
+    fills = config.heads * config.head_width == config.width
+    width = heads * head_width + (0 if fills else 4)
+    window = round(config.window / config.context * context)
+    return dataclasses.replace(
+        config,
+        vocab_size=BASE.vocab_size,
+        context=context,
+        depth=2 * turn,
+        encoder_depth=3 * turn if config.encoder_depth not in (0, config.depth) else 0,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=0 if fills else head_width,
+        hidden=config.hidden and round(config.hidden / config.width * width),
+        window=config.window and min(max(window, 2), context - 1),
+        attention_cap=min(config.attention_cap, 1.0),
+        logit_cap=min(config.logit_cap, 1.0),
+        experts=min(config.experts, 4),
+        experts_per_token=min(config.experts_per_token, 2),
+        dropout=0.0,
+        capacity_factor=0.0,
+        dtype="float32",
+        scan_layers=False,
+        remat="none",
+    )
+
+
+def _shrunk_heads(config: TransformerConfig) -> tuple[int, int]:
+    """Heads and `kv_heads` in the same relation as the config's."""
+    sharing = config.heads // config.key_value_heads
+    if sharing == 1:
+        power_of_two = config.heads & (config.heads - 1) == 0
+        return (min(config.heads, 4) if power_of_two else 3), 0
+    kv_heads = min(config.key_value_heads, 2)
+    return (4 if sharing % 2 == 0 else 3 * kv_heads), kv_heads
+
+
+def _with_value(axis: str, value: Any) -> TransformerConfig:
+    changes = {**companions(axis, value, BASE), axis: value}
+    turn = len(str(changes.get("attention", BASE.attention)).split(","))
+    return dataclasses.replace(BASE, **changes, depth=turn * BASE.depth)
+
+
+class Cell(NamedTuple):
+    """What came out for one variant and one property."""
+
+    error: float
+    """The largest; NaN where the property does not apply, infinite where the check itself broke."""
+    tolerance: float
+    """The largest error that passes."""
+    reason: str = ""
+    """Why the property does not apply, or how the check broke."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the property means anything for the variant."""
+        return not math.isnan(self.error)
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is nothing to complain of."""
+        return not self.applies or self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        if not self.applies:
+            return "–"
+        return f"{self.error:.0e}" if self.error else "0"
+
+
+Row = dict[str, Cell]
+"""A variant's cells by property."""
+
+
+def certify(config: TransformerConfig) -> Row:
+    """The grid's row of one variant."""
+    tiny = shrunk(config)
+    row = _tiny_row(tiny) | checked(Case(tiny, config), OF_REAL_SIZE)
+    return {name: row[name] for name in PROPERTIES}
+
+
+@functools.cache
+def _tiny_row(config: TransformerConfig) -> Row:
+    """What is the same for all variants that shrink to `config`."""
+    return checked(Case(config, config), [name for name in PROPERTIES if name not in OF_REAL_SIZE])
+
+
+def checked(case: Case, names: Iterable[str]) -> Row:
+    """The cells of some properties; a check that breaks is a cell that fails."""
+    cells = {}
+    for name in names:
+        _, tolerance, check = PROPERTIES[name]
+        try:
+            with jax.default_matmul_precision("highest"):
+                cells[name] = Cell(float(check(case)), tolerance)
+        except NotApplicable as reason:
+            cells[name] = Cell(math.nan, tolerance, str(reason))
+        except Exception as error:
+            cells[name] = Cell(math.inf, tolerance, f"{type(error).__name__}: {error}")
+    return cells
+
+
+def failures(rows: Mapping[str, Row]) -> list[str]:
+    """A sentence for each cell that fails."""
+    return [
+        f"{variant}: {PROPERTIES[name].claim}: {cell.reason or f'error {cell.error:.1e}'}, "
+        f"where {cell.tolerance:g} passes."
+        for variant, row in rows.items()
+        for name, cell in row.items()
+        if not cell.passed
+    ]
+
+
+def heading() -> str:
+    """The first two lines of the table: the properties, and the errors that pass."""
+    limits = [f"≤ {each.tolerance:g}" for each in PROPERTIES.values()]
+    return f"{_line('', PROPERTIES)}\n{_line('', limits)}"
+
+
+def line(variant: str, row: Row) -> str:
+    """The table's line of one variant; an error that does not pass has a mark."""
+    return _line(variant, [f"{'' if cell.passed else '!'}{cell}" for cell in row.values()])
+
+
+def _line(first: str, cells: Iterable[str]) -> str:
+    return f"{first:<34}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+def page(rows: Mapping[str, Row], command: str) -> str:
+    """The certificate in Markdown: what was claimed, on what machine, and every cell."""
+    made = environment()
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    failed = failures(rows)
+    checks = sum(cell.applies for row in rows.values() for cell in row.values())
+    verdict = "all pass" if not failed else f"**{len(failed)} fail**"
+    dashes = {cell.reason for row in rows.values() for cell in row.values() if not cell.applies}
+    largest = {
+        name: max((row[name].error for row in rows.values() if row[name].applies), default=0.0)
+        for name in PROPERTIES
+    }
+    properties = [
+        f"| {name} | {each.claim} | {Cell(largest[name], 0)} | {each.tolerance:g} |"
+        for name, each in PROPERTIES.items()
+    ]
+    table = [
+        f"| `{variant}` | " + " | ".join(map(_markdown, row.values())) + " |"
+        for variant, row in rows.items()
+    ]
+    return "\n".join(
+        [
+            "# Certificate",
+            "",
+            f"`{command}`: {len(rows)} variants, {checks} checks, {verdict}.",
+            "",
+            f"{versions}; {made['device']}; {made['machine']}.",
+            "",
+            f"Each variant is run in tiny shapes (context {BASE.context}, width {BASE.width} and "
+            f"more, {ROWS} rows) with random parameters. An error is the largest difference over "
+            "the largest value, of logits or of the loss and its gradient; `bfloat16` is the "
+            "gradient's as a vector, and a mixture of experts' loss's. `scanned`, `accumulated` "
+            "and `sharded` are one compiled step that is all three, and each alone where that "
+            "errs. `parameters` are of the variant in its own size.",
+            "",
+            "| property | what is the same | largest error | passes up to |",
+            "|---|---|---|---|",
+            *properties,
+            "",
+            f"A dash: {'; '.join(sorted(dashes))}." if dashes else "Every check applies.",
+            "",
+            f"| variant | {' | '.join(PROPERTIES)} |",
+            "|---|" + "---|" * len(PROPERTIES),
+            *table,
+            *(["", *(f"- {sentence}" for sentence in failed)] if failed else []),
+            "",
+            "Not in the grid:",
+            "",
+            *(f"- `{name}`: {reason}." for name, reason in OUTSIDE.items()),
+        ]
+    )
+
+
+def _markdown(cell: Cell) -> str:
+    return str(cell) if cell.passed else f"**{cell}**"

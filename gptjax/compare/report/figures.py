@@ -1,0 +1,230 @@
+"""The figures of a report: what is drawn of an answer, and what is said under it."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from gptjax import plots
+from gptjax.compare.analysis.scaling import Law
+from gptjax.compare.analysis.verdicts import Standing, finished, finished_runs, seed_differences
+from gptjax.compare.report.dark import follow_scheme
+from gptjax.compare.report.document import Picture
+from gptjax.compare.report.tables import seconds_a_token
+from gptjax.compare.results import Answer, Entry
+
+LOSS = "validation loss, nats a token"
+NONE = np.empty(0)
+BEYOND = 1.5
+"""How far a law is drawn beyond what was measured, as a ratio of sizes."""
+
+
+def _picture(
+    name: str, size: str, title: str, draw: Callable[..., Figure], caption: str
+) -> Picture:
+    """What `draw` draws, so many points across: for a page, and for the screen of a phone."""
+    name = re.sub("[^0-9a-zA-Z]+", "-", f"{name} {size}").strip("-")
+    wide, narrow = (
+        follow_scheme(plots.to_svg(draw(width=width), f"{name}{ending}"))
+        for width, ending in ((plots.PAGE, ""), (plots.NARROW, "-narrow"))
+    )
+    return Picture(name, title, wide, narrow, caption)
+
+
+def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Picture:
+    """Intervals against the zero line."""
+    others = [standing for standing in standings if standing.entry is not baseline]
+    runs = [seed_differences(standing.entry, baseline) for standing in others]
+    intervals = [
+        standing.difference or (values.mean() if len(values) else np.nan, np.nan, np.nan)
+        for standing, values in zip(others, runs, strict=True)
+    ]
+    draw = partial(
+        plots.differences,
+        [standing.entry.variant for standing in others],
+        np.array(intervals, float),
+        runs=runs,
+        told=[standing.tone in ("better", "worse") for standing in others],
+        label="validation loss minus the baseline's, nats a token",
+        sides=("better", "worse"),
+    )
+    paired = any(standing.difference for standing in others)
+    caption = (
+        "A triangle is a mean over seeds that is called better or worse; a ring is one that is "
+        "not: its interval holds zero, or runs failed that may be the bad ones. The intervals are "
+        f"Holm's: they hold all together with {100 * answer.comparison.confidence:g}% confidence. "
+        "The dots are the single seeds, each minus the same seed of the baseline."
+        if paired
+        else "Too few seeds for an interval: no point says more than the runs that it is made of."
+    )
+    return _picture(
+        "differences",
+        standings[0].entry.size,
+        f"Each variant against {baseline.variant}",
+        draw,
+        caption,
+    )
+
+
+def _curve(entry: Entry) -> plots.Points:
+    """Tokens, and losses of the seeds that finished."""
+    runs = [run for run in finished_runs(entry.finals).values() if run.steps and run.curve_steps]
+    runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
+    if not runs:
+        return plots.Points(NONE, np.empty((0, 1)))
+    places = np.array(runs[0].curve_steps) * runs[0].tokens / runs[0].steps
+    return plots.Points(places, np.array([run.curve_losses for run in runs], float).T)
+
+
+def curves(entries: Sequence[Entry]) -> list[Picture]:
+    """Losses over training, and differences from the baseline's."""
+    size = entries[0].size
+    drawn = {entry.variant: _curve(entry) for entry in entries}
+    if not any(len(points.places) for points in drawn.values()):
+        return []
+    draw = partial(plots.curves_by_variant, drawn, xlabel="tokens trained on", ylabel=LOSS)
+    pictures = [
+        _picture(
+            "curves",
+            size,
+            "Validation loss along training",
+            draw,
+            "The mean of the seeds, and their range as a band. The first fifth of the way, steep "
+            "and alike in all, may leave the figure at the top.",
+        )
+    ]
+    panels = {
+        entry.variant: points
+        for entry in entries[1:]
+        if len((points := _apart(entry, entries[0])).places)
+    }
+    if panels:
+        draw_panels = partial(
+            plots.difference_panels,
+            panels,
+            xlabel="tokens trained on",
+            ylabel="loss minus the baseline's, nats a token",
+        )
+        pictures.append(
+            _picture(
+                "along",
+                size,
+                f"The difference to {entries[0].variant} along training",
+                draw_panels,
+                "Below the line a variant is ahead. The mean over seeds, and the range of the "
+                "seeds, each minus the same seed of the baseline; no interval is meant. A "
+                "difference that still grows or shrinks at the end says that the budget decides "
+                "it.",
+            )
+        )
+    return pictures
+
+
+def _apart(entry: Entry, baseline: Entry) -> plots.Points:
+    """Differences of the curves, of the seeds that finished of both, if they were taken at once."""
+    ours, theirs = finished_runs(entry.finals), finished_runs(baseline.finals)
+    pairs = [
+        (ours[seed], theirs[seed])
+        for seed in ours
+        if seed in theirs
+        and ours[seed].curve_steps == theirs[seed].curve_steps
+        and ours[seed].tokens == theirs[seed].tokens
+        and ours[seed].curve_steps
+    ]
+    if not pairs:
+        return plots.Points(NONE, np.empty((0, 1)))
+    run = pairs[0][0]
+    values = [np.subtract(one.curve_losses, other.curve_losses) for one, other in pairs]
+    return plots.Points(np.array(run.curve_steps) * run.tokens / run.steps, np.array(values).T)
+
+
+def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture | None:
+    """Loss against what a token takes."""
+    by_variant = {standing.entry.variant: standing for standing in standings}
+    of_each = [by_variant[entry.variant] for entry in entries]
+    intervals = np.array(
+        [standing.interval or (standing.mean, np.nan, np.nan) for standing in of_each], float
+    )
+    costs = {
+        "training MFLOPs a token": np.array([entry.training_flops / 1e6 for entry in entries]),
+        "measured µs of training a token": 1e6 * np.array(list(map(seconds_a_token, entries))),
+    }
+    costs = {
+        name: cost for name, cost in costs.items() if np.isfinite(cost + intervals[:, 0]).any()
+    }
+    if not costs:
+        return None
+    draw = partial(
+        plots.frontier, [entry.variant for entry in entries], costs, intervals, ylabel=LOSS
+    )
+    return _picture(
+        "frontier",
+        entries[0].size,
+        "Quality and cost",
+        draw,
+        "Down is better, left is cheaper. A ring marks a variant that no other beats in both, and "
+        "the line joins them; the bars are the intervals of the means, and where bars overlap, "
+        "chance may have put a variant on the line or beside it.",
+    )
+
+
+def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
+    """Loss against parameters, with the laws."""
+    measured, lines = {}, {}
+    for name in dict.fromkeys(entry.variant for entry in answer.entries):
+        entries = [entry for entry in answer.entries if entry.variant == name]
+        sizes = np.array([entry.parameters for entry in entries], float)
+        losses = np.full((len(entries), answer.comparison.seeds), np.nan)
+        for row, entry in zip(losses, entries, strict=True):
+            reached = list(finished(entry).values())
+            row[: len(reached)] = reached
+        measured[name] = plots.Points(sizes, losses)
+        if name in fitted:
+            places = np.geomspace(sizes.min() / BEYOND, sizes.max() * BEYOND, 100)
+            law = fitted[name]
+            lines[name] = plots.FittedLine(
+                places, law.predict(places), *law.predict_interval(places)
+            )
+    draw = partial(plots.scaling, measured, lines, xlabel="parameters", ylabel=LOSS)
+    caption = "Each mark is a run, and both axes are logarithmic."
+    if lines:
+        caption += (
+            " Lines are fitted laws, and bands hold each of them at one size with "
+            f"{100 * answer.comparison.confidence:g}% confidence, by the bootstrap over seeds; "
+            "what lies beyond the marks is extrapolated."
+        )
+    return _picture("scaling", "", "Loss by size", draw, caption)
+
+
+def searched(entries: Sequence[Entry]) -> Picture | None:
+    """Loss by learning rate."""
+    entries = [entry for entry in entries if entry.searched]
+    if not entries:
+        return None
+    drawn = {}
+    for entry in entries:
+        rates = sorted(entry.searched)
+        seeds = max(map(len, entry.searched.values()))
+        losses = np.full((len(rates), max(seeds, 1)), np.nan)
+        for row, rate in zip(losses, rates, strict=True):
+            row[: len(entry.searched[rate])] = [
+                np.nan if loss is None else loss for loss in entry.searched[rate]
+            ]
+        drawn[entry.variant] = plots.Points(np.array(rates), losses)
+    draw = partial(
+        plots.loss_by_rate,
+        drawn,
+        [entry.optimizer.learning_rate for entry in entries],
+        ylabel=LOSS,
+    )
+    return _picture(
+        "rates",
+        entries[0].size,
+        "The search for a learning rate",
+        draw,
+        "Dots are runs of the search's own seeds, lines their mean, and a ring is the rate that "
+        "was taken. Runs that failed are not drawn, and neither is what lies far above; the table "
+        "has it.",
+    )

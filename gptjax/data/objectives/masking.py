@@ -1,0 +1,192 @@
+"""What BERT is asked: which tokens were hidden, and whether one sentence follows another.
+
+Devlin et al. 2018, section 3.1 and appendix A.1 and A.2. Each function makes one row, the arrays of
+a `Batch` without their axis B, and follows from its arguments and the state of `rng` alone.
+"""
+
+import numpy as np
+
+from gptjax.config import InputError
+from gptjax.data.batch import Batch
+from gptjax.data.objectives.vocabulary import Vocabulary
+
+MASKED, RANDOM = 0.8, 0.1
+"""How many of the chosen tokens are hidden, and how many become any token; the rest stay."""
+
+FRAME = 3
+"""The tokens around a pair: begin, and an end behind each of the two."""
+
+
+def masked_lm(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    vocabulary: Vocabulary,
+    starts: np.ndarray | None = None,
+    rate: float = 0.15,
+    frozen: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Choose `rate` of the tokens, and hide 80% of these, change 10% and leave 10%, to find them.
+
+    Of n tokens that may be chosen round(rate · n) are, and at least one where there is one; the
+    released code (google-research/bert, create_pretraining_data.py) counts the special tokens into
+    n too, and may draw one of them for a change.
+
+    Whole words are taken as that code does with do_whole_word_mask: in random order, each unless it
+    would exceed the number, until the number is reached. Where every word is too long, that code
+    chooses none, and we the first.
+
+    Args:
+      tokens: [T].
+      rng: where the choice comes from.
+      vocabulary: with `mask`; its special tokens are never chosen.
+      starts: [T], bool, where words begin, as `vocabulary.word_starts` finds them: words are chosen
+        as wholes. None chooses each token by itself.
+      rate: how many of the tokens are chosen.
+      frozen: [T], bool: further tokens never to be chosen, such as padding.
+
+    Returns:
+      inputs [T], int32; targets [T], int32: the tokens as they were; weights [T], float32: 1 at
+      what was chosen.
+
+    Raises:
+      InputError: a rate out of 0 to 1, or a vocabulary without `mask`.
+    """
+    if not 0 < rate <= 1:
+        raise InputError(f"rate is {rate}; it must be above 0 and at most 1.")
+    mask = vocabulary.needed("mask")
+    free = ~vocabulary.special[tokens]
+    if frozen is not None:
+        free &= ~frozen
+    places = np.flatnonzero(free)
+    inputs, targets = tokens.astype(np.int32), tokens.astype(np.int32)
+    weights = np.zeros(len(tokens), np.float32)
+    if places.size == 0:
+        return inputs, targets, weights
+    number = max(1, round(rate * places.size))
+    if starts is None:
+        chosen = rng.permutation(places)[:number]
+    else:
+        chosen = _whole_words(np.cumsum(starts)[places], places, number, rng)
+    weights[chosen] = 1
+    lot = rng.random(chosen.size)
+    inputs[chosen[lot < MASKED]] = mask
+    changed = chosen[(lot >= MASKED) & (lot < MASKED + RANDOM)]
+    inputs[changed] = rng.choice(vocabulary.ordinary, changed.size)
+    return inputs, targets, weights
+
+
+def _whole_words(
+    words: np.ndarray, places: np.ndarray, number: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The places of random words, at most `number` of them, or those of one longer word.
+
+    Args:
+      words: [n], the number of the word that the token at each place is of, ascending.
+      places: [n].
+      number: how many places are wanted.
+      rng: where the order of the words comes from.
+    """
+    first = np.flatnonzero(np.diff(words, prepend=words[0] - 1))
+    lengths = np.diff(first, append=len(words))
+    order = rng.permutation(len(first))
+    taken, room = [], number
+    for word, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length <= room:
+            taken.append(word)
+            room -= length
+            if room == 0:
+                break
+    chosen = np.zeros(len(first), bool)
+    chosen[taken or order[:1]] = True
+    return places[np.repeat(chosen, lengths)]
+
+
+def next_sentence(
+    document: np.ndarray,
+    other: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    vocabulary: Vocabulary,
+    context: int,
+    rate: float = 0.15,
+    whole_words: bool = False,
+) -> Batch:
+    """A row of [begin] A [end] B [end], some of its tokens hidden: does B follow A in the text?
+
+    A sentence is any stretch of text (section 3). A is `document` up to a random place. In half of
+    the rows B is what follows it there, and `next_sentence` is 0; in the others it is a random
+    stretch of `other`, and `next_sentence` is 1. That stretch is as long as what it replaces where
+    `other` is long enough, so that lengths do not tell.
+
+    Args:
+      document: [n], n at least 2: a piece of a document.
+      other: [m], m at least 1: a piece of another document.
+      rng: where the choices come from.
+      vocabulary: with `begin`, `end` and `mask`.
+      context: T, the tokens of a row. What is too long is cut by `shortened`; behind what is
+        shorter `valid` is False.
+      rate: see `masked_lm`.
+      whole_words: whether words are chosen as wholes.
+
+    Raises:
+      InputError: texts or a context that are too short, or a vocabulary that lacks a token.
+    """
+    if len(document) < 2 or len(other) < 1:
+        raise InputError(
+            f"The document has {len(document)} tokens and the other one {len(other)}: "
+            "a pair of sentences needs 2 and 1."
+        )
+    if context < FRAME + 2:
+        raise InputError(f"context is {context}; a pair of sentences needs at least {FRAME + 2}.")
+    begin, end = vocabulary.needed("begin"), vocabulary.needed("end")
+    cut = rng.integers(1, len(document))
+    first, second = document[:cut], document[cut:]
+    is_random = rng.integers(2)
+    if is_random:
+        length = min(len(second), len(other))
+        start = rng.integers(len(other) - length + 1)
+        second = other[start : start + length]
+    first, second = shortened(first, second, context - FRAME, rng)
+    border, used = len(first) + 2, len(first) + len(second) + FRAME
+    tokens = np.zeros(context, np.int32)
+    tokens[0], tokens[border - 1], tokens[used - 1] = begin, end, end
+    tokens[1 : border - 1], tokens[border : used - 1] = first, second
+    valid = np.arange(context) < used
+    segments = np.zeros(context, np.int32)
+    segments[border:used] = 1
+    inputs, targets, weights = masked_lm(
+        tokens,
+        rng,
+        vocabulary=vocabulary,
+        starts=vocabulary.word_starts(tokens) if whole_words else None,
+        rate=rate,
+        frozen=~valid,
+    )
+    return Batch(
+        inputs,
+        targets,
+        weights,
+        valid=valid,
+        segments=segments,
+        next_sentence=np.asarray(is_random, np.int32),
+    )
+
+
+def shortened(
+    first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two texts [n] and [m] cut so that both together have at most `room` tokens.
+
+    As the released code's truncate_seq_pair: the longer one, or the second of two equal ones, loses
+    a token at either end with even chances, again and again. What that leads to is known at once.
+    """
+    if len(first) + len(second) <= room:
+        return first, second
+    # The shorter one stays whole unless it is longer than half of the room.
+    first_length = min(len(first), max((room + 1) // 2, room - len(second)))
+    parts = []
+    for text, length in ((first, first_length), (second, room - first_length)):
+        start = rng.binomial(len(text) - length, 0.5)
+        parts.append(text[start : start + length])
+    return parts[0], parts[1]

@@ -1,0 +1,87 @@
+"""Pairs of documents, one to become the other, in buckets of lengths that they are padded to."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from gptjax.config import InputError
+from gptjax.data.batch import Batch
+from gptjax.data.objectives.rows import Bucket
+from gptjax.data.objectives.seq2seq import teacher_forcing
+from gptjax.data.objectives.vocabulary import Vocabulary
+from gptjax.data.storage.store import TokenStore
+
+LENGTH_STEP = 8
+"""Pairs are padded to multiples of it, which accelerators multiply fast."""
+
+
+class Pairs:
+    """Documents and what they are to become, by number."""
+
+    def __init__(self, source: TokenStore, target: TokenStore, numbers: np.ndarray):
+        self._source = source
+        self._target = target
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        number = int(self._numbers[index])
+        return self._source.document(number), self._target.document(number)
+
+
+def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
+    """[N]: places that each pair needs, the end counted; 0 where one of the two is empty."""
+    first, second = (
+        np.concatenate([lengths for _, lengths in store.blocks(ends=False)])
+        for store in (source, target)
+    )
+    return np.where((first > 0) & (second > 0), np.maximum(first, second) + 1, 0)
+
+
+def bucket_lengths(lengths: np.ndarray, buckets: int, context: int) -> list[int]:
+    """The lengths that pairs are padded to, each for about as many of them.
+
+    Raises:
+      InputError: no pair fits the context.
+    """
+    fitting = lengths[(lengths > 0) & (lengths <= context)]
+    if not fitting.size:
+        raise InputError(f"data.source: no pair fits a context of {context} tokens.")
+    shares = np.quantile(fitting, np.arange(1, buckets + 1) / buckets, method="higher")
+    rounded = np.minimum(-(-shares // LENGTH_STEP) * LENGTH_STEP, context)
+    return np.unique(rounded).astype(int).tolist()
+
+
+def pair_rows(
+    sources: Sequence[TokenStore],
+    targets: Sequence[TokenStore],
+    edges: Sequence[int],
+    words: Vocabulary,
+) -> list[Bucket]:
+    """The rows of sequence_to_sequence, a bucket for each of the lengths `edges`."""
+    buckets = []
+    for shorter, length in zip([0, *edges], edges, strict=False):
+        pairs = []
+        for source, target in zip(sources, targets, strict=True):
+            lengths = pair_lengths(source, target)
+            numbers = np.flatnonzero((lengths > shorter) & (lengths <= length))
+            pairs.append(Pairs(source, target, numbers))
+        finish = functools.partial(translated_row, words=words, length=length)
+        buckets.append(Bucket(pairs, finish, random=False))
+    return buckets
+
+
+def translated_row(
+    read: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator | None = None,
+    *,
+    words: Vocabulary,
+    length: int,
+) -> Batch:
+    """A document and what it is to become, both padded to `length`."""
+    source, target = read
+    lengths = {"source_length": length, "target_length": length}
+    return teacher_forcing(source, target, vocabulary=words, **lengths)

@@ -1,0 +1,326 @@
+"""Tokenised text on disk: encoded once, memory-mapped ever after.
+
+A cache is a directory whose name follows from the fingerprints of the text and of the tokenizer:
+
+| file | content |
+|---|---|
+| tokens.bin | the ids of all documents, one after another, in the smallest type that fits |
+| offsets.bin | [documents + 1], two int64: tokens and UTF-8 bytes before each document |
+| meta.json | the fingerprints, the counts, a checksum and the time of each file; written last |
+| rows-*.bin, rows-*.json | what `kept` made of them, and the same of it |
+
+It is built in a directory beside its place and then renamed, so that it is there whole or not at
+all. A build that was interrupted goes on where `progress.json` says; of two processes that want the
+same cache one builds it and the other waits. Files that were touched since they were written are
+checked, and a damaged cache is built anew; what changes without a trace in a file's size or time
+is not seen.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gptjax.config import InputError, read_json
+from gptjax.data.sources import Documents
+from gptjax.data.storage.store import OFFSET, Mapped, TokenStore
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.system.disk import DiskError, is_failure, replacing
+from gptjax.system.locks import locked
+
+TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
+VERSION = 1
+"""Of this layout; another one is another cache."""
+BATCH_CHARACTERS = 1 << 21
+"""Characters that are encoded at a time: what of the text is in memory, about."""
+CHECKPOINT_TOKENS = 1 << 24
+"""Tokens after which a build notes how far it is."""
+CHECKED_BYTES = 1 << 24
+"""Bytes read at a time for a checksum."""
+
+
+def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> TokenStore:
+    """The tokens of `documents`, from the cache below `directory`, where they are put if need be.
+
+    Raises:
+      InputError: a directory that cannot be written, a full disk, a cache of other text or of
+        another tokenizer in its place, a tokenizer that gives ids beyond its vocabulary; and what
+        the documents raise.
+    """
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    wanted = {
+        "version": VERSION,
+        "data_sha256": documents.fingerprint,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "documents": len(documents),
+        "dtype": dtype.name,
+    }
+    fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
+    place = directory / fingerprint[:20]
+    with _sentence_on_failure(place):
+        if not _finished(place, wanted):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = directory / f"{place.name}.lock"
+            waiting = f"Another process builds {place}; waiting for it."
+            with locked(lock, place, waiting=waiting):
+                if not _finished(place, wanted):
+                    if place.exists():
+                        print(f"{place} is damaged: it is built anew.", file=sys.stderr)
+                        shutil.rmtree(place)
+                    _build(documents, tokenizer, place, wanted)
+        tokens, offsets = Mapped(place / TOKENS, dtype), Mapped(place / OFFSETS, OFFSET)
+    return TokenStore(tokens, offsets, place, tokenizer.end_token is not None)
+
+
+def kept(
+    store: TokenStore, name: str, dtype: np.dtype, make: Callable[[], Iterable[np.ndarray]]
+) -> Mapped:
+    """An array that follows from a store, made once, in parts, and kept beside its tokens.
+
+    Two processes may both make it, and then each puts the same there, whole.
+    """
+    path = store.directory / f"{name}.bin"
+    note = path.with_suffix(".json")
+    with _sentence_on_failure(store.directory):
+        noted = _read_note(note)
+        if noted is None or not _intact(note, noted):
+            with replacing(path) as file:
+                for part in make():
+                    file.write(part.tobytes())
+            _write_note(note, {"files": {path.name: _state(path, _checksum(path))}})
+        return Mapped(path, dtype)
+
+
+@contextlib.contextmanager
+def _sentence_on_failure(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = DiskError if is_failure(error) else InputError
+        raise kind(
+            f"data.cache: cannot write {place}: {error.strerror}; nothing half-written is used."
+        ) from error
+
+
+def _finished(place: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the cache is in its place, undamaged.
+
+    Raises:
+      InputError: a cache of something else is there.
+    """
+    meta = _read_note(place / META)
+    if meta is None:
+        return False
+    for name in ("data_sha256", "tokenizer_sha256"):
+        if meta.get(name) != wanted[name]:
+            what = "text" if name.startswith("data") else "tokenizer"
+            raise InputError(
+                f"data.cache: {place} was made with another {what} ({str(meta.get(name))[:12]}, "
+                f"this one is {wanted[name][:12]}): choose another directory."
+            )
+    same = all(meta.get(name) == value for name, value in wanted.items())
+    return same and _intact(place / META, meta)
+
+
+def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict[str, Any]) -> None:
+    """Encode all documents and put them in their place."""
+    partial = place.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    dtype = np.dtype(wanted["dtype"])
+    end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], np.int32)
+    with _Writer(partial, dtype) as writer, _progress_bar(len(documents)) as show:
+        for texts in _batches(documents, writer.documents):
+            encoded = tokenizer.encode_documents(texts)
+            _check_ids(np.concatenate(encoded), tokenizer)
+            if end.size:
+                pairs = zip(texts, encoded, strict=True)
+                encoded = [np.append(tokens, end) if text else tokens for text, tokens in pairs]
+            writer.add(encoded, [len(text.encode("utf-8")) for text in texts])
+            writer.note_progress()
+            show(writer.documents)
+    if not writer.tokens:
+        raise InputError(f"data.source: {documents.name} has no text, only empty documents.")
+    files = {
+        name: _state(partial / name, checksum)
+        for name, checksum in zip((TOKENS, OFFSETS), writer.checksums, strict=True)
+    }
+    (partial / PROGRESS).unlink(missing_ok=True)
+    _write_note(partial / META, {**wanted, "tokens": writer.tokens, "files": files})
+    partial.rename(place)
+
+
+def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> None:
+    """What is stored in few bits must fit them.
+
+    Raises:
+      InputError: an id that is no row of a model.
+    """
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < tokenizer.vocab_size)
+        raise InputError(
+            f"data.tokenizer: {tokenizer.name} gives the id {wrong}, beyond its vocabulary of "
+            f"{tokenizer.vocab_size}."
+        )
+
+
+class _Writer:
+    """Appends documents to the files of a cache, from where an earlier process left off."""
+
+    def __init__(self, directory: Path, dtype: np.dtype):
+        self._directory = directory
+        self._dtype = dtype
+        self.documents = self.tokens = self._bytes = self._noted = 0
+        self.checksums = [0, 0]
+        """Of tokens.bin and offsets.bin so far, CRC-32."""
+
+    def __enter__(self) -> "_Writer":
+        sizes = [0, 0]
+        noted = _read_note(self._directory / PROGRESS)
+        if noted is not None and self._is_there(noted):
+            self.documents, self.tokens, self._bytes, self.checksums = noted["state"]
+            sizes = noted["sizes"]
+        self._noted = self.tokens
+        self._files: list[BinaryIO] = []
+        for name, size in zip((TOKENS, OFFSETS), sizes, strict=True):
+            file = (self._directory / name).open("ab")
+            self._files.append(file)
+            file.truncate(size)
+            file.seek(size)
+        if self.documents == 0:
+            self._append(1, np.zeros(1, OFFSET))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            if raised[0] is None:
+                self._to_disk()
+        finally:
+            for file in self._files:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def add(self, documents: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
+        """More documents, of so many bytes of UTF-8."""
+        self._append(0, np.concatenate(documents).astype(self._dtype))
+        offsets = np.empty(len(documents), OFFSET)
+        offsets["tokens"] = self.tokens + np.cumsum([len(tokens) for tokens in documents])
+        offsets["bytes"] = self._bytes + np.cumsum(sizes)
+        self._append(1, offsets)
+        self.documents += len(documents)
+        self.tokens, self._bytes = offsets[-1].item()
+
+    def note_progress(self) -> None:
+        """Now and then, make sure that what is there stays there, and note it."""
+        if self.tokens - self._noted < CHECKPOINT_TOKENS:
+            return
+        self._to_disk()
+        state = [self.documents, self.tokens, self._bytes, self.checksums]
+        sizes = [file.tell() for file in self._files]
+        _write_note(self._directory / PROGRESS, {"state": state, "sizes": sizes})
+        self._noted = self.tokens
+
+    def _is_there(self, noted: dict[str, Any]) -> bool:
+        """Whether the files still begin with what they had when that was noted."""
+        *_, checksums = noted["state"]
+        try:
+            return checksums == [
+                _checksum(self._directory / name, size)
+                for name, size in zip((TOKENS, OFFSETS), noted["sizes"], strict=True)
+            ]
+        except OSError:
+            return False
+
+    def _to_disk(self) -> None:
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _append(self, which: int, values: np.ndarray) -> None:
+        content = values.tobytes()
+        self._files[which].write(content)
+        self.checksums[which] = zlib.crc32(content, self.checksums[which])
+
+
+def _batches(documents: Documents, first: int) -> Iterator[list[str]]:
+    """The texts from document `first` on, a few at a time."""
+    texts, characters = [], 0
+    for index in range(first, len(documents)):
+        texts.append(documents[index])
+        characters += len(texts[-1])
+        if characters >= BATCH_CHARACTERS:
+            yield texts
+            texts, characters = [], 0
+    if texts:
+        yield texts
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A function to be told how many documents of `total` are encoded; it shows a person."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Tokenising", total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _checksum(path: Path, size: int = sys.maxsize) -> int:
+    """CRC-32 of a file, or of its first `size` bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while content := file.read(min(size, CHECKED_BYTES)):
+            checksum = zlib.crc32(content, checksum)
+            size -= len(content)
+    return checksum
+
+
+def _state(path: Path, checksum: int) -> dict[str, int]:
+    """What is noted of a file."""
+    state = path.stat()
+    return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": checksum}
+
+
+def _intact(note: Path, noted: dict[str, Any]) -> bool:
+    """Whether the files beside `note` are as it has them; one that was touched is read."""
+    touched = False
+    try:
+        for name, before in noted["files"].items():
+            path = note.parent / name
+            now = _state(path, before["crc32"])
+            if now != before:
+                if now["bytes"] != before["bytes"] or _checksum(path) != before["crc32"]:
+                    return False
+                noted["files"][name], touched = now, True
+    except OSError:
+        return False
+    if touched:
+        with contextlib.suppress(OSError):  # Others' caches can be read, if not written.
+            _write_note(note, noted)
+    return True
+
+
+def _read_note(path: Path) -> dict[str, Any] | None:
+    """What `_write_note` wrote; None where there is nothing, or something else."""
+    try:
+        note = read_json(path)
+        content, checksum = note["content"], note["crc32"]
+    except (InputError, LookupError, TypeError):
+        return None
+    return content if zlib.crc32(json.dumps(content).encode()) == checksum else None
+
+
+def _write_note(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with a checksum of its own."""
+    checksum = zlib.crc32(json.dumps(content).encode())
+    with replacing(path) as file:
+        file.write(json.dumps({"content": content, "crc32": checksum}).encode())

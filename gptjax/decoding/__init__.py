@@ -1,0 +1,1 @@
+"""Text from a model: sampling with a cache, beam search."""

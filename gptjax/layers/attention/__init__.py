@@ -1,0 +1,1 @@
+"""Attention: equation 1, its masks and cache, and the kernels that compute it."""

@@ -1,0 +1,1 @@
+"""The models: what people look for first."""

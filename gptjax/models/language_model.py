@@ -1,0 +1,153 @@
+"""What every family of models shares: tokens' embeddings on the way in, the head on the way out."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.core import Tracer
+
+from gptjax.config import InputError, TransformerConfig
+from gptjax.layers.dropout import dropout
+from gptjax.layers.embedding import Embedding
+from gptjax.layers.hooks import check_sites
+from gptjax.layers.norms import build_norm
+from gptjax.layers.positions import sinusoidal
+from gptjax.layers.stack import StackOutput
+from gptjax.parallel.sharding import constrain
+
+
+class LanguageModel(nnx.Module):
+    """What all families share: the embedding of tokens on the way in, the head on the way out.
+
+    Raises:
+      InputError: a config without a vocabulary size.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        if config.vocab_size == 0:
+            raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
+        if config.positions == "learned":
+            self.positions = Embedding(config.context, config.width, axes="-D", rngs=rngs)
+        if config.segments:
+            self.segments = Embedding(config.segments, config.width, axes="-D", rngs=rngs)
+        self.embedding_norm = build_norm(config) if config.embedding_norm else None
+        if not config.tied:
+            self.head = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
+        bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32), axes="V")
+        self.bias = bias if config.head_bias else None
+
+    def __call__(
+        self, tokens: jax.Array, *, key: jax.Array | None = None, **inputs: Any
+    ) -> jax.Array:
+        """Tokens [B, T] → logits [B, T, V], float32.
+
+        Of the token that follows each; of an encoder, of the token at each place. The family's
+        `hidden` says what `inputs` may be.
+        """
+        return self.unembed(self.readout(self.hidden(tokens, key=key, **inputs).hidden))
+
+    def hidden(self, *args: Any, **inputs: Any) -> StackOutput:
+        """Everything before the head; each family says what it is given."""
+        raise NotImplementedError
+
+    @property
+    def final_norm(self) -> Any:
+        """The norm that ends `hidden`, or None; each family has it elsewhere."""
+        raise NotImplementedError
+
+    def empty_cache(self, *args: Any, **inputs: Any) -> Any:
+        """What decoding keeps between tokens; each family says of what.
+
+        Raises:
+          InputError: a family that does not decode.
+        """
+        raise InputError(f"A model of the family {self.config.family} does not decode.")
+
+    def decoding_layers(self) -> list[Any]:
+        """The parameters of each layer that decoding runs through, not stacked.
+
+        Raises:
+          InputError: a family that does not decode.
+        """
+        raise InputError(f"A model of the family {self.config.family} does not decode.")
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        *,
+        start: jax.Array | int = 0,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Tokens [B, T] at `positions` [B, T], or else from place `start` on → [B, T, D]."""
+        config = self.config
+        if positions is None:
+            positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
+        x = self.embedding(tokens, config.dtype)
+        if config.embedding_scaled:
+            x *= math.sqrt(config.width)
+        if config.positions == "learned":
+            x += self.positions(positions, config.dtype)
+        if config.positions == "sinusoidal":
+            x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
+        if config.segments:
+            kinds = jnp.zeros_like(tokens) if segments is None else segments
+            x += self.segments(kinds, config.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return constrain(dropout(x, config.dropout, key), "BtD")
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → logits [..., V], float32."""
+        table = self.unembedding.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if self.unembedding_bias is not None:
+            logits += self.unembedding_bias
+        cap = self.config.logit_cap
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    @property
+    def unembedding(self) -> jax.Array:
+        """The head's matrix [V, D]; the token embedding itself when tied (Press & Wolf 2017)."""
+        return (self.embedding if self.config.tied else self.head).table[...]
+
+    @property
+    def unembedding_bias(self) -> jax.Array | None:
+        """The head's bias [V], where it has one."""
+        return None if self.bias is None else self.bias[...]
+
+    def readout(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] → what the head reads [..., D]; BERT's transforms it before it is scaled."""
+        scale = self.config.logit_scale
+        return hidden if scale == 1 else scale * hidden
+
+    def check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
+        """Refuse what the model cannot take, before anything is compiled.
+
+        Raises:
+          InputError: tokens [B, T] of another shape, too many or unknown; or unknown `sites`.
+        """
+        if tokens.ndim != 2:
+            raise InputError(f"tokens has the shape {tokens.shape}: it must be [B, T].")
+        length, context = tokens.shape[1], self.config.context
+        if length > context:
+            raise InputError(f"The sequence has {length} tokens; context allows {context}.")
+        if not isinstance(tokens, Tracer):
+            self._check_vocabulary(np.asarray(tokens))
+        for names in sites:
+            check_sites(self.config, names or ())
+
+    def _check_vocabulary(self, tokens: np.ndarray) -> None:
+        """A compiled program cannot refuse: there an unknown token's logits are NaN."""
+        unknown = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        if unknown.size:
+            raise InputError(
+                f"The sequence has token {unknown[0]}; the vocabulary has {self.config.vocab_size}."
+            )

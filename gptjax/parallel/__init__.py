@@ -1,0 +1,1 @@
+"""Many devices: sharding rules, meshes, pipeline stages."""

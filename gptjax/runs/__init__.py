@@ -1,0 +1,1 @@
+"""From a config to a directory with a trained model."""

@@ -1,0 +1,1 @@
+"""What a program asks of the operating system: files, locks, memory, exit codes."""

@@ -1,0 +1,111 @@
+"""Files that a user names for output: each is written whole or not at all, and nothing is lost."""
+
+import contextlib
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from gptjax.config import InputError
+from gptjax.system.disk import write_error
+from gptjax.system.locks import LOCK, locked
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> Path:
+    """Where a file for `path` is to be written: the path itself, or the file that a link leads to.
+
+    Raises:
+      InputError: a file that is there already, unless `overwrite`; a directory, a device, a pipe
+        or a socket; a link that leads nowhere; or no directory around it that can be written.
+    """
+    try:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link that leads nowhere: give the path of a file.")
+        where = path.resolve() if path.is_symlink() else path
+        if where.is_dir():
+            raise InputError(f"{path} is a directory: give the path of a file.")
+        if where.exists():
+            if not where.is_file():
+                raise InputError(f"{path} is a device or a pipe: give the path of a file.")
+            if not overwrite:
+                raise InputError(f"{path} is there already: choose another, or --overwrite it.")
+        elif not where.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no directory {where.parent}.")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}.") from error
+    if not os.access(where.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: the directory {where.parent} may not be written.")
+    return where
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path with the same suffix, whose file takes the place of `path` at the end.
+
+    If what is inside fails, nothing is left and the file that was there stays; what a process that
+    was killed has left is deleted.
+
+    Raises:
+      InputError: what `check_output` refuses, or a file that cannot be written; a `DiskError` where
+        the disk is at fault.
+    """
+    path = Path(path)
+    where = check_output(path, overwrite=overwrite)
+    temporary = where.with_name(f".{os.getpid()}.{where.name}")
+    try:
+        for left in where.parent.glob(f".*.{glob.escape(where.name)}"):
+            process = left.name.split(".")[1]
+            if process.isdecimal() and not psutil.pid_exists(int(process)):
+                left.unlink(missing_ok=True)
+        yield temporary
+        if where.exists():
+            shutil.copymode(where, temporary)
+        temporary.replace(where)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):  # It may never have been there, or its name be too long.
+            temporary.unlink()
+
+
+def write_whole(path: str | Path, text: str, *, overwrite: bool = False) -> None:
+    """Write a text as UTF-8, its line ends as they are.
+
+    Raises:
+      InputError: what `whole_file` refuses.
+    """
+    with whole_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A new directory, which takes the place of `path`, empty or not there, at the end.
+
+    Until then it lies in `.NAME.partial` beside that, which one process at a time holds; what a
+    killed one has left there is deleted.
+
+    Raises:
+      InputError: another process makes it, or it cannot be written.
+    """
+    where = path.resolve()
+    partial = where.with_name(f".{where.name}.partial")
+    made = partial / "new"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with locked(partial / LOCK, path):
+            if made.exists():
+                shutil.rmtree(made)
+            made.mkdir()
+            try:
+                yield made
+                made.replace(where)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Another process has come to make it.
+            partial.rmdir()
+    except OSError as error:
+        raise write_error(error, path) from error

@@ -1,0 +1,300 @@
+"""The kernels of TPUs and GPUs, interpreted or stood in for, against the reference."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import InputError, TransformerConfig, build, preset, split
+from gptjax.config import MeshConfig
+from gptjax.layers.attention import flash
+from gptjax.layers.attention.flash import Sight, cudnn, resolve_kernel, splash
+from gptjax.layers.attention.module import attention_mask, attention_weights, mix
+from gptjax.parallel.sharding import build_mesh, spec
+
+SCALE = 0.3
+PLACES = 384  # Three blocks of 128: some empty, some cut by the mask, some whole.
+DRAW = np.random.default_rng(0)
+DOCUMENTS = np.sort(DRAW.integers(1, 4, (2, PLACES)), axis=1).astype(np.int32)
+VALID = np.arange(PLACES) < np.array([[290], [PLACES]])
+MASKS = {
+    "causal": Sight(causal=True),
+    "causal, window": Sight(causal=True, window=50),
+    "causal, documents": Sight(causal=True, documents=jnp.asarray(DOCUMENTS)),
+    "causal, padding": Sight(causal=True, valid=jnp.asarray(VALID)),
+    "documents, padding": Sight(False, 0, jnp.asarray(VALID), jnp.asarray(DOCUMENTS)),
+    "padding": Sight(causal=False, valid=jnp.asarray(VALID)),
+    "window": Sight(causal=False, window=200, valid=jnp.asarray(VALID)),
+}
+
+
+def inputs(queries: int = PLACES, keys: int = PLACES, heads: int = 2, kv_heads: int = 1):
+    """Query [2, T, N, 8], key and value [2, S, K, 8], gradient of the mixture."""
+    shapes = [(queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads)]
+    drawn = [jnp.asarray(DRAW.standard_normal((2, *shape, 8), np.float32)) for shape in shapes]
+    # What a padding query reads is not used.
+    return *drawn[:3], drawn[3] * VALID[:, :queries, None, None]
+
+
+def shortened(sight: Sight, places: int) -> Sight:
+    return jax.tree.map(lambda leaf: leaf[:, :places], sight)
+
+
+def reference(query, key, value, sight: Sight, cap: float = 0.0) -> jax.Array:
+    distance = jnp.arange(query.shape[1])[None, :, None] - jnp.arange(key.shape[1])
+    mask = attention_mask(distance, **vars(sight))
+    return mix(attention_weights(query, key, mask, scale=SCALE, cap=cap), value)
+
+
+def interpreted(query, key, value, sight: Sight, cap: float = 0.0) -> jax.Array:
+    return splash(query, key, value, sight, SCALE, cap, interpret=True)
+
+
+def stood_in_for(query, key, value, sight: Sight) -> jax.Array:
+    return cudnn(query, key, value, sight, SCALE, implementation="xla")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(attend, cap, sight, query, key, value, gradient):
+    """The mixture where it is used, and the gradients of query, key and value."""
+    cap = {"cap": cap} if cap else {}
+    mixture, vjp = jax.vjp(
+        lambda query, key, value: attend(query, key, value, sight, **cap), query, key, value
+    )
+    return mixture * (gradient != 0), *vjp(gradient)
+
+
+def assert_equal(attend, sight: Sight, given, cap: float = 0.0) -> None:
+    got = with_gradients(attend, cap, sight, *given)
+    expected = with_gradients(reference, cap, sight, *given)
+    for ours, theirs in zip(got, expected, strict=True):
+        largest = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_splash_and_its_gradients_equal_the_reference(mask):
+    assert_equal(interpreted, MASKS[mask], inputs())
+
+
+def test_splash_bounds_scores_softly():
+    assert_equal(interpreted, Sight(causal=True), inputs(kv_heads=2), cap=2.0)
+
+
+def test_splash_with_a_fused_backward_pass_of_several_blocks(monkeypatch):
+    monkeypatch.setattr(flash, "BLOCK", 128)
+    for mask in ("causal, documents", "padding"):
+        assert_equal(interpreted, shortened(MASKS[mask], 256), inputs(256, 256))
+
+
+def test_splash_looks_at_another_sequence():
+    sight = Sight(causal=False, valid=MASKS["padding"].valid)
+    assert_equal(interpreted, sight, inputs(queries=128))
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if name != "window"])
+def test_what_cudnn_is_told_means_the_mask(mask):
+    assert_equal(stood_in_for, MASKS[mask], inputs())
+
+
+@pytest.mark.parametrize("attend", [interpreted, stood_in_for])
+def test_each_device_of_a_mesh_takes_its_part(attend):
+    """Rows, heads and, of splash, queries are parted, and the keys of a row brought together."""
+    sequence = 2 if attend is interpreted else 1
+    mesh = build_mesh(
+        MeshConfig(data=2, tensor=2, sequence=sequence), 2, jax.devices()[: 4 * sequence]
+    )
+    query, key, value, gradient = inputs(256, 256, heads=4, kv_heads=2)
+    sight = shortened(MASKS["causal, documents"], 256)
+    expected = with_gradients(reference, 0.0, sight, query, key, value, gradient)
+    with jax.set_mesh(mesh):
+        parts = spec("BTNH", query.shape)
+        query, gradient = (jax.device_put(x, NamedSharding(mesh, parts)) for x in (query, gradient))
+        got = with_gradients(attend, 0.0, sight, query, key, value, gradient)
+        jax.block_until_ready(got)
+    assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, parts), 4)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_a_device_that_was_given_its_rows_takes_them_all():
+    """As `gptjax.training.step` gives them where a batch alone is split."""
+    mesh = build_mesh(MeshConfig(data=2), 2, jax.devices()[:2])
+    query, key, value, _ = inputs(128, 128)
+    sight = Sight(causal=True)
+
+    def attend(query, key, value):
+        assert flash.takes("splash", query, key)
+        return interpreted(query, key, value, sight)
+
+    of_rows = jax.shard_map(
+        attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+    expected = reference(query, key, value, sight)
+    np.testing.assert_allclose(jax.jit(of_rows)(query, key, value), expected, atol=1e-5)
+
+
+def test_queries_that_see_no_key_yield_numbers():
+    sight = Sight(causal=True, valid=jnp.zeros((2, 128), bool))
+    query, key, value, _ = inputs(128, 128)
+    for part in with_gradients(interpreted, 0.0, sight, query, key, value, jnp.ones_like(query)):
+        assert jnp.isfinite(part).all()
+
+
+SMALL = TransformerConfig(
+    vocab_size=11, context=256, depth=2, width=16, heads=2, kv_heads=1, attention_cap=2.0
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"attention": "full,local", "window": 40}, {"documents": DOCUMENTS[:, :256]}),
+        ({"family": "encoder"}, {"valid": VALID[:, 34:290]}),
+        (
+            {"family": "encoder_decoder", "depth": 1},
+            {"source": DOCUMENTS[:, :128], "source_valid": VALID[:, 162:290]},
+        ),
+    ],
+    ids=["decoder", "encoder", "encoder_decoder"],
+)
+def test_models_give_the_kernel_the_masks_of_all_their_attention(changes, given, monkeypatch):
+    calls = []
+
+    def spied(*args: Any) -> jax.Array:
+        calls.append(args)
+        return splash(*args, interpret=True)
+
+    monkeypatch.setattr(flash, "splash", spied)
+    config = dataclasses.replace(SMALL, **changes)
+    params = split(build(config, rngs=nnx.Rngs(0)))[1]
+    tokens = DRAW.integers(11, size=(2, 256))
+
+    def hidden(kernel: str) -> jax.Array:
+        own = dataclasses.replace(config, attention_kernel=kernel)
+        graphdef = split(nnx.eval_shape(lambda: build(own, rngs=nnx.Rngs(0))))[0]
+        model = nnx.merge(graphdef, params)
+        return jax.jit(lambda: model.hidden(tokens, **given).hidden)()
+
+    computed = {"auto": hidden("auto")}
+    assert not calls
+    computed["splash"] = hidden("splash")
+    assert len(calls) == {"encoder_decoder": 3}.get(config.family, config.depth)
+    used = given.get("valid", np.ones((2, 256), bool))[..., None]
+    np.testing.assert_allclose(computed["splash"] * used, computed["auto"] * used, atol=1e-5)
+
+
+def test_what_kernels_do_not_take_is_computed_by_xla(monkeypatch):
+    monkeypatch.setattr(flash, "splash", None)
+    config = dataclasses.replace(SMALL, attention_kernel="splash", attention_cap=0.0)
+    model = build(config, rngs=nnx.Rngs(0))
+    tokens = jnp.zeros((1, 128), jnp.int32)
+    assert model.hidden(tokens[:, :100]).hidden.shape == (1, 100, 16)
+    assert model.hidden(tokens, capture=("attention",)).captured["attention"].shape[-1] == 128
+    cached = model.hidden(tokens, cache=model.empty_cache(1)).hidden
+    plain = build(dataclasses.replace(config, attention_kernel="xla"), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(cached, plain.hidden(tokens).hidden, atol=1e-5)
+
+
+def test_recomputation_by_names_keeps_what_attention_needs(capsys):
+    query, key, value, _ = inputs(128, 128)
+    saved = jax.checkpoint_policies.save_only_these_names("attention")
+
+    def attended(query: jax.Array) -> jax.Array:
+        return jnp.sin(interpreted(jnp.sin(query), key, value, Sight(causal=True))).sum()
+
+    print_saved_residuals(jax.checkpoint(attended, policy=saved), query)
+    kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "splash" in line]
+    assert kept == ["f32[2,2,128,8]", "f32[2,2,128]"]  # The mixture, and the log of each sum.
+
+
+GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "kernel", "line"),
+    [
+        ("cpu", {}, "xla", "Attention: XLA."),
+        ("tpu", {}, "splash", "Attention: the splash kernel on TPU."),
+        ("tpu", {"attention_kernel": "xla"}, "xla", "Attention: XLA."),
+        ("tpu", {"attention_cap": 50.0}, "splash", "Attention: the splash kernel on TPU."),
+        ("gpu", {"dtype": "bfloat16"}, "cudnn", "Attention: cuDNN on GPU."),
+        (
+            "tpu",
+            {"dropout": 0.1},
+            "xla",
+            "since dropout 0.1 falls on weights that no kernel keeps.",
+        ),
+        ("tpu", {"positions": "alibi"}, "xla", "XLA, since alibi positions add to scores."),
+        ("tpu", {"context": 1000}, "xla", "XLA, since context 1000 is no multiple of 128."),
+        ("tpu", {"attention": "compressed"}, "xla", "XLA, since its keys are groups of tokens."),
+        ("gpu", {}, "xla", "XLA, since cuDNN takes bfloat16, not float32."),
+        (
+            "gpu",
+            {"dtype": "bfloat16", "attention_cap": 5.0},
+            "xla",
+            "cuDNN bounds no scores softly.",
+        ),
+        (
+            "gpu",
+            {"dtype": "bfloat16", "head_size": 20},
+            "xla",
+            "heads of 8, 16 ... 128, not of 20.",
+        ),
+    ],
+)
+def test_the_kernel_follows_from_the_platform_and_the_config(platform, changes, kernel, line):
+    config, lines = resolve_kernel(dataclasses.replace(GPT2, **changes), platform)
+    assert config.attention_kernel == kernel
+    assert len(lines) == 1
+    assert line in lines[0]
+
+
+def test_a_shared_sequence_and_mixed_layers_change_the_choice():
+    assert resolve_kernel(GPT2, "tpu", sequence=8)[0].attention_kernel == "splash"
+    _, lines = resolve_kernel(GPT2, "tpu", sequence=16)
+    assert lines == ["Attention: XLA, since context 1024 is no multiple of 2048."]
+    half = dataclasses.replace(GPT2, dtype="bfloat16")
+    _, lines = resolve_kernel(half, "gpu", sequence=2)
+    assert lines == ["Attention: XLA, since cuDNN does not share a sequence among devices."]
+    windowed = dataclasses.replace(half, family="encoder", attention="local", window=8)
+    assert "look back, not ahead" in resolve_kernel(windowed, "gpu")[1][0]
+    mixed = dataclasses.replace(GPT2, attention="full,compressed")
+    config, lines = resolve_kernel(mixed, "tpu")
+    assert config.attention_kernel == "splash"
+    assert lines[1] == "Compressed attention: XLA, since its keys are groups of tokens."
+    translator = dataclasses.replace(GPT2, family="encoder_decoder")
+    assert "no multiple of 128 tokens" in resolve_kernel(translator, "tpu")[1][1]
+    recurrent = dataclasses.replace(GPT2, family="recurrent", positions="none")
+    assert resolve_kernel(recurrent, "tpu")[0].attention_kernel == "xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "message"),
+    [
+        (
+            "cpu",
+            {"attention_kernel": "splash"},
+            "TransformerConfig.attention_kernel is 'splash': it must be auto or xla here, since "
+            "the splash kernel runs on a TPU, not on a CPU.",
+        ),
+        (
+            "tpu",
+            {"attention_kernel": "splash", "positions": "relative"},
+            "TransformerConfig.attention_kernel is 'splash': it must be auto or xla here, since "
+            "relative positions add to scores.",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_is_refused(platform, changes, message):
+    with pytest.raises(InputError) as refused:
+        resolve_kernel(dataclasses.replace(GPT2, **changes), platform)
+    assert str(refused.value) == message
