@@ -6,7 +6,7 @@ reads the text that every Python installation carries. Any text will do, and wit
 `next_sentence` can be asked too, as BERT was (Devlin et al. 2018):
 
     python experiments/masked_lm.py --data.source 'FILE#documents=block' --out runs/mine \\
-        --data.objective next_sentence --model.segments 2 --model.encoder-heads pretraining
+        --data.objective next_sentence --model.token_types 2 --model.encoder-heads pretraining
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gptjax.runs.directory import Run
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(
-        preset("bert-tiny"), vocab_size=0, context=64, segments=0, encoder_heads="masked_lm"
+        preset("bert-tiny"), vocab_size=0, context=64, token_types=0, encoder_heads="masked_lm"
     ),
     data=DataConfig(objective="masked_lm", tokenizer="bpe:1000", whole_words=True),
     optimizer=OptimizerConfig(learning_rate=2e-3),
@@ -49,12 +49,12 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
         inputs = {name: jnp.asarray(array) for name, array in batch.inputs().items()}
         logits = run.model(jnp.asarray(batch.tokens), **inputs)
         guesses = np.asarray(logits.argmax(axis=-1))
-        asked = batch.weights > 0
+        asked = batch.loss_weights > 0
         found += int((guesses == batch.targets)[asked].sum())
         hidden += int(asked.sum())
         if not lines:
             for row in np.flatnonzero(asked.any(axis=1)):
-                filled = batch.valid if batch.documents is None else batch.documents
+                filled = batch.padding_mask if batch.segment_ids is None else batch.segment_ids
                 read = np.asarray(filled)[row] > 0
                 texts = labels(batch.targets[row][read], run.tokenizer, corpus.vocabulary)
                 guessed = labels(guesses[row][read], run.tokenizer, corpus.vocabulary)

@@ -64,7 +64,7 @@ def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
             "attention_norm": torch.ones(width, requires_grad=True),
             "query_key_value": matrix(3 * width, width),
             "output": matrix(width, width),
-            "feedforward_norm": torch.ones(width, requires_grad=True),
+            "mlp_norm": torch.ones(width, requires_grad=True),
             "up": matrix(4 * width, width),
             "down": matrix(width, 4 * width),
         }
@@ -85,7 +85,7 @@ def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
             )
             mixture = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
             x = x + functional.linear(mixture.transpose(1, 2).flatten(2), block["output"])
-            up = functional.linear(norm(x, block["feedforward_norm"]), block["up"])
+            up = functional.linear(norm(x, block["mlp_norm"]), block["up"])
             x = x + functional.linear(functional.gelu(up), block["down"])
         return functional.linear(norm(x, last_norm), embedding)
 

@@ -28,6 +28,7 @@ from gptjax.costs.model import ledger
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Decoding
 from gptjax.layers.attention import module
+from gptjax.layers.attention.reference import attention_weights, weighted_values
 from gptjax.models.build import build, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
@@ -88,7 +89,7 @@ class Case:
 
     def gradients(self, **how: Any) -> Any:
         """The mean loss and its gradient; `how` are arguments of `loss`."""
-        loss, weight = self.loss(**how), self.batch.weights.sum()
+        loss, weight = self.loss(**how), self.batch.loss_weights.sum()
         return jax.value_and_grad(lambda params: loss(params, self.batch, None).loss / weight)(
             self.params
         )
@@ -138,11 +139,11 @@ def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:
     valid = np.arange(config.context) < config.context - 1 - np.arange(ROWS)[:, None] % 3
     batch = Batch(tokens(), tokens(), draw.uniform(size=shape).astype(np.float32))
     if config.family == "encoder":
-        batch = batch._replace(valid=valid, weights=batch.weights * valid)
-    if config.segments:
-        batch = batch._replace(segments=tokens() % config.segments)
+        batch = batch._replace(padding_mask=valid, weights=batch.loss_weights * valid)
+    if config.token_types:
+        batch = batch._replace(token_types=tokens() % config.token_types)
     if config.family == "encoder_decoder":
-        batch = batch._replace(source=tokens(), source_valid=valid)
+        batch = batch._replace(source=tokens(), source_mask=valid)
     return batch
 
 
@@ -170,8 +171,8 @@ def _mask(case: Case) -> float:
     Bidirectional: other tokens at padding; a later token is noticed.
     """
     batch, places = case.batch, np.arange(case.config.context)
-    if batch.valid is not None:
-        valid = np.asarray(batch.valid)
+    if batch.padding_mask is not None:
+        valid = np.asarray(batch.padding_mask)
         last, nowhere = valid.sum(axis=1, keepdims=True) - 1, np.zeros_like(valid)
         error = _moves(case, batch, ~valid, unmoved=valid, moved=nowhere)
         return error + _moves(
@@ -182,7 +183,7 @@ def _mask(case: Case) -> float:
     later = places >= places[:, None]
     error = _moves(case, batch, later, unmoved=~later, moved=places == places[:, None])
     if batch.source is not None:
-        hidden = ~batch.source_valid
+        hidden = ~batch.source_mask
         everywhere, nowhere = np.ones_like(later), np.zeros_like(later)
         error += _moves(case, batch, hidden, unmoved=everywhere, moved=nowhere, of="source")
         error += _moves(case, batch, ~hidden, unmoved=nowhere, moved=everywhere, of="source")
@@ -216,12 +217,12 @@ def _packed(case: Case) -> float:
     first = places < 4
     documents = np.tile(np.where(first, 1, 2 * (places < places[-1])), (ROWS, 1))
     positions = np.tile(np.where(first, places, places - 4), (ROWS, 1))
-    packed = batch._replace(valid=None, documents=documents, positions=positions)
+    packed = batch._replace(padding_mask=None, segment_ids=documents, positions=positions)
     own = 1 + np.arange(ROWS)[:, None] % 2
     in_row = documents == own
     alone = jax.tree.map(lambda rows: np.where(own == 1, rows, np.roll(rows, -4, axis=1)), batch)
     valid = places < in_row.sum(axis=1, keepdims=True)
-    alone = alone if batch.valid is None else alone._replace(valid=valid)
+    alone = alone if batch.padding_mask is None else alone._replace(padding_mask=valid)
     error = difference(case.logits(packed)[in_row], case.logits(alone)[valid])
     return error + _moves(case, packed, ~in_row, unmoved=in_row, moved=~in_row)
 
@@ -250,8 +251,8 @@ def _decoded(case: Case, beginnings: np.ndarray, expected: np.ndarray, **changes
     """The error of the logits after each read, `beginnings` [B] tokens first, then one by one."""
     batch, source, row = case.batch, None, np.arange(ROWS)
     tokens = np.asarray(batch.tokens)
-    if batch.source is not None and batch.source_valid is not None:
-        lengths = batch.source_valid.sum(axis=1)
+    if batch.source is not None and batch.source_mask is not None:
+        lengths = batch.source_mask.sum(axis=1)
         source = [given[:size] for given, size in zip(batch.source, lengths, strict=True)]
     decoding = Decoding(case.model(**changes), ROWS, source)
     unread = [list(given[:size]) for given, size in zip(tokens, beginnings, strict=True)]
@@ -276,11 +277,11 @@ def _attention(case: Case) -> float:
 
 @contextlib.contextmanager
 def reference_attention() -> Iterator[None]:
-    """Attention as `mix(attention_weights(…))`, left to autodiff, in place of `attend`."""
+    """Attention of reference.py, left to autodiff, in place of `attend`."""
 
-    def reference(query, key, value, mask, bias, scale, cap):
-        weights = module.attention_weights(query, key, mask, bias, scale=scale, cap=cap)
-        return module.mix(weights, value)
+    def reference(query, key, value, mask, bias, scale, softcap):
+        weights = attention_weights(query, key, mask, bias, scale=scale, softcap=softcap)
+        return weighted_values(weights, value)
 
     fast, module.attend = module.attend, reference
     try:

@@ -173,8 +173,8 @@ def _observe(
     its_layers = {part: _layers(model.config, part, layers) for part in parts}
     _check_numbers("heads", heads, model.config.heads)
     source = None if read.source is None else read.source[None]
-    sites = [read.sides[part].prefix + name for part in parts for name in names]
-    logits, _, captured = probe.observe(model, read.tokens[None], sites, source=source)
+    hook_points = [read.sides[part].prefix + name for part in parts for name in names]
+    logits, _, captured = probe.observe(model, read.tokens[None], hook_points, source=source)
     expected = likeliest(np.asarray(logits)[0], read.label)
     its_heads = list(heads or range(model.config.heads))
     shown = []

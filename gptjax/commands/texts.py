@@ -57,7 +57,9 @@ def data(
         whole_words=whole_words,
         cache=cache,
     )
-    pairs = {"segments": 2, "encoder_heads": "pretraining"} if objective == "next_sentence" else {}
+    pairs = (
+        {"token_types": 2, "encoder_heads": "pretraining"} if objective == "next_sentence" else {}
+    )
     model = TransformerConfig(family=FAMILIES[objective][0], context=context, **pairs)
     opened = open_sources(chosen)
     learnt = learn_tokenizer(chosen, opened)

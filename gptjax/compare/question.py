@@ -18,7 +18,7 @@ class Comparison:
     """Is B better than A? Each variant is trained on the same batches, seed by seed."""
 
     variants: tuple[str, ...]
-    """Presets, presets with overrides (gpt2:norm=rmsnorm,feedforward=swiglu), or with all values of
+    """Presets, presets with overrides (gpt2:norm=rmsnorm,activation=swiglu), or with all values of
     an axis (gpt2:positions=*). The first is the baseline."""
     match: str = "params"
     """What all variants have in common, by their width: params, flops (of training, a token),

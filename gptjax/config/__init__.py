@@ -26,9 +26,18 @@ from gptjax.config.json_files import (
     unsealed,
 )
 from gptjax.config.mesh import MeshConfig
-from gptjax.config.model import TransformerConfig
+from gptjax.config.model import (
+    GATES,
+    PLACEMENTS,
+    RELATIVE_BUCKETS,
+    Placement,
+    TransformerConfig,
+)
 
 __all__ = [
+    "GATES",
+    "PLACEMENTS",
+    "RELATIVE_BUCKETS",
     "SEAL",
     "DataConfig",
     "ExperimentConfig",
@@ -37,6 +46,7 @@ __all__ = [
     "Objective",
     "OptimizerConfig",
     "Packing",
+    "Placement",
     "TrainConfig",
     "TransformerConfig",
     "differences",

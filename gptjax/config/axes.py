@@ -16,7 +16,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "kv_heads": (1, 2),
     "rotary_fraction": (0.5,),
     "experts": (4,),
-    "segments": (2,),
+    "token_types": (2,),
 }
 """Values of the axes whose annotation does not list them; those that suit any size."""
 
@@ -78,7 +78,7 @@ COMPANIONS: dict[str, dict[str, Companion]] = {
     "attention=compressed": {"window": _only(0), "positions": _added},
     "query_bias=True": {"bias": _only(False)},
     "output_bias=True": {"bias": _only(False)},
-    "segments": {"family": _only("encoder")},
+    "token_types": {"family": _only("encoder")},
     "encoder_heads": {"family": _only("encoder")},
     "encoder_depth": {"family": _only("encoder_decoder")},
 }

@@ -1,12 +1,47 @@
 """The shape of a model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gptjax.config.checks import check, check_minimum, check_types
 
 MOST_BLOCKS = 1 << 16
 """The deepest published models have a thousand (DeepNet, Wang et al. 2022)."""
+
+
+RELATIVE_BUCKETS = 32
+"""Buckets of T5's relative positions (its released configurations)."""
+GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+"""Gated activations, and what the gate goes through (Shazeer 2020)."""
+
+
+class Placement(NamedTuple):
+    """Where norms stand around a layer (`gptjax.layers.residual`)."""
+
+    before: bool = False
+    """A norm of what the layer reads."""
+    after: bool = False
+    """A norm of what the layer adds."""
+    of_sum: bool = False
+    """A norm of the stream with what the layer adds."""
+    parallel: bool = False
+    """Attention and MLP read the same stream, and are added at once."""
+    shared: bool = False
+    """They read the same norm of it."""
+
+    @property
+    def norms(self) -> int:
+        """Norms around a layer."""
+        return self.before + self.after + self.of_sum
+
+
+PLACEMENTS = {
+    "pre": Placement(before=True),
+    "post": Placement(of_sum=True),
+    "sandwich": Placement(before=True, after=True),
+    "parallel": Placement(before=True, parallel=True),
+    "parallel_shared": Placement(before=True, parallel=True, shared=True),
+}
 
 
 @dataclass(frozen=True)
@@ -65,14 +100,14 @@ class TransformerConfig:
     """Scores bounded softly by cap tanh(score / cap); 0 does not."""
     qk_norm: bool = False
     """RMS-normalise each query and key."""
-    feedforward: Literal[
+    activation: Literal[
         "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"
     ] = "gelu_tanh"
-    """The feed-forward layer's activation, the last three gated; gelu_tanh is GPT-2's."""
+    """The MLP's activation, the last three gated; gelu_tanh is GPT-2's."""
     experts: int = 0
     """Feed-forward layers that each token chooses among (E); 0 is one for all."""
     experts_per_token: int = 2
-    """Experts that a token goes to."""
+    """MoE that a token goes to."""
     capacity_factor: float = 0.0
     """Tokens that an expert takes over its even share, the rest dropped in training; 0 is all."""
     bias: bool = True
@@ -91,7 +126,7 @@ class TransformerConfig:
     """What the head reads is multiplied by it (Cohere's name; muP's way of a wider model)."""
     embedding_scaled: bool = False
     """Multiply token embeddings by the root of the width."""
-    segments: int = 0
+    token_types: int = 0
     """encoder: kinds of segments that have an embedding (BERT: 2)."""
     encoder_heads: Literal["none", "pooler", "masked_lm", "pretraining"] = "none"
     """encoder: BERT's pooler, its masked-LM transformation, or both and next sentence."""
@@ -140,7 +175,7 @@ class TransformerConfig:
         check_minimum(self, 1, "context", "depth", "width", "heads", "compression", "remat_layers")
         check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
         check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
-        check_minimum(self, 0, "logit_cap", "segments", "microbatches")
+        check_minimum(self, 0, "logit_cap", "token_types", "microbatches")
         for name in ("depth", "encoder_depth"):
             check(self, name, getattr(self, name) <= MOST_BLOCKS, f"at most {MOST_BLOCKS}")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
@@ -194,12 +229,13 @@ class TransformerConfig:
 
     def _check_family(self) -> None:
         if self.family == "encoder_decoder":
-            serial = "parallel" not in self.norm_placement
-            check(self, "norm_placement", serial, "pre, post or sandwich with cross-attention")
+            serial = [name for name, each in PLACEMENTS.items() if not each.parallel]
+            accepted = f"{', '.join(serial[:-1])} or {serial[-1]} with cross-attention"
+            check(self, "norm_placement", self.norm_placement in serial, accepted)
         else:
             check(self, "encoder_depth", not self.encoder_depth, f"0 in the family {self.family}")
         encoder = self.family == "encoder"
-        alone: dict[str, Any] = {} if encoder else {"segments": 0, "encoder_heads": "none"}
+        alone: dict[str, Any] = {} if encoder else {"token_types": 0, "encoder_heads": "none"}
         if self.family == "recurrent":
             alone |= {"positions": "none", "attention": "full", "experts": 0}
         for name, value in alone.items():

@@ -3,12 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gptjax.config import TransformerConfig
+from gptjax.config import GATES, PLACEMENTS, RELATIVE_BUCKETS, TransformerConfig
 
-GATED = ("swiglu", "geglu", "geglu_tanh")
-"""As in layers/feedforward.py."""
-RELATIVE_BUCKETS = 32
-"""Of T5's relative positions, as in layers/positions.py."""
 BYTES_PER_PARAMETER = {
     # Both optimizers keep float32 moments: AdamW two a parameter, Muon one a matrix.
     "parameters": 4,
@@ -44,7 +40,7 @@ class Ledger:
     unembedding_flops: int
     """Forward operations a token in the head, whose matrix may be the embedding's."""
     attention_flops: int
-    """Forward operations a token in Q Kᵀ and in the mixture of values, at full context and
+    """Forward operations a token in Q Kᵀ and in the weighted values, at full context and
     without the saving that a causal or local mask allows (PaLM's convention)."""
 
     @property
@@ -110,8 +106,8 @@ def _parts(config: TransformerConfig) -> Iterator[Count]:
     yield "embedding", 1, vocabulary, 0
     if config.positions == "learned":
         yield "positions", 1, config.context * width, 0
-    if config.segments:
-        yield "segments", 1, config.segments * width, 0
+    if config.token_types:
+        yield "token_types", 1, config.token_types * width, 0
     if config.family == "recurrent":
         yield from _matrix("input gates", config.depth, width, 4 * width, bias=config.bias)
         yield from _matrix("recurrent gates", config.depth, width, 4 * width, bias=False)
@@ -162,10 +158,9 @@ def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Co
     size = compressed * config.compression * heads * heads
     yield "compression", 2 * compressed, 2 * size, 2 * 2 * size // config.compression
     yield "biases", 2 * compressed * query_bias, 2 * compressed * query_bias * heads, 0
-    yield from _feedforward(config, depth)
-    layers = 3 if cross else 2
-    each = {"sandwich": 2 * layers, "parallel_shared": 1}.get(config.norm_placement, layers)
-    yield from _norms(config, each * depth)
+    yield from _mlp(config, depth)
+    placement, layers = PLACEMENTS[config.norm_placement], 3 if cross else 2
+    yield from _norms(config, placement.norms * (1 if placement.shared else layers) * depth)
 
 
 def _attention(config: TransformerConfig, depth: int, kind: str) -> Iterator[Count]:
@@ -181,10 +176,10 @@ def _attention(config: TransformerConfig, depth: int, kind: str) -> Iterator[Cou
     yield "norms", vectors, vectors * config.head_width, 0
 
 
-def _feedforward(config: TransformerConfig, depth: int) -> Iterator[Count]:
+def _mlp(config: TransformerConfig, depth: int) -> Iterator[Count]:
     width, hidden, experts = config.width, config.hidden_width, config.experts
     directions = [("up", width, hidden), ("down", hidden, width)]
-    if config.feedforward in GATED:
+    if config.activation in GATES:
         directions.insert(1, ("gate", width, hidden))
     if not experts:
         for name, fan_in, fan_out in directions:

@@ -17,22 +17,22 @@ class Batch(NamedTuple):
     tokens: "Array"
     """[B, T], int32."""
     targets: "Array"
-    """[B, T], int32: the token to be predicted at each place."""
-    weights: "Array"
-    """[B, T], float32: how much each prediction counts; 0 on padding."""
-    valid: "Array | None" = None
-    """[B, T], False at padding, which no token looks at."""
-    segments: "Array | None" = None
-    """[B, T], int32: the segment of each token (BERT)."""
+    """[B, T], int32: the token to be predicted at each position."""
+    loss_weights: "Array"
+    """[B, T], float32: how much each prediction counts in the loss; 0 on padding."""
+    padding_mask: "Array | None" = None
+    """[B, T], False at padding, to which no token attends."""
+    token_types: "Array | None" = None
+    """[B, T], int32: BERT's segment A (0) or B (1) of each token."""
     source: "Array | None" = None
     """[B, S], int32: what an encoder-decoder reads."""
-    source_valid: "Array | None" = None
+    source_mask: "Array | None" = None
     """[B, S], False at the source's padding."""
-    documents: "Array | None" = None
-    """[B, T], int32: which of the row's documents each token is of, from 1 on, and 0 at padding;
-    a token looks only at those of its own."""
+    segment_ids: "Array | None" = None
+    """[B, T], int32: the document of each token in a packed row, from 1 on, and 0 at padding; a
+    token attends to its own document."""
     positions: "Array | None" = None
-    """[B, T], int32: the place of each token in its document."""
+    """[B, T], int32: of each token in its document."""
     next_sentence: "Array | None" = None
     """[B], int32: 0 where the second segment follows the first in the text, else 1 (BERT)."""
 
@@ -63,5 +63,5 @@ class Batch(NamedTuple):
         return {name: array for name, array in given.items() if array is not None}
 
 
-INPUTS = ("valid", "segments", "source", "source_valid", "documents", "positions")
+INPUTS = ("padding_mask", "token_types", "source", "source_mask", "segment_ids", "positions")
 """The fields of a `Batch` that a model is given by name."""

@@ -355,5 +355,5 @@ class EvaluationBatches:
         bucket, numbers = self._batches[index]
         own = numbers[self._first : self._first + self._rows]
         rows = [bucket.row(number, np.random.default_rng(number)) for number in own or numbers[:1]]
-        blank = rows[0]._replace(weights=np.zeros_like(rows[0].weights))
+        blank = rows[0]._replace(loss_weights=np.zeros_like(rows[0].loss_weights))
         return Batch.stack(rows[: len(own)] + [blank] * (self._rows - len(own)))

@@ -104,7 +104,7 @@ def _speed(batches: Iterator[Batch]) -> Iterator[str]:
         batch = next(batches)
         for filled in _filled(batch):
             places, used = places + filled.size, used + int(filled.sum())
-        predicted += int((batch.weights > 0).sum())
+        predicted += int((batch.loss_weights > 0).sum())
     seconds = time.perf_counter() - start
     yield (
         f"{used / places:.1%} of the places hold tokens, {predicted / places:.1%} are predicted; "
@@ -117,11 +117,11 @@ def _speed(batches: Iterator[Batch]) -> Iterator[str]:
 
 def _filled(batch: Batch) -> list[np.ndarray]:
     """Where there are tokens, in the arrays that have places for them."""
-    if batch.source_valid is not None:
-        return [np.asarray(batch.source_valid), np.asarray(batch.weights) > 0]
-    if batch.documents is not None:
-        return [np.asarray(batch.documents) > 0]
-    valid = batch.weights if batch.valid is None else batch.valid
+    if batch.source_mask is not None:
+        return [np.asarray(batch.source_mask), np.asarray(batch.loss_weights) > 0]
+    if batch.segment_ids is not None:
+        return [np.asarray(batch.segment_ids) > 0]
+    valid = batch.loss_weights if batch.padding_mask is None else batch.padding_mask
     return [np.asarray(valid) > 0]
 
 
@@ -136,13 +136,13 @@ def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> It
     if one.source is not None:
         yield from _lines(labels(one.source[filled[0]], tokenizer, words), {}, name="source")
     row_labels = labels(one.tokens[filled[-1]], tokenizer, words)
-    marks: Marks = {"predicted": ["^" if weight else " " for weight in one.weights]}
-    for name in ("documents", "segments"):
+    marks: Marks = {"predicted": ["^" if weight else " " for weight in one.loss_weights]}
+    for name in ("documents", "token_types"):
         values = getattr(one, name)
         if values is not None:
             marks[name] = [str(value % 10) for value in values]
     yield from _lines(row_labels, marks, name="tokens")
-    predicted = np.asarray(one.weights) > 0
+    predicted = np.asarray(one.loss_weights) > 0
     if one.source is None and not np.array_equal(predicted, filled[-1]):
         targets = labels(one.targets[predicted], tokenizer, words)
         yield from _lines([f"{label} " for label in targets], {}, name="targets")

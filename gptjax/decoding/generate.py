@@ -317,13 +317,13 @@ def compiled_read(graphdef: nnx.GraphDef) -> Any:
         tokens: jax.Array,
         valid: jax.Array,
         starts: jax.Array,
-        source_valid: jax.Array | None,
+        source_mask: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         """Logits [B, V] after each row's last valid token, and the cache after it."""
         model = nnx.merge(graphdef, params)
-        reads = {} if source_valid is None else {"source_valid": source_valid}
+        reads = {} if source_mask is None else {"source_mask": source_mask}
         output = model.hidden(
-            tokens, valid=valid, cache=cache, start=starts, layers=layers, **reads
+            tokens, padding_mask=valid, cache=cache, cache_index=starts, layers=layers, **reads
         )
         last = valid.sum(axis=1)[:, None, None] - 1
         hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]

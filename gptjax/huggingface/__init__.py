@@ -152,7 +152,7 @@ def to_huggingface(
             layer = [leaf[index] for leaf in leaves] if entry.stacked else leaves
             tensors[name] = entry.row.tensor(layer)
     dtype = params["embedding.table"].dtype
-    if model.config.family == "encoder" and not model.config.segments:
+    if model.config.family == "encoder" and not model.config.token_types:
         tensors[TOKEN_TYPES] = np.zeros((given["type_vocab_size"], model.config.width), dtype)
     fields = fields or {}
     generates = model.config.family != "encoder"

@@ -71,7 +71,7 @@ def _read(given: HuggingFaceConfig, model_type: str) -> TransformerConfig:
     activation = given.get(name, default)
     if activation not in known:
         raise refusal(name, activation, " or ".join(map(repr, known)))
-    ours["feedforward"] = known[activation]
+    ours["activation"] = known[activation]
     ours["dropout"] = float(given.get(family.dropouts[0]) or 0)
     return TransformerConfig(**(ours | family.read(given)))
 
@@ -111,7 +111,7 @@ def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
         "architectures": [family.architecture],
         **{name: ours[our_name] for name, our_name in family.sizes.items()},
         **{name: ours[our_name] for name, (our_name, _) in family.optional.items()},
-        activation: names.get(config.feedforward, default),
+        activation: names.get(config.activation, default),
         **dict.fromkeys(family.dropouts, config.dropout),
         **family.constant,
         # Which tokens they are, a model of ours does not know; theirs would be other models'.
@@ -131,7 +131,7 @@ def _resolved(config: TransformerConfig) -> dict[str, Any]:
         "query_bias": config.bias if config.query_bias is None else config.query_bias,
         "output_bias": config.bias if config.output_bias is None else config.output_bias,
         "encoder_depth": config.encoder_depth or config.depth,
-        "segments": config.segments or (UNSEGMENTED if config.family == "encoder" else 0),
+        "token_types": config.token_types or (UNSEGMENTED if config.family == "encoder" else 0),
         "attention": pattern((config.attention_pattern * config.depth)[: config.depth]),
         "rotary_fraction": config.rotary_width / config.head_width if rotary else None,
         "rotary_base": float(config.rotary_base) if rotary else None,

@@ -196,7 +196,7 @@ TRANSLATIONS: dict[str, Translation] = {
         architecture="BertModel",
         sizes={**_SIZES, "intermediate_size": "hidden"},
         optional={
-            "type_vocab_size": ("segments", 2),
+            "type_vocab_size": ("token_types", 2),
             "layer_norm_eps": ("norm_epsilon", 1e-12),
         },
         activation=("hidden_act", _PLAIN, "gelu"),

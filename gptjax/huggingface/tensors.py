@@ -122,9 +122,9 @@ def _gpt(tokens: str, positions: str) -> tuple[Row, ...]:
             f"{block}.attention.{{part}}", f"{layer}.attn.c_attn", "PDNH -> D PNH", conv1d=True
         ),
         *_linear(f"{block}.attention.output", f"{layer}.attn.c_proj", "NHD -> NH D", conv1d=True),
-        *_norm(f"{block}.feedforward_norm", f"{layer}.ln_2"),
-        *_linear(f"{block}.feedforward.up", f"{layer}.mlp.c_fc", "DF -> D F", conv1d=True),
-        *_linear(f"{block}.feedforward.down", f"{layer}.mlp.c_proj", "FD -> F D", conv1d=True),
+        *_norm(f"{block}.mlp_norm", f"{layer}.ln_2"),
+        *_linear(f"{block}.mlp.up", f"{layer}.mlp.c_fc", "DF -> D F", conv1d=True),
+        *_linear(f"{block}.mlp.down", f"{layer}.mlp.c_proj", "FD -> F D", conv1d=True),
         *_norm("decoder.norm", "transformer.ln_f"),
         Row("head.table", "lm_head.weight", TABLE),
     )
@@ -145,9 +145,9 @@ _GPT_NEO = (
     Row("positions.table", "transformer.wpe.weight", "TD -> T D"),
     *_norm("decoder.blocks.attention_norm", "transformer.h.{layer}.ln_1"),
     *_attention("decoder.blocks.attention", "transformer.h.{layer}.attn.attention", "out_proj"),
-    *_norm("decoder.blocks.feedforward_norm", "transformer.h.{layer}.ln_2"),
-    *_linear("decoder.blocks.feedforward.up", "transformer.h.{layer}.mlp.c_fc", UP),
-    *_linear("decoder.blocks.feedforward.down", "transformer.h.{layer}.mlp.c_proj", DOWN),
+    *_norm("decoder.blocks.mlp_norm", "transformer.h.{layer}.ln_2"),
+    *_linear("decoder.blocks.mlp.up", "transformer.h.{layer}.mlp.c_fc", UP),
+    *_linear("decoder.blocks.mlp.down", "transformer.h.{layer}.mlp.c_proj", DOWN),
     *_norm("decoder.norm", "transformer.ln_f"),
     Row("head.table", "lm_head.weight", TABLE),
 )
@@ -156,8 +156,8 @@ _GPTJ = (
     Row("embedding.table", "transformer.wte.weight", TABLE),
     *_norm("decoder.blocks.attention_norm", "transformer.h.{layer}.ln_1"),
     *_attention("decoder.blocks.attention", "transformer.h.{layer}.attn", "out_proj"),
-    *_linear("decoder.blocks.feedforward.up", "transformer.h.{layer}.mlp.fc_in", UP),
-    *_linear("decoder.blocks.feedforward.down", "transformer.h.{layer}.mlp.fc_out", DOWN),
+    *_linear("decoder.blocks.mlp.up", "transformer.h.{layer}.mlp.fc_in", UP),
+    *_linear("decoder.blocks.mlp.down", "transformer.h.{layer}.mlp.fc_out", DOWN),
     *_norm("decoder.norm", "transformer.ln_f"),
     Row("head.table", "lm_head.weight", TABLE),
     Row("bias", "lm_head.bias", "V -> V"),
@@ -172,9 +172,9 @@ _GPT_NEOX = (
         "PDNH -> NPH D",
     ),
     *_linear("decoder.blocks.attention.output", "gpt_neox.layers.{layer}.attention.dense", OUTPUT),
-    *_norm("decoder.blocks.feedforward_norm", "gpt_neox.layers.{layer}.post_attention_layernorm"),
-    *_linear("decoder.blocks.feedforward.up", "gpt_neox.layers.{layer}.mlp.dense_h_to_4h", UP),
-    *_linear("decoder.blocks.feedforward.down", "gpt_neox.layers.{layer}.mlp.dense_4h_to_h", DOWN),
+    *_norm("decoder.blocks.mlp_norm", "gpt_neox.layers.{layer}.post_attention_layernorm"),
+    *_linear("decoder.blocks.mlp.up", "gpt_neox.layers.{layer}.mlp.dense_h_to_4h", UP),
+    *_linear("decoder.blocks.mlp.down", "gpt_neox.layers.{layer}.mlp.dense_4h_to_h", DOWN),
     *_norm("decoder.norm", "gpt_neox.final_layer_norm"),
     Row("head.table", "embed_out.weight", TABLE),
 )
@@ -183,10 +183,10 @@ _LLAMA = (
     Row("embedding.table", "model.embed_tokens.weight", TABLE),
     *_norm("decoder.blocks.attention_norm", "model.layers.{layer}.input_layernorm"),
     *_attention("decoder.blocks.attention", "model.layers.{layer}.self_attn", "o_proj"),
-    *_norm("decoder.blocks.feedforward_norm", "model.layers.{layer}.post_attention_layernorm"),
-    *_linear("decoder.blocks.feedforward.gate", "model.layers.{layer}.mlp.gate_proj", UP),
-    *_linear("decoder.blocks.feedforward.up", "model.layers.{layer}.mlp.up_proj", UP),
-    *_linear("decoder.blocks.feedforward.down", "model.layers.{layer}.mlp.down_proj", DOWN),
+    *_norm("decoder.blocks.mlp_norm", "model.layers.{layer}.post_attention_layernorm"),
+    *_linear("decoder.blocks.mlp.gate", "model.layers.{layer}.mlp.gate_proj", UP),
+    *_linear("decoder.blocks.mlp.up", "model.layers.{layer}.mlp.up_proj", UP),
+    *_linear("decoder.blocks.mlp.down", "model.layers.{layer}.mlp.down_proj", DOWN),
     *_norm("decoder.norm", "model.norm"),
     Row("head.table", "lm_head.weight", TABLE),
 )
@@ -194,7 +194,7 @@ _LLAMA = (
 _BERT = (
     Row("embedding.table", "bert.embeddings.word_embeddings.weight", TABLE),
     Row("positions.table", "bert.embeddings.position_embeddings.weight", "TD -> T D"),
-    Row("segments.table", TOKEN_TYPES, "GD -> G D"),
+    Row("token_types.table", TOKEN_TYPES, "GD -> G D"),
     *_norm("embedding_norm", "bert.embeddings.LayerNorm"),
     *_linear(
         "encoder.blocks.attention.query", "bert.encoder.layer.{layer}.attention.self.query", QUERY
@@ -211,9 +211,9 @@ _BERT = (
     *_norm(
         "encoder.blocks.attention_norm", "bert.encoder.layer.{layer}.attention.output.LayerNorm"
     ),
-    *_linear("encoder.blocks.feedforward.up", "bert.encoder.layer.{layer}.intermediate.dense", UP),
-    *_linear("encoder.blocks.feedforward.down", "bert.encoder.layer.{layer}.output.dense", DOWN),
-    *_norm("encoder.blocks.feedforward_norm", "bert.encoder.layer.{layer}.output.LayerNorm"),
+    *_linear("encoder.blocks.mlp.up", "bert.encoder.layer.{layer}.intermediate.dense", UP),
+    *_linear("encoder.blocks.mlp.down", "bert.encoder.layer.{layer}.output.dense", DOWN),
+    *_norm("encoder.blocks.mlp_norm", "bert.encoder.layer.{layer}.output.LayerNorm"),
     *_linear("pooler", "bert.pooler.dense", SQUARE),
     *_linear("masked_lm", "cls.predictions.transform.dense", SQUARE),
     *_norm("masked_lm_norm", "cls.predictions.transform.LayerNorm"),
@@ -228,10 +228,10 @@ def _marian_stack(side: str) -> tuple[Row, ...]:
         *_attention(f"{block}.attention", f"{layer}.self_attn", "out_proj"),
         *_norm(f"{block}.attention_norm", f"{layer}.self_attn_layer_norm"),
         *_attention(f"{block}.cross_attention", f"{layer}.encoder_attn", "out_proj"),
-        *_norm(f"{block}.cross_norm", f"{layer}.encoder_attn_layer_norm"),
-        *_linear(f"{block}.feedforward.up", f"{layer}.fc1", UP),
-        *_linear(f"{block}.feedforward.down", f"{layer}.fc2", DOWN),
-        *_norm(f"{block}.feedforward_norm", f"{layer}.final_layer_norm"),
+        *_norm(f"{block}.cross_attention_norm", f"{layer}.encoder_attn_layer_norm"),
+        *_linear(f"{block}.mlp.up", f"{layer}.fc1", UP),
+        *_linear(f"{block}.mlp.down", f"{layer}.fc2", DOWN),
+        *_norm(f"{block}.mlp_norm", f"{layer}.final_layer_norm"),
     )
 
 

@@ -1,63 +1,50 @@
-"""One Transformer block: attention and a feed-forward layer, each added to the residual stream.
+"""One Transformer block: attention and an MLP, each added to the residual stream.
 
-| `norm_placement` | the stream after a layer f | source |
-|---|---|---|
-| pre | x + f(norm(x)) | GPT-2 (Radford et al. 2019, section 2.3) |
-| post | norm(x + f(x)) | Vaswani et al. 2017, section 3.1; BERT, GPT-1 |
-| sandwich | x + norm(f(norm(x))) | CogView (Ding et al. 2021); Gemma 2 |
-| parallel | x + attention(norm(x)) + feedforward(norm'(x)) | GPT-NeoX (Black et al. 2022) |
-| parallel_shared | x + attention(norm(x)) + feedforward(norm(x)) | GPT-J (Wang 2021) |
+The order of norms, layers and sums (`norm_placement`) is in residual.py.
 """
 
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.config import TransformerConfig
-from gptjax.layers.attention.flash import Sight
-from gptjax.layers.attention.module import Attention, KVCache
-from gptjax.layers.dropout import dropout, split_key
-from gptjax.layers.hooks import CROSS, UNTAPPED, Taps
-from gptjax.layers.mlp import FeedForward
-from gptjax.layers.moe import Experts, RouterLosses
+from gptjax.config import PLACEMENTS, TransformerConfig
+from gptjax.layers.attention.cache import KVCache
+from gptjax.layers.attention.module import Attention, AttentionInputs
+from gptjax.layers.hooks import CROSS, NO_HOOKS, Hooks
+from gptjax.layers.mlp import MLP
+from gptjax.layers.moe import MoE, RouterLosses
 from gptjax.layers.norms import build_norm
-from gptjax.parallel.sharding import constrain
+from gptjax.layers.residual import Residual
 
 
-class View(NamedTuple):
-    """What attention is told beside its inputs, the same for all blocks of a kind."""
+class BlockInputs(NamedTuple):
+    """What a block takes beside the stream."""
 
-    mask: jax.Array
-    """[B or 1, T, S], True where a query may look."""
-    bias: jax.Array | None
-    """[B or 1, N, T, S], added to the scores."""
-    angles: jax.Array | None
-    """[B or 1, T, R / 2], the rotary angles of the queries."""
-    memory_mask: jax.Array | None
-    """[B or 1, 1, S'], True at the tokens of the other sequence that exist."""
-    sight: Sight | None = None
-    """The rule that `mask` follows where no cache is; None if there is none."""
-    memory_sight: Sight | None = None
-    """The rule that `memory_mask` follows."""
+    attention: AttentionInputs
+    """Of self-attention."""
+    cross: AttentionInputs
+    """Of cross-attention."""
+    memory: jax.Array | None = None
+    """[B, S', D], the encoder's output; None where its keys and values are in the cache."""
 
 
 class BlockCache(NamedTuple):
-    """What a block keeps between steps of decoding.
-
-    Heads come before places, [B, K, S, H], as products read them: they copy nothing.
-    """
+    """What a block keeps between steps of decoding, stored as [B, K, S, H] (`KVCache.swapped`)."""
 
     own: KVCache
     """Of the sequence itself."""
     memory: KVCache | None
-    """Of the other sequence that cross-attention looks at; it never changes."""
+    """Of the encoder's output, which cross-attention reads; it never changes."""
+
+    @classmethod
+    def of(cls, own: KVCache | None, memory: KVCache | None) -> "BlockCache | None":
+        """A cache where there is one."""
+        return None if own is None else cls(own, memory)
 
 
 class Block(nnx.Module):
-    """Attention, in a decoder with an encoder cross-attention, and the feed-forward layer."""
+    """Attention, in a decoder with an encoder cross-attention, and an MLP."""
 
     def __init__(
         self,
@@ -67,116 +54,68 @@ class Block(nnx.Module):
         cross: bool = False,
         rngs: nnx.Rngs,
     ):
-        sandwich = config.norm_placement == "sandwich"
-        self.attention_norm = build_norm(config)
+        placement = PLACEMENTS[config.norm_placement]
+
+        def norm(wanted: bool):
+            return build_norm(config) if wanted else None
+
+        first, after = placement.before or placement.of_sum, placement.after
+        self.attention_norm = norm(first)
         self.attention = Attention(config, compressed=attention == "compressed", rngs=rngs)
-        self.attention_norm_after = build_norm(config) if sandwich else None
-        self.cross_norm = build_norm(config) if cross else None
+        self.attention_norm_after = norm(after)
+        self.cross_attention_norm = norm(cross and first)
         self.cross_attention = Attention(config, rngs=rngs) if cross else None
-        self.cross_norm_after = build_norm(config) if cross and sandwich else None
-        shared = config.norm_placement == "parallel_shared"
-        self.feedforward_norm = None if shared else build_norm(config)
-        self.feedforward = (Experts if config.experts else FeedForward)(config, rngs=rngs)
-        self.feedforward_norm_after = build_norm(config) if sandwich else None
-        self.config = config
+        self.cross_attention_norm_after = norm(cross and after)
+        self.mlp_norm = norm(first and not placement.shared)
+        self.mlp = (MoE if config.experts else MLP)(config, rngs=rngs)
+        self.mlp_norm_after = norm(after)
+        self.placement = placement
 
     def __call__(
         self,
         x: jax.Array,
-        view: View,
+        inputs: BlockInputs,
         *,
-        memory: jax.Array | None = None,
         cache: BlockCache | None = None,
-        start: jax.Array | int = 0,
-        key: jax.Array | None = None,
-        taps: Taps = UNTAPPED,
+        hook: Hooks = NO_HOOKS,
     ) -> tuple[jax.Array, BlockCache | None, RouterLosses | None]:
-        """One layer of the stack.
+        """The stream [B, T, D] after the block, its cache with x in it, and its router's losses.
 
         Args:
-          x: [B, T, D].
-          view: masks, biases and angles.
-          memory: [B, S', D], the encoder's output; with a cache, its keys and values are there.
+          x: [B, T, D], the residual stream.
+          inputs: masks, position biases, rotary angles, the encoder's output.
           cache: of the tokens before x's.
-          start: where x's first token belongs in the cache, a number or [B].
-          key: dropout key; None drops nothing.
-          taps: what is looked at or changed.
-
-        Returns:
-          The stream after the block [B, T, D], the cache with x in it, and the losses of the router
-          of a mixture of experts.
+          hook: what is captured, changed and dropped.
         """
-        x = taps("residual", checkpoint_name(x, "residual"))
-        keys = split_key(key, 5)
-        rate, parallel = self.config.dropout, "parallel" in self.config.norm_placement
-
-        normed = self._before(self.attention_norm, x)
-        queries, seen = self.attention.projected(normed, view.angles)
-        reach = None
-        if cache is not None:
-            reach = jnp.max(start) + x.shape[1]
-            seen = cache.own.swapped().write(seen, start)
-            cache = cache._replace(own=seen.swapped())
-        attended = self.attention(
-            queries,
-            seen,
-            mask=view.mask,
-            sight=view.sight,
-            bias=view.bias,
-            reach=reach,
-            key=keys[0],
-            taps=taps,
-        )
-        attended = dropout(attended, rate, keys[1])
-        if parallel:
-            middle = x
-        else:
-            middle = self._after(self.attention_norm, self.attention_norm_after, x, attended)
-
+        own, memory = cache or (None, None)
+        x = hook("residual", x)
+        attention, cross, mlp = map(self.residual, ("attention", "cross_attention", "mlp"))
+        read = attention.read(x)
+        attended, own = self.attention(read, inputs.attention, cache=own, hook=hook)
+        if self.placement.parallel:
+            fed, losses = self.mlp(read if self.placement.shared else mlp.read(x), hook)
+            return attention.add(x, attended, fed), BlockCache.of(own, memory), losses
+        x = attention.add(x, attended)
         if self.cross_attention is not None:
-            normed = self._before(self.cross_norm, middle)
-            if cache is not None and cache.memory is not None:
-                seen = cache.memory.swapped()
-            else:
-                assert memory is not None
-                seen = self.cross_attention.keys_values(memory)
-            crossed = self.cross_attention(
-                self.cross_attention.queries(normed),
-                seen,
-                mask=view.memory_mask,
-                sight=view.memory_sight,
-                key=keys[2],
-                taps=taps.within(CROSS),
+            kv = self.memory_kv(inputs.memory) if memory is None else memory.swapped()
+            crossed, _ = self.cross_attention(
+                cross.read(x), inputs.cross, kv=kv, hook=hook.within(CROSS)
             )
-            crossed = dropout(crossed, rate, keys[3])
-            middle = self._after(self.cross_norm, self.cross_norm_after, middle, crossed)
+            x = cross.add(x, crossed)
+        fed, losses = self.mlp(mlp.read(x), hook)
+        return mlp.add(x, fed), BlockCache.of(own, memory), losses
 
-        if self.feedforward_norm is not None:
-            normed = self._before(self.feedforward_norm, middle)
-        fed, losses = self._feed(normed, taps, training=key is not None)
-        fed = dropout(fed, rate, keys[4])
-        if parallel:
-            after = constrain(x + attended + fed, "BtD")
-        else:
-            after = self._after(self.feedforward_norm, self.feedforward_norm_after, middle, fed)
-        return after, cache, losses
+    def memory_kv(self, memory: jax.Array | None) -> KVCache:
+        """Keys and values of the encoder's output [B, S', D] for cross-attention."""
+        assert memory is not None
+        assert self.cross_attention is not None
+        return KVCache(*self.cross_attention.heads(memory, "key", "value"))
 
-    def _feed(
-        self, x: jax.Array, taps: Taps, *, training: bool
-    ) -> tuple[jax.Array, RouterLosses | None]:
-        losses = None
-        if isinstance(self.feedforward, Experts):
-            fed, losses = self.feedforward(x, training=training)
-        else:
-            fed = self.feedforward(x, taps)
-        return taps("feedforward", fed), losses
+    def residual(self, layer: str) -> Residual:
+        """The stream around "attention", "cross_attention" or "mlp"."""
+        norm, norm_after = getattr(self, f"{layer}_norm"), getattr(self, f"{layer}_norm_after")
+        return Residual(self.placement, norm or _identity, norm_after or _identity)
 
-    def _before(self, norm, x: jax.Array) -> jax.Array:
-        """What a layer reads of the stream."""
-        return constrain(x if self.config.norm_placement == "post" else norm(x), "BtD")
 
-    def _after(self, norm, norm_after, x: jax.Array, added: jax.Array) -> jax.Array:
-        """The stream with what a layer adds."""
-        if self.config.norm_placement == "post":
-            return constrain(norm(x + added), "BtD")
-        return constrain(x + (added if norm_after is None else norm_after(added)), "BtD")
+def _identity(x: jax.Array) -> jax.Array:
+    return x

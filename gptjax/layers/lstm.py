@@ -44,7 +44,7 @@ class LSTM(nnx.Module):
         x: jax.Array,
         state: LSTMState,
         *,
-        valid: jax.Array | None = None,
+        padding_mask: jax.Array | None = None,
         begins: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LSTMState]:
@@ -53,13 +53,13 @@ class LSTM(nnx.Module):
         Args:
           x: [B, T, D].
           state: from the tokens before.
-          valid: [B, T], False at padding, which leaves the state as it is.
+          padding_mask: [B, T], False at padding, which leaves the state as it is.
           begins: [B, T], True where the state is forgotten before the token is read; None nowhere.
           key: dropout key; None drops nothing.
         """
         # All inputs in one product; only the recurrence itself goes token by token.
         projected = jnp.moveaxis(self.input(x), 1, 0)
-        kept = jnp.ones(x.shape[:2], bool) if valid is None else valid
+        kept = jnp.ones(x.shape[:2], bool) if padding_mask is None else padding_mask
 
         def step(state: LSTMState, inputs):
             gates, keep, begin = inputs

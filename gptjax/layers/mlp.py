@@ -1,6 +1,6 @@
-"""The feed-forward layer: what a token does with what attention brought it.
+"""The position-wise MLP (feed-forward network, Vaswani et al. 2017, section 3.3).
 
-| `feedforward` | activation | source |
+| `activation` | formula | source |
 |---|---|---|
 | relu | max(0, x) | Vaswani et al. 2017, equation 2 |
 | relu2 | max(0, x)² | Primer (So et al. 2021) |
@@ -9,7 +9,7 @@
 | silu | x σ(x) | Hendrycks & Gimpel 2016 |
 | swiglu, geglu, geglu_tanh | silu, gelu or gelu_tanh of a gate, times up | Shazeer 2020 |
 
-With `experts`, each token goes to some of E such layers: experts.py.
+With `experts`, each token goes to some of E such layers: moe.py.
 """
 
 import math
@@ -17,38 +17,36 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.config import TransformerConfig
-from gptjax.layers.hooks import UNTAPPED, Taps
+from gptjax.config import GATES, TransformerConfig
+from gptjax.layers.hooks import NO_HOOKS, PRE_ACTIVATION, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
-from gptjax.parallel.sharding import constrain
 
 
-class FeedForward(nnx.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) · up(x)), token by token."""
+class MLP(nnx.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) · up(x)), position by position."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        width, hidden = (config.width,), (config.hidden_width,)
+        width, mlp_dim = (config.width,), (config.hidden_width,)
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
-        self.up = Linear(width, hidden, axes="DF", bias=config.bias, rngs=rngs)
+        self.up = Linear(width, mlp_dim, axes="DF", bias=config.bias, rngs=rngs)
         self.gate = (
-            Linear(width, hidden, axes="DF", bias=config.bias, rngs=rngs)
-            if config.feedforward in GATES
+            Linear(width, mlp_dim, axes="DF", bias=config.bias, rngs=rngs)
+            if config.activation in GATES
             else None
         )
-        self.down = Linear(hidden, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
-        self.activation = config.feedforward
+        self.down = Linear(mlp_dim, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
+        self.activation = config.activation
 
-    def __call__(self, x: jax.Array, taps: Taps = UNTAPPED) -> jax.Array:
-        """[B, T, D] → [B, T, D]; `taps` say what is looked at or changed."""
+    def __call__(self, x: jax.Array, hook: Hooks = NO_HOOKS) -> tuple[jax.Array, None]:
+        """[B, T, D] → [B, T, D], and no router's losses."""
         layers = [self.up] if self.gate is None else [self.up, self.gate]
-        up, *gate = (checkpoint_name(y, "feedforward") for y in project(x, *layers))
-        fed = activate(self.activation, up, gate[0] if gate else None)
-        return self.down(taps("activation", constrain(fed, "BTF")))
+        up, *gate = (hook(PRE_ACTIVATION, y) for y in project(x, *layers))
+        activated = hook("activation", activate(self.activation, up, *gate))
+        return hook("mlp_output", self.down(activated)), None
 
 
-def activate(name: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+def activate(name: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
     """The activation called `name` of `up` [..., F], or of `gate` [..., F] times `up`."""
     if gate is None:
         return ACTIVATIONS[name](up)
@@ -100,4 +98,3 @@ ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
     "silu": jax.nn.silu,
 }
-GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}

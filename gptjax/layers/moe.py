@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import TransformerConfig
+from gptjax.config import GATES, TransformerConfig
+from gptjax.layers.hooks import NO_HOOKS, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear
-from gptjax.layers.mlp import GATES, activate
+from gptjax.layers.mlp import activate
 from gptjax.parallel.sharding import auto_mesh, gathered, mesh_axes, parameter_spec, spec
 
 
@@ -28,23 +29,23 @@ class RouterLosses(NamedTuple):
     """Mean squared log-partition of the router's logits."""
 
 
-class Experts(nnx.Module):
-    """E feed-forward layers side by side, and the router that chooses among them."""
+class MoE(nnx.Module):
+    """E MLPs side by side, and the router that chooses among them."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         count, width, hidden = config.experts, config.width, config.hidden_width
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
         self.router = Linear((width,), (count,), axes="--", bias=False, rngs=rngs)
         self.up = ExpertLinear(count, width, hidden, axes="EDF", rngs=rngs)
-        gated = config.feedforward in GATES
+        gated = config.activation in GATES
         self.gate = ExpertLinear(count, width, hidden, axes="EDF", rngs=rngs) if gated else None
         self.down = ExpertLinear(count, hidden, width, axes="EFD", std=residual_std, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, *, training: bool) -> tuple[jax.Array, RouterLosses]:
+    def __call__(self, x: jax.Array, hook: Hooks = NO_HOOKS) -> tuple[jax.Array, RouterLosses]:
         """[B, T, D] → [B, T, D] and the router's losses.
 
-        In `training` a `capacity_factor` above 0 drops what an expert gets beyond its capacity, in
+        In training a `capacity_factor` above 0 drops what an expert gets beyond its capacity, in
         the order of the sequence.
         """
         config = self.config
@@ -54,19 +55,19 @@ class Experts(nnx.Module):
         weights, experts = jax.lax.top_k(probability, chosen)
         weights /= weights.sum(axis=-1, keepdims=True)
         assigned = jax.nn.one_hot(experts, count, dtype=jnp.float32)
-        if training and config.capacity_factor:
+        if hook.training and config.capacity_factor:
             capacity = math.ceil(config.capacity_factor * experts.size / count)
             flat = assigned.reshape(-1, count)
             place = (jnp.cumsum(flat, axis=0) * flat).sum(axis=-1).reshape(experts.shape)
             weights = jnp.where(place <= capacity, weights, 0)
         gate = None if self.gate is None else self.gate(x.dtype)
         kernels = _Kernels(self.up(x.dtype), gate, self.down(x.dtype))
-        mixed = _mix_on_shares(x, experts, weights, kernels, config.feedforward)
+        mixed = _mix_on_shares(x, experts, weights, kernels, config.activation)
 
         share = assigned.sum(axis=2).mean(axis=1) / chosen
         balance = count * (share * probability.mean(axis=1)).sum(axis=-1)
         z = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1)
-        return mixed.astype(x.dtype), RouterLosses(balance, z)
+        return hook("mlp_output", mixed.astype(x.dtype)), RouterLosses(balance, z)
 
 
 class _Kernels(NamedTuple):
@@ -124,7 +125,7 @@ def _mix(x, experts, weights, kernels: _Kernels, activation: str) -> jax.Array:
       experts: [B, T, chosen].
       weights: [B, T, chosen].
       kernels: of E experts.
-      activation: as `TransformerConfig.feedforward`.
+      activation: as `TransformerConfig.activation`.
 
     Returns:
       [B, T, D].

@@ -10,6 +10,7 @@ row statistics into the neighbouring matrix products on a CPU and computes them 
 """
 
 import functools
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +45,18 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
-def build_norm(config: TransformerConfig) -> LayerNorm | RMSNorm:
+Norm = LayerNorm | RMSNorm
+
+
+def build_norm(config: TransformerConfig) -> Norm:
     """The norm that `config` names, over its residual stream."""
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.width, epsilon=config.norm_epsilon)
-    return LayerNorm(config.width, epsilon=config.norm_epsilon, bias=config.bias)
+    match config.norm:
+        case "layernorm":
+            return LayerNorm(config.width, epsilon=config.norm_epsilon, bias=config.bias)
+        case "rmsnorm":
+            return RMSNorm(config.width, epsilon=config.norm_epsilon)
+        case unknown:
+            assert_never(unknown)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

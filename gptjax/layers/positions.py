@@ -18,10 +18,11 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gptjax.config import RELATIVE_BUCKETS
+
 SINUSOIDAL_BASE = 10_000.0
-RELATIVE_BUCKETS = 32
 RELATIVE_MAX_DISTANCE = 128
-"""T5's values (its released configurations)."""
+"""T5's (its released configurations)."""
 
 
 def sinusoidal(positions: jax.Array, width: int, pairing: str) -> jax.Array:

@@ -5,34 +5,46 @@ turns (`attention="full,local"`), there are p stacks of L / p layers.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import InputError, TransformerConfig
-from gptjax.layers.attention.flash import Sight
-from gptjax.layers.attention.module import KVCache, attention_mask, compressed_mask
-from gptjax.layers.block import Block, BlockCache, View
+from gptjax.config import RELATIVE_BUCKETS, InputError, TransformerConfig
+from gptjax.layers.attention.cache import KVCache
+from gptjax.layers.attention.masks import AttentionMask, MaskRule, attention_mask, compressed_mask
+from gptjax.layers.attention.module import AttentionInputs
+from gptjax.layers.block import Block, BlockCache, BlockInputs
 from gptjax.layers.embedding import Embedding
-from gptjax.layers.hooks import Capture, Intervention, Taps
+from gptjax.layers.hooks import Hooks, Interventions
+from gptjax.layers.inputs import Inputs
 from gptjax.layers.moe import RouterLosses
 from gptjax.layers.norms import build_norm
-from gptjax.layers.positions import RELATIVE_BUCKETS, alibi_bias, relative_buckets, rotary_angles
+from gptjax.layers.positions import alibi_bias, relative_buckets, rotary_angles
 from gptjax.parallel.pipeline import run_stages, stages
 
-Edits = Mapping[str, Intervention] | None
-"""Interventions by place, of all layers [L, ...] or of one."""
-RunLayer = Callable[
-    [int, Any, jax.Array, Any, Any, jax.Array | None, Edits], tuple[jax.Array, Any, Any]
-]
-"""(kind, the layer's parameters, x, what belongs to x's rows, the layer's cache, its key, its
-interventions) → (x, its cache, its other outputs)."""
 
-SAVED = ("attention", "feedforward")
-"""What the policy "names" keeps: what a query read, and what the activation is computed of."""
+class LayerInputs(NamedTuple):
+    """What is a layer's own, beside its parameters."""
+
+    number: Any
+    """From 0."""
+    cache: Any
+    """Of the tokens before, or None."""
+    key: jax.Array | None
+    """Of its dropout; None drops nothing."""
+    interventions: Interventions
+    """At its hook points."""
+
+
+RunLayer = Callable[[int, Any, jax.Array, Any, LayerInputs], tuple[jax.Array, Any, Any]]
+"""(kind, the layer's parameters, x, what belongs to x's rows, what is the layer's own) → (x, its
+cache, its other outputs)."""
+
+SAVED = ("attention", "mlp")
+"""What the policy "names" keeps: the heads' weighted values, and what the activation takes."""
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -100,23 +112,23 @@ def run_layers(
     depth: int,
     cache: Any,
     key: jax.Array | None,
-    edits: Edits = None,
+    interventions: Interventions = None,
     layers: Sequence[Any] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Thread x through `depth` layers: scanned or not, recomputed or not, as `config` says.
 
-    Where the program is parted into the stages of a pipeline, they are its stages, always scanned.
+    Where the program is split into the stages of a pipeline, they are its stages, always scanned.
 
     Args:
       run: one layer.
       stacks: the parameters [L / p, ...] of each of the p kinds.
       x: what enters the first layer.
-      rows: what every layer is told of the rows of x, arrays [B, ...] or [1, ...].
+      rows: what every layer takes beside the rows of x, arrays [B, ...] or [1, ...].
       config: its `scan_layers` and `remat` count here.
       depth: L.
       cache: of each layer: a tree of [L, ...] arrays if scanned, else a list of L trees; or None.
       key: dropout key, from which each layer gets its own.
-      edits: interventions, of which each layer gets its own; not in a pipeline.
+      interventions: at hook points, of which each layer gets its own; not in a pipeline.
       layers: the parameters as `unstacked` gives them, where the caller has them so; a loop over
         the layers does not use them.
 
@@ -131,20 +143,22 @@ def run_layers(
     if config.remat != "none" and not grouped:
         run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
-    keys = None if key is None else jax.random.split(key, depth)
-    edits = _of_layers(edits, depth)
+    own = LayerInputs(
+        jnp.arange(depth),
+        cache,
+        None if key is None else jax.random.split(key, depth),
+        # Those whose axis L is 1 are of every layer.
+        jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape[1:])), interventions),
+    )
     staged = cache is None and stages() > 1
-    if staged and edits:
+    if staged and interventions:
         raise InputError("mesh.pipeline must be 1 for interventions: its stages take none.")
     if not (staged or config.scan_layers):
-        layers = layers or unstacked(stacks, depth)
-        return _unrolled(run, kinds, x, rows, layers, cache, keys, edits)
+        return _unrolled(run, kinds, x, rows, layers or unstacked(stacks, depth), own)
 
     together = max(kinds, config.remat_layers)
 
-    def turn(
-        params: Any, x: jax.Array, rows: Any, cache: Any, keys: Any, edits: Edits
-    ) -> tuple[jax.Array, Any]:
+    def turn(params: Any, x: jax.Array, rows: Any, own: LayerInputs) -> tuple[jax.Array, Any]:
         """Layers of each kind; parameters are [...], or [layers of the kind, ...] in groups.
 
         A part that is taken out of them would be kept for the backward pass beside the whole; what
@@ -152,30 +166,23 @@ def run_layers(
         """
         outputs = []
         for index in range(together):
-            own = params[index % kinds]
+            layer = params[index % kinds]
             if grouped:
-                own = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], own)
-            given = jax.tree.map(lambda leaf, at=index: leaf[at], (cache, keys, edits))
-            x, *output = run(index % kinds, own, x, rows, *given)
+                layer = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], layer)
+            given = jax.tree.map(lambda leaf, at=index: leaf[at], own)
+            x, *output = run(index % kinds, layer, x, rows, given)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     if config.remat != "none" and grouped:
         turn = jax.checkpoint(turn, policy=policy)
     params = _grouped(list(stacks), together // kinds) if grouped else list(stacks)
-    by_turn = _grouped((cache, keys, edits), together)
+    by_turn = _grouped(own, together)
     if staged:
-        x, outputs = run_stages(
-            lambda params, x, rows, keys: turn(params, x, rows, None, keys, None),
-            params,
-            x,
-            rows,
-            by_turn[1],
-            asked=config.microbatches,
-        )
+        x, outputs = run_stages(turn, params, x, rows, by_turn, asked=config.microbatches)
     else:
         x, outputs = jax.lax.scan(
-            lambda x, given: turn(given[0], x, rows, *given[1]), x, (params, by_turn)
+            lambda x, given: turn(given[0], x, rows, given[1]), x, (params, by_turn)
         )
     cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return x, cache, outputs
@@ -186,22 +193,20 @@ def _grouped(tree: Any, size: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
 
 
-def _of_layers(edits: Edits, depth: int) -> Edits:
-    """Interventions whose axis L is `depth` long, not 1."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape[1:])), edits)
-
-
-def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], cache, keys, edits):
+def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], own: LayerInputs):
     """The layers one after another; the results as `run_layers` gives them."""
     caches, outputs = [], []
     for index, params in enumerate(layers):
-        own_cache = None if cache is None else cache[index]
-        given = jax.tree.map(lambda leaf, at=index: leaf[at], (keys, edits))
-        x, own_cache, output = run(index % kinds, params, x, rows, own_cache, *given)
-        caches.append(own_cache)
+        keys, interventions = jax.tree.map(
+            lambda leaf, at=index: leaf[at], (own.key, own.interventions)
+        )
+        cache = None if own.cache is None else own.cache[index]
+        given = LayerInputs(index, cache, keys, interventions)
+        x, cache, output = run(index % kinds, params, x, rows, given)
+        caches.append(cache)
         outputs.append(output)
     outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-    return x, None if cache is None else caches, outputs
+    return x, None if own.cache is None else caches, outputs
 
 
 def stacked_caches(config: TransformerConfig, caches: Sequence[Any]) -> Any:
@@ -237,87 +242,61 @@ class BlockStack(nnx.Module):
         self.config = config
         self.depth = depth
         self.causal = causal
+        self.cross = cross
 
     def __call__(
         self,
         x: jax.Array,
+        inputs: Inputs,
         *,
-        valid: jax.Array | None = None,
-        documents: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        key: jax.Array | None,
         memory: jax.Array | None = None,
-        memory_valid: jax.Array | None = None,
-        cache: Any = None,
-        start: jax.Array | int = 0,
-        key: jax.Array | None = None,
-        capture: Capture = (),
-        edits: Edits = None,
-        layers: Sequence[Any] | None = None,
     ) -> StackOutput:
         """Run the blocks.
 
         Args:
-          x: [B, T, D].
-          valid: [B, S], False at keys that are padding; S is T, or the cache's length.
-          documents: [B, T], which of its row's documents each token is of, where rows are packed;
-            none looks at another's. The tokens of a document stand side by side.
-          positions: [B, T], the place of each token in its document; None counts from `start`.
-          memory: [B, S', D], what cross-attention looks at.
-          memory_valid: [B, S'], False at its padding.
-          cache: from `empty_cache`; None attends within x alone.
-          start: the place of x's first token in its sequence, a number or [B].
-          key: dropout key; None drops nothing.
-          capture: what to return of `taps`' places.
-          edits: interventions at them.
-          layers: the blocks' parameters as `unstacked` gives them, where a caller that runs many
-            times has them so; unrolled only.
+          x: [B, T, D], the embeddings of `inputs.tokens`.
+          inputs: of the forward pass.
+          key: dropout key of the blocks; None drops nothing.
+          memory: [B, S, D], the encoder's output for `inputs.source`; None with a cache.
 
         Raises:
-          InputError: documents for a stack that cannot keep them apart.
+          InputError: packed rows for a stack that cannot keep documents apart.
         """
-        config = self.config
-        if documents is not None:
-            self._check_packed(cache)
-        keys = x.shape[1] if cache is None else _cache_length(cache)
-        places = jnp.atleast_1d(start)[:, None] + jnp.arange(x.shape[1])
-        positions = places if positions is None else positions
-        views = self._views(places, positions, keys, valid, documents, memory_valid)
+        rows = self._block_inputs(x, inputs, memory)
         graphdefs, params = self._split()
 
-        def run(
-            kind: int, params: Any, x: jax.Array, rows: Any, cache: Any, key: Any, edits: Edits
-        ):
-            views, memory = rows
-            taps = Taps(capture, edits)
-            x, cache, losses = nnx.merge(graphdefs[kind], params)(
-                x,
-                views[config.attention_pattern[kind]],
-                memory=memory,
-                cache=cache,
-                start=start,
-                key=key,
-                taps=taps,
+        def run(kind: int, params: Any, x: jax.Array, rows: Any, own: LayerInputs):
+            of_block: BlockInputs = rows[self.config.attention_pattern[kind]]
+            attention = of_block.attention._replace(
+                cache_index=inputs.cache_index, layer=own.number
             )
-            return x, cache, (taps.captured, losses)
+            hook = Hooks(
+                inputs.capture, own.interventions, dropout_rate=self.config.dropout, key=own.key
+            )
+            x, cache, losses = nnx.merge(graphdefs[kind], params)(
+                x, of_block._replace(attention=attention), cache=own.cache, hook=hook
+            )
+            return x, cache, (hook.captured, losses)
 
         x, cache, (captured, losses) = run_layers(
             run,
             params,
             x,
-            (views, memory),
-            config=config,
+            rows,
+            config=self.config,
             depth=self.depth,
-            cache=cache,
+            cache=inputs.cache,
             key=key,
-            edits=edits,
-            layers=layers,
+            interventions=inputs.interventions,
+            layers=inputs.layers,
         )
         losses = jax.tree.map(lambda leaf: leaf.sum(axis=0), losses)
         hidden = x if self.norm is None else self.norm(x)
         return StackOutput(hidden, cache, captured, losses)
 
     def empty_cache(self, batch_size: int, memory: jax.Array | None = None) -> Any:
-        """A cache of `context` places for each block, with what it will read of `memory`."""
+        """A cache of `context` slots for each block, with its keys and values of `memory`."""
         config = self.config
         shape = (batch_size, config.key_value_heads, config.context, config.head_width)
 
@@ -325,7 +304,7 @@ class BlockStack(nnx.Module):
             own = KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
             if memory is None or block.cross_attention is None:
                 return BlockCache(own, None)
-            return BlockCache(own, block.cross_attention.keys_values(memory).swapped())
+            return BlockCache(own, block.memory_kv(memory).swapped())
 
         graphdefs, params = self._split()
         caches = [
@@ -353,22 +332,29 @@ class BlockStack(nnx.Module):
         parts = [nnx.split(stack, nnx.Param) for stack in stacks]
         return [graphdef for graphdef, _ in parts], [params for _, params in parts]
 
-    def _check_packed(self, cache: Any) -> None:
+    def _check_packed(self, inputs: Inputs) -> None:
+        if inputs.segment_ids is None:
+            return
         if "compressed" in self.config.attention_pattern:
             raise InputError(
                 "TransformerConfig.attention is "
                 f"{self.config.attention!r}: compressed attention joins neighbouring tokens of "
                 "different documents, so that a row takes one document."
             )
-        if cache is not None:
-            raise InputError("A cache is of one document a row: give it no documents.")
+        if inputs.cache is not None:
+            raise InputError("A cache holds one document per row: give it no segment_ids.")
 
-    def _views(self, places, positions, keys, valid, documents, memory_valid) -> dict[str, View]:
-        """What each kind of attention is told."""
-        config = self.config
-        # Two tokens of one document are as far apart in their row as in the document, and of two
-        # documents none sees the other: a distance is the same for all rows, packed or not.
-        distance = places[..., None] - jnp.arange(keys)
+    def _block_inputs(
+        self, x: jax.Array, inputs: Inputs, memory: jax.Array | None
+    ) -> dict[str, BlockInputs]:
+        """What the blocks of each kind of attention take beside the stream."""
+        self._check_packed(inputs)
+        config, cached = self.config, inputs.cache is not None
+        keys = _cache_length(inputs.cache) if cached else x.shape[1]
+        slots = jnp.atleast_1d(inputs.cache_index)[:, None] + jnp.arange(x.shape[1])
+        # Two tokens of one document are as far apart in their row as in the document, and none
+        # attends to another document: a distance is the same for all rows, packed or not.
+        distance = slots[..., None] - jnp.arange(keys)
         bias = angles = None
         if config.positions == "alibi":
             bias = alibi_bias(distance, config.heads)
@@ -376,20 +362,28 @@ class BlockStack(nnx.Module):
             buckets = relative_buckets(distance, bidirectional=not self.causal)
             bias = jnp.moveaxis(self.relative(buckets), -1, 1)
         if config.positions == "rotary":
+            positions = slots if inputs.positions is None else inputs.positions
             angles = rotary_angles(positions, config.rotary_width, config.rotary_base)
-        memory_mask = None if memory_valid is None else memory_valid[:, None]
-        memory_sight = Sight(causal=False, valid=memory_valid)
-        views = {}
-        for kind in config.attention_pattern:
-            sight = None
+        padding_mask = None if cached else inputs.padding_mask
+
+        def mask(kind: str) -> AttentionMask:
             if kind == "compressed":
-                mask = compressed_mask(places, keys, config.compression)
-            else:
-                window = config.window if kind == "local" else 0
-                sight = Sight(self.causal, window, valid, documents)
-                mask = attention_mask(distance, **vars(sight))
-            views[kind] = View(mask, bias, angles, memory_mask, sight, memory_sight)
-        return views
+                return AttentionMask(compressed_mask(slots, keys, config.compression))
+            window = config.window if kind == "local" else 0
+            rule = MaskRule(self.causal, window, padding_mask, inputs.segment_ids)
+            return AttentionMask(attention_mask(distance, rule), None if cached else rule)
+
+        source_mask = inputs.source_mask if self.cross else None
+        cross = AttentionMask(
+            None if source_mask is None else source_mask[:, None],
+            MaskRule(causal=False, padding_mask=source_mask),
+        )
+        return {
+            kind: BlockInputs(
+                AttentionInputs(mask(kind), bias, angles), AttentionInputs(cross), memory
+            )
+            for kind in config.attention_pattern
+        }
 
 
 def _build_block(config: TransformerConfig, kind: str, cross: bool, rngs: nnx.Rngs) -> Block:

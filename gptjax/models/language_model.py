@@ -1,8 +1,7 @@
 """What every family of models shares: tokens' embeddings on the way in, the head on the way out."""
 
 import math
-from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,24 @@ from jax.core import Tracer
 from gptjax.config import InputError, TransformerConfig
 from gptjax.layers.dropout import dropout
 from gptjax.layers.embedding import Embedding
-from gptjax.layers.hooks import check_sites
+from gptjax.layers.hooks import check_hook_points
+from gptjax.layers.inputs import Inputs
 from gptjax.layers.norms import build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
 from gptjax.parallel.sharding import constrain
+
+OF_SOME_FAMILIES = (
+    "padding_mask",
+    "segment_ids",
+    "token_types",
+    "positions",
+    "source",
+    "source_mask",
+    "cache",
+    "layers",
+)
+"""The fields of `Inputs` that not every family takes."""
 
 
 class LanguageModel(nnx.Module):
@@ -27,6 +39,9 @@ class LanguageModel(nnx.Module):
       InputError: a config without a vocabulary size.
     """
 
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Of `OF_SOME_FAMILIES`, the inputs that the family takes."""
+
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         if config.vocab_size == 0:
             raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
@@ -34,26 +49,35 @@ class LanguageModel(nnx.Module):
         self.embedding = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
         if config.positions == "learned":
             self.positions = Embedding(config.context, config.width, axes="-D", rngs=rngs)
-        if config.segments:
-            self.segments = Embedding(config.segments, config.width, axes="-D", rngs=rngs)
+        if config.token_types:
+            self.token_types = Embedding(config.token_types, config.width, axes="-D", rngs=rngs)
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
         if not config.tied:
             self.head = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
         bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32), axes="V")
         self.bias = bias if config.head_bias else None
 
-    def __call__(
-        self, tokens: jax.Array, *, key: jax.Array | None = None, **inputs: Any
-    ) -> jax.Array:
+    def __call__(self, tokens: Any, **inputs: Any) -> jax.Array:
         """Tokens [B, T] → logits [B, T, V], float32.
 
-        Of the token that follows each; of an encoder, of the token at each place. The family's
-        `hidden` says what `inputs` may be.
+        Of the token that follows each; of an encoder, of the token at each position. `inputs` are
+        the fields of `Inputs`.
         """
-        return self.unembed(self.readout(self.hidden(tokens, key=key, **inputs).hidden))
+        return self.unembed(self.readout(self.hidden(tokens, **inputs).hidden))
 
-    def hidden(self, *args: Any, **inputs: Any) -> StackOutput:
-        """Everything before the head; each family says what it is given."""
+    def hidden(self, tokens: Any, **inputs: Any) -> StackOutput:
+        """Everything before the head; `inputs` are the fields of `Inputs`.
+
+        Raises:
+          InputError: more tokens than the context, an unknown hook point, or an input that the
+            family does not take.
+        """
+        given = Inputs(tokens, **inputs)
+        self.check(given)
+        return self.forward(given)
+
+    def forward(self, inputs: Inputs) -> StackOutput:
+        """`hidden` of inputs that were checked; each family's own."""
         raise NotImplementedError
 
     @property
@@ -77,19 +101,12 @@ class LanguageModel(nnx.Module):
         """
         raise InputError(f"A model of the family {self.config.family} does not decode.")
 
-    def embed(
-        self,
-        tokens: jax.Array,
-        *,
-        start: jax.Array | int = 0,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Tokens [B, T] at `positions` [B, T], or else from place `start` on → [B, T, D]."""
-        config = self.config
+    def embed(self, inputs: Inputs, key: jax.Array | None) -> jax.Array:
+        """Tokens [B, T] → [B, T, D], with position and token type embeddings where there are."""
+        config, tokens = self.config, inputs.tokens
+        positions = inputs.positions
         if positions is None:
-            positions = jnp.atleast_1d(start)[:, None] + jnp.arange(tokens.shape[1])
+            positions = jnp.atleast_1d(inputs.cache_index)[:, None] + jnp.arange(tokens.shape[1])
         x = self.embedding(tokens, config.dtype)
         if config.embedding_scaled:
             x *= math.sqrt(config.width)
@@ -97,9 +114,9 @@ class LanguageModel(nnx.Module):
             x += self.positions(positions, config.dtype)
         if config.positions == "sinusoidal":
             x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
-        if config.segments:
-            kinds = jnp.zeros_like(tokens) if segments is None else segments
-            x += self.segments(kinds, config.dtype)
+        if config.token_types:
+            types = jnp.zeros_like(tokens) if inputs.token_types is None else inputs.token_types
+            x += self.token_types(types, config.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return constrain(dropout(x, config.dropout, key), "BtD")
@@ -128,21 +145,26 @@ class LanguageModel(nnx.Module):
         scale = self.config.logit_scale
         return hidden if scale == 1 else scale * hidden
 
-    def check(self, tokens: jax.Array, *sites: Collection[str] | None) -> None:
+    def check(self, inputs: Inputs) -> None:
         """Refuse what the model cannot take, before anything is compiled.
 
         Raises:
-          InputError: tokens [B, T] of another shape, too many or unknown; or unknown `sites`.
+          InputError: tokens [B, T] of another shape, too many or unknown; unknown hook points; or
+            an input that the family has no use for.
         """
+        tokens, config = inputs.tokens, self.config
         if tokens.ndim != 2:
             raise InputError(f"tokens has the shape {tokens.shape}: it must be [B, T].")
-        length, context = tokens.shape[1], self.config.context
-        if length > context:
-            raise InputError(f"The sequence has {length} tokens; context allows {context}.")
+        length = tokens.shape[1]
+        if length > config.context:
+            raise InputError(f"The sequence has {length} tokens; context allows {config.context}.")
         if not isinstance(tokens, Tracer):
             self._check_vocabulary(np.asarray(tokens))
-        for names in sites:
-            check_sites(self.config, names or ())
+        for name in OF_SOME_FAMILIES:
+            if getattr(inputs, name) is not None and name not in self.takes:
+                raise InputError(f"A model of the family {config.family} takes no {name}.")
+        for names in (inputs.capture, inputs.interventions or ()):
+            check_hook_points(config, names)
 
     def _check_vocabulary(self, tokens: np.ndarray) -> None:
         """A compiled program cannot refuse: there an unknown token's logits are NaN."""

@@ -43,7 +43,7 @@ def _transformer(depth: int, width: int, heads: int, dropout: float) -> Transfor
         pairing="neighbours",
         norm_placement="post",
         final_norm=False,
-        feedforward="relu",
+        activation="relu",
         embedding_scaled=True,
         dropout=dropout,
     )
@@ -58,12 +58,12 @@ def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
         depth=depth,
         width=width,
         heads=heads,
-        segments=2,
+        token_types=2,
         norm_placement="post",
         norm_epsilon=1e-12,
         embedding_norm=True,
         final_norm=False,
-        feedforward="gelu",
+        activation="gelu",
         head_bias=True,
         encoder_heads="pretraining",
         dropout=0.1,
@@ -77,14 +77,14 @@ _LLAMA_STYLE = dataclasses.replace(
     _SMALL,
     positions="rotary",
     norm="rmsnorm",
-    feedforward="swiglu",
+    activation="swiglu",
     hidden=344,
     kv_heads=2,
     bias=False,
 )
 
 _TRANSFORMER_DECODER = dataclasses.replace(
-    _SMALL, positions="sinusoidal", pairing="neighbours", feedforward="relu", embedding_scaled=True
+    _SMALL, positions="sinusoidal", pairing="neighbours", activation="relu", embedding_scaled=True
 )
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -152,7 +152,7 @@ PRESETS: dict[str, TransformerConfig] = {
         positions="rotary",
         rotary_fraction=0.25,
         norm_placement="parallel",
-        feedforward="gelu_tanh",
+        activation="gelu_tanh",
         tied=False,
     ),
     "pythia-160m": TransformerConfig(
@@ -164,7 +164,7 @@ PRESETS: dict[str, TransformerConfig] = {
         positions="rotary",
         rotary_fraction=0.25,
         norm_placement="parallel",
-        feedforward="gelu",
+        activation="gelu",
         tied=False,
     ),
     # Hugging Face's SmolLM, a Llama (its released configuration).
@@ -178,7 +178,7 @@ PRESETS: dict[str, TransformerConfig] = {
         hidden=1536,
         positions="rotary",
         norm="rmsnorm",
-        feedforward="swiglu",
+        activation="swiglu",
         bias=False,
     ),
     "gpt-j-style": dataclasses.replace(
@@ -196,7 +196,7 @@ PRESETS: dict[str, TransformerConfig] = {
     "gemma-style": dataclasses.replace(
         _LLAMA_STYLE,
         norm_placement="sandwich",
-        feedforward="geglu_tanh",
+        activation="geglu_tanh",
         attention="local,full",
         window=64,
         attention_cap=50.0,
@@ -208,7 +208,7 @@ PRESETS: dict[str, TransformerConfig] = {
     "multi-query": dataclasses.replace(_SMALL, kv_heads=1),
     "qk-norm": dataclasses.replace(_SMALL, qk_norm=True),
     "post-norm": dataclasses.replace(_SMALL, norm_placement="post", final_norm=False),
-    "relu2": dataclasses.replace(_SMALL, feedforward="relu2"),
+    "relu2": dataclasses.replace(_SMALL, activation="relu2"),
     "moe": dataclasses.replace(_LLAMA_STYLE, experts=8, hidden=172),
     "lstm": dataclasses.replace(
         _SMALL, family="recurrent", depth=2, width=256, positions="none", final_norm=False

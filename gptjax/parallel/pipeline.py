@@ -57,7 +57,7 @@ def bubble(stages: int, microbatches: int) -> float:
 
 
 def run_stages(
-    turn: RunTurn, stacks: list[Any], x: jax.Array, rows: Any, keys: Any, *, asked: int
+    turn: RunTurn, stacks: list[Any], x: jax.Array, rows: Any, own: Any, *, asked: int
 ) -> tuple[jax.Array, Any]:
     """Thread x through all turns of the stacks, as the stages of a pipeline.
 
@@ -66,7 +66,7 @@ def run_stages(
       stacks: their parameters, [turns, ...] arrays.
       x: [B, T, D].
       rows: what belongs to the rows of x, arrays [B, ...], or [1, ...] where it is the same to all.
-      keys: of the layers' dropout, [turns, p], or None.
+      own: what is each layer's own, [turns, p, ...]; its `key` is the dropout's, or None.
       asked: microbatches, 0 for the default.
 
     Returns:
@@ -85,21 +85,22 @@ def run_stages(
     parts = microbatches(batch, asked, sizes)
     entering = _parted(x, parts)
     leaves, structure = jax.tree.flatten(rows)
-    own = [leaf.shape[0] == batch for leaf in leaves]
+    split = [leaf.shape[0] == batch for leaf in leaves]
     leaves = [
-        _parted(leaf, parts) if mine else leaf for leaf, mine in zip(leaves, own, strict=True)
+        _parted(leaf, parts) if mine else leaf for leaf, mine in zip(leaves, split, strict=True)
     ]
     by_stage = jax.tree.map(
-        lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (list(stacks), keys)
+        lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (list(stacks), own)
     )
 
     def stage(given: Any, x: jax.Array, part: jax.Array) -> tuple[jax.Array, Any]:
-        of_part = [leaf[part] if mine else leaf for leaf, mine in zip(leaves, own, strict=True)]
+        of_part = [leaf[part] if mine else leaf for leaf, mine in zip(leaves, split, strict=True)]
 
         def next_turn(x: jax.Array, given: Any) -> tuple[jax.Array, Any]:
-            params, keys = given
-            keys = keys if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, part)
-            return turn(params, x, structure.unflatten(of_part), keys)
+            params, own = given
+            if own.key is not None:
+                own = own._replace(key=jax.vmap(jax.random.fold_in, (0, None))(own.key, part))
+            return turn(params, x, structure.unflatten(of_part), own)
 
         return jax.lax.scan(next_turn, x, given)
 

@@ -52,14 +52,14 @@ def batch_shapes(config: ExperimentConfig) -> Batch:
     batch = Batch(array(jnp.int32), array(jnp.int32), array(jnp.float32))
     objective = config.data.objective
     if config.data.packing == "first_fit" or objective == "masked_lm":
-        batch = batch._replace(documents=array(jnp.int32), positions=array(jnp.int32))
+        batch = batch._replace(segment_ids=array(jnp.int32), positions=array(jnp.int32))
     if objective == "next_sentence":
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
         batch = batch._replace(
-            valid=array(jnp.bool_), segments=array(jnp.int32), next_sentence=labels
+            padding_mask=array(jnp.bool_), token_types=array(jnp.int32), next_sentence=labels
         )
     if objective in ("sequence_to_sequence", "prefix", "span_corruption"):
-        batch = batch._replace(source=array(jnp.int32), source_valid=array(jnp.bool_))
+        batch = batch._replace(source=array(jnp.int32), source_mask=array(jnp.bool_))
     return batch
 
 

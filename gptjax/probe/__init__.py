@@ -8,7 +8,7 @@ heads, H channels of a head, D of the stream, F of the feed-forward layer, V tok
 vocabulary.
 """
 
-from gptjax.layers.hooks import Intervention, sites
+from gptjax.layers.hooks import Intervention, hook_points
 from gptjax.probe.heads import (
     HeadScores,
     entropy,
@@ -18,8 +18,8 @@ from gptjax.probe.heads import (
     rollout,
 )
 from gptjax.probe.interventions import (
-    ablate_feedforward,
     ablate_heads,
+    ablate_mlp,
     add,
     patch_heads,
     patch_positions,
@@ -39,14 +39,15 @@ __all__ = [
     "HeadScores",
     "Intervention",
     "TopAttention",
-    "ablate_feedforward",
     "ablate_heads",
+    "ablate_mlp",
     "add",
     "attention",
     "attribution",
     "entropy",
     "head_scores",
     "history",
+    "hook_points",
     "logit_lens",
     "mean_distance",
     "observe",
@@ -56,7 +57,6 @@ __all__ = [
     "replace",
     "replace_each",
     "rollout",
-    "sites",
     "token_loss",
     "where",
     "zero",

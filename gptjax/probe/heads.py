@@ -99,7 +99,7 @@ def head_scores(model: LanguageModel, sequences: Any, length: int) -> HeadScores
             f"sequences have {total} tokens: twice length, {2 * length}, or one more is needed, "
             "and length must be at least 2."
         )
-    site, _ = place_of(model, None)
+    hook_point, _ = place_of(model, None)
     keep = _MeanAlong((1, length - 1, length), total - length)
-    means = observe(model, sequences, {site: keep}).captured[site]
+    means = observe(model, sequences, {hook_point: keep}).captured[hook_point]
     return HeadScores(*jnp.moveaxis(means, -1, 0))

@@ -1,7 +1,7 @@
 """Interventions: what becomes of the logits if something inside is changed.
 
-    here = probe.where(model, "mixture", tokens.shape, layers=[5], heads=[1])
-    probe.observe(model, tokens, edits={"mixture": probe.zero(here)}).logits
+    here = probe.where(model, "z", tokens.shape, layers=[5], heads=[1])
+    probe.observe(model, tokens, interventions={"z": probe.zero(here)}).logits
 
 An `Intervention` is a value that is passed to the forward pass; the model is what it was.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from gptjax.config import InputError
-from gptjax.layers.hooks import ENCODER, Intervention, check_sites, sites
+from gptjax.layers.hooks import ENCODER, Intervention, check_hook_points, hook_points
 from gptjax.models.build import LanguageModel, split
 from gptjax.probe.observation import as_arrays, run
 
@@ -38,7 +38,7 @@ def check_numbers(name: str, numbers: Sequence[int], count: int) -> list[int]:
 
 def where(
     model: LanguageModel,
-    site: str,
+    hook_point: str,
     shape: tuple[int, int],
     *,
     layers: Sequence[int] | None = None,
@@ -50,7 +50,7 @@ def where(
 
     Args:
       model: whose place it is.
-      site: a place of `sites`.
+      hook_point: one of `hook_points`.
       shape: [B, T] of the tokens at the place: of the source where it is the encoder's, or the keys
         and values of cross-attention.
       layers: their numbers, from 0.
@@ -64,9 +64,9 @@ def where(
     Raises:
       InputError: a place, layer, position or head that is not there, or that it has no axis for.
     """
-    check_sites(model.config, [site])
-    config, axes = model.config, sites(model.config)[site]
-    encoders = site.startswith(ENCODER) and config.encoder_depth
+    check_hook_points(model.config, [hook_point])
+    config, axes = model.config, hook_points(model.config)[hook_point]
+    encoders = hook_point.startswith(ENCODER) and config.encoder_depth
     sizes = {
         "L": config.encoder_depth if encoders else config.depth,
         "T": shape[1],
@@ -85,7 +85,7 @@ def where(
         if numbers is None:
             continue
         if axis not in axes or (name == "keys" and "T" not in axes):
-            raise InputError(f"{name} must be None: {site} has the axes {axes}.")
+            raise InputError(f"{name} must be None: {hook_point} has the axes {axes}.")
         of_axis = np.isin(np.arange(sizes[axis]), check_numbers(name, numbers, sizes[axis]))
         found = found & np.expand_dims(
             of_axis, [i for i, other in enumerate(axes) if other != axis]
@@ -118,7 +118,7 @@ def add(where: Any, vector: Any) -> Intervention:
 def replace_each(
     model: LanguageModel,
     tokens: Any,
-    site: str,
+    hook_point: str,
     wheres: Any,
     metric: Metric,
     *,
@@ -133,7 +133,7 @@ def replace_each(
     Args:
       model: of any family.
       tokens: [B, T].
-      site: a place of `sites`.
+      hook_point: one of `hook_points`.
       wheres: [C, ...], what `where` gives, C times.
       metric: what is asked of the logits.
       value: as in `replace`.
@@ -146,20 +146,20 @@ def replace_each(
     Raises:
       InputError: as `observe`.
     """
-    tokens, inputs = as_arrays(model, tokens, inputs, [site])
+    tokens, inputs = as_arrays(model, tokens, inputs, [hook_point])
     graphdef, params = split(model)
     value, wheres = jnp.asarray(value, jnp.float32), jnp.asarray(wheres)
     size = at_a_time or len(wheres)
-    return _replace_each(graphdef, site, metric, size, params, tokens, wheres, value, inputs)
+    return _replace_each(graphdef, hook_point, metric, size, params, tokens, wheres, value, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _replace_each(graphdef, site, metric, size, params, tokens, wheres, value, inputs):
+def _replace_each(graphdef, hook_point, metric, size, params, tokens, wheres, value, inputs):
     model = nnx.merge(graphdef, params)
 
     def measured(where: jax.Array) -> jax.Array:
-        edits = {site: replace(where, value)}
-        return metric(run(model, tokens, (), edits, inputs).logits)
+        interventions = {hook_point: replace(where, value)}
+        return metric(run(model, tokens, (), interventions, inputs).logits)
 
     return jax.lax.map(measured, wheres, batch_size=size)
 
@@ -173,30 +173,28 @@ def _one_at_a_time(first: int, second: int, axes: tuple[int, int], rank: int) ->
 def ablate_heads(
     model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **how: Any
 ) -> jax.Array:
-    """The metric with each head's mixture replaced by `value`: [L, N].
+    """The metric with each head's z (its weighted values) replaced by `value`: [L, N].
 
-    `value` 0 is zero ablation; `mixture.mean((1, 2), keepdims=True)`, mean ablation. `how` is what
+    `value` 0 is zero ablation; `z.mean((1, 2), keepdims=True)`, mean ablation. `how` is what
     `replace_each` takes.
     """
     depth, heads = model.config.depth, model.config.heads
     wheres = _one_at_a_time(depth, heads, (0, 3), 5)
-    measured = replace_each(model, tokens, "mixture", wheres, metric, value=value, **how)
+    measured = replace_each(model, tokens, "z", wheres, metric, value=value, **how)
     return measured.reshape(depth, heads)
 
 
-def patch_heads(
-    model: LanguageModel, tokens: Any, mixture: Any, metric: Metric, **how: Any
-) -> jax.Array:
-    """The metric with each head's mixture that of another run, [L, B, T, N, H]: [L, N]."""
-    return ablate_heads(model, tokens, metric, value=mixture, **how)
+def patch_heads(model: LanguageModel, tokens: Any, z: Any, metric: Metric, **how: Any) -> jax.Array:
+    """The metric with each head's z that of another run, [L, B, T, N, H]: [L, N]."""
+    return ablate_heads(model, tokens, metric, value=z, **how)
 
 
-def ablate_feedforward(
+def ablate_mlp(
     model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **how: Any
 ) -> jax.Array:
-    """The metric with what each feed-forward layer adds replaced by `value`: [L]."""
+    """The metric with what each MLP adds replaced by `value`: [L]."""
     wheres = _one_at_a_time(model.config.depth, 1, (0, 1), 4)
-    return replace_each(model, tokens, "feedforward", wheres, metric, value=value, **how)
+    return replace_each(model, tokens, "mlp_output", wheres, metric, value=value, **how)
 
 
 def patch_positions(
@@ -205,15 +203,15 @@ def patch_positions(
     activations: Any,
     metric: Metric,
     *,
-    site: str = "residual",
+    hook_point: str = "residual",
     **how: Any,
 ) -> jax.Array:
     """The metric with a place's array that of another run, in one layer and one position: [L, T].
 
-    `activations` are the other run's: `captured[site]`, [L, B, T, ...].
+    `activations` are the other run's: `captured[hook_point]`, [L, B, T, ...].
     """
-    axes = sites(model.config).get(site, "LBTD")
+    axes = hook_points(model.config).get(hook_point, "LBTD")
     depth, length = np.shape(activations)[0], np.shape(activations)[axes.index("T")]
     wheres = _one_at_a_time(depth, length, (0, axes.index("T")), len(axes))
-    measured = replace_each(model, tokens, site, wheres, metric, value=activations, **how)
+    measured = replace_each(model, tokens, hook_point, wheres, metric, value=activations, **how)
     return measured.reshape(depth, length)

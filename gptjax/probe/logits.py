@@ -82,7 +82,7 @@ class Attribution(NamedTuple):
     """[L, N, B, T]."""
     cross_heads: jax.Array | None
     """[L, N, B, T], of cross-attention."""
-    feedforward: jax.Array
+    mlp: jax.Array
     """[L, B, T]."""
     bias: jax.Array
     """[B, T]: of attention's outputs, of norms, of the head."""
@@ -90,7 +90,7 @@ class Attribution(NamedTuple):
     @property
     def total(self) -> jax.Array:
         """[B, T], the logit; before `logit_cap`."""
-        total = self.embedding + self.heads.sum((0, 1)) + self.feedforward.sum(0) + self.bias
+        total = self.embedding + self.heads.sum((0, 1)) + self.mlp.sum(0) + self.bias
         return total if self.cross_heads is None else total + self.cross_heads.sum((0, 1))
 
 
@@ -127,9 +127,9 @@ def _attribution(graphdef, params, tokens, answer, inputs) -> Attribution:
     model = nnx.merge(graphdef, params)
     stack = model.encoder if model.config.family == "encoder" else model.decoder
     crossed = model.config.family == "encoder_decoder"
-    places = ["residual", "mixture", "attention_output", "feedforward"]
+    places = ["residual", "z", "attention_output", "mlp_output"]
     if crossed:
-        places += [CROSS + "mixture", CROSS + "attention_output"]
+        places += [CROSS + "z", CROSS + "attention_output"]
     seen = run(model, tokens, places, {}, inputs).captured
 
     # From the logit backwards: what one unit of each channel of the stream adds to it.
@@ -142,19 +142,19 @@ def _attribution(graphdef, params, tokens, answer, inputs) -> Attribution:
         last = {name: x[-1] for name, x in seen.items()}
         share, added = _before_norm(stack.norm, _Streams(blocks[-1], last).after, share)
         bias += added
-    heads, cross_heads, feedforward = [], [], []
+    heads, cross_heads, mlp = [], [], []
     for layer in reversed(range(len(blocks))):
         parts = _Streams(blocks[layer], {name: x[layer] for name, x in seen.items()})
         share, of_layer, added = parts.attributed(share)
         bias += added
         heads.insert(0, of_layer[0])
         cross_heads.insert(0, of_layer[1])
-        feedforward.insert(0, of_layer[2])
+        mlp.insert(0, of_layer[2])
     return Attribution(
         (seen["residual"][0] * share).sum(-1),
         jnp.stack(heads),
         jnp.stack(cross_heads) if crossed else None,
-        jnp.stack(feedforward),
+        jnp.stack(mlp),
         bias,
     )
 
@@ -165,24 +165,16 @@ class _Streams:
     def __init__(self, block: Block, seen: dict[str, jax.Array]):
         self._block = block
         self._seen = seen
-        self._placement = block.config.norm_placement
-        self._attended = self._sum(
-            seen["residual"], block.attention_norm, block.attention_norm_after, "attention_output"
-        )
-        self._crossed = self._attended
+        self._layers = [("attention", "attention_output")]
         if block.cross_attention is not None:
-            self._crossed = self._sum(
-                self._attended, block.cross_norm, block.cross_norm_after, CROSS + "attention_output"
-            )
-        self.after = self._sum(
-            self._crossed, block.feedforward_norm, block.feedforward_norm_after, "feedforward"
-        )
-
-    def _sum(self, x, norm, norm_after, name: str) -> jax.Array:
-        added = self._seen[name]
-        if self._placement == "post":
-            return norm(x + added)
-        return x + (added if norm_after is None else norm_after(added))
+            self._layers.append(("cross_attention", CROSS + "attention_output"))
+        self._layers.append(("mlp", "mlp_output"))
+        x = seen["residual"]
+        self._before = []
+        for layer, output in self._layers:
+            self._before.append(x)
+            x = block.residual(layer).add(x, seen[output])
+        self.after = x
 
     def attributed(self, share: jax.Array):
         """Backwards through the block.
@@ -192,45 +184,33 @@ class _Streams:
 
         Returns:
           The same before the block; what its heads [N, B, T], its cross-attention's heads or None,
-          and its feed-forward layer [B, T] add; and what its biases do [B, T].
+          and its MLP [B, T] add; and what its biases do [B, T].
         """
         block, seen = self._block, self._seen
-        share, of_part, bias = self._shares(
-            share,
-            self._crossed,
-            block.feedforward_norm,
-            block.feedforward_norm_after,
-            "feedforward",
-        )
-        fed = (seen["feedforward"] * of_part).sum(-1)
-        crossed = None
-        if block.cross_attention is not None:
-            name = CROSS + "attention_output"
-            share, of_part, added = self._shares(
-                share, self._attended, block.cross_norm, block.cross_norm_after, name
-            )
-            crossed, from_bias = _of_heads(block.cross_attention, seen[CROSS + "mixture"], of_part)
-            bias += added + from_bias
-        share, of_part, added = self._shares(
-            share,
-            seen["residual"],
-            block.attention_norm,
-            block.attention_norm_after,
-            "attention_output",
-        )
-        heads, from_bias = _of_heads(block.attention, seen["mixture"], of_part)
-        return share, (heads, crossed, fed), bias + added + from_bias
+        added: dict[str, Any] = {"cross_attention": None}
+        bias = jnp.zeros(share.shape[:-1], jnp.float32)
+        for (layer, output), x in reversed(list(zip(self._layers, self._before, strict=True))):
+            share, of_layer, of_norms = self._shares(share, x, layer, seen[output])
+            bias += of_norms
+            if layer == "mlp":
+                added[layer] = (seen[output] * of_layer).sum(-1)
+            else:
+                z = seen[output.replace("attention_output", "z")]
+                added[layer], of_output = _of_heads(getattr(block, layer), z, of_layer)
+                bias += of_output
+        return share, (added["attention"], added["cross_attention"], added["mlp"]), bias
 
-    def _shares(self, share: jax.Array, x: jax.Array, norm, norm_after, name: str):
-        """What a unit before the sum of x and a part, and one of the part, add to the logit."""
-        added = self._seen[name]
-        if self._placement == "post":
-            share, bias = _before_norm(norm, x + added, share)
+    def _shares(self, share: jax.Array, x: jax.Array, layer: str, output: jax.Array):
+        """What a unit of the stream x before a layer, and one of its output, add to the logit."""
+        placement, norm, norm_after = self._block.residual(layer)
+        bias = jnp.zeros(share.shape[:-1], jnp.float32)
+        if placement.of_sum:
+            of_layer = norm_after(output) if placement.after else output
+            share, bias = _before_norm(norm, x + of_layer, share)
+        if not placement.after:
             return share, share, bias
-        if norm_after is None:
-            return share, share, jnp.zeros(share.shape[:-1], jnp.float32)
-        of_part, bias = _before_norm(norm_after, added, share)
-        return share, of_part, bias
+        of_layer, of_norm = _before_norm(norm_after, output, share)
+        return share, of_layer, bias + of_norm
 
 
 def _before_norm(norm: Any, x: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -250,12 +230,10 @@ def _before_norm(norm: Any, x: jax.Array, share: jax.Array) -> tuple[jax.Array, 
     return scaled * inverse, bias
 
 
-def _of_heads(
-    attention: Attention, mixture: jax.Array, share: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _of_heads(attention: Attention, z: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What each head adds [N, B, T], and attention's output bias [B, T]."""
     output = attention.output
-    heads = jnp.einsum("btnh,nhd,btd->nbt", mixture, output.kernel[...], share)
+    heads = jnp.einsum("btnh,nhd,btd->nbt", z, output.kernel[...], share)
     if output.bias is None:
         return heads, jnp.zeros(share.shape[:-1], jnp.float32)
     return heads, (share * output.bias[...]).sum(-1)

@@ -30,7 +30,7 @@ class TopAttention(NamedTuple):
 class _Selection:
     """What is kept of the weights; hashable, so that its program is found again."""
 
-    site: str
+    hook_point: str
     layers: tuple[int, ...]
     heads: tuple[int, ...] | None
     rows: tuple[int, ...] | None
@@ -50,7 +50,7 @@ class _Selection:
         def chosen(leaf: jax.Array) -> jax.Array:
             return jnp.stack([leaf[layer] for layer in self.layers])
 
-        return jax.tree.map(chosen, captured[self.site])
+        return jax.tree.map(chosen, captured[self.hook_point])
 
 
 def attention(
@@ -88,9 +88,9 @@ def attention(
     Raises:
       InputError: a part, layer, head or row that is not there, or as `observe`.
     """
-    site, depth = place_of(model, part)
-    length = inputs["source"].shape[1] if site.startswith(ENCODER) else np.shape(tokens)[-1]
-    columns = inputs["source"].shape[1] if site.startswith((ENCODER, CROSS)) else length
+    hook_point, depth = place_of(model, part)
+    length = inputs["source"].shape[1] if hook_point.startswith(ENCODER) else np.shape(tokens)[-1]
+    columns = inputs["source"].shape[1] if hook_point.startswith((ENCODER, CROSS)) else length
     layers = range(depth) if layers is None else check_numbers("layers", layers, depth)
     if heads is not None:
         heads = check_numbers("heads", heads, model.config.heads)
@@ -99,14 +99,14 @@ def attention(
     if not 0 <= top <= columns:
         raise InputError(f"top is {top}: it must be at most the {columns} tokens looked at.")
     if not block:
-        keep = _Selection(site, tuple(layers), _hashable(heads), _hashable(rows), top)
+        keep = _Selection(hook_point, tuple(layers), _hashable(heads), _hashable(rows), top)
         graphdef, params = split(model)
         return _whole(graphdef, keep, params, *as_arrays(model, tokens, inputs))
     if model.config.family != "decoder" or inputs:
         raise InputError(
             "block must be 0: only a decoder, given nothing but tokens, reads them in blocks."
         )
-    keep = _Selection(site, tuple(layers), _hashable(heads), None, top)
+    keep = _Selection(hook_point, tuple(layers), _hashable(heads), None, top)
     blocks = _by_blocks(model, tokens, keep, block)
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=3), *blocks)
     return whole if rows is None else jax.tree.map(lambda leaf: leaf[..., np.array(rows), :], whole)
@@ -142,7 +142,7 @@ def place_of(model: LanguageModel, part: str | None) -> tuple[str, int]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _whole(graphdef, keep: _Selection, params, tokens, inputs):
-    seen = run(nnx.merge(graphdef, params), tokens, {keep.site: keep}, {}, inputs)
+    seen = run(nnx.merge(graphdef, params), tokens, {keep.hook_point: keep}, {}, inputs)
     return keep.of_layers(seen.captured)
 
 
@@ -161,5 +161,5 @@ def _by_blocks(model: LanguageModel, tokens: Any, keep: _Selection, block: int) 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _block(graphdef, keep: _Selection, params, tokens, cache, start):
     model = nnx.merge(graphdef, params)
-    output = model.hidden(tokens, cache=cache, start=start, capture={keep.site: keep})
+    output = model.hidden(tokens, cache=cache, cache_index=start, capture={keep.hook_point: keep})
     return output.cache, keep.of_layers(output.captured)

@@ -57,7 +57,7 @@ def token_loss(
             model.readout(output.hidden),
             model.unembedding,
             jnp.asarray(batch.targets),
-            jnp.asarray(batch.weights),
+            jnp.asarray(batch.loss_weights),
             bias=model.unembedding_bias,
             logit_cap=model.config.logit_cap,
             chunk=chunk,
@@ -75,7 +75,7 @@ def token_loss(
             of_rows.append(_next_sentence_loss(model, output.hidden, labels))
         if not of_rows:
             return sums
-        return sums._replace(loss=sums.loss + (sum(of_rows) * batch.weights.sum(axis=1)).sum())
+        return sums._replace(loss=sums.loss + (sum(of_rows) * batch.loss_weights.sum(axis=1)).sum())
 
     return loss
 

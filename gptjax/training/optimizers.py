@@ -195,7 +195,7 @@ def muon_dimensions(params: Any) -> Any:
         if names[-2] in INPUT_AXES:
             inputs = tuple(range(1, 1 + INPUT_AXES[names[-2]]))
         else:
-            inputs = (leaf.ndim - 2,) if "feedforward" in names else (1,)
+            inputs = (leaf.ndim - 2,) if "mlp" in names else (1,)
         return MatrixAxes(inputs, tuple(range(inputs[-1] + 1, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

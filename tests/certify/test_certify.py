@@ -29,6 +29,7 @@ from gptjax.config import InputError, TransformerConfig, to_dict
 from gptjax.config.axes import COMPANIONS, OUTSIDE, SETTINGS
 from gptjax.layers import linear, stack
 from gptjax.layers.attention import module
+from gptjax.layers.inputs import Inputs
 from gptjax.models import language_model
 from gptjax.models.presets import PRESETS, preset
 from gptjax.training import cross_entropy, step
@@ -162,7 +163,7 @@ def _without_last(over: Callable) -> Callable:
 
 
 def _mask(**changes: Any) -> Callable:
-    return lambda mask: lambda distance, **named: mask(distance, **{**named, **changes})
+    return lambda mask: lambda distance, rule: mask(distance, dataclasses.replace(rule, **changes))
 
 
 FAULTS = {
@@ -171,16 +172,16 @@ FAULTS = {
         "mask", stack, "attention_mask", _mask(causal=True), {"family": "encoder"}
     ),
     "an encoder that sees padding": Broken(
-        "mask", stack, "attention_mask", _mask(valid=None), {"family": "encoder"}
+        "mask", stack, "attention_mask", _mask(padding_mask=None), {"family": "encoder"}
     ),
     "a document that sees its neighbours": Broken(
-        "packed", stack, "attention_mask", _mask(documents=None)
+        "packed", stack, "attention_mask", _mask(segment_ids=None)
     ),
     "positions that do not restart": Broken(
         "packed",
         language_model.LanguageModel,
         "embed",
-        lambda embed: lambda self, tokens, **named: embed(self, tokens, key=named["key"]),
+        lambda embed: lambda self, inputs, key: embed(self, Inputs(inputs.tokens), key),
     ),
     "another loop when scanned": Broken(
         "scanned",
@@ -303,7 +304,7 @@ def test_a_shrunk_preset_keeps_its_architecture(name):
     assert {field: getattr(tiny, field) for field in KEPT} == {
         field: getattr(real, field) for field in KEPT
     }
-    for field in ("attention", "rotary_fraction", "segments", "norm_epsilon", "compression"):
+    for field in ("attention", "rotary_fraction", "token_types", "norm_epsilon", "compression"):
         assert getattr(tiny, field) == getattr(real, field)
     for field in SET - {"kv_heads", "head_size"} | {"window", "experts"}:
         assert bool(getattr(tiny, field)) == bool(getattr(real, field))

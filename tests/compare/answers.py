@@ -12,7 +12,7 @@ from gptjax.config import OptimizerConfig, TransformerConfig
 BASELINE = "gpt2"
 EFFECTS = {BASELINE: 0.0, "llama-style": -0.05, "gpt2:positions=alibi": 0.0005, "post-norm": 0.06}
 CHANGES: dict[str, dict[str, Any]] = {
-    "llama-style": {"norm": "rmsnorm", "feedforward": "swiglu", "positions": "rotary"},
+    "llama-style": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary"},
     "gpt2:positions=alibi": {"positions": "alibi"},
     "post-norm": {"norm_placement": "post"},
 }
@@ -195,7 +195,7 @@ def named(name: str) -> Answer:
 
 def many() -> Answer:
     """Twelve variants with long names."""
-    names = [f"gpt2:feedforward=swiglu,norm=rmsnorm,heads={n}" for n in range(11)]
+    names = [f"gpt2:activation=swiglu,norm=rmsnorm,heads={n}" for n in range(11)]
     entries = [entry(BASELINE, 0.0, 5)]
     entries += [entry(name, 0.006 * (n - 5), 5) for n, name in enumerate(names)]
     return answer(entries, seeds=5)

@@ -150,7 +150,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for directory in (whole, broken):
         directory.mkdir()
-    variants = TINY, f"{TINY},feedforward=silu"
+    variants = TINY, f"{TINY},activation=silu"
     asked = words(broken, *variants, rates="1e-2")
     for number in (signal.SIGKILL, signal.SIGINT):
         known = len(list(broken.glob("out/runs/*/result.json")))

@@ -14,13 +14,14 @@ from compared import COSTS, TINY, tiny
 
 from gptjax.compare import study
 from gptjax.compare.analysis.verdicts import standings
-from gptjax.compare.plan import costs, grid
+from gptjax.compare.grid import grid
+from gptjax.compare.plan import costs
 from gptjax.compare.plan.plan import SEARCH_SEED, make_plan
 from gptjax.compare.question import BUDGETS, parse_quantity, quantity
 from gptjax.config import InputError, to_dict
 from gptjax.costs.model import ledger
 
-SILU = f"{TINY},feedforward=silu"
+SILU = f"{TINY},activation=silu"
 FILES = ("report.html", "report.md", "results.csv", "results.jsonl")
 
 
@@ -92,7 +93,7 @@ def test_a_budget_of_seconds_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_parameters_are_matched_to_the_baselines_or_to_a_number(tmp_path):
-    wide = "quickstart:depth=1,width=32,heads=2,feedforward=swiglu"
+    wide = "quickstart:depth=1,width=32,heads=2,activation=swiglu"
     plan = planned(tmp_path, "quickstart:depth=1,width=24,heads=2", wide, match="params")
     first, second = (ledger(each.model).parameters for each in plan.planned)
     assert second == pytest.approx(first, rel=0.01)

@@ -40,12 +40,12 @@ GRID = {
     "alternating": dataclasses.replace(SMALL, depth=4, attention="full,local", window=2),
     "compressed": dataclasses.replace(SMALL, depth=4, attention="local,compressed", window=2),
     "normed queries": dataclasses.replace(SMALL, qk_norm=True, attention_cap=5.0),
-    "gated": dataclasses.replace(SMALL, feedforward="swiglu"),
-    "experts": dataclasses.replace(SMALL, experts=4, feedforward="swiglu"),
+    "gated": dataclasses.replace(SMALL, activation="swiglu"),
+    "experts": dataclasses.replace(SMALL, experts=4, activation="swiglu"),
     "plain experts": dataclasses.replace(SMALL, experts=3, experts_per_token=1),
-    "encoder": dataclasses.replace(SMALL, family="encoder", segments=2),
+    "encoder": dataclasses.replace(SMALL, family="encoder", token_types=2),
     "bert": dataclasses.replace(
-        SMALL, family="encoder", segments=2, encoder_heads="pretraining", head_bias=True
+        SMALL, family="encoder", token_types=2, encoder_heads="pretraining", head_bias=True
     ),
     "pooler": dataclasses.replace(SMALL, family="encoder", encoder_heads="pooler"),
     "masked LM": dataclasses.replace(SMALL, family="encoder", encoder_heads="masked_lm"),
@@ -97,7 +97,7 @@ def _inputs(config: TransformerConfig, tokens: jax.Array) -> dict[str, jax.Array
 def _matrices(name: str, leaf: jax.ShapeDtypeStruct) -> int:
     """How many layers' (and experts') matrices or vectors a leaf holds."""
     layered = ".blocks." in name or name.startswith("layers.")
-    per_layer = leaf.shape[1] if leaf.ndim == 4 and ".feedforward." in name else 1
+    per_layer = leaf.shape[1] if leaf.ndim == 4 and ".mlp." in name else 1
     return leaf.shape[0] * per_layer if layered else 1
 
 

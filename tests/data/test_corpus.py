@@ -31,7 +31,7 @@ from gptjax.data.tokenizers import (
     train_tokenizer,
 )
 
-PAIRS = {"segments": 2, "encoder_heads": "pretraining"}
+PAIRS = {"token_types": 2, "encoder_heads": "pretraining"}
 
 
 def written(directory: Path, *lines: str, name: str = "text.txt", how: str = "line") -> str:
@@ -64,7 +64,7 @@ def refusal(data: DataConfig, **model) -> str:
 
 def predictions(corpus: Corpus) -> int:
     batches = EvaluationBatches(corpus.validation, 3)
-    return int(sum(batches[number].weights.sum() for number in range(len(batches))))
+    return int(sum(batches[number].loss_weights.sum() for number in range(len(batches))))
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.1, 0.99, 0.001])
@@ -268,7 +268,7 @@ def test_pairs_that_are_empty_or_too_long_are_left_out_and_the_others_in_their_b
     assert first.source.tolist() == [97, 98, words.end, *[0] * 5]
     assert first.tokens.tolist() == [words.begin, ord("x"), *[0] * 6]
     assert first.targets[:2].tolist() == [ord("x"), words.end]
-    assert first.weights.tolist() == [1, 1, *[0] * 6]
+    assert first.loss_weights.tolist() == [1, 1, *[0] * 6]
 
 
 def test_pairs_none_of_which_fits_are_refused(tmp_path):
@@ -340,7 +340,7 @@ def test_a_short_context_is_taken_or_refused_with_a_sentence(tmp_path, objective
         corpus = opened(data, family=family, context=context, **more)
         batch = next(training_batches(corpus.train, batch_size=2, seed=0))
         assert batch.tokens.shape[1] <= max(context, 2)
-        assert batch.weights.any()
+        assert batch.loss_weights.any()
 
 
 def test_an_objective_that_the_model_cannot_be_asked_is_refused(tmp_path):
@@ -353,7 +353,7 @@ def test_an_objective_that_the_model_cannot_be_asked_is_refused(tmp_path):
     assert refusal(data).endswith("a model of the family decoder takes causal.")
     data = DataConfig(source=source, objective="next_sentence")
     assert refusal(data, family="encoder", context=16) == (
-        "data.objective is 'next_sentence': the model needs model.segments 2 and "
+        "data.objective is 'next_sentence': the model needs model.token_types 2 and "
         "model.encoder_heads pretraining, not 0 and none."
     )
 

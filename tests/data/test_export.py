@@ -137,7 +137,7 @@ def renamed_features(directory: Path, edit: Callable[[str], str]) -> None:
 
 def test_a_dataset_runs_no_code_that_lies_beside_it(data_dir, tmp_path, monkeypatch):
     own = "tensorflow_datasets.core.features."
-    edits = {
+    interventions = {
         "its dictionary": lambda text: text.replace(f"{own}features_dict.", "owner.evil."),
         "a field": lambda text: text.replace(f"{own}text_feature.", "owner.evil.", 1),
         "as older versions wrote it": lambda _: json.dumps(
@@ -148,7 +148,7 @@ def test_a_dataset_runs_no_code_that_lies_beside_it(data_dir, tmp_path, monkeypa
     (tmp_path / "owner" / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, edit in edits.items():
+    for name, edit in interventions.items():
         directory = tmp_path / name
         shutil.copytree(data_dir, directory)
         renamed_features(directory, edit)

@@ -64,7 +64,9 @@ def test_every_token_is_predicted_once_an_epoch_by_the_one_before_it():
     for batch in epoch:
         assert batch.tokens.shape == (BATCH_SIZE, CONTEXT)
         assert batch.tokens.dtype == batch.targets.dtype == np.int32
-        np.testing.assert_array_equal(batch.weights, np.ones((BATCH_SIZE, CONTEXT), np.float32))
+        np.testing.assert_array_equal(
+            batch.loss_weights, np.ones((BATCH_SIZE, CONTEXT), np.float32)
+        )
 
 
 def test_another_seed_gives_another_order():
@@ -161,7 +163,7 @@ def test_evaluation_predicts_every_token_once(length):
     batches = EvaluationBatches([rows(tokens, rest=True)], BATCH_SIZE)
     found = [batches[index] for index in range(len(batches))]
     assert all(batch.tokens.shape == (3, 4) for batch in found)
-    weights = np.concatenate([batch.weights.ravel() for batch in found])
+    weights = np.concatenate([batch.loss_weights.ravel() for batch in found])
     assert set(weights) <= {0.0, 1.0}
     given = np.concatenate([batch.tokens.ravel() for batch in found])[weights == 1]
     predicted = np.concatenate([batch.targets.ravel() for batch in found])[weights == 1]
@@ -171,7 +173,7 @@ def test_evaluation_predicts_every_token_once(length):
 
 def test_evaluation_pads_only_what_the_last_batch_lacks():
     batches = EvaluationBatches([rows(np.arange(14, dtype=np.uint8), rest=True)], BATCH_SIZE)
-    weights = [batches[index].weights for index in range(len(batches))]
+    weights = [batches[index].loss_weights for index in range(len(batches))]
     assert [float(weight.sum()) for weight in weights] == [12.0, 1.0]
     np.testing.assert_array_equal(weights[1].ravel(), [1] + 11 * [0])
 
@@ -186,8 +188,8 @@ def test_the_hosts_of_an_evaluation_have_its_rows_among_them(length, hosts):
     for index in range(len(batches)):
         whole, *parts = (each[index] for each in (batches, *shares))
         joined = Batch.stack([row for part in parts for row in unstacked(part)])
-        np.testing.assert_array_equal(joined.weights, whole.weights)
-        filled = whole.weights > 0
+        np.testing.assert_array_equal(joined.loss_weights, whole.loss_weights)
+        filled = whole.loss_weights > 0
         np.testing.assert_array_equal(joined.tokens[filled], whole.tokens[filled])
         np.testing.assert_array_equal(joined.targets[filled], whole.targets[filled])
     with pytest.raises(InputError, match="multiple of the 3 hosts"):
@@ -242,7 +244,7 @@ def batches_for(texts, kind: dict[str, Any], *, on_the_fly: bool, **order) -> gr
     )
     more = {}
     if kind["objective"] == "next_sentence":
-        more = {"segments": 2, "encoder_heads": "pretraining"}
+        more = {"token_types": 2, "encoder_heads": "pretraining"}
     family = FAMILIES[kind["objective"]][0]
     model = TransformerConfig(family=family, context=LONG, **more)
     sources, tokenizer = open_sources(data), ByteTokenizer()
@@ -296,14 +298,14 @@ def test_any_place_and_any_number_of_hosts_give_the_same_batches(texts, kind, on
 def test_nothing_is_trained_on_padding_and_seeds_differ(texts, kind):
     batches = batches_for(texts, kind, on_the_fly=False)
     for batch in itertools.islice(batches, 12):
-        assert (batch.weights > 0).any()
-        if batch.documents is not None:
-            assert not batch.weights[batch.documents == 0].any()
-        if batch.valid is not None:
-            assert not batch.weights[~batch.valid].any()
-        if batch.source_valid is not None:
-            ends = batch.weights.sum(axis=1).astype(int)
-            for row, end in zip(batch.weights, ends, strict=True):
+        assert (batch.loss_weights > 0).any()
+        if batch.segment_ids is not None:
+            assert not batch.loss_weights[batch.segment_ids == 0].any()
+        if batch.padding_mask is not None:
+            assert not batch.loss_weights[~batch.padding_mask].any()
+        if batch.source_mask is not None:
+            ends = batch.loss_weights.sum(axis=1).astype(int)
+            for row, end in zip(batch.loss_weights, ends, strict=True):
                 np.testing.assert_array_equal(row, np.arange(len(row)) < end)
     other = next(batches_for(texts, kind, on_the_fly=False, seed=8))
     again = next(batches_for(texts, kind, on_the_fly=False))
@@ -334,7 +336,7 @@ def test_an_epoch_on_the_fly_has_every_document_once(texts):
     bytes_in_all = sum(max(len(documents[i]) - 1, 0) for i in range(len(documents)))
     seen = 0
     while seen < bytes_in_all:
-        seen += int(next(streamed).weights.sum())
+        seen += int(next(streamed).loss_weights.sum())
     # The rows that are packed together hold one epoch's end and the next one's beginning.
     assert seen < 1.2 * bytes_in_all
 
@@ -369,11 +371,11 @@ def test_each_token_of_a_causal_batch_is_predicted_from_those_before_it():
     batch = Batch.causal(rows)
     np.testing.assert_array_equal(batch.tokens, rows[:, :-1])
     np.testing.assert_array_equal(batch.targets, rows[:, 1:])
-    np.testing.assert_array_equal(batch.weights, np.ones((3, 4)))
+    np.testing.assert_array_equal(batch.loss_weights, np.ones((3, 4)))
     assert [array.dtype for array in batch[:3]] == [np.int32, np.int32, np.float32]
     assert batch.inputs() == {}
     weights = rows[:, 1:] % 2
-    np.testing.assert_array_equal(Batch.causal(rows, weights).weights, weights)
+    np.testing.assert_array_equal(Batch.causal(rows, weights).loss_weights, weights)
 
 
 def drawn(generator: np.random.Generator) -> Batch:

@@ -103,7 +103,10 @@ def test_pairs_that_are_left_out_are_counted(show):
         (["/none.txt"], "data.source: cannot read /none.txt: No such file or directory."),
         (["TEXT", "--tokenizer", "byte"], "data.tokenizer is 'byte': did you mean bytes?"),
         (["TEXT", "--tokenizer", "gpt2:/none"], "data.tokenizer: cannot read"),
-        (["TEXT", "--weights", "1", "2"], "DataConfig.weights is (1.0, 2.0): it must be a number"),
+        (
+            ["TEXT", "--weights", "1", "2"],
+            "DataConfig.loss_weights is (1.0, 2.0): it must be a number",
+        ),
         (["TEXT", "--objektive", "prefix"], "Unknown flag --objektive: did you mean --objective"),
         (["TEXT", "--context", "4096"], "tokens and fills no row; a context of 4096 needs at"),
         (["TEXT", "--batch-size", "0"], "batch-size is 0: it must be at least 1."),

@@ -15,7 +15,7 @@ from gptjax.decoding.generate import (
     filtered_logits,
     penalised_logits,
 )
-from gptjax.layers.attention.module import KVCache, attend, attend_within
+from gptjax.layers.attention.module import KVCache, attend, attend_to_prefix
 from gptjax.models.build import build
 
 VOCABULARY, CONTEXT = 13, 12
@@ -83,7 +83,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_la
 
     @jax.jit
     def hidden(tokens, cache, start):
-        output = nnx.merge(graphdef, params).hidden(tokens, cache=cache, start=start)
+        output = nnx.merge(graphdef, params).hidden(tokens, cache=cache, cache_index=start)
         return output.hidden, output.cache
 
     full = model(name, scan_layers).hidden(tokens).hidden
@@ -106,7 +106,7 @@ def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
     expected: Any = attend(query, key, value, mask, bias, 0.3, 0.0)
     enough = next(size for size in (128, 256, 1100) if size >= reach)
     unread = KVCache(*(places.at[:, enough:].set(jnp.nan) for places in (key, value)))
-    got = jax.jit(attend_within, static_argnums=(5, 6))(
+    got = jax.jit(attend_to_prefix, static_argnums=(5, 6))(
         jnp.int32(reach), query, unread, mask, bias, 0.3, 0.0
     )
     np.testing.assert_allclose(got, expected, atol=1e-6)

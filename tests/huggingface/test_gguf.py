@@ -119,7 +119,7 @@ def test_what_is_quantised_is_computed_back(quantisation, tolerance, tmp_path):
         hidden=64,
         positions="rotary",
         norm="rmsnorm",
-        feedforward="swiglu",
+        activation="swiglu",
         bias=False,
     )
     model = build(config, rngs=nnx.Rngs(0))

@@ -141,14 +141,14 @@ GPTJ = {
     "tied": False,
 }
 NEOX = {"positions": "rotary", "tied": False, "norm_placement": "parallel"}
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "bias": False, "feedforward": "swiglu"}
-BERT = {**GPT1, "family": "encoder", "embedding_norm": True, "feedforward": "gelu"}
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "bias": False, "activation": "swiglu"}
+BERT = {**GPT1, "family": "encoder", "embedding_norm": True, "activation": "gelu"}
 MARIAN = {
     **GPT1,
     "family": "encoder_decoder",
     "positions": "sinusoidal",
     "head_bias": True,
-    "feedforward": "silu",
+    "activation": "silu",
 }
 MAPPED = {
     # A field: its value, and what else a model has that some family computes.
@@ -174,14 +174,14 @@ MAPPED = {
     "attention": ("local", {**LLAMA, "window": 3}),
     "window": (3, {**LLAMA, "attention": "local"}),
     "attention_scaled": (False, {"query_bias": False}),
-    "feedforward": ("relu", {}),
+    "activation": ("relu", {}),
     "bias": (False, LLAMA),
     "query_bias": (False, {"attention_scaled": False}),
     "output_bias": (False, GPTJ),
     "tied": (False, {}),
     "head_bias": (True, GPTJ),
     "embedding_scaled": (True, MARIAN),
-    "segments": (3, BERT),
+    "token_types": (3, BERT),
     "encoder_heads": ("masked_lm", {**BERT, "head_bias": True}),
 }
 REFUSED = {
@@ -540,11 +540,11 @@ def test_each_parameter_goes_where_it_is_told():
     wide = NamedSharding(mesh, PartitionSpec(None, None, "model"))
 
     def place(path: str, shape: jax.ShapeDtypeStruct) -> NamedSharding:
-        return wide if path.endswith("feedforward.up.kernel") and shape.shape[2] == 32 else one
+        return wide if path.endswith("mlp.up.kernel") and shape.shape[2] == 32 else one
 
     expected = split(from_huggingface(GOLDEN / "gpt2"))[1]
     placed = split(from_huggingface(GOLDEN / "gpt2", sharding=place))[1]
-    assert placed["decoder"]["blocks"]["feedforward"]["up"]["kernel"].sharding == wide
+    assert placed["decoder"]["blocks"]["mlp"]["up"]["kernel"].sharding == wide
     assert placed["embedding"]["table"].sharding == one
     tree = jax.tree.map(lambda leaf: leaf.sharding, placed)
     by_tree = split(from_huggingface(GOLDEN / "gpt2", sharding=tree))[1]

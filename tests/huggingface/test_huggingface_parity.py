@@ -160,18 +160,22 @@ def _differences(ours, theirs) -> dict[str, float]:
     if ours.config.family == "encoder_decoder":
         return _marian_differences(ours, theirs, given, asked)
     if ours.config.family == "encoder":
-        segments = (np.arange(CONTEXT) >= 2) * np.ones_like(tokens)
-        output = theirs(**given, token_type_ids=torch.tensor(segments), **asked)
-        hidden = ours.hidden(tokens, valid=valid, segments=segments, capture=capture)
+        token_types = (np.arange(CONTEXT) >= 2) * np.ones_like(tokens)
+        output = theirs(**given, token_type_ids=torch.tensor(token_types), **asked)
+        hidden = ours.hidden(tokens, padding_mask=valid, token_types=token_types, capture=capture)
         wanted = output.get("prediction_logits", output.get("logits"))
-        found = {"logits": _worst(ours(tokens, valid=valid, segments=segments), wanted, valid)}
+        found = {
+            "logits": _worst(
+                ours(tokens, padding_mask=valid, token_types=token_types), wanted, valid
+            )
+        }
         if "seq_relationship_logits" in output:
             next_sentence = ours.next_sentence_logits(hidden.hidden)
             found["next sentence"] = _worst(next_sentence, output.seq_relationship_logits, ...)
     else:
         output = theirs(**given, **asked)
-        hidden = ours.hidden(tokens, valid=valid, capture=capture)
-        found = {"logits": _worst(ours(tokens, valid=valid), output.logits, valid)}
+        hidden = ours.hidden(tokens, padding_mask=valid, capture=capture)
+        found = {"logits": _worst(ours(tokens, padding_mask=valid), output.logits, valid)}
     streams = [*hidden.captured["residual"], hidden.hidden]
     for layer, (stream, wanted) in enumerate(zip(streams, output.hidden_states, strict=True)):
         found[f"stream {layer}"] = _worst(stream, wanted, valid)
@@ -182,23 +186,23 @@ def _differences(ours, theirs) -> dict[str, float]:
 
 
 def _marian_differences(ours, theirs, given, asked) -> dict[str, float]:
-    source, source_valid = np.asarray(given["input_ids"]), np.asarray(given["attention_mask"]) > 0
+    source, source_mask = np.asarray(given["input_ids"]), np.asarray(given["attention_mask"]) > 0
     tokens = np.random.default_rng(1).integers(0, VOCABULARY - 1, (3, 7))
     output = theirs(**given, decoder_input_ids=torch.tensor(tokens), **asked)
-    memory = ours.encode(source, source_valid=source_valid, capture=("residual", "attention"))
+    memory = ours.encode(source, source_mask=source_mask, capture=("residual", "attention"))
     hidden = ours.hidden(
         tokens,
         source=source,
-        source_valid=source_valid,
+        source_mask=source_mask,
         capture=("residual", "attention", "cross_attention"),
     )
-    logits = ours(tokens, source=source, source_valid=source_valid)
+    logits = ours(tokens, source=source, source_mask=source_mask)
     found = {"logits": _worst(logits, output.logits, ...)}
     encoded = zip(
         [*memory.captured["residual"], memory.hidden], output.encoder_hidden_states, strict=True
     )
     for layer, (stream, wanted) in enumerate(encoded):
-        found[f"encoder stream {layer}"] = _worst(stream, wanted, source_valid)
+        found[f"encoder stream {layer}"] = _worst(stream, wanted, source_mask)
     decoded = zip(
         [*hidden.captured["residual"], hidden.hidden], output.decoder_hidden_states, strict=True
     )
@@ -210,7 +214,7 @@ def _marian_differences(ours, theirs, given, asked) -> dict[str, float]:
     ):
         for layer in range(len(wanted)):
             found[f"{name} {layer}"] = _worst(weights[layer], wanted[layer], ...)
-    rows = np.broadcast_to(source_valid[:, None], (3, ours.config.heads, CONTEXT))
+    rows = np.broadcast_to(source_mask[:, None], (3, ours.config.heads, CONTEXT))
     for layer, wanted in enumerate(output.encoder_attentions):
         found[f"encoder attention {layer}"] = _worst(
             memory.captured["attention"][layer], wanted, rows
@@ -266,7 +270,7 @@ def test_a_checkpoint_without_heads_is_read(name, class_name, tmp_path):
     ours = from_huggingface(tmp_path / "body")
     tokens, valid = _inputs()
     wanted = body(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid).long())
-    hidden = ours.hidden(tokens, valid=valid).hidden
+    hidden = ours.hidden(tokens, padding_mask=valid).hidden
     assert _worst(hidden, wanted.last_hidden_state, valid) < TOLERANCE
     to_huggingface(ours, tmp_path / "written")
     again, report = transformers.AutoModel.from_pretrained(
@@ -291,7 +295,7 @@ def test_an_encoder_without_segments_is_a_bert_of_theirs(heads, tmp_path):
         norm_placement="post",
         embedding_norm=True,
         final_norm=False,
-        feedforward="gelu",
+        activation="gelu",
         encoder_heads=heads,
         head_bias=heads in ("masked_lm", "pretraining"),
     )
@@ -304,12 +308,17 @@ def test_an_encoder_without_segments_is_a_bert_of_theirs(heads, tmp_path):
     tokens, valid = _inputs()
     given = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(valid).long()}
     output = theirs(**given, output_hidden_states=True)
-    assert _worst(ours.hidden(tokens, valid=valid).hidden, output.hidden_states[-1], valid) < 1e-4
+    assert (
+        _worst(ours.hidden(tokens, padding_mask=valid).hidden, output.hidden_states[-1], valid)
+        < 1e-4
+    )
     if heads in kind:
         logits = output.get("prediction_logits", output.get("logits"))
-        assert _worst(ours(tokens, valid=valid), logits, valid) < TOLERANCE
+        assert _worst(ours(tokens, padding_mask=valid), logits, valid) < TOLERANCE
     back = from_huggingface(tmp_path / "written")
-    np.testing.assert_array_equal(back(tokens, valid=valid), ours(tokens, valid=valid))
+    np.testing.assert_array_equal(
+        back(tokens, padding_mask=valid), ours(tokens, padding_mask=valid)
+    )
 
 
 def test_a_bert_without_a_pooler_is_read_and_written(tmp_path):

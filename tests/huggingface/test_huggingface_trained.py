@@ -52,14 +52,14 @@ def sorter(tmp_path_factory: pytest.TempPathFactory):
 
 def _under_their_names(model, tokens) -> dict[str, jax.Array]:
     """What the probe sees, under minGPT's names; inside the first block, where these are of it."""
-    seen = probe.observe(model, tokens, [*probe.sites(model.config)])
+    seen = probe.observe(model, tokens, [*probe.hook_points(model.config)])
     every = seen.captured
     first = {place: x[0] for place, x in every.items()}
     heads_first = {name[0]: jnp.moveaxis(first[name], 2, 1) for name in ("query", "key", "value")}
     flat = [first[name].reshape(first["residual"].shape) for name in ("query", "key", "value")]
     causal = jnp.tril(jnp.ones(first["scores"].shape[-2:], bool))
     middle = first["residual"] + first["attention_output"]
-    behind = every["residual"] + every["attention_output"] + every["feedforward"]
+    behind = every["residual"] + every["attention_output"] + every["mlp_output"]
     block = model.decoder.each()[0]
     return {
         "tok_emb": model.embedding(tokens),
@@ -70,13 +70,13 @@ def _under_their_names(model, tokens) -> dict[str, jax.Array]:
         "qkv": jnp.concatenate(flat, axis=-1),
         "att": jnp.where(causal, first["scores"], -jnp.inf),
         "attSm": first["attention"],
-        "y": first["mixture"].reshape(middle.shape),
+        "y": first["z"].reshape(middle.shape),
         "yProj": first["attention_output"],
         "attnResid": middle,
-        "ln2": block.feedforward_norm(middle),
-        "fc": block.feedforward.up(block.feedforward_norm(middle)),
+        "ln2": block.mlp_norm(middle),
+        "fc": block.mlp.up(block.mlp_norm(middle)),
         "gelu": first["activation"],
-        "mlp": first["feedforward"],
+        "mlp": first["mlp_output"],
         "mlpResid": behind[0],
         **{f"block{layer}": stream for layer, stream in enumerate(behind)},
         "ln_f": seen.hidden,
@@ -116,8 +116,8 @@ def test_a_trained_bert_agrees_in_every_layer():
         model,
         wanted["input_ids"],
         ("residual", "attention"),
-        valid=valid,
-        segments=wanted["token_type_ids"],
+        padding_mask=valid,
+        token_types=wanted["token_type_ids"],
     )
     streams = [*hidden.captured["residual"], hidden.hidden]
     mean = (hidden.hidden * valid[..., None]).sum(axis=1) / valid.sum(axis=1, keepdims=True)

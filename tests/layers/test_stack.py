@@ -26,7 +26,7 @@ STREAM = (ROWS, T, D)
 
 def loss_under(remat: str):
     loss = CASE.loss(remat=remat)
-    return lambda params: loss(params, CASE.batch, None).loss / CASE.batch.weights.sum()
+    return lambda params: loss(params, CASE.batch, None).loss / CASE.batch.loss_weights.sum()
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def test_layers_that_are_recomputed_together_keep_one_input(capsys):
     for together, loss in losses.items():
 
         def mean(params, loss=loss):
-            return loss(params, case.batch, None).loss / case.batch.weights.sum()
+            return loss(params, case.batch, None).loss / case.batch.loss_weights.sum()
 
         assert difference(jax.jit(jax.value_and_grad(mean))(case.params), case.plain) <= ROUNDING
         print_saved_residuals(mean, case.params)

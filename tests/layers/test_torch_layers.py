@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gptjax import TransformerConfig, split
+from gptjax.layers.inputs import Inputs
 from gptjax.layers.lstm import LSTM, LSTMState
 from gptjax.layers.stack import BlockStack
 
@@ -29,7 +30,7 @@ def config(norm_first: bool, **fields: Any) -> TransformerConfig:
         heads=HEADS,
         hidden=HIDDEN,
         positions="none",
-        feedforward="relu",
+        activation="relu",
         norm_placement="pre" if norm_first else "post",
         **fields,
     )
@@ -82,12 +83,12 @@ def block(layer: Any) -> dict[str, Any]:
     params = {
         "attention": attention(layer.self_attn),
         "attention_norm": norms[0],
-        "feedforward": {"up": linear(layer.linear1), "down": linear(layer.linear2)},
-        "feedforward_norm": norms[-1],
+        "mlp": {"up": linear(layer.linear1), "down": linear(layer.linear2)},
+        "mlp_norm": norms[-1],
     }
     if len(norms) == 3:
         params["cross_attention"] = attention(layer.multihead_attn)
-        params["cross_norm"] = norms[1]
+        params["cross_attention_norm"] = norms[1]
     return params
 
 
@@ -101,6 +102,11 @@ def stack(layers: Any, final_norm: Any, **how: Any) -> BlockStack:
         copied["norm"] = norm(final_norm)
     assert jax.tree.map(jnp.shape, copied) == jax.tree.map(jnp.shape, params)
     return nnx.merge(graphdef, jax.tree.map(jnp.array, copied))
+
+
+def run(ours: Any, x: Any, memory: Any = None, **masks: Any) -> Any:
+    """Our stack over embeddings; of the tokens it needs their masks alone."""
+    return ours(x.numpy(), Inputs(x[..., 0].numpy(), **masks), key=None, memory=memory)
 
 
 def assert_equal_where_valid(ours: jax.Array, theirs: Any, padding: Any) -> None:
@@ -119,8 +125,8 @@ def test_an_encoder_layer(norm_first):
     theirs = randomised(encoder_layer(norm_first))
     x, padding = inputs(SOURCE_LENGTHS, 1)
     ours = stack([theirs], None, causal=False)
-    assert_equal_where_valid(ours(x.numpy()).hidden, theirs(x), torch.zeros_like(padding))
-    hidden = ours(x.numpy(), valid=~padding.numpy()).hidden
+    assert_equal_where_valid(run(ours, x).hidden, theirs(x), torch.zeros_like(padding))
+    hidden = run(ours, x, padding_mask=~padding.numpy()).hidden
     assert_equal_where_valid(hidden, theirs(x, src_key_padding_mask=padding), padding)
 
 
@@ -131,7 +137,7 @@ def test_an_encoder(norm_first, final_norm):
     theirs = randomised(torch.nn.TransformerEncoder(encoder_layer(norm_first), DEPTH, last))
     x, padding = inputs(SOURCE_LENGTHS, 2)
     ours = stack(theirs.layers, theirs.norm, causal=False)
-    hidden = ours(x.numpy(), valid=~padding.numpy()).hidden
+    hidden = run(ours, x, padding_mask=~padding.numpy()).hidden
     assert_equal_where_valid(hidden, theirs(x, src_key_padding_mask=padding), padding)
 
 
@@ -155,11 +161,10 @@ def test_the_transformer(norm_first):
     )
     encoder = stack(theirs.encoder.layers, theirs.encoder.norm, causal=False)
     decoder = stack(theirs.decoder.layers, theirs.decoder.norm, causal=True, cross=True)
-    source_valid = ~source_padding.numpy()
-    memory = encoder(source.numpy(), valid=source_valid).hidden
-    hidden = decoder(
-        target.numpy(), valid=~target_padding.numpy(), memory=memory, memory_valid=source_valid
-    ).hidden
+    source_mask = ~source_padding.numpy()
+    memory = run(encoder, source, padding_mask=source_mask).hidden
+    masks = {"padding_mask": ~target_padding.numpy(), "source_mask": source_mask}
+    hidden = run(decoder, target, memory=memory, **masks).hidden
     assert_equal_where_valid(hidden, expected, target_padding)
 
 
@@ -201,7 +206,7 @@ def test_the_lstm_with_sequences_of_different_lengths():
     expected, _ = torch.nn.utils.rnn.pad_packed_sequence(expected, batch_first=True)
     zeros = jnp.zeros((len(x), WIDTH))
     output, state = lstm(theirs)(
-        jnp.array(x.numpy()), LSTMState(zeros, zeros), valid=jnp.array(~padding.numpy())
+        jnp.array(x.numpy()), LSTMState(zeros, zeros), padding_mask=jnp.array(~padding.numpy())
     )
     assert_equal_where_valid(output, expected, padding)
     np.testing.assert_allclose(state.hidden, array(last[0][0]), atol=1e-5)

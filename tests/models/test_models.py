@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from gptjax import Decoder, InputError, TransformerConfig, build, preset, split
-from gptjax.layers.hooks import sites
-from gptjax.layers.moe import Experts
+from gptjax.layers.hooks import Hooks, hook_points
+from gptjax.layers.inputs import Inputs
+from gptjax.layers.moe import MoE
 
 TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
 TOKENS = jnp.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
@@ -111,11 +112,11 @@ def test_dropout_is_the_same_scanned_and_unrolled():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_captured_intermediates_are_those_of_the_model(scan_layers):
     model = decoder(scan_layers=scan_layers)
-    plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=[*sites(TINY)])
+    plain, output = model.hidden(TOKENS), model.hidden(TOKENS, capture=[*hook_points(TINY)])
     assert plain.captured == {}
     assert_same(plain.hidden, output.hidden)
     sizes = dict(zip("LBTSDNKHF", (3, 2, 8, 8, 16, 2, 2, 8, 64), strict=True))
-    shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in sites(TINY).items()}
+    shapes = {name: tuple(sizes[axis] for axis in axes) for name, axes in hook_points(TINY).items()}
     assert jax.tree.map(jnp.shape, output.captured) == shapes
     attention = output.captured["attention"]
     np.testing.assert_allclose(attention.sum(axis=-1), 1, rtol=1e-6)
@@ -147,10 +148,10 @@ def test_initialisation_is_gpt2s():
         rngs=nnx.Rngs(0),
     )
     block = split(model)[1]["decoder"]["blocks"]
-    for kernel in (block["attention"]["query"], block["feedforward"]["up"]):
+    for kernel in (block["attention"]["query"], block["mlp"]["up"]):
         assert np.std(kernel["kernel"]) == pytest.approx(0.02, rel=0.02)
         assert (kernel["bias"] == 0).all()
-    for kernel in (block["attention"]["output"], block["feedforward"]["down"]):
+    for kernel in (block["attention"]["output"], block["mlp"]["down"]):
         assert np.std(kernel["kernel"]) == pytest.approx(0.02 / 4, rel=0.02)
     assert np.std(model.embedding.table[...]) == pytest.approx(0.02, rel=0.02)
     layers = block["attention"]["query"]["kernel"]
@@ -177,7 +178,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(InputError, match="9 tokens; context allows 8"):
         decoder()(jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(
-        InputError, match="Unknown place 'atention' of a decoder: did you mean attention"
+        InputError, match="Unknown hook point 'atention' of a decoder: did you mean attention"
     ):
         decoder().hidden(TOKENS, capture=("atention",))
     with pytest.raises(InputError, match="vocab_size is 0"):
@@ -195,22 +196,25 @@ def test_a_token_outside_the_vocabulary_is_refused_or_nan_but_never_another(toke
 
 
 def test_an_encoder_looks_both_ways_and_not_at_padding():
-    config = dataclasses.replace(TINY, family="encoder", segments=2)
+    config = dataclasses.replace(TINY, family="encoder", token_types=2)
     model = build(config, rngs=nnx.Rngs(0))
     valid = jnp.array([[True] * 6 + [False] * 2, [True] * 8])
-    logits = model(TOKENS, valid=valid)
-    last = model(TOKENS.at[:, 7].set(8), valid=valid)
+    logits = model(TOKENS, padding_mask=valid)
+    last = model(TOKENS.at[:, 7].set(8), padding_mask=valid)
     np.testing.assert_array_equal(last[0, :6], logits[0, :6])
     assert (np.abs(last[1] - logits[1]).max(axis=-1) > 0).all()
 
 
 def test_a_segment_is_an_embedding_more():
-    config = dataclasses.replace(TINY, family="encoder", segments=2)
+    config = dataclasses.replace(TINY, family="encoder", token_types=2)
     model = build(config, rngs=nnx.Rngs(0))
-    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
-    np.testing.assert_array_equal(model(TOKENS), model(TOKENS, segments=jnp.zeros_like(segments)))
-    difference = model.embed(TOKENS, segments=segments) - model.embed(TOKENS)
-    table = model.segments.table[...]
+    token_types = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    np.testing.assert_array_equal(
+        model(TOKENS), model(TOKENS, token_types=jnp.zeros_like(token_types))
+    )
+    typed, plain = Inputs(TOKENS, token_types=token_types), Inputs(TOKENS)
+    difference = model.embed(typed, None) - model.embed(plain, None)
+    table = model.token_types.table[...]
     np.testing.assert_allclose(difference[0, 3], table[1] - table[0], atol=1e-6)
     assert (difference[:, :3] == 0).all()
 
@@ -220,8 +224,8 @@ def test_a_decoder_reads_the_source_but_not_its_padding():
     model = build(config, rngs=nnx.Rngs(0))
     source = jnp.array([[4, 3, 2, 1, 0], [1, 2, 3, 4, 5]])
     valid = jnp.array([[True, True, True, False, False], [True] * 5])
-    logits = model(TOKENS, source=source, source_valid=valid)
-    changed = model(TOKENS, source=source.at[:, 4].set(9), source_valid=valid)
+    logits = model(TOKENS, source=source, source_mask=valid)
+    changed = model(TOKENS, source=source.at[:, 4].set(9), source_mask=valid)
     np.testing.assert_array_equal(changed[0], logits[0])
     assert (np.abs(changed[1] - logits[1]).max(axis=-1) > 0).all()
     shorter = model(TOKENS[:1], source=source[:1, :3])
@@ -232,7 +236,7 @@ def test_cross_attention_is_captured_where_there_is_any():
     config = dataclasses.replace(TINY, family="encoder_decoder", encoder_depth=2)
     model = build(config, rngs=nnx.Rngs(0))
     source = jnp.array([[4, 3, 2, 1, 0]] * 2)
-    captured = model.hidden(TOKENS, source=source, capture=[*sites(config)]).captured
+    captured = model.hidden(TOKENS, source=source, capture=[*hook_points(config)]).captured
     weights = captured["cross_attention"]
     assert weights.shape == (TINY.depth, 2, TINY.heads, 8, 5)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-6)
@@ -259,10 +263,10 @@ def test_layers_of_different_kinds_are_captured_together():
 
 def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
     config = dataclasses.replace(TINY, experts=4, experts_per_token=1, capacity_factor=0.5)
-    block = Experts(config, rngs=nnx.Rngs(0))
+    block = MoE(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 8, TINY.width))
-    all_taken, _ = block(x, training=False)
-    some_taken, _ = block(x, training=True)
+    all_taken, _ = block(x)
+    some_taken, _ = block(x, Hooks(key=jax.random.key(0)))
     chosen = block.router(x).argmax(axis=-1).ravel()
     capacity = 2  # Half of the 16 tokens' even share of 4.
     taken = [int((chosen[:place] == chosen[place]).sum()) < capacity for place in range(16)]
@@ -273,10 +277,10 @@ def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
 
 
 def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts():
-    config = dataclasses.replace(TINY, experts=4, feedforward="swiglu")
-    block: Any = Experts(config, rngs=nnx.Rngs(0))
+    config = dataclasses.replace(TINY, experts=4, activation="swiglu")
+    block: Any = MoE(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 3, TINY.width))
-    mixed, losses = block(x, training=False)
+    mixed, losses = block(x)
     probability = jax.nn.softmax(block.router(x))[0]
     for place, row in enumerate(np.asarray(probability)):
         best = np.argsort(-row)[:2]

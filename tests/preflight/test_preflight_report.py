@@ -218,8 +218,8 @@ def test_a_mesh_that_does_not_match_the_devices_is_one_sentence(mesh):
         (DataConfig(), set()),
         (DataConfig(packing="first_fit"), {"documents", "positions"}),
         (DataConfig(objective="masked_lm"), {"documents", "positions"}),
-        (DataConfig(objective="next_sentence"), {"valid", "segments", "next_sentence"}),
-        (DataConfig(objective="prefix"), {"source", "source_valid"}),
+        (DataConfig(objective="next_sentence"), {"valid", "token_types", "next_sentence"}),
+        (DataConfig(objective="prefix"), {"source", "source_mask"}),
     ],
 )
 def test_a_batch_has_what_the_objective_gives(data, fields):

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pattern": {"attention": "full,local,full", "window": 3, "positions": "relative"},
     "compressed": {"attention": "full,local,compressed", "window": 3},
     "experts": {"experts": 3, "qk_norm": True, "bias": False, "tied": False, "logit_scale": 2.0},
-    "encoder": {"family": "encoder", "segments": 2, "head_bias": True, "logit_scale": 0.5},
+    "encoder": {"family": "encoder", "token_types": 2, "head_bias": True, "logit_scale": 0.5},
     "encoder_decoder": {"family": "encoder_decoder", "encoder_depth": 2, "head_bias": True},
     "recurrent": {"family": "recurrent", "positions": "none"},
 }
@@ -51,7 +51,7 @@ def inputs(name: str) -> dict[str, Any]:
     return {"source": SOURCE} if name == "encoder_decoder" else {}
 
 
-def shape_of(site: str) -> tuple[int, int]:
+def shape_of(hook_point: str) -> tuple[int, int]:
     """[B, T] of the tokens at a place of the encoder-decoder."""
-    of_source = site.startswith("encoder_") or site in ("cross_key", "cross_value")
+    of_source = hook_point.startswith("encoder_") or hook_point in ("cross_key", "cross_value")
     return SOURCE.shape if of_source else TOKENS.shape

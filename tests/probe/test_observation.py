@@ -14,7 +14,7 @@ from probed import SOURCE, TOKENS, VARIANTS, config, inputs, model
 from gptjax import InputError, from_huggingface, probe, split
 from gptjax.data.batch import Batch
 from gptjax.huggingface.families import TRANSLATIONS
-from gptjax.layers.hooks import Taps
+from gptjax.layers.hooks import Hooks
 from gptjax.training.losses import token_loss
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -23,7 +23,7 @@ GOLDEN = ROOT / "tests" / "golden"
 @functools.cache
 def seen(name: str) -> probe.Activations:
     """All places of a model."""
-    return probe.observe(model(name), TOKENS, [*probe.sites(config(name))], **inputs(name))
+    return probe.observe(model(name), TOKENS, [*probe.hook_points(config(name))], **inputs(name))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -32,13 +32,13 @@ def test_every_place_has_the_axes_that_are_told(name):
     sizes = {"L": own.depth, "B": 2, "T": 8, "S": 8, "N": 2, "K": own.key_value_heads, "H": 8}
     sizes |= {"D": own.width, "F": own.hidden_width}
     places = {}
-    for site, axes in probe.sites(own).items():
+    for hook_point, axes in probe.hook_points(own).items():
         at = dict(sizes)
-        if site.startswith("encoder_"):
+        if hook_point.startswith("encoder_"):
             at |= {"L": own.encoder_depth, "T": 5, "S": 5}
-        if site.startswith("cross_"):
+        if hook_point.startswith("cross_"):
             at |= {"S": 5}
-        places[site] = tuple(at[axis] for axis in axes)
+        places[hook_point] = tuple(at[axis] for axis in axes)
     assert jax.tree.map(jnp.shape, seen(name).captured) == places
 
 
@@ -54,9 +54,9 @@ def test_scores_become_weights_and_weights_a_mixture(name):
     prefixes = ("", "cross_", "encoder_") if name == "encoder_decoder" else ("",)
     for prefix in prefixes:
         scores, weights, value, mixture, heads, output = (
-            np.asarray(captured[prefix + site])
-            for site in (
-                "scores", "attention", "value", "mixture", "head_output", "attention_output",
+            np.asarray(captured[prefix + hook_point])
+            for hook_point in (
+                "scores", "attention", "value", "z", "head_output", "attention_output",
             )
         )  # fmt: skip
         causal = config(name).family != "encoder" and prefix == ""
@@ -73,7 +73,9 @@ def test_scores_become_weights_and_weights_a_mixture(name):
 
 def test_the_stream_is_the_sum_of_what_is_added_to_it():
     captured = seen("decoder").captured
-    after = np.sum([captured[site] for site in ("residual", "attention_output", "feedforward")], 0)
+    after = np.sum(
+        [captured[hook_point] for hook_point in ("residual", "attention_output", "mlp_output")], 0
+    )
     np.testing.assert_allclose(after[:-1], captured["residual"][1:], atol=1e-5)
 
 
@@ -82,11 +84,11 @@ def test_weights_are_those_that_the_model_used(name):
     """A value that is moved moves each mixture by its weight, in the fast path too."""
     layer, key, shift = 1, 2, 0.5
     here = probe.where(model(name), "value", TOKENS.shape, layers=[layer], positions=[key])
-    edits = {"value": probe.add(here, shift)}
-    moved = probe.observe(model(name), TOKENS, ("mixture",), edits).captured["mixture"][layer]
+    interventions = {"value": probe.add(here, shift)}
+    moved = probe.observe(model(name), TOKENS, ("z",), interventions).captured["z"][layer]
     captured = seen(name).captured
     by_weights = shift * captured["attention"][layer][..., key].swapaxes(1, 2)  # [B, T, N]
-    shifted = moved - captured["mixture"][layer]
+    shifted = moved - captured["z"][layer]
     np.testing.assert_allclose(shifted, np.repeat(by_weights[..., None], 8, -1), atol=1e-5)
 
 
@@ -123,10 +125,10 @@ def test_asking_for_nothing_is_the_program_of_training(monkeypatch):
     with_taps = program()
     forward = functools.partial(nnx.merge(graphdef, params).hidden, jnp.asarray(TOKENS))
     assert str(jax.make_jaxpr(forward)()) == str(
-        jax.make_jaxpr(functools.partial(forward, capture=(), edits={}))()
+        jax.make_jaxpr(functools.partial(forward, capture=(), interventions={}))()
     )
     jax.clear_caches()
-    monkeypatch.setattr(Taps, "__call__", lambda self, name, x: x)
+    monkeypatch.setattr(Hooks, "__call__", lambda self, name, x: x)
     assert program() == with_taps  # Without any tap in it.
 
 
@@ -138,7 +140,7 @@ def test_another_text_of_the_same_shape_needs_no_other_program():
         return x
 
     for tokens in (TOKENS, TOKENS[::-1].copy()):
-        probe.observe(model("scanned"), tokens, {"mixture": kept})
+        probe.observe(model("scanned"), tokens, {"z": kept})
     assert len(traced) == 1
 
 

@@ -27,9 +27,9 @@ def test_a_head_is_credited_with_what_it_adds_to_the_last_stream():
     answer = 3
     found = probe.attribution(model("decoder"), TOKENS, answer)
     captured = probe.observe(model("decoder"), TOKENS, ("head_output", "residual")).captured
-    sums = ("residual", "attention_output", "feedforward")
+    sums = ("residual", "attention_output", "mlp_output")
     last = probe.observe(model("decoder"), TOKENS, sums).captured
-    stream = sum(last[site][-1] for site in sums)
+    stream = sum(last[hook_point][-1] for hook_point in sums)
     norm = model("decoder").final_norm
     deviation = np.sqrt(np.var(stream, axis=-1, keepdims=True) + norm.epsilon)
     added = captured["head_output"][1, :, :, 0]

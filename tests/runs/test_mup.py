@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2-style": {},
     "llama-style": {
         "norm": "rmsnorm",
-        "feedforward": "swiglu",
+        "activation": "swiglu",
         "positions": "rotary",
         "heads": 4,
         "kv_heads": 2,
@@ -45,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tied": False,
     },
     "post-norm": {"norm_placement": "post", "final_norm": False},
-    "moe": {"experts": 4, "feedforward": "swiglu"},
+    "moe": {"experts": 4, "activation": "swiglu"},
     "lstm": {"family": "recurrent", "positions": "none"},
     "scaled-embedding": {"embedding_scaled": True, "positions": "sinusoidal"},
     "qk-norm": {"qk_norm": True},
@@ -164,14 +164,14 @@ def by_leaf(config: TransformerConfig, base: TransformerConfig) -> dict[str, tup
 
 def test_factors_are_those_of_the_papers_table():
     """Yang et al. 2022, table 3, and table 8 for the head; the base is 4 times as narrow."""
-    base = family("moe", heads=4, kv_heads=2, tied=False, segments=0)
+    base = family("moe", heads=4, kv_heads=2, tied=False, token_types=0)
     found = by_leaf(dataclasses.replace(base, width=128), base)
     block = "decoder.blocks"
     hidden, output = (1 / 2, 1 / 4), (1 / 4, 1 / 4)
-    for name in ("attention.key", "attention.value", "attention.output", "feedforward.up"):
+    for name in ("attention.key", "attention.value", "attention.output", "mlp.up"):
         assert found[f"{block}.{name}.kernel"] == pytest.approx(hidden), name
-    assert found[f"{block}.feedforward.down.kernel"] == pytest.approx(hidden)
-    assert found[f"{block}.feedforward.router.kernel"] == pytest.approx(output)
+    assert found[f"{block}.mlp.down.kernel"] == pytest.approx(hidden)
+    assert found[f"{block}.mlp.router.kernel"] == pytest.approx(output)
     # 1 / H in the place of 1 / √H, with heads 4 times as wide.
     assert found[f"{block}.attention.query.kernel"] == pytest.approx((1 / 4, 1 / 8))
     assert found[f"{block}.attention.query.bias"] == pytest.approx((1 / 2, 1 / 2))
@@ -218,6 +218,7 @@ SCALED = dataclasses.replace(NARROW, depth=1, width=16, logit_scale=0.25, head_b
 def model_of(config: TransformerConfig) -> Any:
     """One whose head has a bias that is not 0."""
     model = build(config, rngs=nnx.Rngs(0))
+    assert model.bias is not None
     model.bias[...] = jnp.linspace(-1.0, 1.0, config.vocab_size)
     return model
 
@@ -307,7 +308,7 @@ def test_a_run_begins_where_its_base_says_and_goes_as_far(alone):
     farthest = dict(zip(leaf_names(begun), jax.tree.leaves(farthest), strict=True))
     table = farthest["embedding.table"]
     assert 1e-3 < table < 1e-2
-    up = farthest["decoder.blocks.feedforward.up.kernel"]
+    up = farthest["decoder.blocks.mlp.up.kernel"]
     assert up == pytest.approx(table / 2, rel=0.1)
     query = farthest["decoder.blocks.attention.query.kernel"]
     assert query == pytest.approx(table / 2**1.5, rel=0.1)

@@ -152,7 +152,7 @@ def test_a_finished_run_trains_no_more(tmp_path, uninterrupted):
 
 
 def poisoned(params):
-    params["decoder"]["blocks"]["feedforward"]["up"]["bias"] *= math.nan
+    params["decoder"]["blocks"]["mlp"]["up"]["bias"] *= math.nan
     return params
 
 
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_suspect(tmp_path)
         run(tmp_path, change=poisoned)
     message = str(stopped.value)
     assert message.startswith("Step 1: the loss is nan")
-    assert "the suspect is the parameter decoder.blocks.feedforward.up.bias" in message
+    assert "the suspect is the parameter decoder.blocks.mlp.up.bias" in message
     assert "there is no checkpoint yet" in message
     assert not any(path.name.isdigit() for path in tmp_path.iterdir())
 

@@ -102,7 +102,7 @@ def test_chunks_bound_the_logits_that_exist(chunk, largest):
 
 BERT = TransformerConfig(
     family="encoder", encoder_heads="pretraining", vocab_size=VOCABULARY, context=6, depth=1,
-    width=8, heads=2, segments=2,
+    width=8, heads=2, token_types=2,
 )  # fmt: skip
 ROWS = 8
 
@@ -113,10 +113,10 @@ def pairs() -> Batch:
     tokens = rng.integers(VOCABULARY, size=(2, ROWS, 6), dtype=np.int32)
     weights = (np.arange(6) < [[1], [2], [3], [4], [5], [6], [0], [0]]).astype(np.float32)
     labels = np.array([0, 1, 1, 0, 1, 0, 1, 1], np.int32)
-    valid, segments = np.arange(6) < 5, np.arange(6, dtype=np.int32) // 3
+    valid, token_types = np.arange(6) < 5, np.arange(6, dtype=np.int32) // 3
     return Batch(
         tokens[0], tokens[1], weights,
-        valid=np.tile(valid, (ROWS, 1)), segments=np.tile(segments, (ROWS, 1)),
+        padding_mask=np.tile(valid, (ROWS, 1)), token_types=np.tile(token_types, (ROWS, 1)),
         next_sentence=labels,
     )  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_a_model_without_the_next_sentences_head_refuses_in_one_sentence(changes
     )
     graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
     with pytest.raises(InputError) as error:
-        jax.eval_shape(token_loss(graphdef), params, pairs()._replace(segments=None), None)
+        jax.eval_shape(token_loss(graphdef), params, pairs()._replace(token_types=None), None)
     assert str(error.value) == (
         "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
         f"'pretraining', and is '{heads}'."

@@ -28,8 +28,8 @@ KERNELS = {
         "attention.key",
         "attention.value",
         "attention.output",
-        "feedforward.up",
-        "feedforward.down",
+        "mlp.up",
+        "mlp.down",
     )
 }
 TABLES = {"embedding.table", "positions.table", "head.table"}
@@ -43,9 +43,9 @@ def test_kernels_and_tables_decay_and_nothing_else():
 
 
 OTHERS = {
-    "experts": {"experts": 2, "feedforward": "swiglu", "norm": "rmsnorm", "qk_norm": True},
+    "experts": {"experts": 2, "activation": "swiglu", "norm": "rmsnorm", "qk_norm": True},
     "compressed": {"attention": "full,compressed", "embedding_norm": True, "head_bias": True},
-    "bert": {"family": "encoder", "encoder_heads": "pretraining", "segments": 2},
+    "bert": {"family": "encoder", "encoder_heads": "pretraining", "token_types": 2},
     "t5": {"family": "encoder_decoder", "positions": "relative"},
     "lstm": {"family": "recurrent", "positions": "none"},
 }
@@ -123,8 +123,8 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
         "decoder.blocks.attention.key.kernel": ((1,), (2, 3)),
         "decoder.blocks.attention.value.kernel": ((1,), (2, 3)),
         "decoder.blocks.attention.output.kernel": ((1, 2), (3,)),
-        "decoder.blocks.feedforward.up.kernel": ((1,), (2,)),
-        "decoder.blocks.feedforward.down.kernel": ((1,), (2,)),
+        "decoder.blocks.mlp.up.kernel": ((1,), (2,)),
+        "decoder.blocks.mlp.down.kernel": ((1,), (2,)),
     }
 
 
@@ -132,11 +132,11 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
     ("changes", "expected"),
     [
         (
-            {"experts": 4, "feedforward": "swiglu"},
+            {"experts": 4, "activation": "swiglu"},
             {
-                "decoder.blocks.feedforward.up.kernel": ((2,), (3,)),
-                "decoder.blocks.feedforward.gate.kernel": ((2,), (3,)),
-                "decoder.blocks.feedforward.down.kernel": ((2,), (3,)),
+                "decoder.blocks.mlp.up.kernel": ((2,), (3,)),
+                "decoder.blocks.mlp.gate.kernel": ((2,), (3,)),
+                "decoder.blocks.mlp.down.kernel": ((2,), (3,)),
             },
         ),
         (

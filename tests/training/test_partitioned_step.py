@@ -27,12 +27,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {
         "positions": "rotary",
         "norm": "rmsnorm",
-        "feedforward": "swiglu",
+        "activation": "swiglu",
         "attention_cap": 20.0,
     },
     "encoder": {
         "family": "encoder",
-        "segments": 2,
+        "token_types": 2,
         "encoder_heads": "pretraining",
         "head_bias": True,
         "embedding_norm": True,
@@ -42,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "encoder_decoder": {
         "family": "encoder_decoder",
         "positions": "relative",
-        "feedforward": "relu",
+        "activation": "relu",
         "tied": False,
     },
 }
@@ -134,7 +134,7 @@ def test_other_variants_under_several_axes(name):
     case = Case(config, config)
     if name != "t-dmca":  # The others' rows may hold several documents.
         documents = np.repeat([[1] * 5 + [2] * 11], ROWS, axis=0)
-        case.batch = case.batch._replace(documents=documents)
+        case.batch = case.batch._replace(segment_ids=documents)
     assert error_of(case, dict.fromkeys(("fsdp", "sequence", "tensor"), 2)) <= ROUNDING
 
 

@@ -77,11 +77,11 @@ def test_each_device_has_its_rows_and_nothing_else(devices):
     mesh = build_mesh(MeshConfig(), devices)
     batch = next(Feed(Counting(), mesh))
     assert mesh.size == devices
-    for array in (batch.tokens, batch.weights):
+    for array in (batch.tokens, batch.loss_weights):
         assert isinstance(array, jax.Array)
         assert array.sharding.is_equivalent_to(NamedSharding(mesh, P("data")), array.ndim)
         assert array.committed
-    assert batch.valid is None
+    assert batch.padding_mask is None
     share = BATCH_SIZE // devices
     assert isinstance(batch.tokens, jax.Array)
     for place, shard in enumerate(batch.tokens.addressable_shards):

@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter():
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(OPTIMIZER, steps=10)
     state = init_state(lambda: params, transformation, mesh(1))
-    broken = batch_of()._replace(weights=np.full((8, 8), np.nan, np.float32))
+    broken = batch_of()._replace(loss_weights=np.full((8, 8), np.nan, np.float32))
     after, metrics = jax.jit(
         functools.partial(train_step, loss=token_loss(graphdef), optimizer=transformation)
     )(state, broken)
@@ -139,7 +139,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter():
 
 def test_only_predictions_with_weight_count():
     batch = batch_of()
-    other = batch._replace(targets=np.where(batch.weights == 0, 3, batch.targets))
+    other = batch._replace(targets=np.where(batch.loss_weights == 0, 3, batch.targets))
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     gradient = jax.jit(jax.grad(lambda p, b: token_loss(graphdef)(p, b, None).loss))
     assert_same(gradient(params, batch), gradient(params, jax.tree.map(jnp.asarray, other)))

@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "positions": "rotary",
         "rotary_fraction": 0.5,
         "norm": "rmsnorm",
-        "feedforward": "swiglu",
+        "activation": "swiglu",
         "kv_heads": 1,
         "qk_norm": True,
         "attention_cap": 50.0,
@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "family": "encoder",
         "encoder_heads": "pretraining",
         "positions": "sinusoidal",
-        "segments": 2,
+        "token_types": 2,
     },
     "t5": {"family": "encoder_decoder", "positions": "relative", "tied": False},
     "lstm": {"family": "recurrent", "positions": "none"},
@@ -53,11 +53,11 @@ def config_of(name: str) -> TransformerConfig:
 def batch_for(config: TransformerConfig) -> Batch:
     tokens = np.random.default_rng(0).integers(11, size=(2, 8), dtype=np.int32)
     known = np.ones((2, 8), bool)
-    batch = Batch(tokens, tokens, np.ones((2, 8), np.float32), valid=known)
+    batch = Batch(tokens, tokens, np.ones((2, 8), np.float32), padding_mask=known)
     if config.family == "encoder_decoder":
-        batch = batch._replace(source=tokens, source_valid=known)
+        batch = batch._replace(source=tokens, source_mask=known)
     if config.encoder_heads == "pretraining":
-        batch = batch._replace(next_sentence=np.zeros(2, np.int32), segments=0 * tokens)
+        batch = batch._replace(next_sentence=np.zeros(2, np.int32), token_types=0 * tokens)
     return batch
 
 
@@ -134,13 +134,13 @@ def test_decoding_and_probing_are_those_without_it():
         steps = list(generate(model, tokens, max_new_tokens=3, sampling=sampling, seed=1))
         first = probe.where(model, "residual", tokens.shape, layers=[0], positions=[1])
         last = probe.where(model, "attention_output", tokens.shape, layers=[1])
-        edits = {
+        interventions = {
             "residual": probe.replace(first, 0.5),
             "attention_output": probe.add(last, np.ones(8)),
         }
         return (
             steps,
-            probe.observe(model, tokens, edits=edits).logits,
+            probe.observe(model, tokens, interventions=interventions).logits,
             probe.logit_lens(model, tokens),
             probe.attribution(model, tokens, 2),
             probe.rollout(probe.attention(model, tokens)),

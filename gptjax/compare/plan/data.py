@@ -61,7 +61,7 @@ class Material(NamedTuple):
     def description(self) -> str:
         """In a line, for the report."""
         data = self.comparison.data
-        held_out = sum(int((batch.weights > 0).sum()) for batch in self.validation)
+        held_out = sum(int((batch.loss_weights > 0).sum()) for batch in self.validation)
         trained = f"{self.corpus.train_tokens:,} tokens" if self.corpus.train else "text as read"
         return (
             f"{', '.join(data.source)} ({data.tokenizer}, {self.corpus.vocabulary.size} tokens in "

@@ -153,8 +153,8 @@ def next_sentence(
     tokens[0], tokens[border - 1], tokens[used - 1] = begin, end, end
     tokens[1 : border - 1], tokens[border : used - 1] = first, second
     valid = np.arange(context) < used
-    segments = np.zeros(context, np.int32)
-    segments[border:used] = 1
+    token_types = np.zeros(context, np.int32)
+    token_types[border:used] = 1
     inputs, targets, weights = masked_lm(
         tokens,
         rng,
@@ -167,8 +167,8 @@ def next_sentence(
         inputs,
         targets,
         weights,
-        valid=valid,
-        segments=segments,
+        padding_mask=valid,
+        token_types=token_types,
         next_sentence=np.asarray(is_random, np.int32),
     )
 

@@ -118,7 +118,7 @@ class PackedTokens(NamedTuple):
     """[T], int32."""
     targets: np.ndarray
     """[T], int32: each token's successor in its document; where pieces are framed, the token."""
-    documents: np.ndarray
+    segment_ids: np.ndarray
     """[T], int32: the number of each token's piece, from 1 on; 0 at padding."""
     positions: np.ndarray
     """[T], int32: its place in the piece."""

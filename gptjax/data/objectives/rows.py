@@ -101,11 +101,11 @@ def check_objective(data: DataConfig, model: TransformerConfig) -> None:
             f"family {model.family} takes {' or '.join(fitting)}."
         )
     if data.objective == "next_sentence" and (
-        model.segments < 2 or model.encoder_heads != "pretraining"
+        model.token_types < 2 or model.encoder_heads != "pretraining"
     ):
         raise InputError(
-            "data.objective is 'next_sentence': the model needs model.segments 2 and "
-            f"model.encoder_heads pretraining, not {model.segments} and {model.encoder_heads}."
+            "data.objective is 'next_sentence': the model needs model.token_types 2 and "
+            f"model.encoder_heads pretraining, not {model.token_types} and {model.encoder_heads}."
         )
 
 
@@ -178,12 +178,12 @@ def causal_row(
 ) -> Batch:
     """Each token predicts the next one: of a window [T + 1 or less], or within packed documents."""
     if isinstance(read, PackedTokens):
-        weights = (read.documents > 0).astype(np.float32)
+        weights = (read.segment_ids > 0).astype(np.float32)
         return Batch(
             read.tokens,
             read.targets,
             weights,
-            documents=read.documents,
+            segment_ids=read.segment_ids,
             positions=read.positions,
         )
     weights = np.ones(context, np.float32)
@@ -210,9 +210,11 @@ def masked_row(
         vocabulary=words,
         starts=words.word_starts(packed.tokens) if whole_words else None,
         rate=rate,
-        frozen=packed.documents == 0,
+        frozen=packed.segment_ids == 0,
     )
-    return Batch(inputs, targets, weights, documents=packed.documents, positions=packed.positions)
+    return Batch(
+        inputs, targets, weights, segment_ids=packed.segment_ids, positions=packed.positions
+    )
 
 
 def pair_row(

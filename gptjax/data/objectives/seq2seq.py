@@ -196,5 +196,5 @@ def teacher_forcing(
         targets,
         (np.arange(target_length) < written).astype(np.float32),
         source=sources,
-        source_valid=np.arange(source_length) < read,
+        source_mask=np.arange(source_length) < read,
     )

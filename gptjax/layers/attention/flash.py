@@ -2,11 +2,11 @@
 
 | `attention_kernel` | on | what computes |
 |---|---|---|
-| xla | any platform | `gptjax.layers.attention.module.attend` |
+| xla | any platform | `attend` |
 | splash | TPU | FlashAttention-2 (Dao 2023) in Pallas, without the blocks that no query sees |
 | cudnn | GPU | FlashAttention-2 in cuDNN, by `jax.nn.dot_product_attention` |
 
-They take masks that are a rule (`Sight`) and not an array. `resolve_kernel` chooses one for the
+They take masks that are a rule (`MaskRule`) and not an array. `resolve_kernel` chooses one for the
 platform that a program is compiled for; what a kernel cannot compute, XLA does. Four of GPT-2's
 layers, 8 x 1024 tokens a device in bfloat16, compiled for v5e:4x4 with their backward pass, peak at
 1.42 GiB with splash and at 2.97 with XLA.
@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError, TransformerConfig
+from gptjax.layers.attention.masks import MaskRule
 from gptjax.parallel.sharding import auto_mesh, mesh_axes, spec
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
@@ -44,24 +45,6 @@ One kernel computes the scores once, but holds a gradient of the queries for eac
 peak above is the same with 2 blocks; with the 4 of 4 x 2048 tokens it is 216 MiB where two kernels
 have 174, and with the 16 of 8192 tokens 504 where two have 180.
 """
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """Who may look where, as the rule that `attention_mask` writes out.
-
-    The first query and the first key stand at the same place.
-    """
-
-    causal: bool = dataclasses.field(metadata={"static": True})
-    """Whether later keys are hidden."""
-    window: int = dataclasses.field(default=0, metadata={"static": True})
-    """Keys at this distance and more are hidden; 0 hides none."""
-    valid: jax.Array | None = None
-    """[B, S], False at keys that are padding."""
-    documents: jax.Array | None = None
-    """[B, S], S being T: which of a row's documents each token is of; others are hidden."""
 
 
 def resolve_kernel(
@@ -143,27 +126,27 @@ def attend_by(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    sight: Sight,
+    rule: MaskRule,
     scale: float,
     cap: float,
 ) -> jax.Array:
-    """`gptjax.layers.attention.module.attend` by a kernel that takes these shapes; see `splash`."""
+    """`attend` by a kernel that takes these shapes; see `splash`."""
     if kernel == "splash":
-        return splash(query, key, value, sight, scale, cap)
-    return cudnn(query, key, value, sight, scale)
+        return splash(query, key, value, rule, scale, cap)
+    return cudnn(query, key, value, rule, scale)
 
 
 def splash(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    sight: Sight,
+    rule: MaskRule,
     scale: float,
     cap: float = 0.0,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`gptjax.layers.attention.module.attend` on a TPU, [B, T, N, H].
+    """`attend` on a TPU, [B, T, N, H].
 
     On a mesh each device takes its rows, heads and queries, and all the keys of its rows. What the
     backward pass needs is named "attention" for `jax.checkpoint`'s policies. A query that sees no
@@ -173,7 +156,7 @@ def splash(
       query: [B, T, N, H]; T is a multiple of 128 on each device.
       key: [B, S, K, H]; S is a multiple of 128.
       value: [B, S, K, H].
-      sight: the mask.
+      rule: the mask.
       scale: of the scores.
       cap: scores are bounded by cap · tanh(score / cap); 0 does not.
       interpret: the kernel as plain JAX, which runs anywhere, slowly.
@@ -184,7 +167,7 @@ def splash(
     (_, queries, heads, _), keys = query.shape, key.shape[1]
     sharers = _sharers(query)
     kernel = make_splash_mha(
-        _splash_mask(sight, heads, queries, keys),
+        _splash_mask(rule, heads, queries, keys),
         block_sizes=_splash_blocks(queries // sharers, keys),
         attn_logits_soft_cap=cap or None,
         head_shards=1,
@@ -192,7 +175,7 @@ def splash(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    segments = _segments(sight, queries)
+    segments = _segments(rule, queries)
 
     def attend_by_head(kernel: Any, query: Any, key: Any, value: Any, segments: Any) -> jax.Array:
         by_head = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -215,9 +198,9 @@ def splash(
     return _on_each_device(mesh, attend_by_head, specs, parts)(*given)
 
 
-def _segments(sight: Sight, queries: int) -> tuple[jax.Array, jax.Array] | None:
+def _segments(rule: MaskRule, queries: int) -> tuple[jax.Array, jax.Array] | None:
     """Numbers of queries [B, T] and keys [B, S], of which equal ones see each other."""
-    valid, documents = sight.valid, sight.documents
+    valid, documents = rule.padding_mask, rule.segment_ids
     if valid is None:
         return None if documents is None else (documents, documents)
     if documents is None:
@@ -225,7 +208,7 @@ def _segments(sight: Sight, queries: int) -> tuple[jax.Array, jax.Array] | None:
     return documents, jnp.where(valid, documents, -1)
 
 
-def _splash_mask(sight: Sight, heads: int, queries: int, keys: int) -> Any:
+def _splash_mask(rule: MaskRule, heads: int, queries: int, keys: int) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         CausalMask,
         FullMask,
@@ -234,11 +217,11 @@ def _splash_mask(sight: Sight, heads: int, queries: int, keys: int) -> Any:
     )
 
     shape = queries, keys
-    if sight.window:
-        ahead = 0 if sight.causal else sight.window - 1
-        mask = LocalMask(shape, (sight.window - 1, ahead), offset=0)
+    if rule.window:
+        ahead = 0 if rule.causal else rule.window - 1
+        mask = LocalMask(shape, (rule.window - 1, ahead), offset=0)
     else:
-        mask = CausalMask(shape) if sight.causal else FullMask(shape)
+        mask = CausalMask(shape) if rule.causal else FullMask(shape)
     return MultiHeadMask([mask] * heads)
 
 
@@ -263,12 +246,12 @@ def cudnn(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    sight: Sight,
+    rule: MaskRule,
     scale: float,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """`gptjax.layers.attention.module.attend` on a GPU, [B, T, N, H].
+    """`attend` on a GPU, [B, T, N, H].
 
     Padding and documents reach cuDNN as a bias [B, 1, T, S], causality and windows as such. On a
     mesh each device takes its rows and heads. To compile it needs cuDNN itself.
@@ -277,36 +260,36 @@ def cudnn(
       query: [B, T, N, H], bfloat16.
       key: [B, S, K, H].
       value: [B, S, K, H].
-      sight: the mask.
+      rule: the mask.
       scale: of the scores.
       implementation: of `jax.nn.dot_product_attention`; "xla" runs anywhere.
     """
 
-    def attend_rows(query: Any, key: Any, value: Any, sight: Sight) -> jax.Array:
+    def attend_rows(query: Any, key: Any, value: Any, rule: MaskRule) -> jax.Array:
         shown = jnp.ones((query.shape[0], 1, query.shape[1], key.shape[1]), bool)
-        if sight.documents is not None:
-            shown &= sight.documents[:, None, :, None] == sight.documents[:, None, None]
-        if sight.valid is not None:
-            shown &= sight.valid[:, None, None]
-        everything = sight.documents is None and sight.valid is None
+        if rule.segment_ids is not None:
+            shown &= rule.segment_ids[:, None, :, None] == rule.segment_ids[:, None, None]
+        if rule.padding_mask is not None:
+            shown &= rule.padding_mask[:, None, None]
+        everything = rule.segment_ids is None and rule.padding_mask is None
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
             mask=None if everything else shown,
             scale=scale,
-            is_causal=sight.causal,
-            local_window_size=(sight.window - 1, 0) if sight.window else None,
+            is_causal=rule.causal,
+            local_window_size=(rule.window - 1, 0) if rule.window else None,
             implementation=implementation,
         )
 
     mesh = auto_mesh()
     if mesh is None:
-        return attend_rows(query, key, value, sight)
+        return attend_rows(query, key, value, rule)
     rows, _, heads, _ = spec("BTNH", query.shape)
     whole = P(rows, None, heads)
     return _on_each_device(mesh, attend_rows, (whole, whole, whole, P(rows)), whole)(
-        query, key, value, sight
+        query, key, value, rule
     )
 
 

@@ -1,16 +1,5 @@
-"""Attention: who may look where (masks), how much (weights), and what is then read (mixture).
+"""Multi-head attention with its projections (Vaswani et al. 2017, section 3.2.2)."""
 
-| `attention` | a query sees | source |
-|---|---|---|
-| full | every key, or every earlier one where it is causal | Vaswani et al. 2017, section 3.2 |
-| local | the keys of a window that ends at (or, if not causal, surrounds) it | Child et al. 2019 |
-| compressed | joined groups of earlier keys | Liu et al. 2018, section 4.2.3 (DMCA) |
-
-Masks are boolean, True where a query may look. With fewer key heads than query heads (K < N), each
-key head serves N / K queries (Shazeer 2019; Ainslie et al. 2023).
-"""
-
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -21,233 +10,41 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.attention import flash
-from gptjax.layers.dropout import dropout
-from gptjax.layers.hooks import UNTAPPED, Taps
+from gptjax.layers.attention.cache import KVCache
+from gptjax.layers.attention.masks import AttentionMask
+from gptjax.layers.attention.reference import (
+    attention_scores,
+    biased,
+    masked_softmax,
+    weighted_values,
+)
+from gptjax.layers.attention.xla import attend, attend_to_prefix
+from gptjax.layers.hooks import NO_HOOKS, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
 from gptjax.layers.norms import RMSNorm
 from gptjax.layers.positions import rotate
-from gptjax.parallel.sharding import constrain
-
-MASKED = -1e30
-"""A score that no softmax sees; finite, so that a query without any key yields no NaN."""
 
 
-class KVCache(NamedTuple):
-    """Keys and values that queries look at; in decoding, those of the tokens seen so far."""
+class AttentionInputs(NamedTuple):
+    """What attention takes beside the stream, the same for all blocks of a kind."""
 
-    key: jax.Array
-    """[B, S, K, H], or [L, B, S, K, H] for a stack of layers."""
-    value: jax.Array
-    """As `key`."""
-
-    def write(self, new: "KVCache", start: jax.Array | int) -> "KVCache":
-        """The cache of one layer with `new` [B, T, K, H] from place `start` (a row: [B]) on."""
-        batch, _, heads, _ = self.key.shape
-        starts = jnp.repeat(jnp.broadcast_to(start, batch), heads)
-
-        def write_rows(places: jax.Array, new: jax.Array) -> jax.Array:
-            # Batch and heads as one axis are what XLA multiplies; with two, it would write the
-            # whole cache once more for its products on a CPU.
-            places, new = (
-                x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (places, new)
-            )
-            update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-            written = jax.vmap(update)(places, new, starts)
-            return written.reshape(batch, heads, *written.shape[1:]).swapaxes(1, 2)
-
-        return KVCache(write_rows(self.key, new.key), write_rows(self.value, new.value))
-
-    def swapped(self) -> "KVCache":
-        """Places and heads exchanged: [B, S, K, H] ↔ [B, K, S, H]."""
-        return KVCache(self.key.swapaxes(1, 2), self.value.swapaxes(1, 2))
-
-
-def attention_mask(
-    distance: jax.Array,
-    *,
-    causal: bool,
-    window: int = 0,
-    valid: jax.Array | None = None,
-    documents: jax.Array | None = None,
-) -> jax.Array:
-    """Who may look where, [B or 1, T, S].
-
-    Args:
-      distance: [B or 1, T, S], position of the query less position of the key.
-      causal: whether later keys are hidden.
-      window: distances of this and more are hidden; 0 hides none.
-      valid: [B, S], False at keys that are padding.
-      documents: [B, S], S being T: which of a row's documents each token is of; others are hidden.
-    """
-    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
-    if window:
-        mask &= jnp.abs(distance) < window
-    if documents is not None:
-        mask &= documents[:, :, None] == documents[:, None]
-    return mask if valid is None else mask & valid[:, None]
-
-
-def compressed_mask(positions: jax.Array, keys: int, compression: int) -> jax.Array:
-    """Queries at `positions` [B or 1, T] see the groups that end at or before them.
-
-    Of `keys` places, each `compression` are a group; an empty key that all may see comes first, so
-    that the first queries have something to look at. [B or 1, T, 1 + keys // compression].
-    """
-    last = jnp.arange(keys // compression) * compression + compression - 1
-    last = jnp.concatenate([jnp.full(1, -1), last])
-    return positions[..., None] >= last
-
-
-def attention_scores(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
-    """scale · Q Kᵀ: query [B, T, N, H], key [B, S, K, H] → [B, N, T, S], float32."""
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    return scale * scores.reshape(query.shape[0], query.shape[2], *scores.shape[3:])
-
-
-def attention_weights(
-    query: jax.Array,
-    key: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None = None,
-    *,
-    scale: float | None = None,
-    cap: float = 0.0,
-) -> jax.Array:
-    """softmax(Q Kᵀ / √H): equation 1 of the paper without its last product.
-
-    Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H].
-      mask: [B or 1, T, S]; None hides nothing.
-      bias: [B or 1, N, T, S], added to the scores.
-      scale: of the scores; None is 1 / √H.
-      cap: scores are bounded by cap · tanh(score / cap) (Gemma 2, 2024); 0 does not.
-
-    Returns:
-      [B, N, T, S], float32.
-    """
-    scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    return masked_softmax(_biased(scores, bias, cap), mask)
-
-
-def _biased(scores, bias, cap):
-    if cap:
-        scores = cap * jnp.tanh(scores / cap)
-    return scores if bias is None else scores + bias
-
-
-def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Scores [B, N, T, S] as weights, none of them where `mask` [B or 1, T, S] is False."""
-    if mask is not None:
-        scores = jnp.where(mask[:, None], scores, MASKED)
-    return jax.nn.softmax(scores, axis=-1)
-
-
-def mix(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Each query's mixture of values: [B, N, T, S] and [B, S, K, H] → [B, T, N, H]."""
-    batch, heads, queries, keys = weights.shape
-    grouped = weights.astype(value.dtype).reshape(batch, value.shape[2], -1, queries, keys)
-    # With the queries before the heads at once, XLA would transpose the values instead.
-    mixture = jnp.einsum("bkgts,bskh->bkgth", grouped, value)
-    return jnp.moveaxis(mixture, 3, 1).reshape(batch, queries, heads, -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
-    scale: float,
-    cap: float,
-) -> jax.Array:
-    """`mix(attention_weights(…), value)` [B, T, N, H], with its backward pass written out.
-
-    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
-    The arguments are those of `attention_weights`.
-    """
-    return mix(attention_weights(query, key, mask, bias, scale=scale, cap=cap), value)
-
-
-def _attend_forward(query, key, value, mask, bias, scale, cap):
-    scores = attention_scores(query, key, scale)
-    slope = 1 - jnp.square(jnp.tanh(scores / cap)) if cap else None
-    weights = masked_softmax(_biased(scores, bias, cap), mask)
-    mixture = checkpoint_name(mix(weights, value), "attention")
-    return mixture, (query, key, value, bias, weights, slope, mixture)
-
-
-def _attend_backward(scale, cap, residuals, gradient):
-    query, key, value, bias, weights, slope, mixture = residuals
-    batch, queries, heads, width = query.shape
-    groups = (key.shape[2], heads // key.shape[2])
-    by_group = gradient.reshape(batch, queries, *groups, width)
-    weights_gradient = jnp.einsum(
-        "btkgh,bskh->bkgts", by_group, value, preferred_element_type=jnp.float32
-    ).reshape(weights.shape)
-    # Through the softmax: each row loses its mean gradient, Σ_s weights · weights_gradient, which
-    # equals Σ_h mixture · gradient and is cheaper so.
-    row_mean = jnp.einsum("btnh,btnh->bnt", mixture, gradient, preferred_element_type=jnp.float32)
-    scores_gradient = weights * (weights_gradient - row_mean[..., None])
-    bias_gradient = None
-    if bias is not None:
-        shared = bias.shape[0] == 1 < batch
-        bias_gradient = scores_gradient.sum(0, keepdims=True) if shared else scores_gradient
-    if cap:
-        scores_gradient = scores_gradient * slope
-    keys = scores_gradient.shape[-1]
-    by_group_scores = (scale * scores_gradient).astype(query.dtype)
-    by_group_scores = by_group_scores.reshape(batch, *groups, queries, keys)
-    by_group_weights = weights.astype(gradient.dtype).reshape(by_group_scores.shape)
-    by_group_query = query.reshape(batch, queries, *groups, width)
-    return (
-        jnp.einsum("bkgts,bskh->btkgh", by_group_scores, key).reshape(query.shape),
-        jnp.einsum("bkgts,btkgh->bskh", by_group_scores, by_group_query),
-        jnp.einsum("bkgts,btkgh->bskh", by_group_weights, by_group),
-        None,
-        bias_gradient,
-    )
-
-
-attend.defvjp(_attend_forward, _attend_backward)
-
-NEAREST = 128
-"""The fewest places of a cache that attention looks at, of which only so many are filled."""
-
-
-def attend_within(
-    reach: jax.Array,
-    query: jax.Array,
-    seen: KVCache,
-    mask: jax.Array,
-    bias: jax.Array | None,
-    scale: float,
-    cap: float,
-) -> jax.Array:
-    """`attend` to a cache of which the first `reach` places are filled, [B, T, N, H].
-
-    It looks at 128, 256 … S / 4 or all S places, whichever are enough: while a text is short, a
-    step of decoding reads little beside the weights. Parts are copied before they are multiplied,
-    which for more than a quarter takes longer than all. One program holds all the cases.
-    """
-    places = seen.key.shape[1]
-    sizes = [NEAREST << n for n in range(places.bit_length()) if NEAREST << n <= places // 4]
-    sizes.append(places)
-    by_head = seen.swapped()  # As it is stored; the other way round it would be copied.
-
-    def attend_to(size: int) -> jax.Array:
-        near = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
-        near_bias = None if bias is None else bias[..., :size]
-        return attend(query, near.key, near.value, mask[..., :size], near_bias, scale, cap)
-
-    case = (reach > jnp.array(sizes[:-1], jnp.int32)).sum()
-    return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])
+    mask: AttentionMask
+    """Which keys each query attends to."""
+    bias: jax.Array | None = None
+    """[B or 1, N, T, S], added to the scores."""
+    angles: jax.Array | None = None
+    """[B or 1, T, R / 2], the rotary angles of the positions; None rotates nothing."""
+    cache_index: Any = None
+    """The slot of a cache that the first position takes, a number or [B]; None without one."""
+    layer: jax.Array | int | None = None
+    """The block's number from 0, for what depends on depth."""
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with its projections, from x to x or from x to another sequence."""
+    """Multi-head attention: self-attention, or from x to the keys and values of another sequence.
+
+    MultiHead(x) = Concat(head_1 … head_N) W_O, head_i = softmax(q_i k_iᵀ / √H) v_i.
+    """
 
     def __init__(self, config: TransformerConfig, *, compressed: bool = False, rngs: nnx.Rngs):
         width, heads = (config.width,), (config.heads, config.head_width)
@@ -271,117 +68,113 @@ class Attention(nnx.Module):
         self.config = config
         self.compressed = compressed
 
-    def projected(self, x: jax.Array, angles: jax.Array | None) -> tuple[jax.Array, KVCache]:
-        """What x [B, T, D] looks with [B, T, N, H], and what others see of it.
-
-        `angles` [B or 1, T, R / 2] are the rotary ones of its places; None rotates nothing.
-        """
-        keys, values, queries = project(x, self.key, self.value, self.query)
-        return self._queries(queries, angles), self._keys_values(keys, values, angles)
-
-    def queries(self, x: jax.Array) -> jax.Array:
-        """What x [B, T, D] looks with at another sequence, [B, T, N, H]."""
-        return self._queries(*project(x, self.query))
-
-    def keys_values(self, x: jax.Array) -> KVCache:
-        """What another sequence sees of x [B, S, D]."""
-        return self._keys_values(*project(x, self.key, self.value))
-
-    def _queries(self, queries, angles=None) -> jax.Array:
-        if self.config.qk_norm:
-            queries = self.query_norm(queries)
-        if angles is not None:
-            queries = rotate(queries, angles, self.config.pairing)
-        return constrain(queries, "BTNH")
-
-    def _keys_values(self, keys, values, angles=None) -> KVCache:
-        if self.config.qk_norm:
-            keys = self.key_norm(keys)
-        if angles is not None:
-            keys = rotate(keys, angles, self.config.pairing)
-        return KVCache(constrain(keys, "BSKH"), constrain(values, "BSKH"))
-
     def __call__(
         self,
-        queries: jax.Array,
-        seen: KVCache,
+        x: jax.Array,
+        inputs: AttentionInputs,
         *,
-        mask: jax.Array | None,
-        sight: flash.Sight | None = None,
-        bias: jax.Array | None = None,
-        reach: jax.Array | None = None,
-        key: jax.Array | None = None,
-        taps: Taps = UNTAPPED,
-    ) -> jax.Array:
-        """Look at `seen`.
+        kv: KVCache | None = None,
+        cache: KVCache | None = None,
+        hook: Hooks = NO_HOOKS,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The output of all heads [B, T, D], and the cache with the keys and values of x.
 
         Args:
-          queries: [B, T, N, H].
-          seen: keys and values [B, S, K, H].
-          mask: [B or 1, T, S]; of compressed attention, `compressed_mask`'s.
-          sight: the rule that `mask` follows, which `config.attention_kernel` needs; it is not
-            asked for a cache.
-          bias: [B or 1, N, T, S], added to the scores.
-          reach: places of `seen` that are filled, where it is a cache; None is all.
-          key: dropout key; None drops nothing.
-          taps: what is looked at or changed. Scores and weights exist in no fast path: where they
-            are asked for, the attention written out here is used.
-
-        Returns:
-          [B, T, D].
+          x: [B, T, D], normalised where the placement says so.
+          inputs: mask, position bias, rotary angles, and where x begins in the cache.
+          kv: keys and values [B, S, K, H] of another sequence (cross-attention); None takes x's.
+          cache: keys and values of the tokens before, stored as [B, K, S, H].
+          hook: what is captured, changed and dropped.
         """
-        config = self.config
-        queries = taps("query", queries)
-        seen = KVCache(taps("key", seen.key), taps("value", seen.value))
-        keys, values = self._compress(seen) if self.compressed else seen
-        scale = config.head_width**-0.5 if config.attention_scaled else 1.0
-        cap, kernel = config.attention_cap, config.attention_kernel
-        mixture: Any
-        if (key is not None and config.dropout > 0) or taps.ask("scores", "attention"):
-            scores = _biased(attention_scores(queries, keys, scale), bias, cap)
-            scores = self._tap("scores", scores, seen, taps)
-            weights = self._tap("attention", masked_softmax(scores, mask), seen, taps)
-            mixture = mix(dropout(weights, config.dropout, key), values)
-            mixture = checkpoint_name(mixture, "attention")
-        elif sight is not None and reach is None and flash.takes(kernel, queries, keys):
-            mixture = flash.attend_by(kernel, queries, keys, values, sight, scale, cap)
-        elif reach is None or self.compressed or mask is None:
-            mixture = attend(queries, keys, values, mask, bias, scale, cap)
+        if kv is None:
+            key, value, query = self.heads(x, "key", "value", "query", angles=inputs.angles)
+            kv = KVCache(key, value)
         else:
-            mixture = attend_within(reach, queries, seen, mask, bias, scale, cap)
-        mixture = taps("mixture", constrain(mixture, "BTNH"))
-        return taps("attention_output", self._output(mixture, taps))
+            (query,) = self.heads(x, "query")
+        kv_length = None
+        if cache is not None:
+            kv = cache.swapped().write(kv, inputs.cache_index)
+            cache, kv_length = kv.swapped(), jnp.max(inputs.cache_index) + x.shape[1]
+        query, kv = hook("query", query), KVCache(hook("key", kv.key), hook("value", kv.value))
+        z = hook("z", self.attend(query, kv, inputs, kv_length, hook))
+        return hook("attention_output", self._output(z, hook)), cache
 
-    def _tap(self, name: str, x: jax.Array, seen: KVCache, taps: Taps) -> jax.Array:
-        """The place `name` with x [B, N, T, S].
+    def heads(
+        self, x: jax.Array, *parts: str, angles: jax.Array | None = None
+    ) -> tuple[jax.Array, ...]:
+        """Of x [B, T, D] those of query, key and value that are named: [B, T, N or K, H] each.
 
-        Layers are stacked in what they show, so that compressed attention's 1 + S // c columns are
-        shown as the first of S, the others 0.
+        Queries and keys are normalised (QK-norm) and rotated by `angles`, where there are any.
+        """
+
+        def placed(part: str, heads: jax.Array) -> jax.Array:
+            if part == "value":
+                return heads
+            if self.config.qk_norm:
+                heads = (self.query_norm if part == "query" else self.key_norm)(heads)
+            return heads if angles is None else rotate(heads, angles, self.config.pairing)
+
+        projected = project(x, *(getattr(self, part) for part in parts))
+        return tuple(placed(part, heads) for part, heads in zip(parts, projected, strict=True))
+
+    def attend(
+        self,
+        query: jax.Array,
+        kv: KVCache,
+        inputs: AttentionInputs,
+        kv_length: jax.Array | None,
+        hook: Hooks,
+    ) -> jax.Array:
+        """softmax(Q Kᵀ / √H) V, [B, T, N, H], by the fastest way that computes what is asked.
+
+        Scores and weights exist in no fast path: where they are captured, changed or dropped, they
+        are computed step by step. `kv_length` slots of a cache are filled; None is no cache.
+        """
+        config, mask = self.config, inputs.mask
+        keys, values = self._compress(kv) if self.compressed else kv
+        scale = config.head_width**-0.5 if config.attention_scaled else 1.0
+        softcap, kernel = config.attention_cap, config.attention_kernel
+        if hook.need("scores", "attention"):
+            scores = biased(attention_scores(query, keys, scale), inputs.bias, softcap)
+            scores = self._hooked("scores", scores, kv, hook)
+            weights = masked_softmax(scores, mask.array)
+            weights = hook.dropped("attention", self._hooked("attention", weights, kv, hook))
+            return checkpoint_name(weighted_values(weights, values), "attention")
+        if mask.rule is not None and kv_length is None and flash.takes(kernel, query, keys):
+            return flash.attend_by(kernel, query, keys, values, mask.rule, scale, softcap)
+        if kv_length is None or self.compressed or mask.array is None:
+            return attend(query, keys, values, mask.array, inputs.bias, scale, softcap)
+        return attend_to_prefix(kv_length, query, kv, mask.array, inputs.bias, scale, softcap)
+
+    def _hooked(self, name: str, x: jax.Array, kv: KVCache, hook: Hooks) -> jax.Array:
+        """The hook point `name` with x [B, N, T, S].
+
+        Layers are stacked in what is captured, so that compressed attention's 1 + S // c columns
+        are the first of S there, the others 0.
         """
         columns = x.shape[-1]
-        missing = max(seen.key.shape[1] - columns, 0)
-        return taps(name, jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x)[
-            ..., :columns
-        ]
+        missing = max(kv.key.shape[1] - columns, 0)
+        padded = jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
+        return hook.observed(name, padded)[..., :columns]
 
-    def _output(self, mixture: jax.Array, taps: Taps) -> jax.Array:
+    def _output(self, z: jax.Array, hook: Hooks) -> jax.Array:
         """[B, T, N, H] → [B, T, D]; head by head where that is asked for."""
-        if not taps.ask("head_output"):
-            return self.output(mixture)
-        kernel = self.output.kernel.astype(mixture.dtype)
-        output = taps("head_output", jnp.einsum("btnh,nhd->btnd", mixture, kernel)).sum(axis=2)
+        if not hook.need("head_output"):
+            return self.output(z)
+        kernel = self.output.kernel.astype(z.dtype)
+        output = hook("head_output", jnp.einsum("btnh,nhd->btnd", z, kernel)).sum(axis=2)
         return (
             output if self.output.bias is None else output + self.output.bias.astype(output.dtype)
         )
 
-    def _compress(self, seen: KVCache) -> KVCache:
+    def _compress(self, kv: KVCache) -> KVCache:
         """[B, S, K, H] → [B, 1 + S // c, K, H]: an empty key, then a convolution of stride c."""
 
-        def joined(places: jax.Array, convolution: Linear) -> jax.Array:
-            batch, length, *head = places.shape
+        def joined(slots: jax.Array, convolution: Linear) -> jax.Array:
+            batch, length, *head = slots.shape
             stride = self.config.compression
-            groups = places[:, : length // stride * stride].reshape(batch, -1, stride, *head)
-            empty = jnp.zeros((batch, 1, *head), places.dtype)
+            groups = slots[:, : length // stride * stride].reshape(batch, -1, stride, *head)
+            empty = jnp.zeros((batch, 1, *head), slots.dtype)
             return jnp.concatenate([empty, convolution(groups)], axis=1)
 
-        return KVCache(joined(seen.key, self.compress_key), joined(seen.value, self.compress_value))
+        return KVCache(joined(kv.key, self.compress_key), joined(kv.value, self.compress_value))

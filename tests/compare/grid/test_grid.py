@@ -90,9 +90,9 @@ def test_a_run_that_is_compared_can_be_looked_into(kept, material):
     total = sum(
         float(-jax.nn.log_softmax(run.model(batch.tokens))[row, place, batch.targets[row, place]])
         for batch in material.validation
-        for row, place in zip(*np.nonzero(batch.weights), strict=True)
+        for row, place in zip(*np.nonzero(batch.loss_weights), strict=True)
     )
-    held_out = sum(batch.weights.sum() for batch in material.validation)
+    held_out = sum(batch.loss_weights.sum() for batch in material.validation)
     assert total / held_out == pytest.approx(outcomes[0].validation_loss, rel=1e-5)
 
 

@@ -13,7 +13,7 @@ from gptjax.config import DataConfig, InputError, OptimizerConfig, TransformerCo
 from gptjax.models.build import build
 from gptjax.models.presets import PRESETS, preset
 
-OF_ENCODERS = {"segments", "encoder_heads"}
+OF_ENCODERS = {"token_types", "encoder_heads"}
 
 
 def read(*specs: str, **comparison) -> list[Variant]:
@@ -72,9 +72,9 @@ def test_an_override_has_the_type_of_its_field(override, field, value):
 
 
 def test_a_value_may_have_commas():
-    variant = only("gpt2:norm=rmsnorm,attention=full,local,window=64,feedforward=swiglu")
+    variant = only("gpt2:norm=rmsnorm,attention=full,local,window=64,activation=swiglu")
     assert variant.model.attention == "full,local"
-    assert (variant.model.window, variant.model.feedforward) == (64, "swiglu")
+    assert (variant.model.window, variant.model.activation) == (64, "swiglu")
 
 
 def test_the_optimizer_is_the_comparisons_with_overrides():
@@ -189,7 +189,7 @@ def test_every_swept_variant_can_be_built(axis):
     variants = read(f"{name}:{axis}=*", data=data)
     if axis != "family":  # Others than those that the objective trains are left out.
         assert [getattr(variant.model, axis) for variant in variants] == list(SWEPT[axis])
-    assert any(changed(variant, base) for variant in variants) or axis == "segments"
+    assert any(changed(variant, base) for variant in variants) or axis == "token_types"
     for variant in variants:
         model = dataclasses.replace(variant.model, vocab_size=11)
         nnx.eval_shape(lambda model=model: build(model, rngs=nnx.Rngs(0)))

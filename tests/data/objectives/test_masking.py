@@ -102,26 +102,26 @@ def test_a_pair_is_two_stretches_of_text_in_their_frame(document, other, seed, c
     row = next_sentence(
         document, other, generator(seed), vocabulary=BERT, context=context, whole_words=whole
     )
-    assert row.valid is not None
-    assert row.segments is not None
+    assert row.padding_mask is not None
+    assert row.token_types is not None
     assert row.next_sentence is not None
     assert {array.shape for array in row[:5] if array is not None} == {(context,)}
     assert row.next_sentence.shape == ()
-    assert row.next_sentence.dtype == row.segments.dtype == np.int32
-    used = int(row.valid.sum())
-    assert row.valid[:used].all()
+    assert row.next_sentence.dtype == row.token_types.dtype == np.int32
+    used = int(row.padding_mask.sum())
+    assert row.padding_mask[:used].all()
     targets = row.targets[:used]
     frame = np.flatnonzero(targets > 255)
     assert targets[frame].tolist() == [BEGIN, END, END]
     assert (frame[0], frame[2]) == (0, used - 1)
     first, second = targets[1 : frame[1]], targets[frame[1] + 1 : -1]
     assert min(len(first), len(second)) > 0
-    assert row.segments.tolist() == [0] * (frame[1] + 1) + [1] * (used - frame[1] - 1) + [0] * (
+    assert row.token_types.tolist() == [0] * (frame[1] + 1) + [1] * (used - frame[1] - 1) + [0] * (
         context - used
     )
-    assert not row.weights[used:].any()
-    assert not row.weights[frame].any()
-    assert row.weights.sum() > 0
+    assert not row.loss_weights[used:].any()
+    assert not row.loss_weights[frame].any()
+    assert row.loss_weights.sum() > 0
     assert not row.tokens[used:].any()
     assert not row.targets[used:].any()
     assert bytes(first.astype(np.uint8)) in bytes(document.astype(np.uint8))
@@ -141,8 +141,8 @@ def test_half_of_the_seconds_follow_and_lengths_do_not_tell():
     lengths: tuple[list[int], list[int]] = [], []
     for seed in range(1000):
         row = pair(40, 60, 64, seed)
-        assert row.segments is not None
-        second = row.targets[(row.segments == 1) & (row.targets < 256)]
+        assert row.token_types is not None
+        second = row.targets[(row.token_types == 1) & (row.targets < 256)]
         assert row.next_sentence is not None
         label = int(row.next_sentence)
         assert (second[0] >= 128) == label

@@ -20,7 +20,7 @@ KINDS: dict[str, dict[str, Any]] = {
         for positions in ("learned", "sinusoidal", "rotary", "alibi", "relative", "none")
     },
     "decoder, local": {"attention": "local,full", "window": 3, "positions": "rotary"},
-    "encoder, learned": {"family": "encoder", "segments": 2},
+    "encoder, learned": {"family": "encoder", "token_types": 2},
     "encoder, relative": {"family": "encoder", "positions": "relative"},
     "recurrent": {"family": "recurrent", "positions": "none"},
 }
@@ -44,7 +44,7 @@ def model_of(kind: str, **changes: Any) -> Any:
 def packed(model: Any, tokens: np.ndarray = TOKENS) -> jax.Array:
     """Logits [B, T, V] of the packed rows, which the model is given as a step gives them."""
     weights = np.ones(tokens.shape, np.float32)
-    batch = Batch(tokens, tokens, weights, documents=DOCUMENTS, positions=POSITIONS)
+    batch = Batch(tokens, tokens, weights, segment_ids=DOCUMENTS, positions=POSITIONS)
     return model(batch.tokens, **batch.inputs())
 
 
@@ -59,7 +59,7 @@ def alone(model: Any, document: int) -> jax.Array:
     valid = np.arange(TINY.context) < places.sum(axis=1, keepdims=True)
     tokens = np.zeros_like(TOKENS)
     tokens[valid] = TOKENS[places]
-    return model(tokens, valid=valid)[valid]
+    return model(tokens, padding_mask=valid)[valid]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,7 +122,9 @@ def test_scanned_layers_read_packed_rows_as_unrolled_ones_do():
 
 def test_attention_weighs_no_other_document():
     model = model_of("decoder, learned")
-    output = model.hidden(TOKENS, documents=DOCUMENTS, positions=POSITIONS, capture=("attention",))
+    output = model.hidden(
+        TOKENS, segment_ids=DOCUMENTS, positions=POSITIONS, capture=("attention",)
+    )
     weights = np.asarray(output.captured["attention"])
     same = np.equal(DOCUMENTS[:, :, None], DOCUMENTS[:, None])
     seen = same & np.tri(TINY.context, dtype=bool)
@@ -140,4 +142,4 @@ def test_what_takes_one_document_a_row_says_so():
         packed(translator)
     decoder = model_of("decoder, learned")
     with pytest.raises(InputError, match="A cache is of one document a row"):
-        decoder.hidden(TOKENS, documents=DOCUMENTS, cache=decoder.empty_cache(2))
+        decoder.hidden(TOKENS, segment_ids=DOCUMENTS, cache=decoder.empty_cache(2))

@@ -103,13 +103,13 @@ def test_packed_rows_predict_every_successor_in_a_document_once(lengths, room):
     predicted = []
     for index in range(len(rows)):
         row = rows[index]
-        real = row.documents > 0
+        real = row.segment_ids > 0
         assert row.tokens.shape == row.targets.shape == row.positions.shape == (room,)
         np.testing.assert_array_equal(row.targets[real], row.tokens[real] + 1)
         assert not row.tokens[~real].any()
         assert not row.positions[~real].any()
-        for number in range(1, row.documents.max() + 1):
-            mine = row.documents == number
+        for number in range(1, row.segment_ids.max() + 1):
+            mine = row.segment_ids == number
             np.testing.assert_array_equal(np.diff(np.flatnonzero(mine)), 1)
             np.testing.assert_array_equal(row.positions[mine], np.arange(mine.sum()))
             np.testing.assert_array_equal(np.diff(row.tokens[mine]), 1)
@@ -130,8 +130,8 @@ def test_framed_rows_have_each_token_once_between_its_frame(lengths, room):
     for index in range(len(rows)):
         row = rows[index]
         np.testing.assert_array_equal(row.tokens, row.targets)
-        for number in range(1, row.documents.max() + 1):
-            piece = row.tokens[row.documents == number]
+        for number in range(1, row.segment_ids.max() + 1):
+            piece = row.tokens[row.segment_ids == number]
             assert (piece[0], piece[-1]) == frame
             found += piece[1:-1].tolist()
     assert sorted(found) == tokens.tolist()

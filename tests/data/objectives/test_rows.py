@@ -70,10 +70,10 @@ def ids(text: str) -> list[int]:
 def test_a_causal_row_predicts_each_successor_and_no_padding():
     row = causal_row(np.arange(5), context=4)
     assert (row.tokens.tolist(), row.targets.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
-    assert row.weights.tolist() == [1, 1, 1, 1]
+    assert row.loss_weights.tolist() == [1, 1, 1, 1]
     rest = causal_row(np.arange(1, 4), context=4)
     assert (rest.tokens.tolist()[:2], rest.targets.tolist()[:2]) == ([1, 2], [2, 3])
-    assert rest.weights.tolist() == [1, 1, 0, 0]
+    assert rest.loss_weights.tolist() == [1, 1, 0, 0]
 
 
 def test_rows_of_documents_side_by_side_by_hand(tmp_path):
@@ -92,14 +92,14 @@ def test_rows_of_documents_side_by_side_by_hand(tmp_path):
         ids("fghijk"),
         [*ids("m."), 0, 0, 0, 0],
     ]
-    assert [np.asarray(row.documents).tolist() for row in rows] == [
+    assert [np.asarray(row.segment_ids).tolist() for row in rows] == [
         [1, 1, 1, 2, 3, 0],
         [1] * 6,
         [1, 1, 0, 0, 0, 0],
     ]
     assert np.asarray(rows[0].positions).tolist() == [0, 1, 2, 0, 0, 0]
     for row in rows:
-        np.testing.assert_array_equal(row.weights, np.asarray(row.documents) > 0)
+        np.testing.assert_array_equal(row.loss_weights, np.asarray(row.segment_ids) > 0)
 
 
 def test_a_row_that_is_to_be_unmasked_stands_in_its_frame_and_its_padding_stays():
@@ -113,11 +113,11 @@ def test_a_row_that_is_to_be_unmasked_stands_in_its_frame_and_its_padding_stays(
         rng = np.random.default_rng(seed)
         options = {"context": 10, "rate": 0.5, "whole_words": False}
         row = masked_row(np.array(ids("abcd")), rng, words=vocabulary, **options)
-        assert row.documents is not None
-        assert row.documents.tolist() == [1] * 6 + [0] * 4
+        assert row.segment_ids is not None
+        assert row.segment_ids.tolist() == [1] * 6 + [0] * 4
         assert row.targets.tolist() == [BEGIN, *ids("abcd"), END, 0, 0, 0, 0]
-        assert row.weights.sum() == 2
-        unasked = row.weights == 0
+        assert row.loss_weights.sum() == 2
+        unasked = row.loss_weights == 0
         np.testing.assert_array_equal(row.tokens[unasked], row.targets[unasked])
         assert row.tokens.max() <= MASK
         hidden |= ~unasked
@@ -134,7 +134,7 @@ def test_rows_that_are_to_be_unmasked_keep_documents_apart(tmp_path):
         [BEGIN, *ids("abc"), END, BEGIN, ord("h"), END],
         [BEGIN, *ids("defg"), END, 0, 0],
     ]
-    documents = [row.documents.tolist() for row in rows if row.documents is not None]
+    documents = [row.segment_ids.tolist() for row in rows if row.segment_ids is not None]
     assert documents == [[1] * 5 + [2] * 3, [1] * 6 + [0] * 2]
 
 
@@ -147,11 +147,11 @@ def test_a_span_corrupted_window_fills_its_source_and_its_target(tmp_path):
     for number in range(len(bucket)):
         row = bucket.row(number, np.random.default_rng(number))
         assert row.source is not None
-        assert row.source_valid is not None
+        assert row.source_mask is not None
         assert row.source.shape == (16,)
         assert row.tokens.shape == row.targets.shape
-        kept = [token for token in row.source[row.source_valid] if token < 256]
-        filled = [token for token in row.targets[row.weights > 0] if token < 256]
+        kept = [token for token in row.source[row.source_mask] if token < 256]
+        filled = [token for token in row.targets[row.loss_weights > 0] if token < 256]
         text = ids("abcdefghijklmnopqrstuvwxyz" * 3)[number * length : (number + 1) * length]
         assert sorted(kept + filled) == sorted(text)
         assert vocabulary.sentinels[0] in row.source
@@ -165,15 +165,15 @@ def test_a_prefix_and_what_follows_are_the_window(tmp_path):
     for number, text in enumerate(("abcdefgh", "ijklmnop")):
         row = bucket.row(number, np.random.default_rng(number))
         assert row.source is not None
-        assert row.source_valid is not None
-        both = [*row.source[row.source_valid], *row.targets[row.weights > 0]]
+        assert row.source_mask is not None
+        both = [*row.source[row.source_mask], *row.targets[row.loss_weights > 0]]
         assert [token for token in both if token < 256] == ids(text)
 
 
 def test_pieces_for_the_next_sentence_are_of_other_documents(tmp_path):
     tokens = store(tmp_path, "abcdef", "", "g", "hijklmnopq", "rs", ends=True)
     data = DataConfig(objective="next_sentence")
-    model = {"family": "encoder", "segments": 2, "encoder_heads": "pretraining"}
+    model = {"family": "encoder", "token_types": 2, "encoder_heads": "pretraining"}
     bucket = text_rows([tokens], data, 9, words(data, 9, **model))
     pieces = bucket.sources[0]
     assert isinstance(pieces, DocumentPieces)
@@ -204,10 +204,10 @@ def each_token(tmp_path_factory):
         @jax.jit
         def losses(batch: Batch) -> jax.Array:
             def of_one(weights: jax.Array) -> jax.Array:
-                return loss(params, batch._replace(weights=weights), None).loss
+                return loss(params, batch._replace(loss_weights=weights), None).loss
 
-            shape = batch.weights.shape
-            each = jnp.eye(batch.weights.size).reshape(-1, *shape)
+            shape = batch.loss_weights.shape
+            each = jnp.eye(batch.loss_weights.size).reshape(-1, *shape)
             return jax.lax.map(of_one, each).reshape(shape)
 
         return lambda batch: np.asarray(losses(batch))
@@ -228,15 +228,17 @@ def test_another_neighbour_in_a_row_moves_no_loss(tmp_path, each_token, objectiv
         )
 
     batch, other = rows(*texts), rows("HELLO", *texts[1:])
-    assert batch.documents is not None
-    assert other.documents is not None
-    np.testing.assert_array_equal(batch.documents, other.documents)
-    first = np.zeros(batch.documents.shape, bool)
-    first[0] = batch.documents[0] == 1
-    assert batch.documents[0].max() > 1  # It has neighbours.
+    assert batch.segment_ids is not None
+    assert other.segment_ids is not None
+    np.testing.assert_array_equal(batch.segment_ids, other.segment_ids)
+    first = np.zeros(batch.segment_ids.shape, bool)
+    first[0] = batch.segment_ids[0] == 1
+    assert batch.segment_ids[0].max() > 1  # It has neighbours.
     # What is drawn for a row may differ with its tokens: the same is asked of both.
-    asked = np.where(first, 0, batch.weights)
+    asked = np.where(first, 0, batch.loss_weights)
     tokens = np.where(first, other.tokens, batch.tokens)
     before, after = losses(batch), losses(batch._replace(tokens=tokens))
     np.testing.assert_array_equal(before[asked > 0], after[asked > 0])
-    assert (before[first & (batch.weights > 0)] != after[first & (batch.weights > 0)]).any()
+    assert (
+        before[first & (batch.loss_weights > 0)] != after[first & (batch.loss_weights > 0)]
+    ).any()

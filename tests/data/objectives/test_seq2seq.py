@@ -112,19 +112,19 @@ def test_teacher_forcing_predicts_the_target_and_its_end_alone(source, target, m
         source, target, vocabulary=T5, source_length=source_length, target_length=target_length
     )
     assert row.source is not None
-    assert row.source_valid is not None
-    assert row.source[row.source_valid].tolist() == [*source, END]
+    assert row.source_mask is not None
+    assert row.source[row.source_mask].tolist() == [*source, END]
     assert row.source.shape == (source_length,)
-    assert not row.source[~row.source_valid].any()
-    predicted = row.weights == 1
+    assert not row.source[~row.source_mask].any()
+    predicted = row.loss_weights == 1
     assert row.targets[predicted].tolist() == [*target, END]
     assert row.tokens[predicted].tolist() == [BEGIN, *target]
     assert predicted[: len(target) + 1].all()
-    assert row.tokens.shape == row.targets.shape == row.weights.shape == (target_length,)
+    assert row.tokens.shape == row.targets.shape == row.loss_weights.shape == (target_length,)
     padded = ~predicted
-    for array in (row.weights, row.tokens, row.targets):
+    for array in (row.loss_weights, row.tokens, row.targets):
         assert not array[padded].any()
-    assert row.weights.dtype == np.float32
+    assert row.loss_weights.dtype == np.float32
     assert row.tokens.dtype == row.targets.dtype == row.source.dtype == np.int32
 
 

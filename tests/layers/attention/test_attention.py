@@ -5,16 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.layers.attention.module import (
-    KVCache,
-    attend,
-    attention_mask,
-    attention_weights,
-    compressed_mask,
-    mix,
-)
+from gptjax.layers.attention.cache import KVCache
+from gptjax.layers.attention.masks import MaskRule, attention_mask, compressed_mask
+from gptjax.layers.attention.reference import attention_weights, weighted_values
+from gptjax.layers.attention.xla import attend
 
-CAUSAL = attention_mask(jnp.arange(5)[None, :, None] - jnp.arange(5), causal=True)
+CAUSAL = attention_mask(jnp.arange(5)[None, :, None] - jnp.arange(5), MaskRule(causal=True))
 
 
 def inputs(length: int = 5, seen: int = 5, kv_heads: int = 6):
@@ -40,7 +36,7 @@ def test_weights_are_a_softmax_over_what_the_mask_shows(kv_heads):
 def test_scores_are_scaled_capped_and_biased_in_this_order():
     query, key, _, _ = inputs()
     bias = jax.random.normal(jax.random.key(7), (1, 6, 5, 5))
-    weights = attention_weights(query, key, CAUSAL, bias, scale=2.0, cap=3.0)
+    weights = attention_weights(query, key, CAUSAL, bias, scale=2.0, softcap=3.0)
     scores = 2.0 * jnp.einsum("btnh,bsnh->bnts", query, key)
     scores = 3.0 * jnp.tanh(scores / 3.0) + bias
     expected = jax.nn.softmax(jnp.where(CAUSAL[:, None], scores, -jnp.inf))
@@ -58,7 +54,9 @@ def test_attend_and_its_backward_pass_equal_autodiff_of_the_reference(kv_heads, 
         bias = jax.random.normal(jax.random.key(7), (bias_rows, 6, 3, 5))
 
     def reference(query, key, value, bias):
-        return mix(attention_weights(query, key, mask, bias, scale=0.7, cap=cap), value)
+        return weighted_values(
+            attention_weights(query, key, mask, bias, scale=0.7, softcap=cap), value
+        )
 
     def ours(query, key, value, bias) -> Any:
         return attend(query, key, value, mask, bias, 0.7, cap)
@@ -75,11 +73,11 @@ def test_attend_and_its_backward_pass_equal_autodiff_of_the_reference(kv_heads, 
 def test_masks_hide_later_keys_distant_ones_and_padding():
     distance = jnp.arange(4)[None, :, None] - jnp.arange(4)
     valid = jnp.array([[True, True, True, False]])
-    both_ways = attention_mask(distance, causal=False, window=2, valid=valid)[0]
+    both_ways = attention_mask(distance, MaskRule(False, window=2, padding_mask=valid))[0]
     np.testing.assert_array_equal(
         both_ways, [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0]]
     )
-    causal = attention_mask(distance, causal=True, window=2)[0]
+    causal = attention_mask(distance, MaskRule(True, window=2))[0]
     np.testing.assert_array_equal(causal, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
 
 

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 from gptjax import InputError, TransformerConfig, build, preset, split
 from gptjax.config import MeshConfig
 from gptjax.layers.attention import flash
-from gptjax.layers.attention.flash import Sight, cudnn, resolve_kernel, splash
-from gptjax.layers.attention.module import attention_mask, attention_weights, mix
+from gptjax.layers.attention.flash import cudnn, resolve_kernel, splash
+from gptjax.layers.attention.masks import MaskRule, attention_mask
+from gptjax.layers.attention.reference import attention_weights, weighted_values
 from gptjax.parallel.sharding import build_mesh, spec
 
 SCALE = 0.3
@@ -26,55 +27,55 @@ DRAW = np.random.default_rng(0)
 DOCUMENTS = np.sort(DRAW.integers(1, 4, (2, PLACES)), axis=1).astype(np.int32)
 VALID = np.arange(PLACES) < np.array([[290], [PLACES]])
 MASKS = {
-    "causal": Sight(causal=True),
-    "causal, window": Sight(causal=True, window=50),
-    "causal, documents": Sight(causal=True, documents=jnp.asarray(DOCUMENTS)),
-    "causal, padding": Sight(causal=True, valid=jnp.asarray(VALID)),
-    "documents, padding": Sight(False, 0, jnp.asarray(VALID), jnp.asarray(DOCUMENTS)),
-    "padding": Sight(causal=False, valid=jnp.asarray(VALID)),
-    "window": Sight(causal=False, window=200, valid=jnp.asarray(VALID)),
+    "causal": MaskRule(causal=True),
+    "causal, window": MaskRule(causal=True, window=50),
+    "causal, documents": MaskRule(causal=True, segment_ids=jnp.asarray(DOCUMENTS)),
+    "causal, padding": MaskRule(causal=True, padding_mask=jnp.asarray(VALID)),
+    "documents, padding": MaskRule(False, 0, jnp.asarray(VALID), jnp.asarray(DOCUMENTS)),
+    "padding": MaskRule(causal=False, padding_mask=jnp.asarray(VALID)),
+    "window": MaskRule(causal=False, window=200, padding_mask=jnp.asarray(VALID)),
 }
 
 
 def inputs(queries: int = PLACES, keys: int = PLACES, heads: int = 2, kv_heads: int = 1):
-    """Query [2, T, N, 8], key and value [2, S, K, 8], gradient of the mixture."""
+    """Query [2, T, N, 8], key and value [2, S, K, 8], gradient of the z."""
     shapes = [(queries, heads), (keys, kv_heads), (keys, kv_heads), (queries, heads)]
     drawn = [jnp.asarray(DRAW.standard_normal((2, *shape, 8), np.float32)) for shape in shapes]
     # What a padding query reads is not used.
     return *drawn[:3], drawn[3] * VALID[:, :queries, None, None]
 
 
-def shortened(sight: Sight, places: int) -> Sight:
-    return jax.tree.map(lambda leaf: leaf[:, :places], sight)
+def shortened(rule: MaskRule, places: int) -> MaskRule:
+    return jax.tree.map(lambda leaf: leaf[:, :places], rule)
 
 
-def reference(query, key, value, sight: Sight, cap: float = 0.0) -> jax.Array:
+def reference(query, key, value, rule: MaskRule, cap: float = 0.0) -> jax.Array:
     distance = jnp.arange(query.shape[1])[None, :, None] - jnp.arange(key.shape[1])
-    mask = attention_mask(distance, **vars(sight))
-    return mix(attention_weights(query, key, mask, scale=SCALE, cap=cap), value)
+    mask = attention_mask(distance, rule)
+    return weighted_values(attention_weights(query, key, mask, scale=SCALE, softcap=cap), value)
 
 
-def interpreted(query, key, value, sight: Sight, cap: float = 0.0) -> jax.Array:
-    return splash(query, key, value, sight, SCALE, cap, interpret=True)
+def interpreted(query, key, value, rule: MaskRule, cap: float = 0.0) -> jax.Array:
+    return splash(query, key, value, rule, SCALE, cap, interpret=True)
 
 
-def stood_in_for(query, key, value, sight: Sight) -> jax.Array:
-    return cudnn(query, key, value, sight, SCALE, implementation="xla")
+def stood_in_for(query, key, value, rule: MaskRule) -> jax.Array:
+    return cudnn(query, key, value, rule, SCALE, implementation="xla")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def with_gradients(attend, cap, sight, query, key, value, gradient):
-    """The mixture where it is used, and the gradients of query, key and value."""
+def with_gradients(attend, cap, rule, query, key, value, gradient):
+    """The z where it is used, and the gradients of query, key and value."""
     cap = {"cap": cap} if cap else {}
-    mixture, vjp = jax.vjp(
-        lambda query, key, value: attend(query, key, value, sight, **cap), query, key, value
+    z, vjp = jax.vjp(
+        lambda query, key, value: attend(query, key, value, rule, **cap), query, key, value
     )
-    return mixture * (gradient != 0), *vjp(gradient)
+    return z * (gradient != 0), *vjp(gradient)
 
 
-def assert_equal(attend, sight: Sight, given, cap: float = 0.0) -> None:
-    got = with_gradients(attend, cap, sight, *given)
-    expected = with_gradients(reference, cap, sight, *given)
+def assert_equal(attend, rule: MaskRule, given, cap: float = 0.0) -> None:
+    got = with_gradients(attend, cap, rule, *given)
+    expected = with_gradients(reference, cap, rule, *given)
     for ours, theirs in zip(got, expected, strict=True):
         largest = float(jnp.abs(theirs).max())
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * largest)
@@ -86,7 +87,7 @@ def test_splash_and_its_gradients_equal_the_reference(mask):
 
 
 def test_splash_bounds_scores_softly():
-    assert_equal(interpreted, Sight(causal=True), inputs(kv_heads=2), cap=2.0)
+    assert_equal(interpreted, MaskRule(causal=True), inputs(kv_heads=2), cap=2.0)
 
 
 def test_splash_with_a_fused_backward_pass_of_several_blocks(monkeypatch):
@@ -96,8 +97,8 @@ def test_splash_with_a_fused_backward_pass_of_several_blocks(monkeypatch):
 
 
 def test_splash_looks_at_another_sequence():
-    sight = Sight(causal=False, valid=MASKS["padding"].valid)
-    assert_equal(interpreted, sight, inputs(queries=128))
+    rule = MaskRule(causal=False, padding_mask=MASKS["padding"].padding_mask)
+    assert_equal(interpreted, rule, inputs(queries=128))
 
 
 @pytest.mark.parametrize("mask", [name for name in MASKS if name != "window"])
@@ -113,12 +114,12 @@ def test_each_device_of_a_mesh_takes_its_part(attend):
         MeshConfig(data=2, tensor=2, sequence=sequence), 2, jax.devices()[: 4 * sequence]
     )
     query, key, value, gradient = inputs(256, 256, heads=4, kv_heads=2)
-    sight = shortened(MASKS["causal, documents"], 256)
-    expected = with_gradients(reference, 0.0, sight, query, key, value, gradient)
+    rule = shortened(MASKS["causal, documents"], 256)
+    expected = with_gradients(reference, 0.0, rule, query, key, value, gradient)
     with jax.set_mesh(mesh):
         parts = spec("BTNH", query.shape)
         query, gradient = (jax.device_put(x, NamedSharding(mesh, parts)) for x in (query, gradient))
-        got = with_gradients(attend, 0.0, sight, query, key, value, gradient)
+        got = with_gradients(attend, 0.0, rule, query, key, value, gradient)
         jax.block_until_ready(got)
     assert got[1].sharding.is_equivalent_to(NamedSharding(mesh, parts), 4)
     for ours, theirs in zip(got, expected, strict=True):
@@ -129,23 +130,23 @@ def test_a_device_that_was_given_its_rows_takes_them_all():
     """As `gptjax.training.step` gives them where a batch alone is split."""
     mesh = build_mesh(MeshConfig(data=2), 2, jax.devices()[:2])
     query, key, value, _ = inputs(128, 128)
-    sight = Sight(causal=True)
+    rule = MaskRule(causal=True)
 
     def attend(query, key, value):
         assert flash.takes("splash", query, key)
-        return interpreted(query, key, value, sight)
+        return interpreted(query, key, value, rule)
 
     of_rows = jax.shard_map(
         attend, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
     )
-    expected = reference(query, key, value, sight)
+    expected = reference(query, key, value, rule)
     np.testing.assert_allclose(jax.jit(of_rows)(query, key, value), expected, atol=1e-5)
 
 
 def test_queries_that_see_no_key_yield_numbers():
-    sight = Sight(causal=True, valid=jnp.zeros((2, 128), bool))
+    rule = MaskRule(causal=True, padding_mask=jnp.zeros((2, 128), bool))
     query, key, value, _ = inputs(128, 128)
-    for part in with_gradients(interpreted, 0.0, sight, query, key, value, jnp.ones_like(query)):
+    for part in with_gradients(interpreted, 0.0, rule, query, key, value, jnp.ones_like(query)):
         assert jnp.isfinite(part).all()
 
 
@@ -157,11 +158,11 @@ SMALL = TransformerConfig(
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
-        ({"attention": "full,local", "window": 40}, {"documents": DOCUMENTS[:, :256]}),
-        ({"family": "encoder"}, {"valid": VALID[:, 34:290]}),
+        ({"attention": "full,local", "window": 40}, {"segment_ids": DOCUMENTS[:, :256]}),
+        ({"family": "encoder"}, {"padding_mask": VALID[:, 34:290]}),
         (
             {"family": "encoder_decoder", "depth": 1},
-            {"source": DOCUMENTS[:, :128], "source_valid": VALID[:, 162:290]},
+            {"source": DOCUMENTS[:, :128], "source_mask": VALID[:, 162:290]},
         ),
     ],
     ids=["decoder", "encoder", "encoder_decoder"],
@@ -188,7 +189,7 @@ def test_models_give_the_kernel_the_masks_of_all_their_attention(changes, given,
     assert not calls
     computed["splash"] = hidden("splash")
     assert len(calls) == {"encoder_decoder": 3}.get(config.family, config.depth)
-    used = given.get("valid", np.ones((2, 256), bool))[..., None]
+    used = given.get("padding_mask", np.ones((2, 256), bool))[..., None]
     np.testing.assert_allclose(computed["splash"] * used, computed["auto"] * used, atol=1e-5)
 
 
@@ -209,11 +210,11 @@ def test_recomputation_by_names_keeps_what_attention_needs(capsys):
     saved = jax.checkpoint_policies.save_only_these_names("attention")
 
     def attended(query: jax.Array) -> jax.Array:
-        return jnp.sin(interpreted(jnp.sin(query), key, value, Sight(causal=True))).sum()
+        return jnp.sin(interpreted(jnp.sin(query), key, value, MaskRule(causal=True))).sum()
 
     print_saved_residuals(jax.checkpoint(attended, policy=saved), query)
     kept = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "splash" in line]
-    assert kept == ["f32[2,2,128,8]", "f32[2,2,128]"]  # The mixture, and the log of each sum.
+    assert kept == ["f32[2,2,128,8]", "f32[2,2,128]"]  # The z, and the log of each sum.
 
 
 GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
