@@ -26,7 +26,11 @@ from gptjax.runs.directory import Run
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(
-        preset("bert-tiny"), vocab_size=0, context=64, token_types=0, encoder_heads="masked_lm"
+        preset("bert-tiny"),
+        vocab_size=0,
+        context_length=64,
+        token_types=0,
+        encoder_heads="masked_lm",
     ),
     data=DataConfig(objective="masked_lm", tokenizer="bpe:1000", whole_words=True),
     optimizer=OptimizerConfig(learning_rate=2e-3),

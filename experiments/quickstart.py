@@ -126,13 +126,13 @@ def train(
             config.optimizer, config.optimizer.learning_rate, config.train.steps
         )
         order = {"batch_size": config.train.batch_size, "seed": config.train.seed}
-        if config.data.on_the_fly:
+        if config.data.streaming:
             batches = streamed_batches(
                 sources,
                 tokenizer,
                 corpus.vocabulary,
                 config.data,
-                config.model.context,
+                config.model.context_length,
                 **order,
                 **hosts,
             )
@@ -174,7 +174,7 @@ def train(
 
 def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
     """The mesh of a run, and lines about it where there is more than one device."""
-    rows = config.train.batch_size // config.train.accumulate
+    rows = config.train.batch_size // config.train.grad_accumulation
     mesh = build_mesh(config.mesh, rows)
     platform, stages = mesh.devices.flat[0].platform, mesh.shape["pipeline"]
     lines = [f"Mesh: {mesh_name(mesh.shape)}, {mesh.size} x {platform}."] if mesh.size > 1 else []
@@ -194,7 +194,7 @@ def training_size(corpus: Corpus) -> str:
 def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the run's attention and samples, by its best checkpoint."""
     line = first_line(sources.validation[0])
-    sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context)]
+    sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context_length)]
     if run.config.model.family == "decoder":
         weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
         said = map(plots.token_label, labels(sentence, run.tokenizer, corpus.vocabulary))

@@ -24,7 +24,7 @@ from gptjax.config import (
 
 PRESETS = {
     "cpu": ExperimentConfig(
-        model=TransformerConfig(context=64, depth=4, width=128, heads=4, bias=False),
+        model=TransformerConfig(context_length=64, depth=4, width=128, heads=4, bias=False),
         data=DataConfig(tokenizer="characters"),
         # nanoGPT's rate of 1e-3 ends at 1.90 here.
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
@@ -32,11 +32,11 @@ PRESETS = {
     ),
     "fast": ExperimentConfig(
         model=TransformerConfig(
-            context=64,
+            context_length=64,
             depth=2,
             width=64,
             heads=4,
-            positions="rotary",
+            position_embedding="rotary",
             norm="rmsnorm",
             bias=False,
         ),
@@ -48,7 +48,7 @@ PRESETS = {
             schedule="wsd",
             warmup_steps=10,
             decay_fraction=1.0,
-            final_fraction=0.0,
+            min_lr_ratio=0.0,
         ),
         train=TrainConfig(steps=450, batch_size=16, eval_every=450, checkpoint_every=450),
     ),

@@ -19,7 +19,7 @@ from gptjax.data.corpus import Corpus, Sources
 from gptjax.runs.directory import Run
 
 DEFAULTS = ExperimentConfig(
-    model=dataclasses.replace(preset("transformer-tiny"), vocab_size=0, context=64),
+    model=dataclasses.replace(preset("transformer-tiny"), vocab_size=0, context_length=64),
     data=DataConfig(
         objective="sequence_to_sequence",
         source=("source.txt#documents=line",),
@@ -45,12 +45,12 @@ def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     for number in range(min(SHOWN, len(sources.validation[0]))):
         text, reference = sources.validation[0][number], sources.validation_targets[0][number]
         question = run.question(text)
-        if question.source is None or len(question.source) > run.config.model.context:
+        if question.source is None or len(question.source) > run.config.model.context_length:
             continue
         ((best, *_),) = beam_search(
             run.model,
             question.prompt[None],
-            max_new_tokens=run.config.model.context - 1,
+            max_new_tokens=run.config.model.context_length - 1,
             beams=4,
             end_token=question.ends,
             length_penalty=0.6,

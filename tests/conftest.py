@@ -56,7 +56,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = directory / "text.txt"
     text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(60)))
     config = ExperimentConfig(
-        model=TransformerConfig(depth=1, width=16, heads=2, context=32),
+        model=TransformerConfig(depth=1, width=16, heads=2, context_length=32),
         data=DataConfig(source=(str(text),), tokenizer="characters"),
         optimizer=OptimizerConfig(warmup_steps=1, learning_rate=3e-3),
         train=TrainConfig(steps=4, batch_size=4, log_every=1, eval_every=2, checkpoint_every=2),

@@ -32,7 +32,7 @@ def long_attention(
       head: Its number, from 0.
       model: A preset.
     """
-    config = dataclasses.replace(preset(model), context=tokens, vocab_size=1000)
+    config = dataclasses.replace(preset(model), context_length=tokens, vocab_size=1000)
     looker = build(config, rngs=nnx.Rngs(0))
     text = np.random.default_rng(0).integers(config.vocab_size, size=(1, tokens))
     before, start = _peak(), time.perf_counter()

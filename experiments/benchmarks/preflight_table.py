@@ -35,13 +35,13 @@ class Row:
 GPT2 = "gpt2 --topology v5e:4x4 --mesh data=1,fsdp=16 --seq 1024 --model.dropout 0"
 LLAMA = (
     "llama-style --topology v5e:16x16 --mesh data=1,fsdp=256 --batch-per-device 4 --seq 2048 "
-    "--model.depth 32 --model.width 4096 --model.heads 32 --model.kv-heads 32 --model.hidden 11008 "
-    "--model.vocab-size 32000 --model.no-tied"
+    "--model.depth 32 --model.width 4096 --model.heads 32 --model.kv-heads 32 --model.mlp-dim 11008 "
+    "--model.vocab-size 32000 --model.no-tie-embeddings"
 )
 GPT3_22B = (
     "gpt3-13b --topology v5e:16x16 --mesh data=1,fsdp=64,tensor=4 --batch-per-device 4 "
-    "--model.depth 48 --model.width 6144 --model.heads 24 --model.head-size 256 "
-    "--model.hidden 24576 --model.vocab-size 50304 --model.attention full --model.window 0"
+    "--model.depth 48 --model.width 6144 --model.heads 24 --model.head-dim 256 "
+    "--model.mlp-dim 24576 --model.vocab-size 50304 --model.attention full --model.window 0"
 )
 GPT3_175B = (
     "gpt3-175b --topology v5p:8x8x8 --mesh data=1,fsdp=64,tensor=8 --batch-per-device 4 --seq 2048 "
@@ -52,12 +52,12 @@ ROWS = (
     Row("GPT-2 124M", f"{GPT2} --batch-per-device 8", "--train.loss-chunk 1024", "1.91; 61-71 s"),
     Row("GPT-2 124M", f"{GPT2} --batch-per-device 32", "--train.loss-chunk 1024", "7.01"),
     Row("Llama 2 7B", LLAMA, "--train.loss-chunk 512", "4.1; 94 s"),
-    Row("Llama 2 7B", LLAMA, "--train.loss-chunk 512 --train.accumulate 2", ""),
+    Row("Llama 2 7B", LLAMA, "--train.loss-chunk 512 --train.grad-accumulation 2", ""),
     Row("GPT-3 22B", f"{GPT3_22B} --seq 1024", "--train.loss-chunk 512", "5.8; 98 s"),
     Row(
         "GPT-3 22B",
         f"{GPT3_22B} --seq 2048",
-        "--train.loss-chunk 512 --train.accumulate 4",
+        "--train.loss-chunk 512 --train.grad-accumulation 4",
         "",
     ),
     Row(

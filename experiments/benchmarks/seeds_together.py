@@ -37,7 +37,7 @@ def config(width: int, steps: int) -> ExperimentConfig:
     """A decoder of four layers."""
     return ExperimentConfig(
         model=TransformerConfig(
-            vocab_size=VOCABULARY, context=CONTEXT, depth=4, width=width, heads=4
+            vocab_size=VOCABULARY, context_length=CONTEXT, depth=4, width=width, heads=4
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
         train=TrainConfig(steps=steps, batch_size=BATCH, log_every=100, eval_every=100),

@@ -70,17 +70,23 @@ from gptjax.training.step import compile_train_step, init_state
 CONFIGURATIONS = {
     # name: (model, sequences a step, steps a round)
     "nanogpt-cpu": (
-        TransformerConfig(vocab_size=65, context=64, depth=4, width=128, heads=4, bias=False),
+        TransformerConfig(
+            vocab_size=65, context_length=64, depth=4, width=128, heads=4, bias=False
+        ),
         12,
         20,
     ),
     "baby": (
-        TransformerConfig(vocab_size=65, context=256, depth=6, width=384, heads=6, bias=False),
+        TransformerConfig(
+            vocab_size=65, context_length=256, depth=6, width=384, heads=6, bias=False
+        ),
         8,
         2,
     ),
     "gpt2-depth-4": (
-        TransformerConfig(vocab_size=50304, context=512, depth=4, width=768, heads=12, bias=False),
+        TransformerConfig(
+            vocab_size=50304, context_length=512, depth=4, width=768, heads=12, bias=False
+        ),
         2,
         1,
     ),
@@ -122,9 +128,9 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
 
 def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
     """Tokens of no meaning, the same at every call."""
-    shape = (batch_size, config.context + 1)
+    shape = (batch_size, config.context_length + 1)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
-    ones = np.ones((batch_size, config.context), np.float32)
+    ones = np.ones((batch_size, config.context_length), np.float32)
     return Batch(tokens[:, :-1], tokens[:, 1:], ones)
 
 
@@ -140,7 +146,9 @@ def jax_decoding(config: TransformerConfig) -> RunSteps:
         nonlocal tokens
         for _ in range(steps):
             if next(tokens, None) is None:
-                tokens = generate(model, [[0]], max_new_tokens=config.context, sampling=greedy)
+                tokens = generate(
+                    model, [[0]], max_new_tokens=config.context_length, sampling=greedy
+                )
                 next(tokens)
 
     return run
@@ -168,8 +176,8 @@ def _passes(through: Callable[[jax.Array], jax.Array], size: int) -> RunSteps:
 
 def decoding_bytes(config: TransformerConfig) -> int:
     """Bytes of the float32 weights that a decoded token reads, looked-up tables left out."""
-    looked_up = config.context if config.positions == "learned" else 0
-    looked_up += 0 if config.tied else config.vocab_size
+    looked_up = config.context_length if config.position_embedding == "learned" else 0
+    looked_up += 0 if config.tie_embeddings else config.vocab_size
     return 4 * (ledger(config).parameters - looked_up * config.width)
 
 
@@ -268,7 +276,7 @@ def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
     figures: dict = {"configuration": name}
     for runner, seconds in times.items():
         median = statistics.median(seconds)
-        tokens_per_second = batch_size * config.context / median
+        tokens_per_second = batch_size * config.context_length / median
         flops = tokens_per_second * ledger(config).training_flops
         figures[runner] = {
             "milliseconds": 1000 * median,

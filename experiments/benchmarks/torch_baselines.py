@@ -32,7 +32,7 @@ def huggingface_model(config: TransformerConfig) -> Any:
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=config.vocab_size,
-            n_positions=config.context,
+            n_positions=config.context_length,
             n_embd=config.width,
             n_layer=config.depth,
             n_head=config.heads,
@@ -70,7 +70,7 @@ def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
         }
         for _ in range(config.depth)
     ]
-    embedding, positions = matrix(config.vocab_size, width), matrix(config.context, width)
+    embedding, positions = matrix(config.vocab_size, width), matrix(config.context_length, width)
     last_norm = torch.ones(width, requires_grad=True)
 
     def logits(tokens):

@@ -1,7 +1,7 @@
 """The grid: every variant, in tiny shapes, against every property of gptjax.certify.properties.
 
 The variants are the presets (`gpt2`) and every value of every axis of `gptjax.config.axes`
-(`positions=alibi`), so that a new one is here without another line.
+(`position_embedding=alibi`), so that a new one is here without another line.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from gptjax.config.axes import AXES, OUTSIDE, companions
 from gptjax.models.presets import PRESETS
 from gptjax.runs.directory import environment
 
-BASE = TransformerConfig(vocab_size=11, context=12, depth=2, width=16, heads=4)
+BASE = TransformerConfig(vocab_size=11, context_length=12, depth=2, width=16, heads=4)
 """What an axis value changes: the defaults, in tiny shapes."""
 
 TINY: dict[str, tuple[Any, ...]] = {
-    "head_size": (8,),
-    "hidden": (20,),
-    "attention_cap": (1.0,),
-    "logit_cap": (1.0,),
+    "head_dim": (8,),
+    "mlp_dim": (20,),
+    "attention_softcap": (1.0,),
+    "logit_softcap": (1.0,),
     "logit_scale": (0.25,),
     "encoder_depth": (1,),
 }
@@ -72,30 +72,34 @@ def shrunk(config: TransformerConfig) -> TransformerConfig:
     """
     if config == BASE or config in axis_values().values():
         return config
-    context = 4 * config.compression if "compressed" in config.attention_pattern else BASE.context
+    context_length = (
+        4 * config.compression if "compressed" in config.attention_pattern else BASE.context_length
+    )
     turn = len(config.attention_pattern)
     heads, kv_heads = _shrunk_heads(config)
-    head_width = HEAD_WIDTH
-    while config.positions == "rotary" and int(config.rotary_fraction * head_width) < 2:
-        head_width *= 2
-    fills = config.heads * config.head_width == config.width
-    width = heads * head_width + (0 if fills else 4)
-    window = round(config.window / config.context * context)
+    actual_head_dim = HEAD_WIDTH
+    while (
+        config.position_embedding == "rotary" and int(config.rotary_fraction * actual_head_dim) < 2
+    ):
+        actual_head_dim *= 2
+    fills = config.heads * config.actual_head_dim == config.width
+    width = heads * actual_head_dim + (0 if fills else 4)
+    window = round(config.window / config.context_length * context_length)
     return dataclasses.replace(
         config,
         vocab_size=BASE.vocab_size,
-        context=context,
+        context_length=context_length,
         depth=2 * turn,
         encoder_depth=3 * turn if config.encoder_depth not in (0, config.depth) else 0,
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        head_size=0 if fills else head_width,
-        hidden=config.hidden and round(config.hidden / config.width * width),
-        window=config.window and min(max(window, 2), context - 1),
-        attention_cap=min(config.attention_cap, 1.0),
-        logit_cap=min(config.logit_cap, 1.0),
-        experts=min(config.experts, 4),
+        head_dim=0 if fills else actual_head_dim,
+        mlp_dim=config.mlp_dim and round(config.mlp_dim / config.width * width),
+        window=config.window and min(max(window, 2), context_length - 1),
+        attention_softcap=min(config.attention_softcap, 1.0),
+        logit_softcap=min(config.logit_softcap, 1.0),
+        num_experts=min(config.num_experts, 4),
         experts_per_token=min(config.experts_per_token, 2),
         dropout=0.0,
         capacity_factor=0.0,
@@ -107,11 +111,11 @@ def shrunk(config: TransformerConfig) -> TransformerConfig:
 
 def _shrunk_heads(config: TransformerConfig) -> tuple[int, int]:
     """Heads and `kv_heads` in the same relation as the config's."""
-    sharing = config.heads // config.key_value_heads
+    sharing = config.heads // config.actual_kv_heads
     if sharing == 1:
         power_of_two = config.heads & (config.heads - 1) == 0
         return (min(config.heads, 4) if power_of_two else 3), 0
-    kv_heads = min(config.key_value_heads, 2)
+    kv_heads = min(config.actual_kv_heads, 2)
     return (4 if sharing % 2 == 0 else 3 * kv_heads), kv_heads
 
 
@@ -233,7 +237,7 @@ def page(rows: Mapping[str, Row], command: str) -> str:
             "",
             f"{versions}; {made['device']}; {made['machine']}.",
             "",
-            f"Each variant is run in tiny shapes (context {BASE.context}, width {BASE.width} and "
+            f"Each variant is run in tiny shapes (context {BASE.context_length}, width {BASE.width} and "
             f"more, {ROWS} rows) with random parameters. An error is the largest difference over "
             "the largest value, of logits or of the loss and its gradient; `bfloat16` is the "
             "gradient's as a vector, and a mixture of experts' loss's. `scanned`, `accumulated` "

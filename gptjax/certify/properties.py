@@ -99,13 +99,18 @@ class Case:
         """`gradients` unrolled, nothing recomputed, all tokens' logits at once, one device."""
         return self.gradients()
 
-    def step(self, *, devices: int = 1, accumulate: int = 1, **changes: Any) -> Any:
+    def step(self, *, devices: int = 1, grad_accumulation: int = 1, **changes: Any) -> Any:
         """The loss and the gradient of the compiled train step; `changes` of the config."""
         mesh = build_mesh(MeshConfig(), devices)
         keep_gradient = optax.trace(decay=0.0)
         state = init_state(lambda: self.params, keep_gradient, mesh)
         step = compile_train_step(
-            self.loss(**changes), keep_gradient, state, self.batch, mesh, accumulate=accumulate
+            self.loss(**changes),
+            keep_gradient,
+            state,
+            self.batch,
+            mesh,
+            grad_accumulation=grad_accumulation,
         )
         state, metrics = jax.block_until_ready(step(state, self.batch))
         return metrics.loss, state.optimizer.trace
@@ -116,7 +121,9 @@ class Case:
 
         To compile a program for each would take most of the grid's time.
         """
-        return difference(self.step(devices=ROWS, accumulate=2, scan_layers=True), self.plain)
+        return difference(
+            self.step(devices=ROWS, grad_accumulation=2, scan_layers=True), self.plain
+        )
 
     def together_or(self, alone: Callable[[], Any]) -> float:
         """The error of `together`; where that errs, of the gradients with one of its properties."""
@@ -131,12 +138,14 @@ class Case:
 
 def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:
     """Random tokens; padding where the family reads any, a place at least at each row's end."""
-    shape = (ROWS, config.context)
+    shape = (ROWS, config.context_length)
 
     def tokens() -> np.ndarray:
         return draw.integers(config.vocab_size, size=shape, dtype=np.int32)
 
-    valid = np.arange(config.context) < config.context - 1 - np.arange(ROWS)[:, None] % 3
+    valid = (
+        np.arange(config.context_length) < config.context_length - 1 - np.arange(ROWS)[:, None] % 3
+    )
     batch = Batch(tokens(), tokens(), draw.uniform(size=shape).astype(np.float32))
     if config.family == "encoder":
         batch = batch._replace(padding_mask=valid, weights=batch.loss_weights * valid)
@@ -170,7 +179,7 @@ def _mask(case: Case) -> float:
     Causal: row t of the batch has other tokens from place t on, which no earlier logit may notice.
     Bidirectional: other tokens at padding; a later token is noticed.
     """
-    batch, places = case.batch, np.arange(case.config.context)
+    batch, places = case.batch, np.arange(case.config.context_length)
     if batch.padding_mask is not None:
         valid = np.asarray(batch.padding_mask)
         last, nowhere = valid.sum(axis=1, keepdims=True) - 1, np.zeros_like(valid)
@@ -209,9 +218,13 @@ def _packed(case: Case) -> float:
 
     Other tokens of its neighbours move nothing.
     """
-    config, batch, places = case.config, case.batch, np.arange(case.config.context, dtype=np.int32)
+    config, batch, places = (
+        case.config,
+        case.batch,
+        np.arange(case.config.context_length, dtype=np.int32),
+    )
     if config.family == "encoder_decoder":
-        raise NotApplicable("an encoder-decoder takes one document a row")
+        raise NotApplicable("an encoder-decoder takes one document per row")
     if "compressed" in config.attention_pattern:
         raise NotApplicable("compressed attention joins tokens of several documents")
     first = places < 4
@@ -261,7 +274,7 @@ def _decoded(case: Case, beginnings: np.ndarray, expected: np.ndarray, **changes
         logits = decoding.read(unread, starts)
         starts = starts + np.array([len(given) for given in unread], np.int32)
         error = max(error, difference(logits, expected[row, starts - 1]))
-        if starts.max() == case.config.context:
+        if starts.max() == case.config.context_length:
             return error
         unread = tokens[row, starts][:, None].tolist()
 
@@ -295,7 +308,7 @@ def _chunked(case: Case) -> float:
 
 
 def _accumulated(case: Case) -> float:
-    return case.together_or(lambda: case.step(accumulate=2))
+    return case.together_or(lambda: case.step(grad_accumulation=2))
 
 
 def _sharded(case: Case) -> float:
@@ -311,7 +324,7 @@ def _bfloat16(case: Case) -> float:
     """
     (loss, found), (expected_loss, expected) = case.gradients(dtype="bfloat16"), case.plain
     error = difference(loss, expected_loss)
-    if case.config.experts:
+    if case.config.num_experts:
         return error
     apart = optax.tree.norm(optax.tree.sub(found, expected)) / optax.tree.norm(expected)
     return max(error, float(apart)) if jnp.isfinite(apart) else math.inf

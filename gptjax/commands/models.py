@@ -148,12 +148,12 @@ def _check_decoding_fits(model: TransformerConfig, rows: int, new_tokens: int) -
     Raises:
       InputError: it cannot.
     """
-    kept = 4 * model.vocab_size + TOKEN_BYTES * min(new_tokens, model.context)
+    kept = 4 * model.vocab_size + TOKEN_BYTES * min(new_tokens, model.context_length)
     if rows > 1:
         kept += TOKEN_BYTES * new_tokens
     if model.family != "recurrent" and model.attention == "full":
-        size = 2 * model.depth * model.key_value_heads * model.head_width
-        kept += ACTIVATION_BYTES[model.dtype] * size * model.context
+        size = 2 * model.depth * model.actual_kv_heads * model.actual_head_dim
+        kept += ACTIVATION_BYTES[model.dtype] * size * model.context_length
     check_fits(f"Decoding {rows} sequences of {new_tokens} tokens", rows * kept)
 
 
@@ -232,7 +232,7 @@ def certify(
     """Check that every way of running a variant gives the same; exit code 1 if one does not.
 
     Args:
-      names: Presets, or values of an axis such as positions=alibi.
+      names: Presets, or values of an axis such as position_embedding=alibi.
       every: Take every preset and every value of every axis.
       markdown: Print the page experiments/certificate.md; the progress goes to standard error.
     """
@@ -241,7 +241,9 @@ def certify(
     from gptjax.certify.grid import certify, failures, heading, line, page, variants
 
     if every == bool(names):
-        raise InputError("certify takes names, such as gpt2 or positions=alibi, or else --all.")
+        raise InputError(
+            "certify takes names, such as gpt2 or position_embedding=alibi, or else --all."
+        )
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", 8)
     progress = sys.stderr if markdown else sys.stdout

@@ -44,7 +44,7 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
           mesh: Devices along each axis, as data=1,fsdp=16; what is not named stays at --mesh.*.
           slices: TPU slices of that topology.
           batch_per_device: Sequences over devices; sets --train.batch-size.
-          seq: Tokens a sequence; sets --model.context, 0 leaves it.
+          seq: Tokens a sequence; sets --model.context_length, 0 leaves it.
           decode: One step of decoding with a full cache instead of a training step.
           search: Try meshes, remat policies and batches, and rank those that fit.
           tries: With --search, programs to compile at most.

@@ -20,7 +20,7 @@ def data(
     packing: Packing = "split",
     whole_words: bool = False,
     cache: str = "",
-    context: int = 1024,
+    context_length: int = 1024,
     batch_size: int = 64,
 ) -> None:
     """Show what a run will see: documents, tokens, lengths, rows, three batches, speed.
@@ -46,7 +46,7 @@ def data(
 
     if batch_size < 1:
         raise InputError(f"batch-size is {batch_size}: it must be at least 1.")
-    check_batch_fits(batch_size, context)
+    check_batch_fits(batch_size, context_length)
     chosen = DataConfig(
         source=sources,
         target=target,
@@ -60,7 +60,7 @@ def data(
     pairs = (
         {"token_types": 2, "encoder_heads": "pretraining"} if objective == "next_sentence" else {}
     )
-    model = TransformerConfig(family=FAMILIES[objective][0], context=context, **pairs)
+    model = TransformerConfig(family=FAMILIES[objective][0], context_length=context_length, **pairs)
     opened = open_sources(chosen)
     learnt = learn_tokenizer(chosen, opened)
     start = time.perf_counter()

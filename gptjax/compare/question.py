@@ -19,7 +19,7 @@ class Comparison:
 
     variants: tuple[str, ...]
     """Presets, presets with overrides (gpt2:norm=rmsnorm,activation=swiglu), or with all values of
-    an axis (gpt2:positions=*). The first is the baseline."""
+    an axis (gpt2:position_embedding=*). The first is the baseline."""
     match: str = "params"
     """What all variants have in common, by their width: params, flops (of training, a token),
     seconds (measured, a token) as the baseline has; params=1M sets it for all; none changes no
@@ -40,7 +40,7 @@ class Comparison:
     """Of all statements together."""
     evaluations: int = 10
     """Points of each curve."""
-    context: int = 0
+    context_length: int = 0
     """Tokens of a row, for all; 0 takes the baseline's."""
     batch_size: int = 16
     """Rows of a step."""
@@ -56,7 +56,7 @@ class Comparison:
     def __post_init__(self) -> None:
         check_types(self)
         check_minimum(self, 1, "seeds", "search_seeds", "evaluations", "batch_size")
-        check_minimum(self, 0, "mup_width", "context")
+        check_minimum(self, 0, "mup_width", "context_length")
         for name in ("tolerance", "confidence"):
             check(self, name, 0 < getattr(self, name) < 1, "between 0 and 1")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")

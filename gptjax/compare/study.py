@@ -110,7 +110,7 @@ def describe(comparison: Comparison, out: Path) -> str:
         off = each.reached / each.target - 1 if each.reached and each.target else 0.0
         lines.append(
             f"{each.variant.name:<40}{each.size:<14}{model.width:>6}{model.heads:>6}"
-            f"{model.hidden_width:>7}{model.depth:>6}{cost.parameters:>12,}"
+            f"{model.actual_mlp_dim:>7}{model.depth:>6}{cost.parameters:>12,}"
             f"{cost.training_flops:>13,}{off:>+8.2%}{each.steps:>8,}{len(cells):>6}"
         )
     lines.append(

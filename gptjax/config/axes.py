@@ -15,19 +15,19 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "attention": ("full", "local", "compressed", "local,full"),
     "kv_heads": (1, 2),
     "rotary_fraction": (0.5,),
-    "experts": (4,),
+    "num_experts": (4,),
     "token_types": (2,),
 }
 """Values of the axes whose annotation does not list them; those that suit any size."""
 
 OUTSIDE = {
     "vocab_size": "a size",
-    "context": "a size",
+    "context_length": "a size",
     "depth": "a size",
     "width": "a size",
     "heads": "a size",
     "norm_epsilon": "a constant of a formula",
-    "rotary_base": "a constant of a formula",
+    "rope_theta": "a constant of a formula",
     "window": "comes with local attention",
     "attention_kernel": "the platform's own are no CPU's: tests/layers/attention/test_flash.py",
     "compression": "comes with compressed attention",
@@ -52,30 +52,34 @@ def _only(value: Any) -> Companion:
 
 
 def _rotary(config: TransformerConfig) -> str:
-    return config.positions if config.positions == "sinusoidal" else "rotary"
+    return config.position_embedding if config.position_embedding == "sinusoidal" else "rotary"
 
 
 def _added(config: TransformerConfig) -> str:
-    return config.positions if config.positions in ("sinusoidal", "none") else "learned"
+    return (
+        config.position_embedding
+        if config.position_embedding in ("sinusoidal", "none")
+        else "learned"
+    )
 
 
 def _window(config: TransformerConfig) -> int:
-    return config.window or config.context // 2
+    return config.window or config.context_length // 2
 
 
 COMPANIONS: dict[str, dict[str, Companion]] = {
     "family=recurrent": {
-        "positions": _only("none"),
+        "position_embedding": _only("none"),
         "attention": _only("full"),
         "window": _only(0),
-        "experts": _only(0),
+        "num_experts": _only(0),
     },
-    "pairing": {"positions": _rotary},
-    "rotary_fraction": {"positions": _only("rotary")},
+    "pairing": {"position_embedding": _rotary},
+    "rotary_fraction": {"position_embedding": _only("rotary")},
     "attention=full": {"window": _only(0)},
     "attention=local": {"window": _window},
     "attention=local,full": {"window": _window},
-    "attention=compressed": {"window": _only(0), "positions": _added},
+    "attention=compressed": {"window": _only(0), "position_embedding": _added},
     "query_bias=True": {"bias": _only(False)},
     "output_bias=True": {"bias": _only(False)},
     "token_types": {"family": _only("encoder")},

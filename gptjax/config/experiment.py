@@ -50,7 +50,7 @@ class DataConfig:
     """sequence_to_sequence: lengths that pairs are sorted into and padded to."""
     cache: str = ""
     """Directory that keeps tokenised text for later runs; empty keeps it for this run only."""
-    on_the_fly: bool = False
+    streaming: bool = False
     """Tokenise while training and not before: nothing is kept, and documents are shuffled."""
 
     def __post_init__(self) -> None:
@@ -64,8 +64,8 @@ class DataConfig:
         check(self, "packing", packs, f"split with the objective {self.objective}")
         masks = not self.whole_words or self.objective in ("masked_lm", "next_sentence")
         check(self, "whole_words", masks, f"False with the objective {self.objective}")
-        streams = not (self.on_the_fly and self.objective == "next_sentence")
-        check(self, "on_the_fly", streams, "False with next_sentence, which pairs documents")
+        streams = not (self.streaming and self.objective == "next_sentence")
+        check(self, "streaming", streams, "False with next_sentence, which pairs documents")
 
     def _check_counts(self) -> None:
         count = len(self.source)
@@ -94,7 +94,7 @@ class OptimizerConfig:
     """Steps of linear warm-up from zero."""
     decay_fraction: float = 0.2
     """wsd: the last part of the run, in which the rate decays."""
-    final_fraction: float = 0.1
+    min_lr_ratio: float = 0.1
     """The learning rate at the end over its peak."""
     beta1: float = 0.9
     """Decay of the first moment."""
@@ -102,7 +102,7 @@ class OptimizerConfig:
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
-    moments: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the first moment, which is kept beside each parameter; the second stays float32."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases never decay."""
@@ -116,7 +116,7 @@ class OptimizerConfig:
             check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("decay_fraction", "final_fraction"):
+        for name in ("decay_fraction", "min_lr_ratio"):
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
 
 
@@ -128,7 +128,7 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences a step (B)."""
-    accumulate: int = 1
+    grad_accumulation: int = 1
     """Parts that a batch is computed in, one after another (gradient accumulation)."""
     seed: int = 0
     """Seed of the parameters, the data order and the dropout."""
@@ -153,16 +153,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_minimum(self, 1, "steps", "batch_size", "accumulate", "log_every", "eval_every")
+        check_minimum(
+            self, 1, "steps", "batch_size", "grad_accumulation", "log_every", "eval_every"
+        )
         check_minimum(self, 1, "checkpoint_every")
         check_minimum(self, 0, "seed", "z_loss", "balance_loss", "router_z_loss", "loss_chunk")
         check_minimum(self, 0, "keep_every")
         saved = self.keep_every % self.checkpoint_every == 0
         check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
+        check(self, "steps", self.steps < 1 << 31, "below 2**31")
         check(self, "seed", self.seed < 1 << 32, "below 2**32")
         check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
-        divides = self.batch_size % self.accumulate == 0
-        check(self, "accumulate", divides, f"a divisor of batch_size {self.batch_size}")
+        divides = self.batch_size % self.grad_accumulation == 0
+        check(self, "grad_accumulation", divides, f"a divisor of batch_size {self.batch_size}")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TransformerConfig:
     """GPT, BERT, the original Transformer, or the LSTM that it displaced."""
     vocab_size: int = 0
     """Tokens in the vocabulary (V); 0 takes the tokenizer's."""
-    context: int = 128
+    context_length: int = 128
     """The most tokens that a sequence may have (T)."""
     depth: int = 4
     """Blocks (L); an encoder-decoder has as many in its decoder."""
@@ -64,17 +64,19 @@ class TransformerConfig:
     """Attention heads (N)."""
     kv_heads: int = 0
     """Key and value heads (K), each shared by heads / kv_heads queries; 0 takes heads."""
-    head_size: int = 0
+    head_dim: int = 0
     """Width of one head (H); 0 takes width / heads."""
-    hidden: int = 0
+    mlp_dim: int = 0
     """Width of the feed-forward layer (F); 0 takes 4 x width."""
-    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = "learned"
+    position_embedding: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = (
+        "learned"
+    )
     """How a token knows where it stands."""
-    pairing: Literal["halves", "neighbours"] = "halves"
+    pairing: Literal["half", "interleaved"] = "half"
     """Which two channels share an angle (rotary, sinusoidal): i and i + H/2, or 2i and 2i + 1."""
     rotary_fraction: float = 1.0
     """rotary: the share of a head's channels that turn."""
-    rotary_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     """rotary: the longest wavelength over 2 pi, about."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """The normalisation of the residual stream."""
@@ -96,7 +98,7 @@ class TransformerConfig:
     """Divide the scores by the root of the head width."""
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """auto: the fastest that the platform has for this config; splash is a TPU's, cudnn a GPU's."""
-    attention_cap: float = 0.0
+    attention_softcap: float = 0.0
     """Scores bounded softly by cap tanh(score / cap); 0 does not."""
     qk_norm: bool = False
     """RMS-normalise each query and key."""
@@ -104,7 +106,7 @@ class TransformerConfig:
         "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"
     ] = "gelu_tanh"
     """The MLP's activation, the last three gated; gelu_tanh is GPT-2's."""
-    experts: int = 0
+    num_experts: int = 0
     """Feed-forward layers that each token chooses among (E); 0 is one for all."""
     experts_per_token: int = 2
     """MoE that a token goes to."""
@@ -116,11 +118,11 @@ class TransformerConfig:
     """Biases of query, key and value; None follows bias."""
     output_bias: bool | None = None
     """Bias of attention's output; None follows bias."""
-    tied: bool = True
+    tie_embeddings: bool = True
     """The head reuses the token embedding."""
     head_bias: bool = False
     """A bias a token in the head."""
-    logit_cap: float = 0.0
+    logit_softcap: float = 0.0
     """Logits bounded softly by cap tanh(logit / cap); 0 does not."""
     logit_scale: float = 1.0
     """What the head reads is multiplied by it (Cohere's name; muP's way of a wider model)."""
@@ -146,24 +148,24 @@ class TransformerConfig:
     """Parts in which a batch passes the stages of a pipeline; 0 takes about 4 a stage."""
 
     @property
-    def head_width(self) -> int:
+    def actual_head_dim(self) -> int:
         """Width of one head (H), the default resolved."""
-        return self.head_size or self.width // self.heads
+        return self.head_dim or self.width // self.heads
 
     @property
-    def key_value_heads(self) -> int:
+    def actual_kv_heads(self) -> int:
         """Key and value heads (K), the default resolved."""
         return self.kv_heads or self.heads
 
     @property
-    def hidden_width(self) -> int:
+    def actual_mlp_dim(self) -> int:
         """Width of the feed-forward layer (F), the default resolved."""
-        return self.hidden or 4 * self.width
+        return self.mlp_dim or 4 * self.width
 
     @property
-    def rotary_width(self) -> int:
+    def rotary_dim(self) -> int:
         """Channels of a head that turn, an even number."""
-        return int(self.rotary_fraction * self.head_width) // 2 * 2
+        return int(self.rotary_fraction * self.actual_head_dim) // 2 * 2
 
     @property
     def attention_pattern(self) -> tuple[str, ...]:
@@ -172,27 +174,29 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_minimum(self, 1, "context", "depth", "width", "heads", "compression", "remat_layers")
-        check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_size", "hidden")
-        check_minimum(self, 0, "window", "experts", "capacity_factor", "attention_cap")
-        check_minimum(self, 0, "logit_cap", "token_types", "microbatches")
+        check_minimum(
+            self, 1, "context_length", "depth", "width", "heads", "compression", "remat_layers"
+        )
+        check_minimum(self, 0, "vocab_size", "encoder_depth", "kv_heads", "head_dim", "mlp_dim")
+        check_minimum(self, 0, "window", "num_experts", "capacity_factor", "attention_softcap")
+        check_minimum(self, 0, "logit_softcap", "token_types", "microbatches")
         for name in ("depth", "encoder_depth"):
             check(self, name, getattr(self, name) <= MOST_BLOCKS, f"at most {MOST_BLOCKS}")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         check(self, "norm_epsilon", self.norm_epsilon > 0, "above 0")
-        check(self, "rotary_base", self.rotary_base > 0, "above 0")
+        check(self, "rope_theta", self.rope_theta > 0, "above 0")
         check(self, "logit_scale", self.logit_scale > 0, "above 0")
-        divides = bool(self.head_size) or self.width % self.heads == 0
+        divides = bool(self.head_dim) or self.width % self.heads == 0
         check(self, "heads", divides, f"a divisor of width {self.width}")
-        divides = self.heads % self.key_value_heads == 0
+        divides = self.heads % self.actual_kv_heads == 0
         check(self, "kv_heads", divides, f"a divisor of heads {self.heads}")
         turns = self.remat_layers == 1 or self._groups_divide()
         check(self, "remat_layers", turns, "1, or with scan_layers a divisor of depth in turns")
         self._check_attention()
         self._check_positions()
         self._check_family()
-        among = self.experts == 0 or 1 <= self.experts_per_token <= self.experts
-        check(self, "experts_per_token", among, f"between 1 and experts {self.experts}")
+        among = self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts
+        check(self, "experts_per_token", among, f"between 1 and experts {self.num_experts}")
 
     def _groups_divide(self) -> bool:
         """Whether layers are scanned, in whole groups of whole turns of the kinds of attention."""
@@ -213,19 +217,21 @@ class TransformerConfig:
         check(self, "attention", causal, f"without compressed in the family {self.family}")
 
     def _check_positions(self) -> None:
-        if self.positions == "rotary":
+        if self.position_embedding == "rotary":
             check(self, "rotary_fraction", 0 < self.rotary_fraction <= 1, "above 0 and at most 1")
-            even = self.rotary_fraction < 1 or self.head_width % 2 == 0
-            accepted = f"a number that leaves an even head width (rotary), not {self.head_width}"
-            check(self, "heads", even and self.rotary_width > 0, accepted)
-        if self.positions == "sinusoidal":
+            even = self.rotary_fraction < 1 or self.actual_head_dim % 2 == 0
+            accepted = (
+                f"a number that leaves an even head width (rotary), not {self.actual_head_dim}"
+            )
+            check(self, "heads", even and self.rotary_dim > 0, accepted)
+        if self.position_embedding == "sinusoidal":
             check(self, "width", self.width % 2 == 0, "even with sinusoidal positions")
-        causal = self.positions != "alibi" or self.family == "decoder"
-        check(self, "positions", causal, f"something else in the family {self.family}")
+        causal = self.position_embedding != "alibi" or self.family == "decoder"
+        check(self, "position_embedding", causal, f"something else in the family {self.family}")
         if "compressed" in self.attention_pattern:
-            added = self.positions in ("learned", "sinusoidal", "none")
+            added = self.position_embedding in ("learned", "sinusoidal", "none")
             accepted = "learned, sinusoidal or none with compressed attention"
-            check(self, "positions", added, accepted)
+            check(self, "position_embedding", added, accepted)
 
     def _check_family(self) -> None:
         if self.family == "encoder_decoder":
@@ -237,6 +243,6 @@ class TransformerConfig:
         encoder = self.family == "encoder"
         alone: dict[str, Any] = {} if encoder else {"token_types": 0, "encoder_heads": "none"}
         if self.family == "recurrent":
-            alone |= {"positions": "none", "attention": "full", "experts": 0}
+            alone |= {"position_embedding": "none", "attention": "full", "num_experts": 0}
         for name, value in alone.items():
             check(self, name, getattr(self, name) == value, f"{value} in the family {self.family}")

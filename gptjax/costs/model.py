@@ -104,8 +104,8 @@ def _matrix(name: str, count: int, fan_in: int, fan_out: int, *, bias: bool) -> 
 def _parts(config: TransformerConfig) -> Iterator[Count]:
     width, vocabulary = config.width, config.vocab_size * config.width
     yield "embedding", 1, vocabulary, 0
-    if config.positions == "learned":
-        yield "positions", 1, config.context * width, 0
+    if config.position_embedding == "learned":
+        yield "positions", 1, config.context_length * width, 0
     if config.token_types:
         yield "token_types", 1, config.token_types * width, 0
     if config.family == "recurrent":
@@ -117,7 +117,7 @@ def _parts(config: TransformerConfig) -> Iterator[Count]:
         yield from _stack(config, config.depth, cross=config.family == "encoder_decoder")
     yield from _norms(config, config.embedding_norm + config.final_norm * _stacks(config))
     yield from _encoder_heads(config)
-    if not config.tied:
+    if not config.tie_embeddings:
         yield "unembedding", 1, vocabulary, 0
     yield "head bias", int(config.head_bias), config.head_bias * config.vocab_size, 0
 
@@ -144,7 +144,7 @@ def _norms(config: TransformerConfig, count: int) -> Iterator[Count]:
 
 def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Count]:
     """The blocks of a decoder or an encoder, and what they share."""
-    if config.positions == "relative":
+    if config.position_embedding == "relative":
         yield "relative positions", 1, RELATIVE_BUCKETS * config.heads, 0
     yield from _attention(config, depth, "")
     if cross:
@@ -152,7 +152,7 @@ def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Co
     compressed = (
         depth // len(config.attention_pattern) * config.attention_pattern.count("compressed")
     )
-    heads = config.key_value_heads * config.head_width
+    heads = config.actual_kv_heads * config.actual_head_dim
     query_bias = config.bias if config.query_bias is None else config.query_bias
     # A token belongs to one group, which is multiplied once for all its tokens.
     size = compressed * config.compression * heads * heads
@@ -164,8 +164,8 @@ def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Co
 
 
 def _attention(config: TransformerConfig, depth: int, kind: str) -> Iterator[Count]:
-    width, heads = config.width, config.heads * config.head_width
-    kv_heads = config.key_value_heads * config.head_width
+    width, heads = config.width, config.heads * config.actual_head_dim
+    kv_heads = config.actual_kv_heads * config.actual_head_dim
     query_bias = config.bias if config.query_bias is None else config.query_bias
     output_bias = config.bias if config.output_bias is None else config.output_bias
     yield from _matrix(f"{kind}query", depth, width, heads, bias=query_bias)
@@ -173,11 +173,11 @@ def _attention(config: TransformerConfig, depth: int, kind: str) -> Iterator[Cou
     yield from _matrix(f"{kind}value", depth, width, kv_heads, bias=query_bias)
     yield from _matrix(f"{kind}output", depth, heads, width, bias=output_bias)
     vectors = 2 * depth * config.qk_norm
-    yield "norms", vectors, vectors * config.head_width, 0
+    yield "norms", vectors, vectors * config.actual_head_dim, 0
 
 
 def _mlp(config: TransformerConfig, depth: int) -> Iterator[Count]:
-    width, hidden, experts = config.width, config.hidden_width, config.experts
+    width, hidden, experts = config.width, config.actual_mlp_dim, config.num_experts
     directions = [("up", width, hidden), ("down", hidden, width)]
     if config.activation in GATES:
         directions.insert(1, ("gate", width, hidden))
@@ -196,10 +196,14 @@ def _attention_flops(config: TransformerConfig) -> int:
     """A key costs each query two products of the heads' width."""
     if config.family == "recurrent":
         return 0
-    pattern, context = config.attention_pattern, config.context
-    keys = {"full": context, "local": context, "compressed": 1 + context // config.compression}
+    pattern, context_length = config.attention_pattern, config.context_length
+    keys = {
+        "full": context_length,
+        "local": context_length,
+        "compressed": 1 + context_length // config.compression,
+    }
     seen = config.depth // len(pattern) * sum(keys[kind] for kind in pattern)
     if config.family == "encoder_decoder":
         encoder_depth = config.encoder_depth or config.depth
-        seen += (encoder_depth + config.depth) * context
-    return 2 * 2 * config.heads * config.head_width * seen
+        seen += (encoder_depth + config.depth) * context_length
+    return 2 * 2 * config.heads * config.actual_head_dim * seen

@@ -163,21 +163,25 @@ def open_corpus(
             return [open_store(documents, tokenizer, directory) for documents in part]
 
         validation = stores(sources.validation)
-        train = [] if data.on_the_fly else stores(sources.train)
-        targets = [] if data.on_the_fly else stores(sources.train_targets)
+        train = [] if data.streaming else stores(sources.train)
+        targets = [] if data.streaming else stores(sources.train_targets)
         if data.objective == "sequence_to_sequence":
-            edges = [model.context]
+            edges = [model.context_length]
             if train:
                 lengths = map(pair_lengths, train, targets)
-                edges = bucket_lengths(np.concatenate(list(lengths)), data.buckets, model.context)
+                edges = bucket_lengths(
+                    np.concatenate(list(lengths)), data.buckets, model.context_length
+                )
             train_rows = pair_rows(train, targets, edges, words)
             validation_targets = stores(sources.validation_targets)
             validation_rows = pair_rows(validation, validation_targets, edges, words)
         else:
-            train_rows = [text_rows(train, data, model.context, words)]
-            validation_rows = [text_rows(validation, data, model.context, words, rest=True)]
-    _check_rows(train_rows, sources.train, train, "training", data, model.context)
-    _check_rows(validation_rows, sources.validation, validation, "validation", data, model.context)
+            train_rows = [text_rows(train, data, model.context_length, words)]
+            validation_rows = [text_rows(validation, data, model.context_length, words, rest=True)]
+    _check_rows(train_rows, sources.train, train, "training", data, model.context_length)
+    _check_rows(
+        validation_rows, sources.validation, validation, "validation", data, model.context_length
+    )
     predicted = None
     if data.objective == "causal":
         predicted = _predicted(validation, tokenizer, whole=data.packing == "split")
@@ -262,7 +266,7 @@ def _check_rows(
     stores: Sequence[TokenStore],
     part: str,
     data: DataConfig,
-    context: int,
+    context_length: int,
 ) -> None:
     """Every source fills a row at least.
 
@@ -271,18 +275,18 @@ def _check_rows(
     """
     for number, store in enumerate(stores):
         if not any(len(bucket.sources[number]) for bucket in buckets):
-            lacks = f"has no pair that fits a context of {context} tokens"
+            lacks = f"has no pair that fits a context of {context_length} tokens"
             if data.objective != "sequence_to_sequence":
                 lacks = (
-                    f"has {len(store.tokens)} tokens and fills no row; a context of {context} "
-                    f"needs at least {_least(data, context, rest=part == 'validation')}"
+                    f"has {len(store.tokens)} tokens and fills no row; a context of {context_length} "
+                    f"needs at least {_least(data, context_length, rest=part == 'validation')}"
                 )
             raise InputError(f"data.source: the {part} part of {documents[number].name} {lacks}.")
 
 
-def _least(data: DataConfig, context: int, *, rest: bool) -> str:
+def _least(data: DataConfig, context_length: int, *, rest: bool) -> str:
     """Tokens that make a row."""
-    length, overlap = window(data, context)
+    length, overlap = window(data, context_length)
     if data.packing == "first_fit":
         return f"{overlap + 1} in a document"
     return str(overlap + 1 if rest and data.objective in ("causal", "masked_lm") else length)

@@ -17,6 +17,7 @@ from typing import Any
 
 from gptjax.config import InputError
 from gptjax.data.sources import Documents
+from gptjax.system.disk import check_local
 
 SHARD_BYTES = 128 << 20
 """Bytes after which a shard ends, in memory, where TFDS holds a shard while it writes it."""
@@ -54,7 +55,7 @@ def build_dataset(
     from tensorflow_datasets.core import registered
 
     _check_name(name, version)
-    directory = Path(data_dir) / name / version
+    directory = check_local(Path(data_dir)) / name / version
     if os.path.lexists(directory):
         raise InputError(f"{directory} is there, and is not overwritten: take another version.")
     splits = _splits(columns, validation_fraction)

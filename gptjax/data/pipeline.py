@@ -98,7 +98,7 @@ def streamed_batches(
     tokenizer: Tokenizer,
     words: Vocabulary,
     data: DataConfig,
-    context: int,
+    context_length: int,
     *,
     batch_size: int,
     seed: int,
@@ -125,10 +125,10 @@ def streamed_batches(
         encoded = [grain.MapDataset.source(_EncodedPairs(tokenizer, *pair)) for pair in parts]
         dataset = _endless(encoded, data.weights, seed)
         fitting = dataset.filter(
-            _Fitting(lambda pair: all(0 < len(text) < context for text in pair), patience)
+            _Fitting(lambda pair: all(0 < len(text) < context_length for text in pair), patience)
         )
         streamed = fitting.to_iter_dataset(READ_OPTIONS)
-        finish = functools.partial(translated_row, words=words, length=context)
+        finish = functools.partial(translated_row, words=words, length=context_length)
     else:
         framed = data.packing == "first_fit" and data.objective != "causal"
         end = None if framed else tokenizer.end_token
@@ -137,8 +137,8 @@ def streamed_batches(
         dataset = _endless(encoded, data.weights, seed)
         least = 2 if data.objective == "causal" and data.packing == "first_fit" else 1
         fitting = dataset.filter(_Fitting(lambda tokens: len(tokens) >= least, patience))
-        streamed = _packed(fitting, data, context, words)
-        finish = finisher(data, context, words)
+        streamed = _packed(fitting, data, context_length, words)
+        finish = finisher(data, context_length, words)
     batches = streamed.seed(seed).random_map(finish).batch(batch_size).map(of_host)
     return _Streamed(iter(batches))
 
@@ -251,10 +251,10 @@ class _EncodedPairs:
 
 
 def _packed(
-    documents: grain.MapDataset, data: DataConfig, context: int, words: Vocabulary
+    documents: grain.MapDataset, data: DataConfig, context_length: int, words: Vocabulary
 ) -> grain.IterDataset:
     """What `finisher` takes, of documents as they come."""
-    length, overlap = window(data, context)
+    length, overlap = window(data, context_length)
     if data.packing == "split":
         whole = documents.map(lambda tokens: {"tokens": tokens}).to_iter_dataset(READ_OPTIONS)
         parts = ConcatThenSplitIterDataset(whole, length_struct={"tokens": length - overlap})
@@ -265,7 +265,7 @@ def _packed(
     )
     rows = FirstFitPackIterDataset(
         pieces,
-        length_struct={"tokens": context, "targets": context},
+        length_struct={"tokens": context_length, "targets": context_length},
         num_packing_bins=OPEN_ROWS,
     )
     names = ("tokens", "targets", "tokens_segment_ids", "tokens_positions")

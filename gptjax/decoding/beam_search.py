@@ -60,7 +60,7 @@ def beam_search(
     found = []
     for tokens, read in zip(prompts, sources or [None] * len(prompts), strict=True):
         decoding = Decoding(model, beams, None if read is None else [read] * beams)
-        longest = min(max_new_tokens, model.config.context - len(tokens) + 1)
+        longest = min(max_new_tokens, model.config.context_length - len(tokens) + 1)
         search = _BeamSearch(beams, end_tokens(end_token), length_penalty, early_stopping, longest)
         found.append(search.run(decoding, tokens))
     return found

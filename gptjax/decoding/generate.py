@@ -128,7 +128,7 @@ def generate(
       InputError: an empty prompt, one longer than the context, a token out of the vocabulary, or
         seeds of which there are not as many as rows.
     """
-    sampling, context = sampling or Sampling(), model.config.context
+    sampling, context_length = sampling or Sampling(), model.config.context_length
     rows = checked_rows(model, prompt, "prompt")
     decoding = Decoding(model, len(rows), source)
     choose_next = functools.partial(_choose_next, sampling)
@@ -142,7 +142,7 @@ def generate(
     logits, lengths = decoding.read(rows), _lengths(rows)
     for index in range(max_new_tokens):
         chosen, occurred = choose_next(logits, occurred, seeds, index)
-        last, full = index == max_new_tokens - 1, lengths[~ended].max() == context
+        last, full = index == max_new_tokens - 1, lengths[~ended].max() == context_length
         if not (last or full):
             # Before these tokens are fetched, so that the device does not wait for the host.
             logits = decoding.read_chosen(chosen, lengths)
@@ -158,8 +158,8 @@ def generate(
         ]
         lengths = lengths + ~ended
         if full:
-            half = max(1, context // 2)
-            rows = [row[-half:] if len(row) > context else row for row in rows]
+            half = max(1, context_length // 2)
+            rows = [row[-half:] if len(row) > context_length else row for row in rows]
             decoding.forget()
             logits, lengths = decoding.read(rows), _lengths(rows)
 
@@ -182,7 +182,7 @@ class Decoding:
         graphdef, self._params = split(model)
         self._read = compiled_read(graphdef)
         self._scanned = model.config.scan_layers
-        self._context = model.config.context
+        self._context = model.config.context_length
         # Unrolled blocks would be cut out of their stack, and so copied, at every step.
         self._layers = None
         if not self._scanned:
@@ -258,9 +258,9 @@ def checked_rows(
     if not lists or not all(lists):
         raise InputError(f"The {name} is empty: it needs at least one token.")
     for row in lists:
-        if len(row) > config.context:
+        if len(row) > config.context_length:
             raise InputError(
-                f"The {name} has {len(row)} tokens; the model's context is {config.context}."
+                f"The {name} has {len(row)} tokens; the model's context is {config.context_length}."
             )
         for token in row:
             if not 0 <= token < config.vocab_size:

@@ -123,24 +123,24 @@ def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
 def _resolved(config: TransformerConfig) -> dict[str, Any]:
     """What of a config changes what a model computes, its defaults spelt out."""
     resolved = {name: value for name, value in to_dict(config).items() if name not in IRRELEVANT}
-    rotary = config.positions == "rotary"
+    rotary = config.position_embedding == "rotary"
     resolved |= {
-        "kv_heads": config.key_value_heads,
-        "head_size": config.head_width,
-        "hidden": config.hidden_width,
+        "kv_heads": config.actual_kv_heads,
+        "head_dim": config.actual_head_dim,
+        "mlp_dim": config.actual_mlp_dim,
         "query_bias": config.bias if config.query_bias is None else config.query_bias,
         "output_bias": config.bias if config.output_bias is None else config.output_bias,
         "encoder_depth": config.encoder_depth or config.depth,
         "token_types": config.token_types or (UNSEGMENTED if config.family == "encoder" else 0),
         "attention": pattern((config.attention_pattern * config.depth)[: config.depth]),
-        "rotary_fraction": config.rotary_width / config.head_width if rotary else None,
-        "rotary_base": float(config.rotary_base) if rotary else None,
+        "rotary_fraction": config.rotary_dim / config.actual_head_dim if rotary else None,
+        "rope_theta": float(config.rope_theta) if rotary else None,
     }
     if config.encoder_heads == "pooler":
         resolved["encoder_heads"] = "none"  # A pooler changes nothing of the tokens.
-    if config.positions not in ("rotary", "sinusoidal"):
+    if config.position_embedding not in ("rotary", "sinusoidal"):
         del resolved["pairing"]
-    if not config.experts:
+    if not config.num_experts:
         del resolved["experts_per_token"]
     if "compressed" not in config.attention_pattern:
         del resolved["compression"]

@@ -156,7 +156,7 @@ class _Keys:
         Raises:
           InputError: one that does, or that is not known.
         """
-        head, context = found["attention.key_length"], found["context_length"]
+        head, context_length = found["attention.key_length"], found["context_length"]
         default = found["embedding_length"] // found["attention.head_count"]
         self._values.setdefault("attention.value_length", default)
         neutral = {
@@ -167,8 +167,8 @@ class _Keys:
             "rope.dimension_count": (head,),
         }
         window = self._values.get("attention.sliding_window", 0)
-        if type(window) is not int or 0 < window < context:
-            accepted = f"no window, or one of the whole context_length {context},"
+        if type(window) is not int or 0 < window < context_length:
+            accepted = f"no window, or one of the whole context_length {context_length},"
             raise self._refused("attention.sliding_window", accepted)
         known = {*READ, *WITHOUT_EFFECT, *FACTORS, "attention.sliding_window"}
         for key in sorted(self._values.keys() - known):

@@ -48,7 +48,7 @@ def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
     base = given.get("rope_theta", given.get("rotary_emb_base", 10_000.0))
     fraction = given.get("partial_rotary_factor", given.get("rotary_pct", fraction))
     return {
-        "rotary_base": float(parameters.get("rope_theta", base)),
+        "rope_theta": float(parameters.get("rope_theta", base)),
         "rotary_fraction": float(parameters.get("partial_rotary_factor", fraction)),
     }
 
@@ -82,13 +82,13 @@ def write_neo(config: TransformerConfig) -> dict[str, Any]:
 
 def read_gptj(given: HuggingFaceConfig) -> dict[str, Any]:
     """The number of channels that turn."""
-    head_width = given["n_embd"] // given["n_head"]
+    actual_head_dim = given["n_embd"] // given["n_head"]
     turning = given.get("rotary_dim", 64)
-    if not isinstance(turning, int) or turning % 2 or not 0 < turning <= head_width:
-        accepted = f"an even number of at most {head_width} (n_embd / n_head)"
+    if not isinstance(turning, int) or turning % 2 or not 0 < turning <= actual_head_dim:
+        accepted = f"an even number of at most {actual_head_dim} (n_embd / n_head)"
         raise refusal("rotary_dim", turning, accepted)
-    fraction = turning / head_width
-    if int(fraction * head_width) < turning:  # Rounded down.
+    fraction = turning / actual_head_dim
+    if int(fraction * actual_head_dim) < turning:  # Rounded down.
         fraction = math.nextafter(fraction, 1)
     return {"rotary_fraction": fraction}
 
@@ -96,9 +96,9 @@ def read_gptj(given: HuggingFaceConfig) -> dict[str, Any]:
 def read_neox(given: HuggingFaceConfig) -> dict[str, Any]:
     """Rotary positions, the biases of attention, and whether both layers run side by side."""
     rope = _rope(given, 0.25)
-    head_width = given["hidden_size"] // given["num_attention_heads"]
-    if int(rope["rotary_fraction"] * head_width) % 2:
-        accepted = f"an even number of the {head_width} channels of a head"
+    actual_head_dim = given["hidden_size"] // given["num_attention_heads"]
+    if int(rope["rotary_fraction"] * actual_head_dim) % 2:
+        accepted = f"an even number of the {actual_head_dim} channels of a head"
         raise refusal("partial_rotary_factor", rope["rotary_fraction"], accepted)
     bias = given.get("attention_bias", True)
     return {
@@ -111,15 +111,15 @@ def read_neox(given: HuggingFaceConfig) -> dict[str, Any]:
 
 def write_neox(config: TransformerConfig) -> dict[str, Any]:
     """The rotary fields of transformers 5 and of those before."""
-    fraction = config.rotary_fraction if config.positions == "rotary" else 1.0
+    fraction = config.rotary_fraction if config.position_embedding == "rotary" else 1.0
     return {
         "use_parallel_residual": config.norm_placement != "pre",
         "attention_bias": config.bias if config.query_bias is None else config.query_bias,
         "rotary_pct": fraction,
-        "rotary_emb_base": config.rotary_base,
+        "rotary_emb_base": config.rope_theta,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": config.rotary_base,
+            "rope_theta": config.rope_theta,
             "partial_rotary_factor": fraction,
         },
     }
@@ -137,11 +137,11 @@ def read_llama(given: HuggingFaceConfig) -> dict[str, Any]:
 def write_llama(config: TransformerConfig) -> dict[str, Any]:
     """The rotary fields of transformers 5 and of those before."""
     return {
-        "num_key_value_heads": config.key_value_heads,
-        "head_dim": config.head_width,
+        "num_key_value_heads": config.actual_kv_heads,
+        "head_dim": config.actual_head_dim,
         "attention_bias": config.bias if config.query_bias is None else config.query_bias,
-        "rope_theta": config.rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_base},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
 
 
@@ -244,8 +244,8 @@ def write_marian(config: TransformerConfig) -> dict[str, Any]:
         "decoder_vocab_size": config.vocab_size,
         "encoder_layers": config.encoder_depth or config.depth,
         "encoder_attention_heads": config.heads,
-        "encoder_ffn_dim": config.hidden_width,
-        "decoder_ffn_dim": config.hidden_width,
+        "encoder_ffn_dim": config.actual_mlp_dim,
+        "decoder_ffn_dim": config.actual_mlp_dim,
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
         "forced_eos_token_id": None,

@@ -67,7 +67,7 @@ class Block(nnx.Module):
         self.cross_attention = Attention(config, rngs=rngs) if cross else None
         self.cross_attention_norm_after = norm(cross and after)
         self.mlp_norm = norm(first and not placement.shared)
-        self.mlp = (MoE if config.experts else MLP)(config, rngs=rngs)
+        self.mlp = (MoE if config.num_experts else MLP)(config, rngs=rngs)
         self.mlp_norm_after = norm(after)
         self.placement = placement
 

@@ -180,7 +180,7 @@ def hook_points(config: TransformerConfig) -> dict[str, str]:
     if config.family == "recurrent":
         return {"residual": "LBTD"}
     own = {name: point.axes for name, point in BLOCK.items()}
-    if config.experts:
+    if config.num_experts:
         del own["activation"]
     points = dict(own)
     if config.family == "encoder_decoder":

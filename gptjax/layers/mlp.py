@@ -27,7 +27,7 @@ class MLP(nnx.Module):
     """down(activation(up(x))), or down(activation(gate(x)) · up(x)), position by position."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        width, mlp_dim = (config.width,), (config.hidden_width,)
+        width, mlp_dim = (config.width,), (config.actual_mlp_dim,)
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
         self.up = Linear(width, mlp_dim, axes="DF", bias=config.bias, rngs=rngs)
         self.gate = (

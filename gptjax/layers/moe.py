@@ -33,7 +33,7 @@ class MoE(nnx.Module):
     """E MLPs side by side, and the router that chooses among them."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        count, width, hidden = config.experts, config.width, config.hidden_width
+        count, width, hidden = config.num_experts, config.width, config.actual_mlp_dim
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
         self.router = Linear((width,), (count,), axes="--", bias=False, rngs=rngs)
         self.up = ExpertLinear(count, width, hidden, axes="EDF", rngs=rngs)
@@ -49,7 +49,7 @@ class MoE(nnx.Module):
         the order of the sequence.
         """
         config = self.config
-        count, chosen = config.experts, config.experts_per_token
+        count, chosen = config.num_experts, config.experts_per_token
         logits = self.router(x.astype(jnp.float32))
         probability = jax.nn.softmax(logits, axis=-1)
         weights, experts = jax.lax.top_k(probability, chosen)

@@ -43,7 +43,7 @@ def rotary_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
 def rotate(x: jax.Array, angles: jax.Array, pairing: str) -> jax.Array:
     """Turn the first R channels of `x` [B, T, N, H] in pairs by `angles` [B or 1, T, R / 2]."""
     turning = 2 * angles.shape[-1]
-    if pairing == "halves":
+    if pairing == "half":
         first, second = jnp.split(x[..., :turning].astype(jnp.float32), 2, axis=-1)
     else:
         first, second = jnp.moveaxis(
@@ -56,7 +56,7 @@ def rotate(x: jax.Array, angles: jax.Array, pairing: str) -> jax.Array:
 
 def _unpaired(first: jax.Array, second: jax.Array, pairing: str) -> jax.Array:
     """The two channels of each pair [..., R / 2] put back into their places [..., R]."""
-    if pairing == "halves":
+    if pairing == "half":
         return jnp.concatenate([first, second], axis=-1)
     return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
 

@@ -237,7 +237,7 @@ class BlockStack(nnx.Module):
         ]
         self.blocks = stacks[0] if len(pattern) == 1 else nnx.List(stacks)
         self.norm = build_norm(config) if config.final_norm else None
-        if config.positions == "relative":
+        if config.position_embedding == "relative":
             self.relative = Embedding(RELATIVE_BUCKETS, config.heads, axes="-N", rngs=rngs)
         self.config = config
         self.depth = depth
@@ -298,7 +298,7 @@ class BlockStack(nnx.Module):
     def empty_cache(self, batch_size: int, memory: jax.Array | None = None) -> Any:
         """A cache of `context` slots for each block, with its keys and values of `memory`."""
         config = self.config
-        shape = (batch_size, config.key_value_heads, config.context, config.head_width)
+        shape = (batch_size, config.actual_kv_heads, config.context_length, config.actual_head_dim)
 
         def block_cache(block: Block) -> BlockCache:
             own = KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
@@ -356,14 +356,14 @@ class BlockStack(nnx.Module):
         # attends to another document: a distance is the same for all rows, packed or not.
         distance = slots[..., None] - jnp.arange(keys)
         bias = angles = None
-        if config.positions == "alibi":
+        if config.position_embedding == "alibi":
             bias = alibi_bias(distance, config.heads)
-        if config.positions == "relative":
+        if config.position_embedding == "relative":
             buckets = relative_buckets(distance, bidirectional=not self.causal)
             bias = jnp.moveaxis(self.relative(buckets), -1, 1)
-        if config.positions == "rotary":
+        if config.position_embedding == "rotary":
             positions = slots if inputs.positions is None else inputs.positions
-            angles = rotary_angles(positions, config.rotary_width, config.rotary_base)
+            angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
         padding_mask = None if cached else inputs.padding_mask
 
         def mask(kind: str) -> AttentionMask:

@@ -47,12 +47,12 @@ class LanguageModel(nnx.Module):
             raise InputError("TransformerConfig.vocab_size is 0: a model needs at least 1 token.")
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
-        if config.positions == "learned":
-            self.positions = Embedding(config.context, config.width, axes="-D", rngs=rngs)
+        if config.position_embedding == "learned":
+            self.positions = Embedding(config.context_length, config.width, axes="-D", rngs=rngs)
         if config.token_types:
             self.token_types = Embedding(config.token_types, config.width, axes="-D", rngs=rngs)
         self.embedding_norm = build_norm(config) if config.embedding_norm else None
-        if not config.tied:
+        if not config.tie_embeddings:
             self.head = Embedding(config.vocab_size, config.width, axes="VD", rngs=rngs)
         bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32), axes="V")
         self.bias = bias if config.head_bias else None
@@ -110,9 +110,9 @@ class LanguageModel(nnx.Module):
         x = self.embedding(tokens, config.dtype)
         if config.embedding_scaled:
             x *= math.sqrt(config.width)
-        if config.positions == "learned":
+        if config.position_embedding == "learned":
             x += self.positions(positions, config.dtype)
-        if config.positions == "sinusoidal":
+        if config.position_embedding == "sinusoidal":
             x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
         if config.token_types:
             types = jnp.zeros_like(tokens) if inputs.token_types is None else inputs.token_types
@@ -127,13 +127,13 @@ class LanguageModel(nnx.Module):
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         if self.unembedding_bias is not None:
             logits += self.unembedding_bias
-        cap = self.config.logit_cap
+        cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     @property
     def unembedding(self) -> jax.Array:
         """The head's matrix [V, D]; the token embedding itself when tied (Press & Wolf 2017)."""
-        return (self.embedding if self.config.tied else self.head).table[...]
+        return (self.embedding if self.config.tie_embeddings else self.head).table[...]
 
     @property
     def unembedding_bias(self) -> jax.Array | None:
@@ -156,8 +156,10 @@ class LanguageModel(nnx.Module):
         if tokens.ndim != 2:
             raise InputError(f"tokens has the shape {tokens.shape}: it must be [B, T].")
         length = tokens.shape[1]
-        if length > config.context:
-            raise InputError(f"The sequence has {length} tokens; context allows {config.context}.")
+        if length > config.context_length:
+            raise InputError(
+                f"The sequence has {length} tokens; context allows {config.context_length}."
+            )
         if not isinstance(tokens, Tracer):
             self._check_vocabulary(np.asarray(tokens))
         for name in OF_SOME_FAMILIES:

@@ -8,11 +8,11 @@ from gptjax.config import InputError, TransformerConfig, near_names
 def _gpt2(depth: int, width: int, heads: int) -> TransformerConfig:
     """GPT-2 (Radford et al. 2019, table 2; heads from the released hyper-parameters)."""
     return TransformerConfig(
-        vocab_size=50257, context=1024, depth=depth, width=width, heads=heads, dropout=0.1
+        vocab_size=50257, context_length=1024, depth=depth, width=width, heads=heads, dropout=0.1
     )
 
 
-def _gpt3(depth: int, width: int, heads: int, head_size: int) -> TransformerConfig:
+def _gpt3(depth: int, width: int, heads: int, head_dim: int) -> TransformerConfig:
     """GPT-3 (Brown et al. 2020, table 2.1), with dense and locally banded attention in turn.
 
     The width of the band is not published; 256 is GPT-Neo's. The table gives the 1.3B model 24
@@ -20,11 +20,11 @@ def _gpt3(depth: int, width: int, heads: int, head_size: int) -> TransformerConf
     """
     return TransformerConfig(
         vocab_size=50257,
-        context=2048,
+        context_length=2048,
         depth=depth,
         width=width,
         heads=heads,
-        head_size=head_size,
+        head_dim=head_dim,
         attention="full,local",
         window=256,
     )
@@ -35,12 +35,12 @@ def _transformer(depth: int, width: int, heads: int, dropout: float) -> Transfor
     return TransformerConfig(
         family="encoder_decoder",
         vocab_size=37000,
-        context=512,
+        context_length=512,
         depth=depth,
         width=width,
         heads=heads,
-        positions="sinusoidal",
-        pairing="neighbours",
+        position_embedding="sinusoidal",
+        pairing="interleaved",
         norm_placement="post",
         final_norm=False,
         activation="relu",
@@ -54,7 +54,7 @@ def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
     return TransformerConfig(
         family="encoder",
         vocab_size=30522,
-        context=512,
+        context_length=512,
         depth=depth,
         width=width,
         heads=heads,
@@ -70,30 +70,36 @@ def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
     )
 
 
-_SMALL = TransformerConfig(vocab_size=256, context=128, depth=4, width=128, heads=4)
+_SMALL = TransformerConfig(vocab_size=256, context_length=128, depth=4, width=128, heads=4)
 """The size in which descendants are compared on a CPU; each differs by what its name says."""
 
 _LLAMA_STYLE = dataclasses.replace(
     _SMALL,
-    positions="rotary",
+    position_embedding="rotary",
     norm="rmsnorm",
     activation="swiglu",
-    hidden=344,
+    mlp_dim=344,
     kv_heads=2,
     bias=False,
 )
 
 _TRANSFORMER_DECODER = dataclasses.replace(
-    _SMALL, positions="sinusoidal", pairing="neighbours", activation="relu", embedding_scaled=True
+    _SMALL,
+    position_embedding="sinusoidal",
+    pairing="interleaved",
+    activation="relu",
+    embedding_scaled=True,
 )
 
 PRESETS: dict[str, TransformerConfig] = {
     # experiments/quickstart.py; bytes.
-    "quickstart": TransformerConfig(vocab_size=256, context=128, depth=4, width=128, heads=4),
+    "quickstart": TransformerConfig(
+        vocab_size=256, context_length=128, depth=4, width=128, heads=4
+    ),
     # nanoGPT's CPU configuration; the 65 characters of Tiny Shakespeare.
-    "shakespeare-char": TransformerConfig(vocab_size=65, context=64, bias=False),
+    "shakespeare-char": TransformerConfig(vocab_size=65, context_length=64, bias=False),
     "transformer-tiny": dataclasses.replace(
-        _transformer(2, 128, 4, 0.1), vocab_size=256, context=128
+        _transformer(2, 128, 4, 0.1), vocab_size=256, context_length=128
     ),
     "transformer-base": _transformer(6, 512, 8, 0.1),
     "transformer-big": _transformer(6, 1024, 16, 0.3),
@@ -104,7 +110,7 @@ PRESETS: dict[str, TransformerConfig] = {
     # Radford et al. 2018, section 4.1.
     "gpt1": TransformerConfig(
         vocab_size=40478,
-        context=512,
+        context_length=512,
         depth=12,
         width=768,
         heads=12,
@@ -130,66 +136,66 @@ PRESETS: dict[str, TransformerConfig] = {
     # EleutherAI's, from their released configurations.
     "gpt-j-6b": TransformerConfig(
         vocab_size=50400,
-        context=2048,
+        context_length=2048,
         depth=28,
         width=4096,
         heads=16,
-        positions="rotary",
-        pairing="neighbours",
+        position_embedding="rotary",
+        pairing="interleaved",
         rotary_fraction=0.25,
         norm_placement="parallel_shared",
         query_bias=False,
         output_bias=False,
-        tied=False,
+        tie_embeddings=False,
         head_bias=True,
     ),
     "gpt-neox-20b": TransformerConfig(
         vocab_size=50432,
-        context=2048,
+        context_length=2048,
         depth=44,
         width=6144,
         heads=64,
-        positions="rotary",
+        position_embedding="rotary",
         rotary_fraction=0.25,
         norm_placement="parallel",
         activation="gelu_tanh",
-        tied=False,
+        tie_embeddings=False,
     ),
     "pythia-160m": TransformerConfig(
         vocab_size=50304,
-        context=2048,
+        context_length=2048,
         depth=12,
         width=768,
         heads=12,
-        positions="rotary",
+        position_embedding="rotary",
         rotary_fraction=0.25,
         norm_placement="parallel",
         activation="gelu",
-        tied=False,
+        tie_embeddings=False,
     ),
     # Hugging Face's SmolLM, a Llama (its released configuration).
     "smollm-135m": TransformerConfig(
         vocab_size=49152,
-        context=2048,
+        context_length=2048,
         depth=30,
         width=576,
         heads=9,
         kv_heads=3,
-        hidden=1536,
-        positions="rotary",
+        mlp_dim=1536,
+        position_embedding="rotary",
         norm="rmsnorm",
         activation="swiglu",
         bias=False,
     ),
     "gpt-j-style": dataclasses.replace(
         _SMALL,
-        positions="rotary",
-        pairing="neighbours",
+        position_embedding="rotary",
+        pairing="interleaved",
         rotary_fraction=0.5,
         norm_placement="parallel_shared",
     ),
     "neox-style": dataclasses.replace(
-        _SMALL, positions="rotary", rotary_fraction=0.25, norm_placement="parallel"
+        _SMALL, position_embedding="rotary", rotary_fraction=0.25, norm_placement="parallel"
     ),
     "llama-style": _LLAMA_STYLE,
     "mistral-style": dataclasses.replace(_LLAMA_STYLE, attention="local", window=64),
@@ -199,19 +205,21 @@ PRESETS: dict[str, TransformerConfig] = {
         activation="geglu_tanh",
         attention="local,full",
         window=64,
-        attention_cap=50.0,
-        logit_cap=30.0,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
         embedding_scaled=True,
     ),
-    "alibi": dataclasses.replace(_SMALL, positions="alibi", embedding_norm=True),
-    "relative": dataclasses.replace(_SMALL, positions="relative", norm="rmsnorm", bias=False),
+    "alibi": dataclasses.replace(_SMALL, position_embedding="alibi", embedding_norm=True),
+    "relative": dataclasses.replace(
+        _SMALL, position_embedding="relative", norm="rmsnorm", bias=False
+    ),
     "multi-query": dataclasses.replace(_SMALL, kv_heads=1),
     "qk-norm": dataclasses.replace(_SMALL, qk_norm=True),
     "post-norm": dataclasses.replace(_SMALL, norm_placement="post", final_norm=False),
     "relu2": dataclasses.replace(_SMALL, activation="relu2"),
-    "moe": dataclasses.replace(_LLAMA_STYLE, experts=8, hidden=172),
+    "moe": dataclasses.replace(_LLAMA_STYLE, num_experts=8, mlp_dim=172),
     "lstm": dataclasses.replace(
-        _SMALL, family="recurrent", depth=2, width=256, positions="none", final_norm=False
+        _SMALL, family="recurrent", depth=2, width=256, position_embedding="none", final_norm=False
     ),
 }
 

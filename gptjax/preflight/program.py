@@ -44,7 +44,7 @@ class Lowered(NamedTuple):
 
 def batch_shapes(config: ExperimentConfig) -> Batch:
     """The arrays of a training batch, as data/objectives/rows.py makes them, at full length."""
-    rows, length = config.train.batch_size, config.model.context
+    rows, length = config.train.batch_size, config.model.context_length
 
     def array(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((rows, length), dtype)
@@ -69,7 +69,9 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     Raises:
       InputError: a mesh that does not match the devices, the batch or a parameter.
     """
-    mesh = build_mesh(config.mesh, config.train.batch_size // config.train.accumulate, devices)
+    mesh = build_mesh(
+        config.mesh, config.train.batch_size // config.train.grad_accumulation, devices
+    )
     model, kernel = _with_kernel(config.model, mesh)
     graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
     optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -81,7 +83,7 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         batch_shapes(config),
         mesh,
         seed=config.train.seed,
-        accumulate=config.train.accumulate,
+        grad_accumulation=config.train.grad_accumulation,
     )
     return Lowered(lowered, mesh, state.params, state.optimizer, None, kernel)
 
@@ -132,7 +134,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
 
     source = None
     if model.family == "encoder_decoder":
-        source = jax.ShapeDtypeStruct((rows, model.context), jnp.int32)
+        source = jax.ShapeDtypeStruct((rows, model.context_length), jnp.int32)
     cache = jax.tree.map(
         placed, jax.eval_shape(functools.partial(_empty_cache, graphdef, rows), params, source)
     )

@@ -60,7 +60,7 @@ class Report:
     def tokens(self) -> int:
         """Read in a step, of all devices."""
         rows = self.config.train.batch_size
-        return rows if self.decode else rows * self.config.model.context
+        return rows if self.decode else rows * self.config.model.context_length
 
     @property
     def mfu(self) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def preflight(
     if decode:
         useful = repeated = rows * cost.forward_flops
     else:
-        tokens = rows * config.model.context
+        tokens = rows * config.model.context_length
         useful = tokens * cost.training_flops
         repeated = useful + tokens * _recomputed(config.model)
     return Report(
@@ -130,7 +130,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
         axes = tuple(name for name in axes if mesh[name] > 1)
         where = jax.tree_util.keystr(path)
         # The layers' are let go after the forward pass. Each reader of the table has its gradient.
-        reads = 1 + model.tied + (model.family == "encoder_decoder")
+        reads = 1 + model.tie_embeddings + (model.family == "encoder_decoder")
         return Weight(
             leaf.size,
             axes,
@@ -139,7 +139,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
         )
 
     parts = mesh["data"] * mesh["fsdp"] * mesh["expert"] * mesh["sequence"]
-    tokens = config.train.batch_size * (1 if decode else model.context)
+    tokens = config.train.batch_size * (1 if decode else model.context_length)
     return Shapes(
         weights=[weight(*leaf) for leaf in jax.tree.leaves_with_path(lowered.params)],
         element=2 if model.dtype == "bfloat16" else 4,
@@ -148,7 +148,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
         else model.depth,
         tokens=tokens // parts,
         width=model.width,
-        parts=1 if decode else config.train.accumulate,
+        parts=1 if decode else config.train.grad_accumulation,
         remat=model.remat != "none" and not decode,
         training=not decode,
     )
@@ -178,8 +178,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "step": "decoding" if report.decode else "training",
         "batch": config.train.batch_size,
         "batch_per_device": config.train.batch_size / report.devices,
-        "accumulate": config.train.accumulate,
-        "sequence": config.model.context,
+        "grad_accumulation": config.train.grad_accumulation,
+        "sequence": config.model.context_length,
         "dtype": config.model.dtype,
         "remat": config.model.remat,
         "remat_layers": config.model.remat_layers,
@@ -246,11 +246,13 @@ def table(report: Report) -> str:
     sizes = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1)
     step = "a step of decoding" if report.decode else "a training step"
     slices = f", {report.topology.slices} slices" if report.topology.slices > 1 else ""
-    parts = f", in {config.train.accumulate} parts" if config.train.accumulate > 1 else ""
+    parts = (
+        f", in {config.train.grad_accumulation} parts" if config.train.grad_accumulation > 1 else ""
+    )
     lines = [
         f"{report.name}: {step} on {report.topology.name}{slices}, "
         + (f"{report.devices} devices ({sizes})" if sizes else "one device"),
-        f"  {config.train.batch_size:,} sequences of {model.context:,}, "
+        f"  {config.train.batch_size:,} sequences of {model.context_length:,}, "
         f"{config.train.batch_size / report.devices:,g} a device{parts}",
         f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),

@@ -70,10 +70,10 @@ def _accumulations(report: Report) -> Changes:
         return
     config = report.config
     shares = report.mesh["data"] * report.mesh["fsdp"] * report.mesh["expert"]
-    parts = config.train.accumulate * 2
+    parts = config.train.grad_accumulation * 2
     while config.train.batch_size % (parts * shares) == 0:
-        train = dataclasses.replace(config.train, accumulate=parts)
-        yield f"--train.accumulate {parts}", dataclasses.replace(config, train=train)
+        train = dataclasses.replace(config.train, grad_accumulation=parts)
+        yield f"--train.grad-accumulation {parts}", dataclasses.replace(config, train=train)
         parts *= 2
 
 
@@ -82,7 +82,7 @@ def _batches(report: Report) -> Changes:
     config, batch = report.config, report.config.train.batch_size
     while batch % 2 == 0:
         batch //= 2
-        train = dataclasses.replace(config.train, batch_size=batch, accumulate=1)
+        train = dataclasses.replace(config.train, batch_size=batch, grad_accumulation=1)
         what = f"--batch-per-device {batch / report.devices:g}"
         yield what, dataclasses.replace(config, train=train)
 
@@ -108,7 +108,7 @@ def meshes(config: ExperimentConfig, devices: int) -> list[tuple[int, int, int]]
     model, slices = config.model, config.mesh.slices
     found = []
     for tensor in range(1, min(devices, MOST_TENSOR) + 1):
-        heads = model.heads % tensor == 0 and model.key_value_heads % tensor == 0
+        heads = model.heads % tensor == 0 and model.actual_kv_heads % tensor == 0
         if devices % tensor or not heads or model.vocab_size % tensor:
             continue
         rest = devices // tensor

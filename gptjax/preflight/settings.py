@@ -58,7 +58,7 @@ def with_sizes(
     axes = dataclasses.replace(config.mesh, **{**parse_mesh(mesh), "slices": slices})
     model, train = config.model, config.train
     if sequence:
-        model = dataclasses.replace(model, context=sequence)
+        model = dataclasses.replace(model, context_length=sequence)
     if batch_per_device:
         batch = batch_per_device * devices
         if not batch >= 1 or math.isinf(batch) or batch != int(batch):

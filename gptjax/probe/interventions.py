@@ -72,7 +72,7 @@ def where(
         "T": shape[1],
         "S": shape[1],
         "N": config.heads,
-        "K": config.key_value_heads,
+        "K": config.actual_kv_heads,
     }
     position_axis = "T" if "T" in axes else "S"
     head_axis = "K" if "K" in axes else "N"

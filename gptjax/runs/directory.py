@@ -38,7 +38,7 @@ from gptjax.data.objectives.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, build, split
-from gptjax.system.disk import DiskError, is_failure, write_error, write_json
+from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
 from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
@@ -91,7 +91,7 @@ def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
         return
     with contextlib.ExitStack() as held:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            check_local(directory).mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(directory / LOCK, directory))
         except OSError as error:
             raise write_error(error, directory) from error
@@ -296,7 +296,9 @@ def decoding_tokens(
             fields = DecodingTokens(**saved).fields()
         except TypeError as error:
             raise InputError(f"{path}: {TOKENS} is {saved!r}, not of a gptjax run.") from error
-        return DecodingTokens.of_fields([(str(path), fields)], config.model.vocab_size)
+        tokens = DecodingTokens.of_fields([(str(path), fields)], config.model.vocab_size)
+        # A decoder's config may have one too, of which transformers makes no use.
+        return tokens if config.model.family == "encoder_decoder" else tokens._replace(start=None)
     if tokenizer is None or config.model.family == "encoder":
         return DecodingTokens(pad=tokenizer.special.get("pad") if tokenizer else None)
     begin, pad = tokenizer.special.get("begin"), tokenizer.special.get("pad")

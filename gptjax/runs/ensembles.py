@@ -222,7 +222,7 @@ def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh:
             loss=loss,
             optimizer=optimizer(knobs),
             seed=knobs.seed,
-            accumulate=train.accumulate,
+            grad_accumulation=train.grad_accumulation,
         )
 
     def evaluate(params: Any, batch: Batch) -> LossSums:

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 def scaled(config: TransformerConfig, base: TransformerConfig) -> TransformerConfig:
     """`config` with the head's multiplier for the base `base`: the model to be trained."""
     scale = base.width / config.width
-    if config.tied:
+    if config.tie_embeddings:
         scale /= _embedding_factor(config, base)
     return dataclasses.replace(config, logit_scale=scale * config.logit_scale)
 
@@ -70,7 +70,7 @@ def factors(config: TransformerConfig, base: TransformerConfig) -> Factors:
         )
     fans, base_fans = _fans(config), _fans(base)
     looks = "query_norm" if config.qk_norm else "query"
-    attention = config.head_width / base.head_width
+    attention = config.actual_head_dim / base.actual_head_dim
     attention **= -0.5 if config.attention_scaled else -1
 
     def of_leaf(path: tuple[Any, ...], _: str) -> tuple[float, float]:

@@ -112,7 +112,7 @@ def _train(
         fitted = fit(
             config.train,
             init,
-            mesh=build_mesh(config.mesh, config.train.batch_size // config.train.accumulate),
+            mesh=build_mesh(config.mesh, config.train.batch_size // config.train.grad_accumulation),
             loss=training_loss(graphdef, config.train),
             optimizer=build_optimizer(
                 config.optimizer,

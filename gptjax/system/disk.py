@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,21 @@ FAILURES = {
 
 class DiskError(InputError):
     """A disk that is full or fails; the message is one sentence for the user."""
+
+
+def check_local(path: Path) -> Path:
+    """The path, if a file of this machine may have it and every library can name it.
+
+    Raises:
+      InputError: an address such as gs://bucket/run, or a name that is no text in UTF-8.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise InputError(f"{path} is an address: give a path on this machine's disks.")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(path)!r} is no text in UTF-8: choose another name.") from None
+    return path
 
 
 def is_failure(error: BaseException) -> bool:

@@ -48,13 +48,15 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "resource_exhausted" in said or "out of memory" in said
 
 
-def check_batch_fits(rows: int, context: int) -> None:
+def check_batch_fits(rows: int, context_length: int) -> None:
     """Refuse a batch that this machine cannot hold.
 
     Raises:
       InputError: it is too large.
     """
-    check_fits(f"A batch of {rows} rows of {context} tokens", BATCH_BYTES * rows * context)
+    check_fits(
+        f"A batch of {rows} rows of {context_length} tokens", BATCH_BYTES * rows * context_length
+    )
 
 
 def check_training_fits(config: ExperimentConfig, state: int, devices: Sequence[Any]) -> None:
@@ -72,7 +74,7 @@ def check_training_fits(config: ExperimentConfig, state: int, devices: Sequence[
     available = devices_bytes(devices)
     check_fits("The training state", state, available)
     hosts = len({device.process_index for device in devices})
-    check_batch_fits(train.batch_size // hosts, model.context)
-    tokens = train.batch_size // train.accumulate * model.context
+    check_batch_fits(train.batch_size // hosts, model.context_length)
+    tokens = train.batch_size // train.grad_accumulation * model.context_length
     activations = ACTIVATION_BYTES[model.dtype] * tokens * model.width
     check_fits(f"The input of a layer, {tokens} tokens,", activations, available)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from gptjax.config import InputError
-from gptjax.system.disk import write_error
+from gptjax.system.disk import check_local, write_error
 from gptjax.system.locks import LOCK, locked
 
 
@@ -21,6 +21,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> Path:
       InputError: a file that is there already, unless `overwrite`; a directory, a device, a pipe
         or a socket; a link that leads nowhere; or no directory around it that can be written.
     """
+    check_local(path)
     try:
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path} is a link that leads nowhere: give the path of a file.")
@@ -91,7 +92,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises:
       InputError: another process makes it, or it cannot be written.
     """
-    where = path.resolve()
+    where = check_local(path).resolve()
     partial = where.with_name(f".{where.name}.partial")
     made = partial / "new"
     try:

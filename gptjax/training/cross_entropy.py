@@ -30,7 +30,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     bias: jax.Array | None = None,
-    logit_cap: float = 0.0,
+    logit_softcap: float = 0.0,
     chunk: int = 0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -55,7 +55,7 @@ def cross_entropy(
         evenly over the vocabulary, the target included.
       z_loss: weight of log² Z, Z the softmax's denominator (PaLM, section 5).
     """
-    options = _Options(chunk, len(unembedding), logit_cap, label_smoothing, z_loss)
+    options = _Options(chunk, len(unembedding), logit_softcap, label_smoothing, z_loss)
     tokens = _Tokens(hidden, targets, weights)
     loss, plain = _cross_entropy(tokens, unembedding, bias, options)
     return LossSums(loss, jax.lax.stop_gradient(plain), weights.sum())
@@ -66,7 +66,7 @@ class _Options(NamedTuple):
 
     chunk: int
     vocab_size: int
-    logit_cap: float
+    logit_softcap: float
     label_smoothing: float
     z_loss: float
 
@@ -244,12 +244,12 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, shares: _Shares)
     What a device lacks of a row of logits it gets as a number: the row's largest, its sums.
     """
     hidden, targets, weights = chunk
-    _, vocab_size, logit_cap, label_smoothing, z_loss = options
+    _, vocab_size, logit_softcap, label_smoothing, z_loss = options
     logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
     if bias is not None:
         logits += bias
-    if logit_cap:
-        logits = logit_cap * jnp.tanh(logits / logit_cap)
+    if logit_softcap:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     here = logits.shape[1]
     largest = logits.max(axis=1, keepdims=True)
     if shares.vocabulary:
@@ -274,6 +274,6 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, shares: _Shares)
     wanted = jnp.where(is_target, jnp.float32(1 - label_smoothing), 0)
     wanted += label_smoothing / vocab_size
     slope = probability * (1 + 2 * z_loss * log_z[:, None]) - wanted
-    if logit_cap:
-        slope *= 1 - jnp.square(logits / logit_cap)
+    if logit_softcap:
+        slope *= 1 - jnp.square(logits / logit_softcap)
     return (loss * weights).sum(), (plain * weights).sum(), slope * weights[:, None]

@@ -144,7 +144,7 @@ def fit(
         optimizer,
         mesh=mesh,
         seed=config.seed,
-        accumulate=config.accumulate,
+        grad_accumulation=config.grad_accumulation,
         pmap=pmap,
     )
     train_step = CompiledByShape(compile_step)

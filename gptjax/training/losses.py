@@ -59,7 +59,7 @@ def token_loss(
             jnp.asarray(batch.targets),
             jnp.asarray(batch.loss_weights),
             bias=model.unembedding_bias,
-            logit_cap=model.config.logit_cap,
+            logit_softcap=model.config.logit_softcap,
             chunk=chunk,
             label_smoothing=label_smoothing,
             z_loss=z_loss,

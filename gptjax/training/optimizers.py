@@ -47,13 +47,13 @@ def learning_rate_schedule(
     Raises:
       InputError: a warm-up that leaves no step after it.
     """
-    warmup, final = config.warmup_steps, config.final_fraction * peak
+    warmup, final = config.warmup_steps, config.min_lr_ratio * peak
     if warmup >= steps:
         raise InputError(
             f"OptimizerConfig.warmup_steps is {warmup}: it must be below train.steps {steps}."
         )
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, steps - warmup, config.final_fraction)
+        after = optax.cosine_decay_schedule(peak, steps - warmup, config.min_lr_ratio)
     elif config.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
@@ -100,7 +100,7 @@ def build_optimizer(
     # The factors come before the decay, so that in a step a weight loses the same share of itself
     # at every width: decay is of the weight's own size, which no width has to correct.
     adam = optax.scale_by_adam(
-        b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.moments
+        b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.mu_dtype
     )
     adamw = optax.chain(
         adam if rate_factors is None else optax.chain(adam, _multiplied_by(rate_factors)),
@@ -123,7 +123,7 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
     """Muon of matrices alone."""
     return optax.chain(
         # Jordan's buffer averages the gradients, where a trace sums them.
-        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.moments),
+        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.mu_dtype),
         optax.scale(1 - MUON_MOMENTUM),
         optax.stateless(
             lambda updates, _: jax.tree.map(orthogonalised, updates, muon_dimensions(updates))

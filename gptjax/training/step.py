@@ -116,7 +116,7 @@ def train_step(
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
     seed: int | jax.Array = 0,
-    accumulate: int = 1,
+    grad_accumulation: int = 1,
     axis: str | None = None,
 ) -> tuple[State, Metrics]:
     """One optimizer step; its dropout key follows from `seed` and the step's number.
@@ -130,7 +130,7 @@ def train_step(
     key = jax.random.fold_in(random_key(seed), state.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    local = _summed_gradients(state.params, batch, key, loss, accumulate)
+    local = _summed_gradients(state.params, batch, key, loss, grad_accumulation)
     sums, gradients = sum_over_devices(local, axis)
     gradients = jax.tree.map(lambda gradient: gradient / sums.weight, gradients)
 
@@ -154,7 +154,7 @@ def train_step(
     return State(state.step + 1, params, optimizer_state), metrics
 
 
-def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, Any]:
+def _summed_gradients(params, batch, key, loss, grad_accumulation) -> tuple[LossSums, Any]:
     """Loss sums and the gradient of the summed loss over the parts of a batch."""
 
     def part_gradients(part: Batch, key: jax.Array) -> tuple[LossSums, Any]:
@@ -165,7 +165,7 @@ def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, A
         (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(params)
         return sums, gradients
 
-    if accumulate == 1:
+    if grad_accumulation == 1:
         return part_gradients(batch, key)
 
     def add_part(total, part):
@@ -175,12 +175,12 @@ def _summed_gradients(params, batch, key, loss, accumulate) -> tuple[LossSums, A
 
     def parted(array: jax.Array) -> jax.Array:
         # Every part has rows of every device.
-        return array.reshape(-1, accumulate, *array.shape[1:]).swapaxes(0, 1)
+        return array.reshape(-1, grad_accumulation, *array.shape[1:]).swapaxes(0, 1)
 
     parts = jax.tree.map(parted, batch)
     zero = jax.tree.map(jnp.zeros_like, params)
     start = LossSums(jnp.float32(0), jnp.float32(0), jnp.float32(0)), zero
-    return jax.lax.scan(add_part, start, (jnp.arange(accumulate), parts))[0]
+    return jax.lax.scan(add_part, start, (jnp.arange(grad_accumulation), parts))[0]
 
 
 def sum_over_devices(tree: Any, axis: str | None) -> Any:
@@ -205,7 +205,7 @@ def lower_train_step(
     mesh: Mesh,
     *,
     seed: int = 0,
-    accumulate: int = 1,
+    grad_accumulation: int = 1,
     pmap: bool = False,
 ) -> jax.stages.Lowered:
     """`train_step` for `state` and `batch` (arrays or their shapes); the state is donated.
@@ -214,7 +214,7 @@ def lower_train_step(
     more axes the compiler parts the one program, by the constraints of `gptjax.parallel.sharding`.
     """
     step = functools.partial(
-        train_step, loss=loss, optimizer=optimizer, seed=seed, accumulate=accumulate
+        train_step, loss=loss, optimizer=optimizer, seed=seed, grad_accumulation=grad_accumulation
     )
     if partitioned(mesh):
         kept = jax.tree.map(lambda leaf: leaf.sharding, state), None

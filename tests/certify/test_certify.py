@@ -138,9 +138,9 @@ def _steeper(attend: Callable) -> Callable:
 
 
 def _means_of_means(summed: Callable) -> Callable:
-    def wrong(params, batch, key, loss, accumulate):
-        sums, gradients = summed(params, batch, key, loss, accumulate)
-        return sums._replace(weight=sums.weight * accumulate), gradients
+    def wrong(params, batch, key, loss, grad_accumulation):
+        sums, gradients = summed(params, batch, key, loss, grad_accumulation)
+        return sums._replace(weight=sums.weight * grad_accumulation), gradients
 
     return wrong
 
@@ -306,22 +306,27 @@ def test_a_shrunk_preset_keeps_its_architecture(name):
     }
     for field in ("attention", "rotary_fraction", "token_types", "norm_epsilon", "compression"):
         assert getattr(tiny, field) == getattr(real, field)
-    for field in SET - {"kv_heads", "head_size"} | {"window", "experts"}:
+    for field in SET - {"kv_heads", "head_dim"} | {"window", "num_experts"}:
         assert bool(getattr(tiny, field)) == bool(getattr(real, field))
-    assert (tiny.heads == tiny.key_value_heads) == (real.heads == real.key_value_heads)
-    assert (tiny.key_value_heads == 1) == (real.key_value_heads == 1)
+    assert (tiny.heads == tiny.actual_kv_heads) == (real.heads == real.actual_kv_heads)
+    assert (tiny.actual_kv_heads == 1) == (real.actual_kv_heads == 1)
     assert (tiny.heads & tiny.heads - 1 == 0) == (real.heads & real.heads - 1 == 0)
-    filled = [config.heads * config.head_width == config.width for config in (tiny, real)]
+    filled = [config.heads * config.actual_head_dim == config.width for config in (tiny, real)]
     assert filled[0] == filled[1]
     assert tiny.width <= 64
     assert tiny.depth == 2 * len(real.attention_pattern)
 
 
 def test_an_unknown_variant_lists_the_near_ones():
-    assert list(variants(["gpt2", "positions=alibi"])) == ["gpt2", "positions=alibi"]
+    assert list(variants(["gpt2", "position_embedding=alibi"])) == [
+        "gpt2",
+        "position_embedding=alibi",
+    ]
     assert variants().keys() == axis_values().keys() | PRESETS.keys()
-    with pytest.raises(InputError, match=r"'positions=alibbi': did you mean positions=alibi"):
-        variants(["positions=alibbi"])
+    with pytest.raises(
+        InputError, match=r"'position_embedding=alibbi': did you mean position_embedding=alibi"
+    ):
+        variants(["position_embedding=alibbi"])
 
 
 def test_grouped_products_are_counted_by_row():
@@ -360,13 +365,13 @@ def only_counts(monkeypatch):
 
 @pytest.mark.usefixtures("only_counts")
 def test_the_command_prints_a_line_a_variant(command):
-    code, out, err = command("certify", "gpt2", "positions=alibi")
+    code, out, err = command("certify", "gpt2", "position_embedding=alibi")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0].split() == ["parameters", "flops"]
     assert [line.split() for line in lines[2:]] == [
         ["gpt2", "0", "0"],
-        ["positions=alibi", "0", "0"],
+        ["position_embedding=alibi", "0", "0"],
     ]
 
 
@@ -390,7 +395,7 @@ def test_the_command_fails_with_a_sentence(command, monkeypatch):
 def test_the_command_takes_names_or_all(command, arguments):
     code, out, err = command("certify", *arguments)
     assert (code, out) == (2, "")
-    assert err == "certify takes names, such as gpt2 or positions=alibi, or else --all.\n"
+    assert err == "certify takes names, such as gpt2 or position_embedding=alibi, or else --all.\n"
 
 
 def test_the_command_lists_the_near_names(command):

@@ -17,15 +17,15 @@ from gptjax.data.tokenizers import ByteTokenizer, SubwordTokenizer, save_tokeniz
 from gptjax.models.build import build
 from gptjax.runs.directory import load_run, save_model
 
-SMALL = TransformerConfig(vocab_size=260, depth=2, width=16, heads=4, context=24)
+SMALL = TransformerConfig(vocab_size=260, depth=2, width=16, heads=4, context_length=24)
 CONFIGS = {
     "decoder": SMALL,
-    "grouped": dataclasses.replace(SMALL, kv_heads=2, positions="rotary"),
+    "grouped": dataclasses.replace(SMALL, kv_heads=2, position_embedding="rotary"),
     "encoder": dataclasses.replace(SMALL, family="encoder"),
     "unframed": dataclasses.replace(SMALL, family="encoder", vocab_size=256),
     "pairs": dataclasses.replace(SMALL, family="encoder_decoder", encoder_depth=3),
     "local": dataclasses.replace(SMALL, attention="local,full", window=2),
-    "lstm": dataclasses.replace(SMALL, family="recurrent", heads=1, positions="none"),
+    "lstm": dataclasses.replace(SMALL, family="recurrent", heads=1, position_embedding="none"),
     "compressed": dataclasses.replace(SMALL, attention="full,compressed", compression=2),
 }
 
@@ -63,7 +63,7 @@ def test_the_page_of_a_decoder_shows_its_weights(name, runs, command, tmp_path):
     (told,) = header(page)["parts"]
     assert told["name"] == "attention"
     assert told["rows"] == told["columns"] == ["a", "·", "c", "a", "t"]
-    assert told["keyHeads"] == CONFIGS[name].key_value_heads
+    assert told["keyHeads"] == CONFIGS[name].actual_kv_heads
     run = load_run(runs / name)
     tokens = run.tokenizer.encode("a cat")[None]
     for layer, truth in enumerate(np.asarray(probe.attention(run.model, tokens))[:, 0]):

@@ -125,8 +125,8 @@ BAD_FLAGS = {
     "no number": (["--model.depth", "abc"], "Error parsing --model.depth: "),
     "no value": (["--model.depth"], "Missing value for argument '--model.depth'."),
     "no choice": (
-        ["--model.positions", "learnd"],
-        "invalid choice 'learnd' for argument '--model.positions'. "
+        ["--model.position_embedding", "learnd"],
+        "invalid choice 'learnd' for argument '--model.position_embedding'. "
         "Expected one of ('learned', 'sinusoidal', 'rotary', 'alibi', 'relative', 'none').",
     ),
     "tokenizer": (
@@ -138,7 +138,7 @@ BAD_FLAGS = {
         "data.tokenizer is 'sentencepiece:99': for this text the size must be at least 2",
     ),
     "context longer than the data": (
-        ["--model.context", "100000"],
+        ["--model.context_length", "100000"],
         "tokens and fills no row; a context of 100000 needs at least 100001.\n",
     ),
     "another objective's family": (
@@ -349,7 +349,7 @@ def test_no_run_to_sample_from_is_one_sentence(gptjax, tmp_path):
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(gptjax, tiny_run, tmp_path):
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     config = read_sealed(run / "config.json")
-    config["config"]["model"]["tied"] = False
+    config["config"]["model"]["tie_embeddings"] = False
     (run / "config.json").write_text(json.dumps(sealed(config)))
     before = _content(run)
     _assert_one_sentence(gptjax("sample", run), "params.head.table is missing.")
@@ -608,7 +608,7 @@ def chinese(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", ["data", "mistake", "help"])
 def test_what_a_terminal_cannot_show_is_replaced(command, encoding, chinese, monkeypatch):
     words = {
-        "data": ["data", chinese, "--tokenizer", "characters", "--context", 8],
+        "data": ["data", chinese, "--tokenizer", "characters", "--context-length", 8],
         "mistake": ["data", chinese, "--tokenizer", "字"],
         "help": ["data", "--help"],
     }[command]
@@ -659,7 +659,7 @@ def test_a_path_at_which_no_file_can_be_is_one_sentence(words, kind, gptjax, tmp
 
 def test_a_terminal_of_the_posix_locale_shows_what_it_can(chinese):
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "JAX_PLATFORMS": "cpu"}
-    words = ["data", str(chinese), "--tokenizer", "characters", "--context", "8"]
+    words = ["data", str(chinese), "--tokenizer", "characters", "--context-length", "8"]
     ended = subprocess.run(
         [sys.executable, "-m", "gptjax", *words],
         capture_output=True,
@@ -675,7 +675,7 @@ def test_a_terminal_of_the_posix_locale_shows_what_it_can(chinese):
     ("words", "sentence"),
     [
         (["data", "embedded", "--batch-size", f"{10**11}"], f"A batch of {10**11} rows of 1024 "),
-        (["data", "embedded", "--context", f"{10**30}"], f"A batch of 64 rows of {10**30}"),
+        (["data", "embedded", "--context-length", f"{10**30}"], f"A batch of 64 rows of {10**30}"),
         (["launch", "--local", f"{10**9}", "experiments/quickstart.py"], f"--local {10**9} with "),
         (["launch", "--devices", f"{10**9}", "experiments/quickstart.py"], f"--devices {10**9} "),
         (["preflight", "gpt2", "--topology", f"h100:{10**9}"], f"{10**9} devices, above 1048576."),

@@ -10,10 +10,15 @@ from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.config import OptimizerConfig, TransformerConfig
 
 BASELINE = "gpt2"
-EFFECTS = {BASELINE: 0.0, "llama-style": -0.05, "gpt2:positions=alibi": 0.0005, "post-norm": 0.06}
+EFFECTS = {
+    BASELINE: 0.0,
+    "llama-style": -0.05,
+    "gpt2:position_embedding=alibi": 0.0005,
+    "post-norm": 0.06,
+}
 CHANGES: dict[str, dict[str, Any]] = {
-    "llama-style": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary"},
-    "gpt2:positions=alibi": {"positions": "alibi"},
+    "llama-style": {"norm": "rmsnorm", "activation": "swiglu", "position_embedding": "rotary"},
+    "gpt2:position_embedding=alibi": {"position_embedding": "alibi"},
     "post-norm": {"norm_placement": "post"},
 }
 RATES = (1e-3, 3e-3, 1e-2)

@@ -28,7 +28,7 @@ def tiny(directory: Path, *variants: str, **fields: Any) -> Comparison:
         seeds=2,
         rates=(1e-2,),
         evaluations=4,
-        context=16,
+        context_length=16,
         batch_size=4,
         data=DataConfig(source=(str(text(directory)),), tokenizer="characters"),
         optimizer=OptimizerConfig(warmup_steps=2),

@@ -25,7 +25,7 @@ FLAGS = {
     "--rates": ["1e-3", "1e-2"],
     "--search-seeds": ["1"],
     "--evaluations": ["4"],
-    "--context": ["16"],
+    "--context-length": ["16"],
     "--batch-size": ["4"],
     "--data.tokenizer": ["characters"],
     "--optimizer.warmup-steps": ["2"],

@@ -17,7 +17,7 @@ from gptjax.config import DataConfig
 
 SOUND = "quickstart:depth=1,width=32,heads=2"
 DEFECTS = {
-    "no positions": f"{SOUND},positions=none",
+    "no positions": f"{SOUND},position_embedding=none",
     "a mask that hides all but the token itself": f"{SOUND},attention=local,window=1",
     "a learning rate ten times too high": f"{SOUND},optimizer.learning_rate=0.1",
 }

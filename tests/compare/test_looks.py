@@ -104,7 +104,7 @@ def test_each_look_may_spend_less_than_the_one_before(tmp_path):
     spent = sum(1 - at_look(0.95, look) for look in range(1, 1000))
     assert spent == pytest.approx(0.05 * 999 / 1000)
     for look, seeds in enumerate((3, 5, 8), start=1):
-        found = with_looks(entries(seeds, VARIANT, "gpt2:positions=alibi"), tmp_path)
+        found = with_looks(entries(seeds, VARIANT, "gpt2:position_embedding=alibi"), tmp_path)
         _, better, open_ = standings(answers.answer(list(found), seeds=seeds), "")
         baseline = np.array([run.validation_loss for run in found[0].finals])
         differences = [each.losses - baseline for each in (better, open_)]

@@ -48,7 +48,7 @@ def test_all_variants_see_the_same(tmp_path):
             (cell.config.optimizer.learning_rate, cell.config.train.seed) for cell in search
         ] == [(rate, SEARCH_SEED + seed) for rate in (1e-2, 3e-2) for seed in (0, 1)]
         assert {cell.config.optimizer.learning_rate for cell in finals} == {3e-2}
-        assert {cell.config.model.context for cell in (*search, *finals)} == {16}
+        assert {cell.config.model.context_length for cell in (*search, *finals)} == {16}
         assert {cell.config.model.vocab_size for cell in (*search, *finals)} == {
             plan.material.corpus.vocabulary.size
         }

@@ -20,7 +20,9 @@ from gptjax.config import (
 )
 
 CUSTOM = ExperimentConfig(
-    model=TransformerConfig(vocab_size=300, depth=2, positions="rotary", bias=False, dropout=0.5),
+    model=TransformerConfig(
+        vocab_size=300, depth=2, position_embedding="rotary", bias=False, dropout=0.5
+    ),
     data=DataConfig(source=("some.txt", "b.txt"), weights=(2, 1), tokenizer="characters"),
     optimizer=OptimizerConfig(name="muon", warmup_steps=3, learning_rate=1),
     train=TrainConfig(steps=7, seed=4),
@@ -28,18 +30,22 @@ CUSTOM = ExperimentConfig(
 
 REFUSED = [
     (TransformerConfig, {"vocab_size": -1}, "at least 0"),
-    (TransformerConfig, {"context": 0}, "at least 1"),
+    (TransformerConfig, {"context_length": 0}, "at least 1"),
     (TransformerConfig, {"depth": 0}, "at least 1"),
     (TransformerConfig, {"width": -8}, "at least 1"),
     (TransformerConfig, {"heads": 0}, "at least 1"),
     (TransformerConfig, {"heads": 3}, "a divisor of width 128"),
-    (TransformerConfig, {"heads": 128, "positions": "rotary"}, "even head width (rotary), not 1"),
-    (TransformerConfig, {"hidden": -1}, "at least 0"),
+    (
+        TransformerConfig,
+        {"heads": 128, "position_embedding": "rotary"},
+        "even head width (rotary), not 1",
+    ),
+    (TransformerConfig, {"mlp_dim": -1}, "at least 0"),
     (TransformerConfig, {"dropout": 1.0}, "at least 0 and below 1"),
     (TransformerConfig, {"dropout": -0.1}, "at least 0 and below 1"),
     (
         TransformerConfig,
-        {"positions": "learnd"},
+        {"position_embedding": "learnd"},
         "one of learned, sinusoidal, rotary, alibi, relative, none",
     ),
     (TransformerConfig, {"norm": "batchnorm"}, "one of layernorm, rmsnorm"),
@@ -54,39 +60,67 @@ REFUSED = [
     ),
     (TransformerConfig, {"depth": 3, "attention": "full,full"}, "a multiple of the 2 kinds"),
     (TransformerConfig, {"kv_heads": 3}, "a divisor of heads 4"),
-    (TransformerConfig, {"head_size": -1}, "at least 0"),
-    (TransformerConfig, {"pairing": "thirds"}, "one of halves, neighbours"),
-    (TransformerConfig, {"rotary_fraction": 1.5, "positions": "rotary"}, "above 0 and at most 1"),
-    (TransformerConfig, {"heads": 4, "rotary_fraction": 0.01, "positions": "rotary"}, "even head"),
-    (TransformerConfig, {"rotary_base": 0.0}, "above 0"),
-    (TransformerConfig, {"width": 5, "heads": 1, "positions": "sinusoidal"}, "even with sinusoid"),
-    (TransformerConfig, {"positions": "alibi", "family": "encoder"}, "else in the family encoder"),
-    (TransformerConfig, {"positions": "rotary", "attention": "compressed"}, "with compressed"),
-    (TransformerConfig, {"positions": "learned", "family": "recurrent"}, "none in the family"),
+    (TransformerConfig, {"head_dim": -1}, "at least 0"),
+    (TransformerConfig, {"pairing": "thirds"}, "one of half, interleaved"),
+    (
+        TransformerConfig,
+        {"rotary_fraction": 1.5, "position_embedding": "rotary"},
+        "above 0 and at most 1",
+    ),
+    (
+        TransformerConfig,
+        {"heads": 4, "rotary_fraction": 0.01, "position_embedding": "rotary"},
+        "even head",
+    ),
+    (TransformerConfig, {"rope_theta": 0.0}, "above 0"),
+    (
+        TransformerConfig,
+        {"width": 5, "heads": 1, "position_embedding": "sinusoidal"},
+        "even with sinusoid",
+    ),
+    (
+        TransformerConfig,
+        {"position_embedding": "alibi", "family": "encoder"},
+        "else in the family encoder",
+    ),
+    (
+        TransformerConfig,
+        {"position_embedding": "rotary", "attention": "compressed"},
+        "with compressed",
+    ),
+    (
+        TransformerConfig,
+        {"position_embedding": "learned", "family": "recurrent"},
+        "none in the family",
+    ),
     (TransformerConfig, {"norm_placement": "after"}, "one of pre, post, sandwich, parallel"),
     (TransformerConfig, {"norm_placement": "parallel", "family": "encoder_decoder"}, "with cross"),
     (TransformerConfig, {"norm_epsilon": 0.0}, "above 0"),
     (TransformerConfig, {"attention": "ful"}, "full, local, compressed, or several joined"),
     (
         TransformerConfig,
-        {"attention": "compressed", "family": "encoder", "positions": "none"},
+        {"attention": "compressed", "family": "encoder", "position_embedding": "none"},
         "without compressed in the family encoder",
     ),
     (
         TransformerConfig,
-        {"attention": "full,full", "family": "recurrent", "positions": "none"},
+        {"attention": "full,full", "family": "recurrent", "position_embedding": "none"},
         "full in the family recurrent",
     ),
     (TransformerConfig, {"window": 3}, "above 0 with local attention, and 0 without"),
     (TransformerConfig, {"window": 0, "attention": "local"}, "above 0 with local attention"),
     (TransformerConfig, {"window": -3}, "at least 0"),
     (TransformerConfig, {"compression": 0}, "at least 1"),
-    (TransformerConfig, {"attention_cap": -1.0}, "at least 0"),
-    (TransformerConfig, {"logit_cap": -1.0}, "at least 0"),
+    (TransformerConfig, {"attention_softcap": -1.0}, "at least 0"),
+    (TransformerConfig, {"logit_softcap": -1.0}, "at least 0"),
     (TransformerConfig, {"logit_scale": 0.0}, "above 0"),
-    (TransformerConfig, {"experts": -1}, "at least 0"),
-    (TransformerConfig, {"experts": 4, "family": "recurrent", "positions": "none"}, "0 in the"),
-    (TransformerConfig, {"experts_per_token": 5, "experts": 4}, "between 1 and experts 4"),
+    (TransformerConfig, {"num_experts": -1}, "at least 0"),
+    (
+        TransformerConfig,
+        {"num_experts": 4, "family": "recurrent", "position_embedding": "none"},
+        "0 in the",
+    ),
+    (TransformerConfig, {"experts_per_token": 5, "num_experts": 4}, "between 1 and experts 4"),
     (TransformerConfig, {"capacity_factor": -1.0}, "at least 0"),
     (TransformerConfig, {"query_bias": 1}, "bool or None"),
     (TransformerConfig, {"output_bias": 0}, "bool or None"),
@@ -137,14 +171,14 @@ REFUSED = [
     (DataConfig, {"mean_span": 0.5}, "at least 1"),
     (DataConfig, {"buckets": 0}, "at least 1"),
     (DataConfig, {"cache": None}, "str"),
-    (DataConfig, {"on_the_fly": True, "objective": "next_sentence"}, "False with next_sentence"),
+    (DataConfig, {"streaming": True, "objective": "next_sentence"}, "False with next_sentence"),
     (DataConfig, {"tokenizer": None}, "str"),
     (DataConfig, {"validation_fraction": 0.0}, "between 0 and 1"),
     (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
     (OptimizerConfig, {"name": "sgd"}, "one of adamw, muon"),
     (TransformerConfig, {"remat": "some"}, "one of none, full, dots, names, offload"),
     (TransformerConfig, {"attention_kernel": "flash"}, "one of auto, xla, splash, cudnn"),
-    (OptimizerConfig, {"moments": "float16"}, "one of float32, bfloat16"),
+    (OptimizerConfig, {"mu_dtype": "float16"}, "one of float32, bfloat16"),
     (MeshConfig, {"data": -1}, "at least 0"),
     (MeshConfig, {"fsdp": 0}, "at least 1"),
     (MeshConfig, {"tensor": 0}, "at least 1"),
@@ -170,13 +204,13 @@ REFUSED = [
     (OptimizerConfig, {"beta1": 1.0}, "at least 0 and below 1"),
     (OptimizerConfig, {"beta2": -0.5}, "at least 0 and below 1"),
     (OptimizerConfig, {"decay_fraction": 1.5}, "between 0 and 1"),
-    (OptimizerConfig, {"final_fraction": -0.5}, "between 0 and 1"),
+    (OptimizerConfig, {"min_lr_ratio": -0.5}, "between 0 and 1"),
     (TrainConfig, {"balance_loss": -1.0}, "at least 0"),
     (TrainConfig, {"router_z_loss": -1.0}, "at least 0"),
     (TrainConfig, {"steps": 0}, "at least 1"),
     (TrainConfig, {"batch_size": 0}, "at least 1"),
-    (TrainConfig, {"accumulate": 0}, "at least 1"),
-    (TrainConfig, {"accumulate": 3}, "a divisor of batch_size 16"),
+    (TrainConfig, {"grad_accumulation": 0}, "at least 1"),
+    (TrainConfig, {"grad_accumulation": 3}, "a divisor of batch_size 16"),
     (TrainConfig, {"seed": -1}, "at least 0"),
     (TrainConfig, {"seed": 1 << 32}, "below 2**32"),
     (TrainConfig, {"label_smoothing": 1.0}, "at least 0 and below 1"),
@@ -223,7 +257,7 @@ def test_every_field_with_a_rule_is_in_the_table_of_refused_values():
                 "head_bias",
                 "qk_norm",
                 "scan_layers",
-                "tied",
+                "tie_embeddings",
             )
         ),
         *((ExperimentConfig, name) for name in ("data", "optimizer", "train", "mesh")),
@@ -258,8 +292,8 @@ def test_a_config_cannot_be_changed_once_made():
 
 def test_widths_left_open_follow_from_the_width():
     config = TransformerConfig(width=48, heads=3)
-    assert (config.head_width, config.hidden_width) == (16, 192)
-    assert TransformerConfig(width=48, heads=3, hidden=10).hidden_width == 10
+    assert (config.actual_head_dim, config.actual_mlp_dim) == (16, 192)
+    assert TransformerConfig(width=48, heads=3, mlp_dim=10).actual_mlp_dim == 10
 
 
 @pytest.mark.parametrize("config", [ExperimentConfig(), CUSTOM])

@@ -14,35 +14,42 @@ from gptjax.models.build import build, split
 from gptjax.models.presets import PRESETS, preset
 from gptjax.training.checkpoint import leaf_names
 
-SMALL = TransformerConfig(vocab_size=37, context=6, depth=3, width=8, heads=2)
+SMALL = TransformerConfig(vocab_size=37, context_length=6, depth=3, width=8, heads=2)
 GRID = {
     "plain": SMALL,
     "no bias": dataclasses.replace(SMALL, bias=False),
-    "untied": dataclasses.replace(SMALL, tied=False),
-    "rotary": dataclasses.replace(SMALL, positions="rotary"),
-    "no positions": dataclasses.replace(SMALL, positions="none"),
+    "untied": dataclasses.replace(SMALL, tie_embeddings=False),
+    "rotary": dataclasses.replace(SMALL, position_embedding="rotary"),
+    "no positions": dataclasses.replace(SMALL, position_embedding="none"),
     "rmsnorm": dataclasses.replace(SMALL, norm="rmsnorm"),
     "rmsnorm, no bias": dataclasses.replace(SMALL, norm="rmsnorm", bias=False),
-    "hidden": dataclasses.replace(SMALL, hidden=20),
+    "mlp_dim": dataclasses.replace(SMALL, mlp_dim=20),
     "scanned": dataclasses.replace(SMALL, scan_layers=True),
     "remat": dataclasses.replace(SMALL, remat="full"),
     "all": dataclasses.replace(
-        SMALL, bias=False, tied=False, positions="none", norm="rmsnorm", hidden=12
+        SMALL,
+        bias=False,
+        tie_embeddings=False,
+        position_embedding="none",
+        norm="rmsnorm",
+        mlp_dim=12,
     ),
-    "sinusoidal": dataclasses.replace(SMALL, positions="sinusoidal"),
-    "alibi": dataclasses.replace(SMALL, positions="alibi", embedding_norm=True),
-    "relative": dataclasses.replace(SMALL, positions="relative"),
+    "sinusoidal": dataclasses.replace(SMALL, position_embedding="sinusoidal"),
+    "alibi": dataclasses.replace(SMALL, position_embedding="alibi", embedding_norm=True),
+    "relative": dataclasses.replace(SMALL, position_embedding="relative"),
     "post": dataclasses.replace(SMALL, norm_placement="post", final_norm=False),
     "sandwich": dataclasses.replace(SMALL, norm_placement="sandwich"),
-    "parallel": dataclasses.replace(SMALL, norm_placement="parallel", head_bias=True, tied=False),
+    "parallel": dataclasses.replace(
+        SMALL, norm_placement="parallel", head_bias=True, tie_embeddings=False
+    ),
     "one norm": dataclasses.replace(SMALL, norm_placement="parallel_shared", query_bias=False),
-    "grouped": dataclasses.replace(SMALL, kv_heads=1, head_size=6, output_bias=False),
+    "grouped": dataclasses.replace(SMALL, kv_heads=1, head_dim=6, output_bias=False),
     "alternating": dataclasses.replace(SMALL, depth=4, attention="full,local", window=2),
     "compressed": dataclasses.replace(SMALL, depth=4, attention="local,compressed", window=2),
-    "normed queries": dataclasses.replace(SMALL, qk_norm=True, attention_cap=5.0),
+    "normed queries": dataclasses.replace(SMALL, qk_norm=True, attention_softcap=5.0),
     "gated": dataclasses.replace(SMALL, activation="swiglu"),
-    "experts": dataclasses.replace(SMALL, experts=4, activation="swiglu"),
-    "plain experts": dataclasses.replace(SMALL, experts=3, experts_per_token=1),
+    "num_experts": dataclasses.replace(SMALL, num_experts=4, activation="swiglu"),
+    "plain experts": dataclasses.replace(SMALL, num_experts=3, experts_per_token=1),
     "encoder": dataclasses.replace(SMALL, family="encoder", token_types=2),
     "bert": dataclasses.replace(
         SMALL, family="encoder", token_types=2, encoder_heads="pretraining", head_bias=True
@@ -51,9 +58,11 @@ GRID = {
     "masked LM": dataclasses.replace(SMALL, family="encoder", encoder_heads="masked_lm"),
     "encoder-decoder": dataclasses.replace(SMALL, family="encoder_decoder", encoder_depth=2),
     "relative encoder-decoder": dataclasses.replace(
-        SMALL, family="encoder_decoder", norm_placement="sandwich", positions="relative"
+        SMALL, family="encoder_decoder", norm_placement="sandwich", position_embedding="relative"
     ),
-    "lstm": dataclasses.replace(SMALL, family="recurrent", positions="none", final_norm=False),
+    "lstm": dataclasses.replace(
+        SMALL, family="recurrent", position_embedding="none", final_norm=False
+    ),
 }
 EVERY_CONFIG = pytest.mark.parametrize("config", GRID.values(), ids=GRID.keys())
 
@@ -80,7 +89,7 @@ def _part(name: str, config: TransformerConfig) -> str:
         return "biases"
     if "cross_attention" in modules:
         return f"cross {module}"
-    if config.experts and module in ("up", "gate", "down"):
+    if config.num_experts and module in ("up", "gate", "down"):
         return f"expert {module}"
     if modules[0] == "layers":
         return f"{module} gates"
@@ -151,11 +160,11 @@ def test_every_preset_has_the_parameters_that_are_built(name):
 
 
 def test_active_parameters_of_a_mixture_are_those_of_the_chosen_experts():
-    config = GRID["experts"]
-    one = dataclasses.replace(config, experts=0)
-    router = config.depth * config.width * config.experts
-    biases = config.depth * (2 * config.hidden_width + config.width)
-    expert = config.depth * 3 * config.width * config.hidden_width
+    config = GRID["num_experts"]
+    one = dataclasses.replace(config, num_experts=0)
+    router = config.depth * config.width * config.num_experts
+    biases = config.depth * (2 * config.actual_mlp_dim + config.width)
+    expert = config.depth * 3 * config.width * config.actual_mlp_dim
     counted = ledger(config)
     assert counted.active_parameters == ledger(one).parameters - biases + router + expert
     assert ledger(one).active_parameters == ledger(one).parameters
@@ -200,7 +209,7 @@ def test_products_are_counted_within_batches_scans_and_custom_derivatives():
 @EVERY_CONFIG
 def test_forward_flops_are_those_of_every_product_at_full_context(config):
     graphdef, params = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((5, config.context_length), jnp.int32)
 
     def forward(params, tokens):
         return nnx.merge(graphdef, params)(tokens, **_inputs(config, tokens))
@@ -213,7 +222,7 @@ def test_forward_flops_are_those_of_every_product_at_full_context(config):
 def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(config):
     unrecomputed = dataclasses.replace(config, remat="none")
     graphdef, params = split(nnx.eval_shape(lambda: build(unrecomputed, rngs=nnx.Rngs(0))))
-    tokens = jax.ShapeDtypeStruct((5, config.context), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((5, config.context_length), jnp.int32)
 
     def summed(params, tokens):
         return nnx.merge(graphdef, params)(tokens, **_inputs(config, tokens)).sum()
@@ -226,7 +235,8 @@ def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(c
 @EVERY_CONFIG
 def test_the_attention_term_is_what_grows_with_the_context(config):
     once, twice, thrice = (
-        ledger(dataclasses.replace(config, context=times * config.context)) for times in (1, 2, 3)
+        ledger(dataclasses.replace(config, context_length=times * config.context_length))
+        for times in (1, 2, 3)
     )
     growth = twice.attention_flops - once.attention_flops
     assert thrice.attention_flops - twice.attention_flops == growth

@@ -49,9 +49,9 @@ def texts(documents) -> list[str]:
     return [documents[number] for number in range(len(documents))]
 
 
-def opened(data: DataConfig, tokenizer: Tokenizer | None = None, context: int = 4, **model):
+def opened(data: DataConfig, tokenizer: Tokenizer | None = None, context_length: int = 4, **model):
     tokenizer = tokenizer or ByteTokenizer()
-    config = TransformerConfig(context=context, **model)
+    config = TransformerConfig(context_length=context_length, **model)
     return open_corpus(open_sources(data), tokenizer, data, config)
 
 
@@ -122,7 +122,7 @@ def learnt(data: DataConfig) -> Tokenizer:
     [
         ({}, True),
         ({"packing": "first_fit"}, True),
-        ({"on_the_fly": True}, True),
+        ({"streaming": True}, True),
         ({"objective": "masked_lm"}, True),
         ({"objective": "masked_lm", "packing": "first_fit"}, False),
         ({"objective": "next_sentence"}, False),
@@ -169,7 +169,7 @@ def test_the_pieces_of_a_long_file_are_one_text(tmp_path, monkeypatch, capsys):
 
 def test_lines_of_bytes_stand_apart_in_rows_and_their_ends_are_predicted(tmp_path, capsys):
     data = DataConfig(source=(written(tmp_path, "ab", "", "c", "de", "f"),))
-    corpus = opened(data, learnt(data), context=6)
+    corpus = opened(data, learnt(data), context_length=6)
     row = corpus.train[0].row(0)
     assert row.tokens.tolist() == [*b"ab", 256, *b"c", 256, *b"d"]
     assert row.targets.tolist() == [*b"b", 256, *b"c", 256, *b"de"]
@@ -258,7 +258,7 @@ def test_pairs_that_are_empty_or_too_long_are_left_out_and_the_others_in_their_b
     sources = ["ab", "", "c", "d" * 15, "e" * 16, "f" * 9, "g", "h", "i"]
     targets = ["x", "x", "", "y", "z", "t", "u" * 16, "v", "w"]
     data = pairs(tmp_path, sources, targets, buckets=2)
-    corpus = opened(data, family="encoder_decoder", context=16)
+    corpus = opened(data, family="encoder_decoder", context_length=16)
     assert [len(bucket) for bucket in corpus.train] == [3, 2]
     words = corpus.vocabulary
     rows = [bucket.row(number) for bucket in corpus.train for number in range(len(bucket))]
@@ -273,11 +273,11 @@ def test_pairs_that_are_empty_or_too_long_are_left_out_and_the_others_in_their_b
 
 def test_pairs_none_of_which_fits_are_refused(tmp_path):
     data = pairs(tmp_path, ["a" * 16, ""], ["b", "c"])
-    said = refusal(data, family="encoder_decoder", context=16)
+    said = refusal(data, family="encoder_decoder", context_length=16)
     assert said == "data.source: no pair fits a context of 16 tokens."
     data = pairs(tmp_path, ["ab", "c"], ["b", "c"])
     (tmp_path / "valid.txt").write_text("too long for it\n")
-    said = refusal(data, family="encoder_decoder", context=8)
+    said = refusal(data, family="encoder_decoder", context_length=8)
     assert said == (
         f"data.source: the validation part of {data.validation[0]} has no pair that fits a context "
         "of 8 tokens."
@@ -296,22 +296,22 @@ def test_two_single_texts_are_no_pairs(tmp_path):
     [
         ({}, "decoder", "training part of {} has 9 tokens and fills no row; a context of 9 needs "
                         "at least 10"),
-        ({"validation_fraction": 0.5, "context": 3}, "decoder", None),
-        ({"validation_fraction": 0.1, "context": 3}, "decoder",
+        ({"validation_fraction": 0.5, "context_length": 3}, "decoder", None),
+        ({"validation_fraction": 0.1, "context_length": 3}, "decoder",
          "validation part of {} has 1 tokens and fills no row; a context of 3 needs at least 2"),
-        ({"objective": "prefix", "context": 5}, "encoder_decoder",
+        ({"objective": "prefix", "context_length": 5}, "encoder_decoder",
          "validation part of {} has 1 tokens and fills no row; a context of 5 needs at least 5"),
-        ({"objective": "masked_lm", "context": 5}, "encoder", None),
+        ({"objective": "masked_lm", "context_length": 5}, "encoder", None),
     ],
 )  # fmt: skip
 def test_a_source_that_fills_no_row_is_refused_with_what_it_needs(tmp_path, more, family, needs):
     path = single(tmp_path, "abcdefghij")
-    context = more.pop("context", 9)
+    context_length = more.pop("context_length", 9)
     data = DataConfig(source=(path,), **more)
     if needs is None:
-        assert opened(data, family=family, context=context).validation
+        assert opened(data, family=family, context_length=context_length).validation
     else:
-        said = refusal(data, family=family, context=context)
+        said = refusal(data, family=family, context_length=context_length)
         assert said == f"data.source: the {needs.format(path)}."
 
 
@@ -327,19 +327,21 @@ def test_the_source_of_several_that_fills_no_row_is_named(tmp_path):
     assert said.startswith(f"data.source: the training part of {second} has 1 tokens and ")
 
 
-@pytest.mark.parametrize("context", [1, 2, 3, 4])
+@pytest.mark.parametrize("context_length", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("objective", "family"),
     [("masked_lm", "encoder"), ("next_sentence", "encoder"), ("prefix", "encoder_decoder"),
      ("span_corruption", "encoder_decoder"), ("causal", "decoder")],
 )  # fmt: skip
-def test_a_short_context_is_taken_or_refused_with_a_sentence(tmp_path, objective, family, context):
+def test_a_short_context_is_taken_or_refused_with_a_sentence(
+    tmp_path, objective, family, context_length
+):
     data = DataConfig(source=(written(tmp_path, *["abcdef"] * 9),), objective=objective)
     more = PAIRS if objective == "next_sentence" else {}
     with contextlib.suppress(InputError):
-        corpus = opened(data, family=family, context=context, **more)
+        corpus = opened(data, family=family, context_length=context_length, **more)
         batch = next(training_batches(corpus.train, batch_size=2, seed=0))
-        assert batch.tokens.shape[1] <= max(context, 2)
+        assert batch.tokens.shape[1] <= max(context_length, 2)
         assert batch.loss_weights.any()
 
 
@@ -352,7 +354,7 @@ def test_an_objective_that_the_model_cannot_be_asked_is_refused(tmp_path):
     data = DataConfig(source=source, objective="prefix")
     assert refusal(data).endswith("a model of the family decoder takes causal.")
     data = DataConfig(source=source, objective="next_sentence")
-    assert refusal(data, family="encoder", context=16) == (
+    assert refusal(data, family="encoder", context_length=16) == (
         "data.objective is 'next_sentence': the model needs model.token_types 2 and "
         "model.encoder_heads pretraining, not 0 and none."
     )
@@ -360,7 +362,7 @@ def test_an_objective_that_the_model_cannot_be_asked_is_refused(tmp_path):
 
 def test_the_next_sentence_needs_two_documents(tmp_path):
     data = DataConfig(source=(single(tmp_path, "a long text " * 40),), objective="next_sentence")
-    said = refusal(data, family="encoder", context=16, **PAIRS)
+    said = refusal(data, family="encoder", context_length=16, **PAIRS)
     assert said.startswith("data.source: next_sentence needs two documents of two tokens and more")
 
 
@@ -412,7 +414,7 @@ def test_a_mixture_is_weighed_anew_without_being_tokenised_anew(tmp_path):
 
 def test_a_model_with_fewer_rows_than_the_objectives_vocabulary_is_refused(tmp_path):
     data = DataConfig(source=(written(tmp_path, *["abcdef"] * 9),), objective="masked_lm")
-    corpus = opened(data, family="encoder", context=8)
+    corpus = opened(data, family="encoder", context_length=8)
     assert corpus.vocabulary.size == 256 + 3
     config = ExperimentConfig(model=TransformerConfig(family="encoder", vocab_size=258), data=data)
     with pytest.raises(InputError) as error:

@@ -35,7 +35,7 @@ LONG = 16
 
 def rows(*sources: np.ndarray, rest: bool = False) -> Bucket:
     windows = [Windows(tokens, CONTEXT + 1, CONTEXT, rest=rest) for tokens in sources]
-    return Bucket(windows, functools.partial(causal_row, context=CONTEXT), random=False)
+    return Bucket(windows, functools.partial(causal_row, context_length=CONTEXT), random=False)
 
 
 def batches_of(
@@ -232,25 +232,25 @@ def texts(tmp_path_factory) -> tuple[str, str]:
     return f"{directory}/first.txt#documents=line", f"{directory}/second.txt#documents=line"
 
 
-def batches_for(texts, kind: dict[str, Any], *, on_the_fly: bool, **order) -> grain.DatasetIterator:
+def batches_for(texts, kind: dict[str, Any], *, streaming: bool, **order) -> grain.DatasetIterator:
     """The batches that a config asks for, opened anew."""
     pairs = kind["objective"] == "sequence_to_sequence"
     several = "weights" in kind
     data = DataConfig(
         source=texts if several else texts[:1],
         target=texts[1:] if pairs else (),
-        on_the_fly=on_the_fly,
+        streaming=streaming,
         **kind,
     )
     more = {}
     if kind["objective"] == "next_sentence":
         more = {"token_types": 2, "encoder_heads": "pretraining"}
     family = FAMILIES[kind["objective"]][0]
-    model = TransformerConfig(family=family, context=LONG, **more)
+    model = TransformerConfig(family=family, context_length=LONG, **more)
     sources, tokenizer = open_sources(data), ByteTokenizer()
     corpus = open_corpus(sources, tokenizer, data, model)
     order = {"batch_size": 4, "seed": 7, **order}
-    if on_the_fly:
+    if streaming:
         return streamed_batches(sources, tokenizer, corpus.vocabulary, data, LONG, **order)
     return training_batches(corpus.train, data.weights, **order)
 
@@ -260,12 +260,12 @@ def named(kind) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "on_the_fly"),
+    ("kind", "streaming"),
     [*((kind, False) for kind in KINDS), *((kind, True) for kind in STREAMED)],
     ids=[*map(named, KINDS), *(f"{named(kind)}-streamed" for kind in STREAMED)],
 )
-def test_any_place_and_any_number_of_hosts_give_the_same_batches(texts, kind, on_the_fly):
-    make = functools.partial(batches_for, texts, kind, on_the_fly=on_the_fly)
+def test_any_place_and_any_number_of_hosts_give_the_same_batches(texts, kind, streaming):
+    make = functools.partial(batches_for, texts, kind, streaming=streaming)
     straight = make()
     states, expected = [], []
     for _ in range(40):  # More than an epoch.
@@ -296,7 +296,7 @@ def test_any_place_and_any_number_of_hosts_give_the_same_batches(texts, kind, on
 
 @pytest.mark.parametrize("kind", KINDS, ids=named)
 def test_nothing_is_trained_on_padding_and_seeds_differ(texts, kind):
-    batches = batches_for(texts, kind, on_the_fly=False)
+    batches = batches_for(texts, kind, streaming=False)
     for batch in itertools.islice(batches, 12):
         assert (batch.loss_weights > 0).any()
         if batch.segment_ids is not None:
@@ -307,8 +307,8 @@ def test_nothing_is_trained_on_padding_and_seeds_differ(texts, kind):
             ends = batch.loss_weights.sum(axis=1).astype(int)
             for row, end in zip(batch.loss_weights, ends, strict=True):
                 np.testing.assert_array_equal(row, np.arange(len(row)) < end)
-    other = next(batches_for(texts, kind, on_the_fly=False, seed=8))
-    again = next(batches_for(texts, kind, on_the_fly=False))
+    other = next(batches_for(texts, kind, streaming=False, seed=8))
+    again = next(batches_for(texts, kind, streaming=False))
     assert other.tokens.shape != again.tokens.shape or (other.tokens != again.tokens).any()
 
 
@@ -316,9 +316,9 @@ def test_documents_none_of_which_is_of_use_are_one_sentence(tmp_path):
     (tmp_path / "text.txt").write_text("a\n\nb\nc\n")
     (tmp_path / "valid.txt").write_text("abc\ndef\n")
     path, valid = (f"{tmp_path}/{name}.txt#documents=line" for name in ("text", "valid"))
-    data = DataConfig(source=(path,), validation=(valid,), packing="first_fit", on_the_fly=True)
+    data = DataConfig(source=(path,), validation=(valid,), packing="first_fit", streaming=True)
     sources, tokenizer = open_sources(data), ByteTokenizer()
-    corpus = open_corpus(sources, tokenizer, data, TransformerConfig(context=LONG))
+    corpus = open_corpus(sources, tokenizer, data, TransformerConfig(context_length=LONG))
     rest = {"batch_size": 4, "seed": 0}
     words = corpus.vocabulary
     with pytest.raises(InputError, match=r"^data.source: none of the documents that train is of "):
@@ -331,7 +331,7 @@ def test_documents_none_of_which_is_of_use_are_one_sentence(tmp_path):
 
 def test_an_epoch_on_the_fly_has_every_document_once(texts):
     kind = {"objective": "causal", "packing": "first_fit"}
-    streamed = batches_for(texts, kind, on_the_fly=True, batch_size=1)
+    streamed = batches_for(texts, kind, streaming=True, batch_size=1)
     documents = (open_sources(DataConfig(source=texts[:1])).train)[0]
     bytes_in_all = sum(max(len(documents[i]) - 1, 0) for i in range(len(documents)))
     seen = 0
@@ -342,7 +342,7 @@ def test_an_epoch_on_the_fly_has_every_document_once(texts):
 
 
 def test_windows_on_the_fly_predict_every_token(texts):
-    streamed = batches_for(texts, {"objective": "causal"}, on_the_fly=True)
+    streamed = batches_for(texts, {"objective": "causal"}, streaming=True)
     found = list(itertools.islice(streamed, 25))  # More than an epoch.
     tokens, targets = (
         np.concatenate([getattr(batch, name).ravel() for batch in found])
@@ -355,8 +355,8 @@ def test_windows_of_a_text_on_the_fly_are_those_of_a_cache(tmp_path):
     text = "one text, of which no token is left out " * 9
     (tmp_path / "text.txt").write_text(text)
     kind, source = {"objective": "causal"}, (f"{tmp_path}/text.txt",)
-    streamed = batches_for(source, kind, on_the_fly=True, batch_size=1)
-    cached = batches_for(source, kind, on_the_fly=False, batch_size=1)
+    streamed = batches_for(source, kind, streaming=True, batch_size=1)
+    cached = batches_for(source, kind, streaming=False, batch_size=1)
     count = (len(text) * 9 // 10 - 1) // LONG
 
     def windows(batches: Iterable[Batch]) -> list[bytes]:

@@ -36,7 +36,7 @@ def shown(show, *flags: object) -> str:
 
 
 def test_documents_side_by_side(show):
-    out = shown(show, "--context", 8, "--packing", "first_fit")
+    out = shown(show, "--context-length", 8, "--packing", "first_fit")
     # Nine tenths of the lines: 36, of which 5 are empty.
     numbers = re.search(r"text\.txt#documents=line +36 +5 +(\d+) +(\d+) +[\d.]+\n", out)
     assert numbers is not None
@@ -63,7 +63,7 @@ def test_documents_side_by_side(show):
 
 
 def test_hidden_tokens_are_marked_and_told(show):
-    out = shown(show, "--context", 16, "--objective", "masked_lm")
+    out = shown(show, "--context-length", 16, "--objective", "masked_lm")
     drawings = re.findall(
         r"^  tokens    (.*)\n  predicted (.*)\n  documents 1+\n  targets   (.*)$", out, re.M
     )
@@ -77,7 +77,7 @@ def test_hidden_tokens_are_marked_and_told(show):
 
 
 def test_the_next_sentence_is_told(show):
-    out = shown(show, "--context", 12, "--objective", "next_sentence")
+    out = shown(show, "--context-length", 12, "--objective", "next_sentence")
     assert set(re.findall(r"^  next      (.*)$", out, re.MULTILINE)) <= {
         "another text", "it follows",
     }  # fmt: skip
@@ -87,7 +87,7 @@ def test_the_next_sentence_is_told(show):
 
 
 def test_pairs_that_are_left_out_are_counted(show):
-    flags = ["--target", "TEXT", "--objective", "sequence_to_sequence", "--context", 6]
+    flags = ["--target", "TEXT", "--objective", "sequence_to_sequence", "--context-length", 6]
     out = shown(show, *flags)
     # Of 36 lines 5 are empty; those of 6 and 7 bytes and an end do not fit 6 places.
     too_long = sum(len(line) + 1 > 6 for line in LINES[:36])
@@ -108,7 +108,10 @@ def test_pairs_that_are_left_out_are_counted(show):
             "DataConfig.loss_weights is (1.0, 2.0): it must be a number",
         ),
         (["TEXT", "--objektive", "prefix"], "Unknown flag --objektive: did you mean --objective"),
-        (["TEXT", "--context", "4096"], "tokens and fills no row; a context of 4096 needs at"),
+        (
+            ["TEXT", "--context-length", "4096"],
+            "tokens and fills no row; a context of 4096 needs at",
+        ),
         (["TEXT", "--batch-size", "0"], "batch-size is 0: it must be at least 1."),
         (["TEXT", "--target", "TEXT"], "it must be 0 of them with the objective causal."),
     ],
@@ -122,7 +125,15 @@ def test_what_cannot_be_shown_is_one_sentence(show, flags, sentence):
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
     (tmp_path / "text.txt").write_text("some text\n" * 400)
-    command = [sys.executable, "-m", "gptjax", "data", tmp_path / "text.txt", "--context", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "gptjax",
+        "data",
+        tmp_path / "text.txt",
+        "--context-length",
+        "8",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

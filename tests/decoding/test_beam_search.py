@@ -15,11 +15,11 @@ from gptjax.models.build import build
 VOCABULARY, LENGTH = 4, 3
 ALL = VOCABULARY**LENGTH
 """As many beams as there are sequences, so that none is ever dropped."""
-CONFIG = TransformerConfig(vocab_size=VOCABULARY, context=8, depth=2, width=16, heads=2)
+CONFIG = TransformerConfig(vocab_size=VOCABULARY, context_length=8, depth=2, width=16, heads=2)
 FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {},
-    "scanned": {"scan_layers": True, "positions": "rotary", "kv_heads": 1},
-    "recurrent": {"family": "recurrent", "positions": "none", "final_norm": False},
+    "scanned": {"scan_layers": True, "position_embedding": "rotary", "kv_heads": 1},
+    "recurrent": {"family": "recurrent", "position_embedding": "none", "final_norm": False},
     "encoder_decoder": {"family": "encoder_decoder"},
 }
 

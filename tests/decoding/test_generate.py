@@ -20,22 +20,24 @@ from gptjax.models.build import build
 
 VOCABULARY, CONTEXT = 13, 12
 GREEDY = Sampling(temperature=0)
-CONFIG = TransformerConfig(vocab_size=VOCABULARY, context=CONTEXT, depth=2, width=16, heads=2)
+CONFIG = TransformerConfig(
+    vocab_size=VOCABULARY, context_length=CONTEXT, depth=2, width=16, heads=2
+)
 
 DECODERS: dict[str, dict[str, Any]] = {
     "learned": {},
-    "rotary": {"positions": "rotary"},
-    "alibi": {"positions": "alibi"},
-    "relative": {"positions": "relative"},
-    "local": {"attention": "local", "window": 3, "positions": "rotary"},
+    "rotary": {"position_embedding": "rotary"},
+    "alibi": {"position_embedding": "alibi"},
+    "relative": {"position_embedding": "relative"},
+    "local": {"attention": "local", "window": 3, "position_embedding": "rotary"},
     "compressed": {"attention": "local,compressed", "window": 4},
-    "gqa": {"heads": 4, "kv_heads": 2, "positions": "rotary"},
-    "lstm": {"family": "recurrent", "positions": "none", "final_norm": False},
+    "gqa": {"heads": 4, "kv_heads": 2, "position_embedding": "rotary"},
+    "lstm": {"family": "recurrent", "position_embedding": "none", "final_norm": False},
 }
 TRANSLATOR = {
     "family": "encoder_decoder",
-    "positions": "sinusoidal",
-    "pairing": "neighbours",
+    "position_embedding": "sinusoidal",
+    "pairing": "interleaved",
     "norm_placement": "post",
     "final_norm": False,
 }
@@ -113,7 +115,7 @@ def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
 
 
 def test_decoding_past_the_first_places_of_a_long_context():
-    fields = {**vars(CONFIG), "context": 1100, "positions": "alibi"}
+    fields = {**vars(CONFIG), "context_length": 1100, "position_embedding": "alibi"}
     long = build(TransformerConfig(**fields), rngs=nnx.Rngs(0))
     rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 260)).tolist()
     decoding, full = Decoding(long, 2), long(np.array(rows))
@@ -179,7 +181,7 @@ def test_one_step_is_compiled_whatever_the_length():
 
 
 def test_a_context_of_one_token_slides():
-    single = build(TransformerConfig(**{**vars(CONFIG), "context": 1}), rngs=nnx.Rngs(0))
+    single = build(TransformerConfig(**{**vars(CONFIG), "context_length": 1}), rngs=nnx.Rngs(0))
     steps = generate(single, [[3]], max_new_tokens=4, sampling=GREEDY, sliding_window=True)
     row = [3, *(int(step[0]) for step in steps)]
     assert row[1:] == [int(single(np.array([[token]]))[0, -1].argmax()) for token in row[:-1]]

@@ -34,7 +34,7 @@ FLAGS = [
     "--model.depth=1",
     "--model.width=16",
     "--model.heads=2",
-    "--model.context=32",
+    "--model.context_length=32",
 ]
 SECONDS_TO_STOP = 10
 """Which the README states; the others of a killed process take less than one where it is idle."""

@@ -62,13 +62,13 @@ def _write(
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_embedding_length(config.width)
     writer.add_block_count(config.depth)
-    writer.add_context_length(config.context)
-    writer.add_feed_forward_length(config.hidden_width)
+    writer.add_context_length(config.context_length)
+    writer.add_feed_forward_length(config.actual_mlp_dim)
     writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.key_value_heads)
+    writer.add_head_count_kv(config.actual_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    writer.add_rope_freq_base(config.rotary_base)
-    writer.add_rope_dimension_count(config.head_width)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.actual_head_dim)
     for key, value in (keys or {}).items():
         writer.kv_data[0].pop(key, None)
         if value is not None:
@@ -79,7 +79,7 @@ def _write(
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         name = name.replace("model.layers.", "blk.")
-        heads = {"attn_q": config.heads, "attn_k": config.key_value_heads}
+        heads = {"attn_q": config.heads, "attn_k": config.actual_kv_heads}
         if architecture == "llama" and name.split(".")[-2] in heads:
             # llama.cpp, convert_hf_to_gguf.py: permute.
             halves = tensor.reshape(heads[name.split(".")[-2]], 2, -1, *tensor.shape[1:])
@@ -112,12 +112,12 @@ def test_a_gguf_is_the_model_that_it_was_made_from(name, architecture, tmp_path)
 def test_what_is_quantised_is_computed_back(quantisation, tolerance, tmp_path):
     config = TransformerConfig(
         vocab_size=32,
-        context=8,
+        context_length=8,
         depth=1,
         width=32,
         heads=2,
-        hidden=64,
-        positions="rotary",
+        mlp_dim=64,
+        position_embedding="rotary",
         norm="rmsnorm",
         activation="swiglu",
         bias=False,
@@ -204,8 +204,8 @@ def test_keys_that_change_nothing_are_taken(tmp_path):
     keys = {**NEUTRAL_KEYS}
     config = expected.config
     keys["llama.attention.head_count"] = [config.heads] * config.depth
-    keys["llama.attention.head_count_kv"] = [config.key_value_heads] * config.depth
-    keys["llama.feed_forward_length"] = [config.hidden_width] * config.depth
+    keys["llama.attention.head_count_kv"] = [config.actual_kv_heads] * config.depth
+    keys["llama.feed_forward_length"] = [config.actual_mlp_dim] * config.depth
     model = from_gguf(_write(GOLDEN / "llama", tmp_path / "model.gguf", keys=keys))
     assert model.config == expected.config
     jax.tree.map(np.testing.assert_array_equal, split(model)[1], split(expected)[1])

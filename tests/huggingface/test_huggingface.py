@@ -132,21 +132,21 @@ def test_a_model_that_no_family_computes_is_refused(tmp_path):
 
 GPT1 = {"norm_placement": "post", "final_norm": False}
 GPTJ = {
-    "positions": "rotary",
-    "pairing": "neighbours",
+    "position_embedding": "rotary",
+    "pairing": "interleaved",
     "norm_placement": "parallel_shared",
     "query_bias": False,
     "output_bias": False,
     "head_bias": True,
-    "tied": False,
+    "tie_embeddings": False,
 }
-NEOX = {"positions": "rotary", "tied": False, "norm_placement": "parallel"}
-LLAMA = {"positions": "rotary", "norm": "rmsnorm", "bias": False, "activation": "swiglu"}
+NEOX = {"position_embedding": "rotary", "tie_embeddings": False, "norm_placement": "parallel"}
+LLAMA = {"position_embedding": "rotary", "norm": "rmsnorm", "bias": False, "activation": "swiglu"}
 BERT = {**GPT1, "family": "encoder", "embedding_norm": True, "activation": "gelu"}
 MARIAN = {
     **GPT1,
     "family": "encoder_decoder",
-    "positions": "sinusoidal",
+    "position_embedding": "sinusoidal",
     "head_bias": True,
     "activation": "silu",
 }
@@ -154,18 +154,18 @@ MAPPED = {
     # A field: its value, and what else a model has that some family computes.
     "family": ("encoder", BERT),
     "vocab_size": (7, {}),
-    "context": (9, {}),
+    "context_length": (9, {}),
     "depth": (3, {}),
     "encoder_depth": (3, MARIAN),
     "width": (64, {}),
     "heads": (2, {}),
     "kv_heads": (2, LLAMA),
-    "head_size": (6, LLAMA),
-    "hidden": (40, {}),
+    "head_dim": (6, LLAMA),
+    "mlp_dim": (40, {}),
     "positions": ("rotary", LLAMA),
-    "pairing": ("neighbours", GPTJ),
+    "pairing": ("interleaved", GPTJ),
     "rotary_fraction": (0.5, NEOX),
-    "rotary_base": (500.0, LLAMA),
+    "rope_theta": (500.0, LLAMA),
     "norm": ("rmsnorm", LLAMA),
     "norm_placement": ("post", GPT1),
     "norm_epsilon": (1e-6, {}),
@@ -178,19 +178,19 @@ MAPPED = {
     "bias": (False, LLAMA),
     "query_bias": (False, {"attention_scaled": False}),
     "output_bias": (False, GPTJ),
-    "tied": (False, {}),
+    "tie_embeddings": (False, {}),
     "head_bias": (True, GPTJ),
     "embedding_scaled": (True, MARIAN),
     "token_types": (3, BERT),
     "encoder_heads": ("masked_lm", {**BERT, "head_bias": True}),
 }
 REFUSED = {
-    "attention_cap": (5.0, {}),
+    "attention_softcap": (5.0, {}),
     "qk_norm": (True, {}),
-    "experts": (2, {}),
-    "experts_per_token": (1, {"experts": 2}),
+    "num_experts": (2, {}),
+    "experts_per_token": (1, {"num_experts": 2}),
     "compression": (2, {"attention": "compressed"}),
-    "logit_cap": (5.0, {}),
+    "logit_softcap": (5.0, {}),
     "logit_scale": (0.5, {}),
 }
 IRRELEVANT = {
@@ -206,7 +206,7 @@ IRRELEVANT = {
 
 
 def _chosen(field: str, value: object, others: dict) -> TransformerConfig:
-    sizes = {"vocab_size": 5, "context": 8, "width": 32, "depth": 2}
+    sizes = {"vocab_size": 5, "context_length": 8, "width": 32, "depth": 2}
     return TransformerConfig(**{**sizes, **others, field: value})
 
 
@@ -273,7 +273,7 @@ ABSURD = [
     ("gpt2", '"n_layer": 65536', r"does not fit its config: of 65,536 layers it has \d+ tensors"),
     ("gpt2", '"vocab_size": 1099511627776', "vocab_size is 1099511627776: .* below 2"),
     ("gpt2", '"n_embd": 2147483647, "n_head": 1', "does not fit its config: "),
-    ("gpt2", '"n_inner": 1e30', "TransformerConfig.hidden is 1e"),
+    ("gpt2", '"n_inner": 1e30', "TransformerConfig.mlp_dim is 1e"),
     ("gpt2", '"n_inner": 2147483648', "does not fit its config: "),
     ("gpt2", '"n_head": ' + "7" * 5_000, "it has a number of 5,000 digits"),
     ("gpt2", '"layer_norm_epsilon": NaN', "norm_epsilon is nan: it must be finite"),

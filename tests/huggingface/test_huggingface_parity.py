@@ -12,6 +12,7 @@ from flax import nnx
 from gptjax import TransformerConfig, build, from_huggingface, generate, split, to_huggingface
 from gptjax.commands import convert
 from gptjax.decoding.generate import Sampling
+from gptjax.layers.inputs import Inputs
 from gptjax.runs.directory import decoding_tokens, load_config, load_model
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity: PyTorch is missing")
@@ -189,7 +190,9 @@ def _marian_differences(ours, theirs, given, asked) -> dict[str, float]:
     source, source_mask = np.asarray(given["input_ids"]), np.asarray(given["attention_mask"]) > 0
     tokens = np.random.default_rng(1).integers(0, VOCABULARY - 1, (3, 7))
     output = theirs(**given, decoder_input_ids=torch.tensor(tokens), **asked)
-    memory = ours.encode(source, source_mask=source_mask, capture=("residual", "attention"))
+    memory = ours.encode(
+        Inputs(source, padding_mask=source_mask, capture=("residual", "attention"))
+    )
     hidden = ours.hidden(
         tokens,
         source=source,
@@ -288,7 +291,7 @@ def test_an_encoder_without_segments_is_a_bert_of_theirs(heads, tmp_path):
     config = TransformerConfig(
         family="encoder",
         vocab_size=VOCABULARY,
-        context=CONTEXT,
+        context_length=CONTEXT,
         width=24,
         heads=3,
         depth=2,

@@ -15,7 +15,7 @@ from gptjax.layers.positions import (
 )
 
 BASE = 10_000.0
-PAIRINGS = pytest.mark.parametrize("pairing", ["halves", "neighbours"])
+PAIRINGS = pytest.mark.parametrize("pairing", ["half", "interleaved"])
 
 
 def test_angles_are_those_of_the_paper():
@@ -53,17 +53,17 @@ def test_rotation_keeps_lengths_and_leaves_position_zero_alone(pairing):
 def test_a_quarter_turn_takes_each_channel_to_its_partner():
     x = jnp.arange(1.0, 5).reshape(1, 1, 1, 4)
     turn = jnp.full((1, 1, 2), math.pi / 2)
-    np.testing.assert_allclose(rotate(x, turn, "halves").ravel(), [-3, -4, 1, 2], atol=1e-6)
-    np.testing.assert_allclose(rotate(x, turn, "neighbours").ravel(), [-2, 1, -4, 3], atol=1e-6)
+    np.testing.assert_allclose(rotate(x, turn, "half").ravel(), [-3, -4, 1, 2], atol=1e-6)
+    np.testing.assert_allclose(rotate(x, turn, "interleaved").ravel(), [-2, 1, -4, 3], atol=1e-6)
 
 
 def test_sinusoids_are_those_of_the_paper():
-    table = sinusoidal(jnp.arange(50), 6, "neighbours")
+    table = sinusoidal(jnp.arange(50), 6, "interleaved")
     for position, channel in ((0, 0), (7, 2), (49, 4)):
         angle = position / BASE ** (channel / 6)
         np.testing.assert_allclose(table[position, channel], math.sin(angle), atol=1e-5)
         np.testing.assert_allclose(table[position, channel + 1], math.cos(angle), atol=1e-5)
-    halves = sinusoidal(jnp.arange(50), 6, "halves")
+    halves = sinusoidal(jnp.arange(50), 6, "half")
     np.testing.assert_array_equal(halves, table[:, jnp.array([0, 2, 4, 1, 3, 5])])
 
 

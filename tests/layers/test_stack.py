@@ -13,7 +13,14 @@ from gptjax.config import TransformerConfig
 
 L, T, D, N, H, F = 3, 6, 8, 2, 5, 14
 CONFIG = TransformerConfig(
-    vocab_size=29, context=T, depth=L, width=D, heads=N, head_size=H, hidden=F, scan_layers=True
+    vocab_size=29,
+    context_length=T,
+    depth=L,
+    width=D,
+    heads=N,
+    head_dim=H,
+    mlp_dim=F,
+    scan_layers=True,
 )
 CASE = Case(CONFIG, CONFIG)
 TOKENS = ROWS * T

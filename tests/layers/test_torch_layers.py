@@ -24,12 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def config(norm_first: bool, **fields: Any) -> TransformerConfig:
     return TransformerConfig(
         vocab_size=1,
-        context=8,
+        context_length=8,
         depth=DEPTH,
         width=WIDTH,
         heads=HEADS,
-        hidden=HIDDEN,
-        positions="none",
+        mlp_dim=HIDDEN,
+        position_embedding="none",
         activation="relu",
         norm_placement="pre" if norm_first else "post",
         **fields,
@@ -171,7 +171,12 @@ def test_the_transformer(norm_first):
 def lstm(theirs: Any) -> LSTM:
     """Ours with the weights of PyTorch's, whose two biases add up."""
     recurrent = TransformerConfig(
-        family="recurrent", vocab_size=1, width=WIDTH, heads=1, positions="none", final_norm=False
+        family="recurrent",
+        vocab_size=1,
+        width=WIDTH,
+        heads=1,
+        position_embedding="none",
+        final_norm=False,
     )
     graphdef, params = split(LSTM(recurrent, rngs=nnx.Rngs(0)))
     gates = (WIDTH, 4, WIDTH)

@@ -13,7 +13,7 @@ from gptjax.layers.hooks import Hooks, hook_points
 from gptjax.layers.inputs import Inputs
 from gptjax.layers.moe import MoE
 
-TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
+TINY = TransformerConfig(vocab_size=11, context_length=8, depth=3, width=16, heads=2)
 TOKENS = jnp.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
 
 
@@ -49,7 +49,7 @@ def assert_same(first, second, rtol: float = 1e-5):
 def test_a_later_token_moves_no_earlier_logit(positions):
     model = decoder(positions=positions)
     logits = logits_of(model)
-    for place in range(TINY.context):
+    for place in range(TINY.context_length):
         other = TOKENS.at[0, place].set((TOKENS[0, place] + 1) % TINY.vocab_size)
         changed = np.abs((logits_of(model, other) - logits)[0]).max(axis=-1) > 0
         assert not changed[:place].any()
@@ -57,7 +57,7 @@ def test_a_later_token_moves_no_earlier_logit(positions):
 
 
 def test_the_gradient_of_a_logit_by_later_embeddings_is_zero():
-    graphdef, params = split(decoder(tied=False))
+    graphdef, params = split(decoder(tie_embeddings=False))
 
     @jax.jit
     @jax.grad
@@ -66,8 +66,8 @@ def test_the_gradient_of_a_logit_by_later_embeddings_is_zero():
         moved.embedding = lambda tokens, _: params["embedding"]["table"][tokens] + offset
         return moved(TOKENS[:1])[0, place].sum()
 
-    offset = jnp.zeros((1, TINY.context, TINY.width))
-    for place in (0, 3, TINY.context - 1):
+    offset = jnp.zeros((1, TINY.context_length, TINY.width))
+    for place in (0, 3, TINY.context_length - 1):
         moved = np.abs(gradient(offset, place))[0].max(axis=-1)
         assert (moved[: place + 1] > 0).all()
         assert (moved[place + 1 :] == 0).all()
@@ -144,7 +144,7 @@ def test_gpt2_has_its_published_parameters():
 
 def test_initialisation_is_gpt2s():
     model = Decoder(
-        TransformerConfig(vocab_size=500, context=64, depth=8, width=128, heads=4),
+        TransformerConfig(vocab_size=500, context_length=64, depth=8, width=128, heads=4),
         rngs=nnx.Rngs(0),
     )
     block = split(model)[1]["decoder"]["blocks"]
@@ -159,7 +159,7 @@ def test_initialisation_is_gpt2s():
 
 
 def test_an_untied_head_has_a_table_of_its_own():
-    model = decoder(tied=False)
+    model = decoder(tie_embeddings=False)
     assert model.unembedding is not model.embedding.table[...]
     assert split(model)[1]["head"]["table"].shape == (TINY.vocab_size, TINY.width)
 
@@ -262,7 +262,7 @@ def test_layers_of_different_kinds_are_captured_together():
 
 
 def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
-    config = dataclasses.replace(TINY, experts=4, experts_per_token=1, capacity_factor=0.5)
+    config = dataclasses.replace(TINY, num_experts=4, experts_per_token=1, capacity_factor=0.5)
     block = MoE(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 8, TINY.width))
     all_taken, _ = block(x)
@@ -277,7 +277,7 @@ def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
 
 
 def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts():
-    config = dataclasses.replace(TINY, experts=4, activation="swiglu")
+    config = dataclasses.replace(TINY, num_experts=4, activation="swiglu")
     block: Any = MoE(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 3, TINY.width))
     mixed, losses = block(x)

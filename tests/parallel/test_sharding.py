@@ -193,7 +193,7 @@ def test_an_experiment_says_what_does_not_fit_in_a_sentence_and_writes_nothing(
 def test_an_experiment_says_over_which_devices_it_is_spread(sizes, rows, lines, monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     quickstart = importlib.import_module("quickstart")
-    train = TrainConfig(batch_size=rows, accumulate=2 if rows > 8 else 1)
+    train = TrainConfig(batch_size=rows, grad_accumulation=2 if rows > 8 else 1)
     config = ExperimentConfig(mesh=MeshConfig(**sizes), train=train)
     count = 8 if lines else 1
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:count])

@@ -55,7 +55,7 @@ VARIANTS = [
     "post-norm",
     "qk-norm",
     "lstm",
-    "quickstart:width=64,positions=none",
+    "quickstart:width=64,position_embedding=none",
     "一个",
 ]
 RATES, SIZES = np.array([1e-3, 3e-3, 1e-2]), np.array([3e5, 1e6, 3e6, 1e7])

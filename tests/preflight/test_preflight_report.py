@@ -45,7 +45,7 @@ def chips(count: int, available: int = 2**30) -> Topology:
 
 def tiny(name: str = "quickstart", **mesh):
     config = default_config(name)
-    model = dataclasses.replace(config.model, depth=2, width=32, heads=4, context=16)
+    model = dataclasses.replace(config.model, depth=2, width=32, heads=4, context_length=16)
     train = dataclasses.replace(config.train, batch_size=8)
     return dataclasses.replace(config, model=model, train=train, mesh=MeshConfig(**mesh))
 
@@ -130,7 +130,7 @@ def compiled(report, monkeypatch):
     def pretend(name, config, topology, *, decode):
         if config.train.batch_size % 5 == 0:
             raise InputError("Five does not divide.")
-        parts = config.mesh.fsdp * config.mesh.tensor**2 * config.train.accumulate
+        parts = config.mesh.fsdp * config.mesh.tensor**2 * config.train.grad_accumulation
         kept = {"none": 8, "dots": 6, "names": 6, "full": 4, "offload": 3}[config.model.remat]
         peak = kept * config.train.batch_size * 1000 // parts
         asked.append(config)
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_said_with_the_nearest_changes_that_do(report, comp
     changes = nearest_changes(over, told.append)
     assert [change.what for change in changes] == [
         "--model.remat offload",
-        "--train.accumulate 2",
+        "--train.grad-accumulation 2",
         "--batch-per-device 1",
         "--mesh data=1,fsdp=2,tensor=2",
     ]

@@ -146,7 +146,7 @@ def test_short_flags_set_mesh_batch_and_length():
         config, 16, mesh="data=2,fsdp=8", slices=2, batch_per_device=0.5, sequence=256
     )
     assert (sized.mesh.data, sized.mesh.fsdp, sized.mesh.slices) == (2, 8, 2)
-    assert (sized.train.batch_size, sized.model.context) == (8, 256)
+    assert (sized.train.batch_size, sized.model.context_length) == (8, 256)
     assert with_sizes(config, 16) == config
 
 

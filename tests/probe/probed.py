@@ -10,7 +10,7 @@ from flax import nnx
 
 from gptjax import TransformerConfig, build, split
 
-TINY = TransformerConfig(vocab_size=11, context=8, depth=3, width=16, heads=2)
+TINY = TransformerConfig(vocab_size=11, context_length=8, depth=3, width=16, heads=2)
 TOKENS = np.array([[1, 5, 3, 2, 9, 0, 4, 7], [3, 3, 8, 1, 10, 6, 2, 5]])
 OTHER = np.array([[9, 2, 2, 7, 1, 10, 3, 6], [4, 0, 5, 5, 8, 2, 1, 9]])
 SOURCE = np.array([[4, 8, 1, 1, 6], [2, 7, 0, 10, 3]])
@@ -18,14 +18,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "scanned": {"scan_layers": True, "remat": "full"},
     "post": {"norm_placement": "post", "final_norm": False, "norm": "rmsnorm"},
-    "parallel": {"norm_placement": "parallel_shared", "positions": "rotary", "kv_heads": 1},
-    "sandwich": {"norm_placement": "sandwich", "attention_cap": 2.0, "positions": "alibi"},
-    "pattern": {"attention": "full,local,full", "window": 3, "positions": "relative"},
+    "parallel": {
+        "norm_placement": "parallel_shared",
+        "position_embedding": "rotary",
+        "kv_heads": 1,
+    },
+    "sandwich": {
+        "norm_placement": "sandwich",
+        "attention_softcap": 2.0,
+        "position_embedding": "alibi",
+    },
+    "pattern": {"attention": "full,local,full", "window": 3, "position_embedding": "relative"},
     "compressed": {"attention": "full,local,compressed", "window": 3},
-    "experts": {"experts": 3, "qk_norm": True, "bias": False, "tied": False, "logit_scale": 2.0},
+    "num_experts": {
+        "num_experts": 3,
+        "qk_norm": True,
+        "bias": False,
+        "tie_embeddings": False,
+        "logit_scale": 2.0,
+    },
     "encoder": {"family": "encoder", "token_types": 2, "head_bias": True, "logit_scale": 0.5},
     "encoder_decoder": {"family": "encoder_decoder", "encoder_depth": 2, "head_bias": True},
-    "recurrent": {"family": "recurrent", "positions": "none"},
+    "recurrent": {"family": "recurrent", "position_embedding": "none"},
 }
 """Every family, norm placement and kind of attention, at least once."""
 

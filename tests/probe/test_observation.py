@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from probed import SOURCE, TOKENS, VARIANTS, config, inputs, model
 
 from gptjax import InputError, from_huggingface, probe, split
 from gptjax.data.batch import Batch
 from gptjax.huggingface.families import TRANSLATIONS
-from gptjax.layers.hooks import Hooks
+from gptjax.layers.hooks import POINTS, Hooks
 from gptjax.training.losses import token_loss
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -29,8 +30,8 @@ def seen(name: str) -> probe.Activations:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_place_has_the_axes_that_are_told(name):
     own = config(name)
-    sizes = {"L": own.depth, "B": 2, "T": 8, "S": 8, "N": 2, "K": own.key_value_heads, "H": 8}
-    sizes |= {"D": own.width, "F": own.hidden_width}
+    sizes = {"L": own.depth, "B": 2, "T": 8, "S": 8, "N": 2, "K": own.actual_kv_heads, "H": 8}
+    sizes |= {"D": own.width, "F": own.actual_mlp_dim}
     places = {}
     for hook_point, axes in probe.hook_points(own).items():
         at = dict(sizes)
@@ -122,14 +123,19 @@ def test_asking_for_nothing_is_the_program_of_training(monkeypatch):
         step = jax.value_and_grad(lambda params: token_loss(graphdef)(params, batch, None).loss)
         return str(jax.make_jaxpr(step)(params))
 
-    with_taps = program()
+    with_hooks = program()
     forward = functools.partial(nnx.merge(graphdef, params).hidden, jnp.asarray(TOKENS))
     assert str(jax.make_jaxpr(forward)()) == str(
         jax.make_jaxpr(functools.partial(forward, capture=(), interventions={}))()
     )
     jax.clear_caches()
-    monkeypatch.setattr(Hooks, "__call__", lambda self, name, x: x)
-    assert program() == with_taps  # Without any tap in it.
+
+    def named(self: Hooks, name: str, x: jax.Array) -> jax.Array:
+        saved_as = POINTS[name].saved_as
+        return checkpoint_name(x, saved_as) if saved_as else x
+
+    monkeypatch.setattr(Hooks, "__call__", named)
+    assert program() == with_hooks  # Without capture and interventions in it.
 
 
 def test_another_text_of_the_same_shape_needs_no_other_program():
@@ -151,11 +157,13 @@ def test_what_the_model_has_not_is_refused():
         probe.observe(model("decoder"), TOKENS[0])
     with pytest.raises(InputError, match=r"has token 11; the vocabulary has 11\.$"):
         probe.observe(model("decoder"), TOKENS + 1)
-    with pytest.raises(InputError, match=r"Unknown place 'atention' of a decoder: did you mean"):
+    with pytest.raises(
+        InputError, match=r"Unknown hook point 'atention' of a decoder: did you mean"
+    ):
         probe.observe(model("decoder"), TOKENS, ("atention",))
     with pytest.raises(InputError, match=r"'cross_scores' is of an encoder-decoder; this model"):
         probe.observe(model("encoder"), TOKENS, ("cross_scores",))
-    with pytest.raises(InputError, match=r"Unknown place 'activation' of a decoder"):
-        probe.observe(model("experts"), TOKENS, ("activation",))
+    with pytest.raises(InputError, match=r"Unknown hook point 'activation' of a decoder"):
+        probe.observe(model("num_experts"), TOKENS, ("activation",))
     with pytest.raises(InputError, match=r"has token 93; the vocabulary has 11\.$"):
         probe.observe(model("encoder_decoder"), TOKENS, source=SOURCE + 89)

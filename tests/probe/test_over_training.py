@@ -25,7 +25,7 @@ def make(generator: np.random.Generator) -> Batch:
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("history") / "trial"
     config = ExperimentConfig(
-        model=TransformerConfig(vocab_size=5, context=8, depth=1, width=16, heads=2),
+        model=TransformerConfig(vocab_size=5, context_length=8, depth=1, width=16, heads=2),
         optimizer=OptimizerConfig(warmup_steps=1),
         train=TrainConfig(steps=6, batch_size=8, checkpoint_every=2, keep_every=2, eval_every=3),
     )

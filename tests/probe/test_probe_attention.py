@@ -57,7 +57,7 @@ def temporary(program: jax.stages.Compiled) -> int:
 def test_a_long_text_is_never_held_whole():
     """Bytes that the programs take beside what comes in: not L layers' weights, nor one's."""
     length, layers = 1024, 6
-    config = dataclasses.replace(TINY, context=length, depth=layers)
+    config = dataclasses.replace(TINY, context_length=length, depth=layers)
     graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
     tokens = jnp.zeros((1, length), jnp.int32)
     of_a_layer = 4 * config.heads * length**2

@@ -34,7 +34,7 @@ SECONDS = 120
 COMPARE = (
     "--variants", "quickstart", "quickstart:norm=rmsnorm", "--match", "none", "--budget",
     "tokens=1280", "--seeds", "2", "--rates", "1e-3", "--search-seeds", "1", "--evaluations", "2",
-    "--context", "16", "--batch-size", "4", "--data.tokenizer", "characters",
+    "--context-length", "16", "--batch-size", "4", "--data.tokenizer", "characters",
     "--optimizer.warmup-steps", "2",
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ def read_cache(directory: Path) -> Any:
     )
     sources = open_sources(data)
     corpus = open_corpus(
-        sources, learn_tokenizer(data, sources), data, TransformerConfig(context=32)
+        sources, learn_tokenizer(data, sources), data, TransformerConfig(context_length=32)
     )
     batches = training_batches(corpus.train, (), batch_size=4, seed=0)
     digest = hashlib.sha256()

@@ -37,7 +37,7 @@ NUMBERS = (
 )  # fmt: skip
 ENCODINGS = ("latin-1", "ascii", "cp1252", "utf-16")
 TRAIN = (
-    "--model.depth=1", "--model.width=16", "--model.heads=2", "--model.context=32",
+    "--model.depth=1", "--model.width=16", "--model.heads=2", "--model.context_length=32",
     "--train.steps=2", "--train.batch-size=4", "--optimizer.warmup-steps=1",
 )  # fmt: skip
 CODES = {0, 2, 65, 74}
@@ -115,7 +115,7 @@ def templates(material: Material) -> list[Invocation]:
         "--top-p=0.9", "--min-p=0.01", "--repetition-penalty=1.1", "--seed=1", "--num-samples=2",
     )  # fmt: skip
     data = (
-        "data", text, "--tokenizer=bytes", "--context=32", "--batch-size=4", f"--cache={new}",
+        "data", text, "--tokenizer=bytes", "--context-length=32", "--batch-size=4", f"--cache={new}",
         "--objective=causal", "--packing=split",
     )  # fmt: skip
     gptjax = [
@@ -128,7 +128,7 @@ def templates(material: Material) -> list[Invocation]:
         ("convert", run, new, "--step=2"),
         ("convert", str(material.exported), new),
         data,
-        ("data", f"{text}#documents=line", "--tokenizer=characters", "--context=16"),
+        ("data", f"{text}#documents=line", "--tokenizer=characters", "--context-length=16"),
         ("build-dataset", text, "--name=corpus", f"--data-dir={new}", "--version=1.0.0"),
         ("preflight", "gpt2", "--topology=v5e:2x2", "--seq=64", "--batch-per-device=1"),
         ("launch", "no-such.py", "--local=2", "--devices=1"),

@@ -339,7 +339,7 @@ def test_a_run_without_checkpoints_is_refused_and_gets_none(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_every_leaf(copied_run):
     saved = read_sealed(copied_run / CONFIG)
     config = from_dict(ExperimentConfig, saved["config"])
-    model = dataclasses.replace(config.model, width=8, bias=False, tied=False)
+    model = dataclasses.replace(config.model, width=8, bias=False, tie_embeddings=False)
     saved["config"] = to_dict(dataclasses.replace(config, model=model))
     (copied_run / CONFIG).write_text(json.dumps(sealed(saved)))
     with pytest.raises(InputError) as error:

@@ -13,7 +13,7 @@ from gptjax.runs.trial import train
 from gptjax.training.loop import Diverged
 
 CONFIG = ExperimentConfig(
-    model=TransformerConfig(vocab_size=11, context=8, depth=1, width=16, heads=2),
+    model=TransformerConfig(vocab_size=11, context_length=8, depth=1, width=16, heads=2),
     optimizer=OptimizerConfig(warmup_steps=2, learning_rate=3e-3),
     train=TrainConfig(steps=6, batch_size=4, log_every=2, eval_every=3),
 )

@@ -32,26 +32,26 @@ from gptjax.training.checkpoint import leaf_names
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 
-NARROW = TransformerConfig(vocab_size=32, context=16, depth=2, width=32, heads=2)
+NARROW = TransformerConfig(vocab_size=32, context_length=16, depth=2, width=32, heads=2)
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2-style": {},
     "llama-style": {
         "norm": "rmsnorm",
         "activation": "swiglu",
-        "positions": "rotary",
+        "position_embedding": "rotary",
         "heads": 4,
         "kv_heads": 2,
         "bias": False,
-        "tied": False,
+        "tie_embeddings": False,
     },
     "post-norm": {"norm_placement": "post", "final_norm": False},
-    "moe": {"experts": 4, "activation": "swiglu"},
-    "lstm": {"family": "recurrent", "positions": "none"},
-    "scaled-embedding": {"embedding_scaled": True, "positions": "sinusoidal"},
+    "moe": {"num_experts": 4, "activation": "swiglu"},
+    "lstm": {"family": "recurrent", "position_embedding": "none"},
+    "scaled-embedding": {"embedding_scaled": True, "position_embedding": "sinusoidal"},
     "qk-norm": {"qk_norm": True},
     "unscaled-attention": {"attention_scaled": False},
 }
-TOKENS = np.random.default_rng(0).integers(NARROW.vocab_size, size=(4, NARROW.context + 1))
+TOKENS = np.random.default_rng(0).integers(NARROW.vocab_size, size=(4, NARROW.context_length + 1))
 WIDTHS = (32, 128)
 SEEDS, STEPS, RATE = 4, 5, 1e-2
 
@@ -97,7 +97,7 @@ def moved(config: TransformerConfig, base: TransformerConfig | None) -> dict[str
         seen.append(of_step)
     changes = {name: np.abs(np.asarray(seen[-1][name] - seen[0][name])) for name in seen[0]}
     if "scores" in changes:
-        changes["scores"] = changes["scores"][..., np.tri(NARROW.context, dtype=bool)]
+        changes["scores"] = changes["scores"][..., np.tri(NARROW.context_length, dtype=bool)]
     return {name: float(change.mean()) for name, change in changes.items()}
 
 
@@ -164,7 +164,7 @@ def by_leaf(config: TransformerConfig, base: TransformerConfig) -> dict[str, tup
 
 def test_factors_are_those_of_the_papers_table():
     """Yang et al. 2022, table 3, and table 8 for the head; the base is 4 times as narrow."""
-    base = family("moe", heads=4, kv_heads=2, tied=False, token_types=0)
+    base = family("moe", heads=4, kv_heads=2, tie_embeddings=False, token_types=0)
     found = by_leaf(dataclasses.replace(base, width=128), base)
     block = "decoder.blocks"
     hidden, output = (1 / 2, 1 / 4), (1 / 4, 1 / 4)
@@ -201,7 +201,7 @@ def test_an_embedding_times_the_root_of_the_width_is_made_as_much_smaller():
     wide = dataclasses.replace(base, width=128)
     assert by_leaf(wide, base)["embedding.table"] == (1 / 2, 1 / 2)
     assert scaled(wide, base).logit_scale == 1 / 2
-    untied = [dataclasses.replace(config, tied=False) for config in (wide, base)]
+    untied = [dataclasses.replace(config, tie_embeddings=False) for config in (wide, base)]
     assert scaled(*untied).logit_scale == 1 / 4
 
 
@@ -272,7 +272,7 @@ def text(rng: np.random.Generator) -> Batch:
 
 HELD_OUT = [text(np.random.default_rng(100 + number)) for number in range(4)]
 TOKENS_OF_TEXT = jnp.asarray(HELD_OUT[0].tokens)
-SMALL = TransformerConfig(vocab_size=V, context=T, depth=1, width=16, heads=2)
+SMALL = TransformerConfig(vocab_size=V, context_length=T, depth=1, width=16, heads=2)
 
 
 def experiment(model: TransformerConfig, seed: int, rate: float, steps: int) -> ExperimentConfig:

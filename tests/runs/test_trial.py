@@ -26,7 +26,9 @@ from gptjax.training.metrics import read_jsonl
 
 VOCABULARY, CONTEXT = 5, 8
 CONFIG = ExperimentConfig(
-    model=TransformerConfig(vocab_size=VOCABULARY, context=CONTEXT, depth=1, width=16, heads=2),
+    model=TransformerConfig(
+        vocab_size=VOCABULARY, context_length=CONTEXT, depth=1, width=16, heads=2
+    ),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant"),
     train=TrainConfig(
         steps=40, batch_size=8, log_every=1, eval_every=20, checkpoint_every=5, keep_every=10

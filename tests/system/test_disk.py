@@ -1,9 +1,17 @@
 import errno
+from pathlib import Path
 
 import pytest
 
 from gptjax.config import InputError
-from gptjax.system.disk import DiskError, is_failure, replacing, write_error, write_json
+from gptjax.system.disk import (
+    DiskError,
+    check_local,
+    is_failure,
+    replacing,
+    write_error,
+    write_json,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,3 +41,19 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
         interrupted()
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["note.json"]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("gs://bucket/run", "gs:/bucket/run is an address: give a path on this machine's disks."),
+        ("s3:/bucket", "s3:/bucket is an address"),
+        ("runs/\udcff", r"'runs/\udcff' is no text in UTF-8: choose another name."),
+    ],
+)
+def test_what_no_file_here_can_be_called_is_refused(path, said, tmp_path):
+    with pytest.raises(InputError) as refused:
+        check_local(Path(path))
+    assert said in str(refused.value)
+    for name in ("a:b", "c/d:e", "f"):
+        assert check_local(tmp_path / name) == tmp_path / name

@@ -18,8 +18,8 @@ from gptjax.system.memory import (
 
 GIB = 2**30
 CONFIG = ExperimentConfig(
-    model=TransformerConfig(width=1024, heads=1, context=1024),
-    train=TrainConfig(batch_size=64, accumulate=4),
+    model=TransformerConfig(width=1024, heads=1, context_length=1024),
+    train=TrainConfig(batch_size=64, grad_accumulation=4),
 )
 
 
@@ -47,7 +47,11 @@ def test_devices_have_their_own_memory_or_share_their_machines():
     ("state", "changes", "sentence"),
     [
         (4 * GIB + 1, {}, r"The training state takes at least 4 GiB: there are 4\."),
-        (GIB, {"context": 2**23}, r"A batch of 64 rows of 8388608 tokens takes at least 6 GiB"),
+        (
+            GIB,
+            {"context_length": 2**23},
+            r"A batch of 64 rows of 8388608 tokens takes at least 6 GiB",
+        ),
         (GIB, {"width": 2**17}, r"The input of a layer, 16384 tokens, takes at least 8 GiB"),
     ],
 )

@@ -23,14 +23,20 @@ from gptjax.training.loop import Diverged, Fit, Interrupted, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 
-MODEL = TransformerConfig(vocab_size=7, context=8, depth=1, width=16, heads=2, dropout=0.1)
+MODEL = TransformerConfig(vocab_size=7, context_length=8, depth=1, width=16, heads=2, dropout=0.1)
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3)
 TOKENS = (np.arange(400) ** 2 % 7).astype(np.int32)
 
 
 def rows(tokens: np.ndarray, *, rest: bool = False) -> list[Bucket]:
-    windows = Windows(tokens, MODEL.context + 1, MODEL.context, rest=rest)
-    return [Bucket([windows], functools.partial(causal_row, context=MODEL.context), random=False)]
+    windows = Windows(tokens, MODEL.context_length + 1, MODEL.context_length, rest=rest)
+    return [
+        Bucket(
+            [windows],
+            functools.partial(causal_row, context_length=MODEL.context_length),
+            random=False,
+        )
+    ]
 
 
 TRAINING, VALIDATION = rows(TOKENS[:300]), rows(TOKENS[300:], rest=True)
@@ -58,7 +64,7 @@ def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params)
         return fit(
             train,
             lambda: change(jax.tree.map(jnp.asarray, params)),
-            mesh=build_mesh(MeshConfig(), train.batch_size // train.accumulate),
+            mesh=build_mesh(MeshConfig(), train.batch_size // train.grad_accumulation),
             loss=token_loss(graphdef),
             optimizer=build_optimizer(OptimizerConfig(warmup_steps=2), steps=12),
             batches=training_batches(TRAINING, batch_size=train.batch_size, seed=train.seed),

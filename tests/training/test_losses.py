@@ -20,11 +20,11 @@ TARGETS = jax.random.randint(KEYS[2], (TOKENS,), 0, VOCABULARY)
 WEIGHTS = jnp.array([1.0, 0.0, 2.0, 1.0, 1.0, 0.5, 0.0, 1.0, 1.0, 1.0])
 
 
-def textbook(hidden, table, label_smoothing, z_loss, bias=0.0, logit_cap=0.0):
+def textbook(hidden, table, label_smoothing, z_loss, bias=0.0, logit_softcap=0.0):
     """The definition, left to autodiff."""
     logits = hidden @ table.T + bias
-    if logit_cap:
-        logits = logit_cap * jnp.tanh(logits / logit_cap)
+    if logit_softcap:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     log_probability = jax.nn.log_softmax(logits)
     wanted = (1 - label_smoothing) * jax.nn.one_hot(TARGETS, VOCABULARY)
     wanted += label_smoothing / VOCABULARY
@@ -53,18 +53,18 @@ def test_cross_entropy_and_its_gradient_are_the_textbooks(chunk, label_smoothing
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-@pytest.mark.parametrize("logit_cap", [0.0, 1.5])
-def test_a_bias_and_a_cap_are_the_textbooks_too(chunk, logit_cap):
+@pytest.mark.parametrize("logit_softcap", [0.0, 1.5])
+def test_a_bias_and_a_cap_are_the_textbooks_too(chunk, logit_softcap):
     bias = jax.random.normal(jax.random.key(5), (VOCABULARY,))
 
     def ours(hidden, table, bias):
         return cross_entropy(
             hidden, table, TARGETS, WEIGHTS,
-            bias=bias, logit_cap=logit_cap, chunk=chunk, label_smoothing=0.1, z_loss=0.01,
+            bias=bias, logit_softcap=logit_softcap, chunk=chunk, label_smoothing=0.1, z_loss=0.01,
         ).loss  # fmt: skip
 
     def plain(hidden, table, bias):
-        return textbook(hidden, table, 0.1, 0.01, bias, logit_cap)
+        return textbook(hidden, table, 0.1, 0.01, bias, logit_softcap)
 
     arguments = (HIDDEN, TABLE, bias)
     value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*arguments)
@@ -101,7 +101,7 @@ def test_chunks_bound_the_logits_that_exist(chunk, largest):
 
 
 BERT = TransformerConfig(
-    family="encoder", encoder_heads="pretraining", vocab_size=VOCABULARY, context=6, depth=1,
+    family="encoder", encoder_heads="pretraining", vocab_size=VOCABULARY, context_length=6, depth=1,
     width=8, heads=2, token_types=2,
 )  # fmt: skip
 ROWS = 8
@@ -154,12 +154,17 @@ def test_the_next_sentences_loss_adds_up_over_parts_and_devices():
     # The rows are in such an order that those without hidden tokens are a part of their own.
     optimizer = build_optimizer(OptimizerConfig(), steps=1000)
     found = []
-    for accumulate, devices in ((1, 1), (2, 2)):
+    for grad_accumulation, devices in ((1, 1), (2, 2)):
         devices_used = jax.devices()[:devices]
         mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=devices_used)
         state = init_state(lambda: params, optimizer, mesh)
         step = compile_train_step(
-            token_loss(graphdef), optimizer, state, pairs(), mesh, accumulate=accumulate
+            token_loss(graphdef),
+            optimizer,
+            state,
+            pairs(),
+            mesh,
+            grad_accumulation=grad_accumulation,
         )
         found.append(jax.device_get(step(state, pairs())[1]))
     assert found[0].leaf_norms["next_sentence"]["kernel"] > 0
@@ -175,7 +180,7 @@ def test_the_next_sentences_loss_adds_up_over_parts_and_devices():
 def test_a_model_without_the_next_sentences_head_refuses_in_one_sentence(changes, heads):
     family = "encoder" if changes else "decoder"
     config = TransformerConfig(
-        family=family, vocab_size=VOCABULARY, context=6, depth=1, width=8, heads=2, **changes
+        family=family, vocab_size=VOCABULARY, context_length=6, depth=1, width=8, heads=2, **changes
     )
     graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
     with pytest.raises(InputError) as error:

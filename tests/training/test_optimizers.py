@@ -19,7 +19,9 @@ from gptjax.training.optimizers import (
     muon_dimensions,
 )
 
-CONFIG = TransformerConfig(vocab_size=5, context=4, depth=2, width=8, heads=2, tied=False)
+CONFIG = TransformerConfig(
+    vocab_size=5, context_length=4, depth=2, width=8, heads=2, tie_embeddings=False
+)
 PARAMS = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[1]
 KERNELS = {
     f"decoder.blocks.{kernel}.kernel"
@@ -43,11 +45,11 @@ def test_kernels_and_tables_decay_and_nothing_else():
 
 
 OTHERS = {
-    "experts": {"experts": 2, "activation": "swiglu", "norm": "rmsnorm", "qk_norm": True},
+    "num_experts": {"num_experts": 2, "activation": "swiglu", "norm": "rmsnorm", "qk_norm": True},
     "compressed": {"attention": "full,compressed", "embedding_norm": True, "head_bias": True},
     "bert": {"family": "encoder", "encoder_heads": "pretraining", "token_types": 2},
-    "t5": {"family": "encoder_decoder", "positions": "relative"},
-    "lstm": {"family": "recurrent", "positions": "none"},
+    "t5": {"family": "encoder_decoder", "position_embedding": "relative"},
+    "lstm": {"family": "recurrent", "position_embedding": "none"},
 }
 """Between them every kind of layer."""
 
@@ -132,7 +134,7 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
     ("changes", "expected"),
     [
         (
-            {"experts": 4, "activation": "swiglu"},
+            {"num_experts": 4, "activation": "swiglu"},
             {
                 "decoder.blocks.mlp.up.kernel": ((2,), (3,)),
                 "decoder.blocks.mlp.gate.kernel": ((2,), (3,)),
@@ -147,7 +149,7 @@ def test_muon_takes_the_blocks_kernels_along_their_own_axes():
             },
         ),
         (
-            {"family": "recurrent", "positions": "none"},
+            {"family": "recurrent", "position_embedding": "none"},
             {"layers.recurrent.kernel": ((1,), (2, 3)), "layers.input.kernel": ((1,), (2, 3))},
         ),
         ({"family": "encoder", "encoder_heads": "pretraining"}, {}),
@@ -218,7 +220,7 @@ def test_twenty_steps_of_muon_are_jordans_and_of_the_rest_adamws():
     """Every layer's and every expert's matrix on its own, to 1e-5 of the largest weight."""
     config = OptimizerConfig(name="muon", learning_rate=0.01, muon_learning_rate=0.02, **STEADY)
     draw = np.random.default_rng(0)
-    shapes = shapes_of({**OTHERS["compressed"], **OTHERS["experts"], "kv_heads": 1})
+    shapes = shapes_of({**OTHERS["compressed"], **OTHERS["num_experts"], "kv_heads": 1})
     params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype("f4"), shapes)
     expected, references = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True)), {}
 
@@ -316,7 +318,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_first_moment_in_bfloat16_takes_half_and_steps_alike(name):
     def stepped(moments: Any) -> tuple[Any, Any]:
-        config = OptimizerConfig(name=name, moments=moments, epsilon=1e-2, **STEADY)
+        config = OptimizerConfig(name=name, mu_dtype=moments, epsilon=1e-2, **STEADY)
         transformation = build_optimizer(config, steps=10)
         params, state = PARAMS, transformation.init(PARAMS)
         for number in range(3):

@@ -21,13 +21,13 @@ from gptjax.training.step import compile_train_step, init_state, lower_first_sta
 # Sizes so that no part of a parameter has the shape of another whole one.
 CONFIG = TransformerConfig(
     vocab_size=66,
-    context=10,
+    context_length=10,
     depth=2,
     width=20,
     heads=6,
-    head_size=4,
-    hidden=28,
-    positions="rotary",
+    head_dim=4,
+    mlp_dim=28,
+    position_embedding="rotary",
     norm="rmsnorm",
     scan_layers=True,
 )

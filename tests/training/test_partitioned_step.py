@@ -25,10 +25,10 @@ CHUNK = 11
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "decoder": {
-        "positions": "rotary",
+        "position_embedding": "rotary",
         "norm": "rmsnorm",
         "activation": "swiglu",
-        "attention_cap": 20.0,
+        "attention_softcap": 20.0,
     },
     "encoder": {
         "family": "encoder",
@@ -41,9 +41,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "encoder_decoder": {
         "family": "encoder_decoder",
-        "positions": "relative",
+        "position_embedding": "relative",
         "activation": "relu",
-        "tied": False,
+        "tie_embeddings": False,
     },
 }
 
@@ -53,14 +53,14 @@ def case_of(family: str, parts: int) -> Case:
     """A tiny model of which every axis can be parted into so many, the decoder with experts."""
     config = TransformerConfig(
         vocab_size=64,
-        context=16,
+        context_length=16,
         depth=parts,
         width=16,
         heads=2 * parts,
         kv_heads=parts,
-        head_size=4,
-        hidden=16,
-        experts=2 * parts if family == "decoder" else 0,
+        head_dim=4,
+        mlp_dim=16,
+        num_experts=2 * parts if family == "decoder" else 0,
         scan_layers=True,
         remat="full",
         **FAMILIES[family],
@@ -72,13 +72,17 @@ def case_of(family: str, parts: int) -> Case:
     return case
 
 
-def step_under(case: Case, sizes: dict[str, Any], accumulate: int = 1, **changes: Any) -> Any:
+def step_under(
+    case: Case, sizes: dict[str, Any], grad_accumulation: int = 1, **changes: Any
+) -> Any:
     """The compiled step under the mesh of these sizes, with `changes` of the model; its state."""
-    mesh = build_mesh(MeshConfig(**sizes), ROWS // accumulate)
+    mesh = build_mesh(MeshConfig(**sizes), ROWS // grad_accumulation)
     keep_gradient = optax.trace(decay=0.0)
     state = init_state(lambda: case.params, keep_gradient, mesh, parameter_axes(case.config))
     loss = case.loss(chunk=CHUNK, **changes)
-    step = compile_train_step(loss, keep_gradient, state, case.batch, mesh, accumulate=accumulate)
+    step = compile_train_step(
+        loss, keep_gradient, state, case.batch, mesh, grad_accumulation=grad_accumulation
+    )
     return step, state
 
 
@@ -119,7 +123,7 @@ def test_other_families_under_several_axes(family, axes):
 
 
 def test_parts_of_a_batch_under_several_axes():
-    assert error_of(case_of("decoder", 2), dict.fromkeys(THREE, 2), accumulate=2) <= ROUNDING
+    assert error_of(case_of("decoder", 2), dict.fromkeys(THREE, 2), grad_accumulation=2) <= ROUNDING
 
 
 def test_a_block_whose_input_waits_with_the_host_under_several_axes():
@@ -129,7 +133,14 @@ def test_a_block_whose_input_waits_with_the_host_under_several_axes():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["alibi", "gemma-style", "lstm", "t-dmca"])
 def test_other_variants_under_several_axes(name):
-    tiny = {"vocab_size": 64, "context": 16, "depth": 2, "width": 16, "hidden": 24, "heads": 4}
+    tiny = {
+        "vocab_size": 64,
+        "context_length": 16,
+        "depth": 2,
+        "width": 16,
+        "mlp_dim": 24,
+        "heads": 4,
+    }
     config = dataclasses.replace(preset(name), **tiny, scan_layers=True)
     case = Case(config, config)
     if name != "t-dmca":  # The others' rows may hold several documents.

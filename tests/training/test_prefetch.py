@@ -110,33 +110,39 @@ def texts(tmp_path_factory) -> list[str]:
     return [f"{directory}/{name}.txt#documents=line" for name in "ab"]
 
 
-def opened(texts: list[str], kind: dict, *, on_the_fly: bool = False):
+def opened(texts: list[str], kind: dict, *, streaming: bool = False):
     """The model's config, the corpus, and what makes its batches anew."""
     if kind is PAIRS:
         parts = {"source": tuple(texts[:1]), "target": tuple(texts[1:])}
     else:
         parts = {"source": tuple(texts)}
-    data = DataConfig(**parts, **kind, on_the_fly=on_the_fly)
+    data = DataConfig(**parts, **kind, streaming=streaming)
     family = "encoder_decoder" if kind is PAIRS else "decoder"
     model = TransformerConfig(
-        family=family, vocab_size=258, context=CONTEXT, depth=1, width=8, heads=1, dropout=0.1
+        family=family,
+        vocab_size=258,
+        context_length=CONTEXT,
+        depth=1,
+        width=8,
+        heads=1,
+        dropout=0.1,
     )
     sources, tokenizer = open_sources(data), ByteTokenizer()
     corpus = open_corpus(sources, tokenizer, data, model)
     order = {"batch_size": RUN_BATCH, "seed": 3}
 
     def batches() -> grain.DatasetIterator:
-        if not on_the_fly:
+        if not streaming:
             return training_batches(corpus.train, data.weights, **order)
         return streamed_batches(sources, tokenizer, corpus.vocabulary, data, CONTEXT, **order)
 
     return model, corpus, batches
 
 
-@pytest.mark.parametrize("on_the_fly", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", [MIXED, PAIRS], ids=["mixed", "pairs"])
-def test_a_place_that_was_kept_while_others_were_made_is_still_that_place(texts, kind, on_the_fly):
-    _, _, batches = opened(texts, kind, on_the_fly=on_the_fly)
+def test_a_place_that_was_kept_while_others_were_made_is_still_that_place(texts, kind, streaming):
+    _, _, batches = opened(texts, kind, streaming=streaming)
     feed = Feed(batches(), build_mesh(MeshConfig(), RUN_BATCH))
     places, expected = [], []
     for _ in range(12):
@@ -187,7 +193,7 @@ def run(directory: Path, made, writer: Recorder) -> Fit:
 
 @pytest.mark.parametrize("kind", [MIXED, PAIRS], ids=["mixed", "pairs"])
 def test_a_run_on_such_batches_goes_on_bit_for_bit(texts, tmp_path, kind):
-    made = opened(texts, kind, on_the_fly=kind is MIXED)
+    made = opened(texts, kind, streaming=kind is MIXED)
     if kind is PAIRS:  # Both shapes are met before and after the stop.
         shapes = [batch.tokens.shape[1] for batch in itertools.islice(made[2](), STEPS)]
         assert set(shapes[:4]) == set(shapes[4:]) == {8, 16}

@@ -15,7 +15,7 @@ from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state, train_step
 
-CONFIG = TransformerConfig(vocab_size=17, context=8, depth=2, width=16, heads=2)
+CONFIG = TransformerConfig(vocab_size=17, context_length=8, depth=2, width=16, heads=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=0)
 
 
@@ -72,7 +72,7 @@ def test_the_gradient_norm_is_that_of_its_leaves():
 def test_four_parts_are_one_large_batch(optimizer):
     # SGD-like: Adam's first step is a sign, which noise in a zero gradient would flip.
     config = OptimizerConfig(name=optimizer, schedule="constant", warmup_steps=0, epsilon=1e-2)
-    assert_same(stepped(accumulate=4, optimizer=config), stepped(optimizer=config))
+    assert_same(stepped(grad_accumulation=4, optimizer=config), stepped(optimizer=config))
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -96,7 +96,7 @@ def test_pmap_of_several_processes_is_refused(monkeypatch):
 
 
 def test_parts_on_many_devices_are_one_large_batch():
-    assert_same(stepped(accumulate=4, devices=2)[1], reference()[1])
+    assert_same(stepped(grad_accumulation=4, devices=2)[1], reference()[1])
 
 
 def test_training_overfits_one_batch():
@@ -108,7 +108,13 @@ def test_training_overfits_one_batch():
 
 def test_dropout_follows_the_seed_and_the_step():
     config = TransformerConfig(
-        vocab_size=17, context=8, depth=1, width=16, heads=2, dropout=0.5, tied=False
+        vocab_size=17,
+        context_length=8,
+        depth=1,
+        width=16,
+        heads=2,
+        dropout=0.5,
+        tie_embeddings=False,
     )
     graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(OPTIMIZER, steps=10)

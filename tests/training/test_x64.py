@@ -17,31 +17,31 @@ from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import State, train_step
 
-SIZES = {"vocab_size": 11, "context": 8, "depth": 2, "width": 8, "heads": 2, "dropout": 0.1}
+SIZES = {"vocab_size": 11, "context_length": 8, "depth": 2, "width": 8, "heads": 2, "dropout": 0.1}
 TRAIN = TrainConfig(batch_size=2, loss_chunk=5, label_smoothing=0.1, z_loss=1e-4)
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt": {"embedding_norm": True, "head_bias": True},
     "llama": {
-        "positions": "rotary",
+        "position_embedding": "rotary",
         "rotary_fraction": 0.5,
         "norm": "rmsnorm",
         "activation": "swiglu",
         "kv_heads": 1,
         "qk_norm": True,
-        "attention_cap": 50.0,
-        "logit_cap": 30.0,
+        "attention_softcap": 50.0,
+        "logit_softcap": 30.0,
     },
-    "alibi": {"positions": "alibi", "attention": "local,full", "window": 4},
-    "experts": {"experts": 4, "capacity_factor": 1.0, "embedding_scaled": True},
+    "alibi": {"position_embedding": "alibi", "attention": "local,full", "window": 4},
+    "num_experts": {"num_experts": 4, "capacity_factor": 1.0, "embedding_scaled": True},
     "compressed": {"attention": "full,compressed", "scan_layers": True},
     "bert": {
         "family": "encoder",
         "encoder_heads": "pretraining",
-        "positions": "sinusoidal",
+        "position_embedding": "sinusoidal",
         "token_types": 2,
     },
-    "t5": {"family": "encoder_decoder", "positions": "relative", "tied": False},
-    "lstm": {"family": "recurrent", "positions": "none"},
+    "t5": {"family": "encoder_decoder", "position_embedding": "relative", "tie_embeddings": False},
+    "lstm": {"family": "recurrent", "position_embedding": "none"},
 }
 """Between them every kind of layer."""
 
@@ -110,7 +110,7 @@ def test_a_step_is_that_without_it_dropout_and_all():
         state = State(jnp.zeros((), jnp.int32), params, transformation.init(params))
         return jax.jit(
             lambda state, batch: train_step(
-                state, batch, loss=loss, optimizer=transformation, accumulate=2
+                state, batch, loss=loss, optimizer=transformation, grad_accumulation=2
             )
         )(state, batch_for(config))
 

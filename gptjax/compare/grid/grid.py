@@ -19,7 +19,7 @@ from gptjax.training.loop import Diverged, Interrupted
 
 def work(config: ExperimentConfig) -> float:
     """FLOPs of a run's training."""
-    tokens = config.train.steps * config.train.batch_size * config.model.context
+    tokens = config.train.steps * config.train.batch_size * config.model.context_length
     return float(tokens * ledger(config.model).training_flops)
 
 

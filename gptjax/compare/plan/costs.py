@@ -127,7 +127,7 @@ def measure(configs: Mapping[str, ExperimentConfig], batch: Batch) -> dict[str, 
 
 
 def _decoded(model: TransformerConfig) -> int:
-    return min(DECODED, model.context - 1)
+    return min(DECODED, model.context_length - 1)
 
 
 def _decoding(config: TransformerConfig) -> Callable[[], None] | None:
@@ -135,7 +135,9 @@ def _decoding(config: TransformerConfig) -> Callable[[], None] | None:
     if config.family == "encoder":
         return None
     model = build(config, rngs=nnx.Rngs(0))
-    source = np.zeros((1, config.context), int) if config.family == "encoder_decoder" else None
+    source = (
+        np.zeros((1, config.context_length), int) if config.family == "encoder_decoder" else None
+    )
 
     def run() -> None:
         for _ in generate(

@@ -17,7 +17,7 @@ class Material(NamedTuple):
     """Opened once for the whole comparison."""
 
     comparison: Comparison
-    context: int
+    context_length: int
     sources: Sources
     tokenizer: Tokenizer
     corpus: Corpus
@@ -27,13 +27,13 @@ class Material(NamedTuple):
     def batches(self, seed: int) -> grain.DatasetIterator:
         """The training batches of a seed, the same for every variant."""
         data, size = self.comparison.data, self.comparison.batch_size
-        if data.on_the_fly:
+        if data.streaming:
             return streamed_batches(
                 self.sources,
                 self.tokenizer,
                 self.corpus.vocabulary,
                 data,
-                self.context,
+                self.context_length,
                 batch_size=size,
                 seed=seed,
             )
@@ -42,7 +42,7 @@ class Material(NamedTuple):
     @property
     def tokens_per_step(self) -> int:
         """Places of a batch; of pairs those of the longest targets."""
-        return self.comparison.batch_size * self.context
+        return self.comparison.batch_size * self.context_length
 
     @property
     def one_shape(self) -> bool:
@@ -82,4 +82,4 @@ def open_material(comparison: Comparison, model: TransformerConfig) -> Material:
     corpus = open_corpus(sources, tokenizer, data, dataclasses.replace(model, vocab_size=0))
     held_out = EvaluationBatches(corpus.validation, comparison.batch_size)
     validation = [held_out[number] for number in range(len(held_out))]
-    return Material(comparison, model.context, sources, tokenizer, corpus, validation)
+    return Material(comparison, model.context_length, sources, tokenizer, corpus, validation)

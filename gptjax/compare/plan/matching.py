@@ -65,7 +65,7 @@ def match_width(
     nearest = _nearest(model, measure, target, tolerance)
     off = _off(nearest, target)
     if off > tolerance:
-        width, hidden = nearest.model.width, nearest.model.hidden_width
+        width, hidden = nearest.model.width, nearest.model.actual_mlp_dim
         size = f"width {width}" + f" and hidden {hidden}" * (model.family != "recurrent")
         raise InputError(
             f"no width comes within {100 * tolerance:g}% of {target:,.0f}: the nearest, {size}, "
@@ -128,7 +128,7 @@ def resized(model: TransformerConfig, width: int) -> TransformerConfig:
         raise InputError(
             f"A width of {width} leaves no heads for this model: it must be a multiple of {unit}."
         )
-    return _with(model, width, round(model.hidden_width * width / model.width))
+    return _with(model, width, round(model.actual_mlp_dim * width / model.width))
 
 
 def _enough(off: float) -> str:
@@ -157,7 +157,7 @@ def _nearest(
 
 def _distortion(model: TransformerConfig, original: TransformerConfig) -> float:
     """How far hidden / width is from the original's, in logarithms; 0 is not at all."""
-    ratio = model.hidden_width * original.width / (original.hidden_width * model.width)
+    ratio = model.actual_mlp_dim * original.width / (original.actual_mlp_dim * model.width)
     return abs(math.log(ratio))
 
 
@@ -189,7 +189,7 @@ def _least_heads(model: TransformerConfig) -> int:
 
 def _sharing(model: TransformerConfig) -> int:
     """What heads are a multiple of: the query heads of a key head, unless that is one for all."""
-    return 1 if model.key_value_heads == 1 else model.heads // model.key_value_heads
+    return 1 if model.actual_kv_heads == 1 else model.heads // model.actual_kv_heads
 
 
 def _first_reaching(model: TransformerConfig, measure: Measure, target: float, unit: int) -> int:
@@ -197,7 +197,7 @@ def _first_reaching(model: TransformerConfig, measure: Measure, target: float, u
 
     def reaches(count: int) -> bool:
         width = count * unit
-        candidate = _valid(model, width, round(model.hidden_width * width / model.width))
+        candidate = _valid(model, width, round(model.actual_mlp_dim * width / model.width))
         return candidate is not None and measure(candidate) >= target
 
     high = 1
@@ -211,8 +211,8 @@ def _hidden(
 ) -> set[int]:
     """The multiples of the step nearest to the model's proportion, and to the target."""
     if model.family == "recurrent":
-        return {model.hidden}
-    exact = model.hidden_width * width / model.width / step
+        return {model.mlp_dim}
+    exact = model.actual_mlp_dim * width / model.width / step
     least, most = math.ceil(exact / DISTORTION), math.floor(exact * DISTORTION)
     ends = [_valid(model, width, count * step) for count in (least, most + 1)]
     if least > most or not all(ends):
@@ -235,20 +235,24 @@ def _with(model: TransformerConfig, width: int, hidden: int) -> TransformerConfi
     if model.family == "recurrent":
         heads = math.gcd(width, model.heads)  # It has none, but they must divide the width.
         return dataclasses.replace(model, width=width, heads=heads)
-    least, sharing, inner = _least_heads(model), _sharing(model), model.heads * model.head_width
+    least, sharing, inner = (
+        _least_heads(model),
+        _sharing(model),
+        model.heads * model.actual_head_dim,
+    )
     if inner == model.width:
         fitting = (n for n in range(least, width // 2 + 1, sharing) if width % (2 * n) == 0)
-        heads = min(fitting, key=lambda n: abs(math.log(width / n / model.head_width)))
-        head_size = 0
+        heads = min(fitting, key=lambda n: abs(math.log(width / n / model.actual_head_dim)))
+        head_dim = 0
     else:
         inner = inner * width / model.width
-        heads = max(least, sharing * round(inner / model.head_width / sharing))
-        head_size = 2 * max(1, round(inner / heads / 2))
+        heads = max(least, sharing * round(inner / model.actual_head_dim / sharing))
+        head_dim = 2 * max(1, round(inner / heads / 2))
     return dataclasses.replace(
         model,
         width=width,
         heads=heads,
         kv_heads=model.kv_heads and (1 if model.kv_heads == 1 else heads // sharing),
-        head_size=head_size,
-        hidden=0 if model.hidden == 0 and hidden == 4 * width else hidden,
+        head_dim=head_dim,
+        mlp_dim=0 if model.mlp_dim == 0 and hidden == 4 * width else hidden,
     )

@@ -133,7 +133,9 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
                 f"--mup-width is {comparison.mup_width}: with {variant.name} it must be 0, since "
                 "Muon's updates do not grow with the width and its rate is not searched."
             )
-    check_batch_fits(comparison.batch_size, comparison.context or variants[0].model.context)
+    check_batch_fits(
+        comparison.batch_size, comparison.context_length or variants[0].model.context_length
+    )
     material = open_material(comparison, variants[0].model)
     vocabulary = material.corpus.vocabulary.size
     variants = [

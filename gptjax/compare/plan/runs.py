@@ -136,7 +136,7 @@ def _outcome(
         seed=train.seed,
         learning_rate=cell.config.optimizer.learning_rate,
         steps=train.steps,
-        tokens=train.steps * train.batch_size * cell.config.model.context,
+        tokens=train.steps * train.batch_size * cell.config.model.context_length,
         validation_loss=loss,
         curve_steps=tuple(step for step, _ in finite),
         curve_losses=tuple(value for _, value in finite),

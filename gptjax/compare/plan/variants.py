@@ -1,6 +1,6 @@
 """What is compared: presets, presets with overrides, and sweeps over the values of an axis.
 
-`gpt2`, `gpt2:norm=rmsnorm,optimizer.name=muon`, `gpt2:positions=*`; a piece without = belongs to
+`gpt2`, `gpt2:norm=rmsnorm,optimizer.name=muon`, `gpt2:position_embedding=*`; a piece without = belongs to
 the value before it, as in `gemma-style:attention=full,local`.
 """
 
@@ -28,7 +28,7 @@ SWEPT: dict[str, tuple[Any, ...]] = AXES | {
     name: listed(hint) for name, hint in HINTS.items() if OPTIMIZER in name and listed(hint)
 }
 """What a star may stand for."""
-COMMON = {"context": "--context sets it", "vocab_size": "the tokenizer sets it"}
+COMMON = {"context_length": "--context-length sets it", "vocab_size": "the tokenizer sets it"}
 """Fields in which variants do not differ, or they would not be asked the same."""
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -62,12 +62,12 @@ def read_variants(specs: Sequence[str], comparison: Comparison) -> list[Variant]
       InputError: a spec that cannot be read, that the config or the objective refuses, or that is
         there twice; a sweep of which nothing is left.
     """
-    context = comparison.context or preset(specs[0].partition(":")[0]).context
+    context_length = comparison.context_length or preset(specs[0].partition(":")[0]).context_length
     variants: list[Variant] = []
     for spec in specs:
         name, overrides = _parse(spec)
         base = dataclasses.replace(
-            preset(name), context=context, vocab_size=0, dropout=comparison.dropout
+            preset(name), context_length=context_length, vocab_size=0, dropout=comparison.dropout
         )
         found, refusals = [], []
         for chosen in _choices(spec, overrides, base):

@@ -121,7 +121,7 @@ def matched(entries: Sequence[Entry]) -> Table:
             f"{entry.model.depth}",
             f"{entry.model.width}",
             f"{entry.model.heads}",
-            f"{entry.model.hidden_width}",
+            f"{entry.model.actual_mlp_dim}",
         )
         for entry in entries
     )

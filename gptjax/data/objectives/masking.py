@@ -108,7 +108,7 @@ def next_sentence(
     rng: np.random.Generator,
     *,
     vocabulary: Vocabulary,
-    context: int,
+    context_length: int,
     rate: float = 0.15,
     whole_words: bool = False,
 ) -> Batch:
@@ -137,8 +137,10 @@ def next_sentence(
             f"The document has {len(document)} tokens and the other one {len(other)}: "
             "a pair of sentences needs 2 and 1."
         )
-    if context < FRAME + 2:
-        raise InputError(f"context is {context}; a pair of sentences needs at least {FRAME + 2}.")
+    if context_length < FRAME + 2:
+        raise InputError(
+            f"context is {context_length}; a pair of sentences needs at least {FRAME + 2}."
+        )
     begin, end = vocabulary.needed("begin"), vocabulary.needed("end")
     cut = rng.integers(1, len(document))
     first, second = document[:cut], document[cut:]
@@ -147,13 +149,13 @@ def next_sentence(
         length = min(len(second), len(other))
         start = rng.integers(len(other) - length + 1)
         second = other[start : start + length]
-    first, second = shortened(first, second, context - FRAME, rng)
+    first, second = shortened(first, second, context_length - FRAME, rng)
     border, used = len(first) + 2, len(first) + len(second) + FRAME
-    tokens = np.zeros(context, np.int32)
+    tokens = np.zeros(context_length, np.int32)
     tokens[0], tokens[border - 1], tokens[used - 1] = begin, end, end
     tokens[1 : border - 1], tokens[border : used - 1] = first, second
-    valid = np.arange(context) < used
-    token_types = np.zeros(context, np.int32)
+    valid = np.arange(context_length) < used
+    token_types = np.zeros(context_length, np.int32)
     token_types[border:used] = 1
     inputs, targets, weights = masked_lm(
         tokens,

@@ -41,17 +41,17 @@ def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
     return np.where((first > 0) & (second > 0), np.maximum(first, second) + 1, 0)
 
 
-def bucket_lengths(lengths: np.ndarray, buckets: int, context: int) -> list[int]:
+def bucket_lengths(lengths: np.ndarray, buckets: int, context_length: int) -> list[int]:
     """The lengths that pairs are padded to, each for about as many of them.
 
     Raises:
       InputError: no pair fits the context.
     """
-    fitting = lengths[(lengths > 0) & (lengths <= context)]
+    fitting = lengths[(lengths > 0) & (lengths <= context_length)]
     if not fitting.size:
-        raise InputError(f"data.source: no pair fits a context of {context} tokens.")
+        raise InputError(f"data.source: no pair fits a context of {context_length} tokens.")
     shares = np.quantile(fitting, np.arange(1, buckets + 1) / buckets, method="higher")
-    rounded = np.minimum(-(-shares // LENGTH_STEP) * LENGTH_STEP, context)
+    rounded = np.minimum(-(-shares // LENGTH_STEP) * LENGTH_STEP, context_length)
     return np.unique(rounded).astype(int).tolist()
 
 

@@ -130,51 +130,53 @@ def objective_vocabulary(
         return vocabulary(tokenizer, ("begin", "end", "mask"))
     sentinels = 0
     if data.objective == "span_corruption":
-        length = window(data, model.context).length
+        length = window(data, model.context_length).length
         sentinels = span_sentinels(length, data.mask_rate, data.mean_span)
     return vocabulary(tokenizer, ("begin", "end"), sentinels)
 
 
-def window(data: DataConfig, context: int) -> Window:
+def window(data: DataConfig, context_length: int) -> Window:
     """What a row reads.
 
     Raises:
       InputError: a context too short for the objective.
     """
-    length, overlap = context, 0
+    length, overlap = context_length, 0
     if data.objective == "causal":
-        length, overlap = context + 1, 1
+        length, overlap = context_length + 1, 1
     elif data.objective == "masked_lm":
-        length = context - 2
+        length = context_length - 2
     elif data.objective == "next_sentence":
-        length = context - FRAME
+        length = context_length - FRAME
     elif data.objective == "span_corruption":
-        length = span_input(context - 1, context - 1, data.mask_rate, data.mean_span)
+        length = span_input(context_length - 1, context_length - 1, data.mask_rate, data.mean_span)
     if length - overlap < 1 or (data.objective in ("next_sentence", "prefix") and length < 2):
-        raise InputError(f"model.context is {context}: too short for {data.objective}.")
+        raise InputError(
+            f"model.context_length is {context_length}: too short for {data.objective}."
+        )
     return Window(length, overlap)
 
 
-def finisher(data: DataConfig, context: int, words: Vocabulary) -> Finish:
+def finisher(data: DataConfig, context_length: int, words: Vocabulary) -> Finish:
     """What makes a row of what was read."""
     masking = {"rate": data.mask_rate, "whole_words": data.whole_words}
     if data.objective == "causal":
-        return functools.partial(causal_row, context=context)
+        return functools.partial(causal_row, context_length=context_length)
     if data.objective == "masked_lm":
-        return functools.partial(masked_row, words=words, context=context, **masking)
+        return functools.partial(masked_row, words=words, context_length=context_length, **masking)
     if data.objective == "next_sentence":
-        return functools.partial(pair_row, words=words, context=context, **masking)
-    lengths = {"source_length": context, "target_length": context}
+        return functools.partial(pair_row, words=words, context_length=context_length, **masking)
+    lengths = {"source_length": context_length, "target_length": context_length}
     if data.objective == "prefix":
         return functools.partial(parted_row, words=words, part=prefix, **lengths)
     spans = {"rate": data.mask_rate, "mean_span": data.mean_span}
-    lengths["target_length"] = 1 + span_lengths(window(data, context).length, **spans)[1]
+    lengths["target_length"] = 1 + span_lengths(window(data, context_length).length, **spans)[1]
     part = functools.partial(span_corruption, vocabulary=words, **spans)
     return functools.partial(parted_row, words=words, part=part, **lengths)
 
 
 def causal_row(
-    read: np.ndarray | PackedTokens, rng: np.random.Generator | None = None, *, context: int
+    read: np.ndarray | PackedTokens, rng: np.random.Generator | None = None, *, context_length: int
 ) -> Batch:
     """Each token predicts the next one: of a window [T + 1 or less], or within packed documents."""
     if isinstance(read, PackedTokens):
@@ -186,10 +188,10 @@ def causal_row(
             segment_ids=read.segment_ids,
             positions=read.positions,
         )
-    weights = np.ones(context, np.float32)
-    lacking = context + 1 - len(read)
+    weights = np.ones(context_length, np.float32)
+    lacking = context_length + 1 - len(read)
     if lacking:
-        read, weights[context - lacking :] = np.pad(read, (0, lacking)), 0
+        read, weights[context_length - lacking :] = np.pad(read, (0, lacking)), 0
     return Batch(read[:-1], read[1:], weights)
 
 
@@ -198,12 +200,12 @@ def masked_row(
     rng: np.random.Generator,
     *,
     words: Vocabulary,
-    context: int,
+    context_length: int,
     rate: float,
     whole_words: bool,
 ) -> Batch:
     """Masked tokens are to be found: of a window [T - 2 or less], or in packed documents."""
-    packed = read if isinstance(read, PackedTokens) else framed(read, words, context)
+    packed = read if isinstance(read, PackedTokens) else framed(read, words, context_length)
     inputs, targets, weights = masked_lm(
         packed.tokens,
         rng,
@@ -222,7 +224,7 @@ def pair_row(
     rng: np.random.Generator,
     *,
     words: Vocabulary,
-    context: int,
+    context_length: int,
     rate: float,
     whole_words: bool,
 ) -> Batch:
@@ -233,7 +235,7 @@ def pair_row(
         pieces.tokens(pieces.of_another_document(number, rng)),
         rng,
         vocabulary=words,
-        context=context,
+        context_length=context_length,
         rate=rate,
         whole_words=whole_words,
     )
@@ -254,16 +256,16 @@ def parted_row(
     return teacher_forcing(source, target, vocabulary=words, **lengths)
 
 
-def framed(tokens: np.ndarray, words: Vocabulary, context: int) -> PackedTokens:
+def framed(tokens: np.ndarray, words: Vocabulary, context_length: int) -> PackedTokens:
     """A row of one piece, framed."""
     frame = words.needed("begin"), words.needed("end")
-    return PackedRows(tokens, np.array([(0, len(tokens), 0)], PIECE), context, frame)[0]
+    return PackedRows(tokens, np.array([(0, len(tokens), 0)], PIECE), context_length, frame)[0]
 
 
 def text_rows(
     stores: Sequence[TokenStore],
     data: DataConfig,
-    context: int,
+    context_length: int,
     words: Vocabulary,
     *,
     rest: bool = False,
@@ -280,21 +282,21 @@ def text_rows(
     make = {"next_sentence": _document_pieces}.get(data.objective, _windows)
     if data.packing == "first_fit":
         make = functools.partial(_packed, words=words)
-    sources = [make(store, data, context, rest=rest) for store in stores]
-    return Bucket(sources, finisher(data, context, words), random=data.objective != "causal")
+    sources = [make(store, data, context_length, rest=rest) for store in stores]
+    return Bucket(sources, finisher(data, context_length, words), random=data.objective != "causal")
 
 
-def _windows(store: TokenStore, data: DataConfig, context: int, *, rest: bool) -> Windows:
-    length, overlap = window(data, context)
+def _windows(store: TokenStore, data: DataConfig, context_length: int, *, rest: bool) -> Windows:
+    length, overlap = window(data, context_length)
     rest = rest and data.objective in ("causal", "masked_lm")
     return Windows(store.tokens, length, length - overlap, rest=rest)
 
 
 def _packed(
-    store: TokenStore, data: DataConfig, context: int, *, words: Vocabulary, rest: bool
+    store: TokenStore, data: DataConfig, context_length: int, *, words: Vocabulary, rest: bool
 ) -> PackedRows:
     """Rows of whole documents; there is no rest, as padding is part of the rows."""
-    length, overlap = window(data, context)
+    length, overlap = window(data, context_length)
     causal = data.objective == "causal"
     frame = None if causal else (words.needed("begin"), words.needed("end"))
 
@@ -302,10 +304,10 @@ def _packed(
         # A causal model is to predict a document's end; a frame has an end of its own.
         blocks = store.blocks(ends=causal)
         pieces = (cut(starts, lengths, length, overlap=overlap) for starts, lengths in blocks)
-        return plan(pieces, context, context - length)
+        return plan(pieces, context_length, context_length - length)
 
-    planned = kept(store, f"rows-{data.objective}-{context}", PIECE, make)
-    return PackedRows(store.tokens, planned, context, frame)
+    planned = kept(store, f"rows-{data.objective}-{context_length}", PIECE, make)
+    return PackedRows(store.tokens, planned, context_length, frame)
 
 
 class DocumentPieces:
@@ -336,10 +338,10 @@ class DocumentPieces:
 
 
 def _document_pieces(
-    store: TokenStore, data: DataConfig, context: int, *, rest: bool
+    store: TokenStore, data: DataConfig, context_length: int, *, rest: bool
 ) -> DocumentPieces:
     starts, lengths, documents = [], [], []
-    most, first = window(data, context).length, 0
+    most, first = window(data, context_length).length, 0
     for starting, sizes in store.blocks(ends=False):
         found = cut(starting, sizes, most)
         enough = found.lengths >= 2

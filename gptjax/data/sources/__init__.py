@@ -82,20 +82,18 @@ def _open_files(spec: Spec) -> Documents:
 
 
 def _open_text(spec: Spec, paths: list[str]) -> Documents:
-    options = spec.choose("text", segment_ids=None, column=None, errors="strict")
+    options = spec.choose("text", documents=None, column=None, errors="strict")
     errors, column, documents = _errors(spec, options), options["column"], options["documents"]
     if column is not None:
         number = whole_number(column)
         if not number:
             refuse(f"{spec.text} has the column {column!r}: it must be a number, from 1")
         if documents not in (None, "line"):
-            refuse(
-                f"{spec.text} has a column of every line, and cannot have segment_ids={documents}"
-            )
+            refuse(f"{spec.text} has a column of every line, and cannot have documents={documents}")
         return Column(spec, paths, errors, number)
     kinds = {"file": Whole, "line": Lines, "block": Blocks}
     if documents not in (None, *kinds):
-        refuse(f"{spec.text} has segment_ids={documents}: it must be one of {', '.join(kinds)}")
+        refuse(f"{spec.text} has documents={documents}: it must be one of {', '.join(kinds)}")
     return kinds[documents or "file"](spec, paths, errors)
 
 

@@ -33,7 +33,7 @@ from gptjax.config import InputError, read_json
 from gptjax.data.sources import Documents
 from gptjax.data.storage.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.system.disk import DiskError, is_failure, replacing
+from gptjax.system.disk import DiskError, check_local, is_failure, replacing
 from gptjax.system.locks import locked
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
@@ -67,7 +67,7 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
     place = directory / fingerprint[:20]
     with _sentence_on_failure(place):
         if not _finished(place, wanted):
-            directory.mkdir(parents=True, exist_ok=True)
+            check_local(directory).mkdir(parents=True, exist_ok=True)
             lock = directory / f"{place.name}.lock"
             waiting = f"Another process builds {place}; waiting for it."
             with locked(lock, place, waiting=waiting):

@@ -90,20 +90,25 @@ def obstacle(config: TransformerConfig, kernel: str, sequence: int = 1) -> str |
     """Why `kernel` cannot be attention's, as a clause; None if it can."""
     backwards = config.window == 0 or config.family == "decoder"
     obstacles = [
-        (config.positions in ("alibi", "relative"), f"{config.positions} positions add to scores"),
+        (
+            config.position_embedding in ("alibi", "relative"),
+            f"{config.position_embedding} positions add to scores",
+        ),
         (config.dropout > 0, f"dropout {config.dropout:g} falls on weights that no kernel keeps"),
         (set(config.attention_pattern) == {"compressed"}, "its keys are groups of tokens"),
     ]
     if kernel == "splash":
         multiple = LANES * sequence
-        aligned = config.context % multiple == 0
-        obstacles += [(not aligned, f"context {config.context} is no multiple of {multiple}")]
+        aligned = config.context_length % multiple == 0
+        obstacles += [
+            (not aligned, f"context {config.context_length} is no multiple of {multiple}")
+        ]
     else:
-        fits = config.head_width <= 128 and config.head_width % 8 == 0
+        fits = config.actual_head_dim <= 128 and config.actual_head_dim % 8 == 0
         obstacles += [
             (config.dtype != "bfloat16", f"cuDNN takes bfloat16, not {config.dtype}"),
-            (config.attention_cap > 0, "cuDNN bounds no scores softly"),
-            (not fits, f"cuDNN takes heads of 8, 16 ... 128, not of {config.head_width}"),
+            (config.attention_softcap > 0, "cuDNN bounds no scores softly"),
+            (not fits, f"cuDNN takes heads of 8, 16 ... 128, not of {config.actual_head_dim}"),
             (not backwards, "cuDNN's windows look back, not ahead"),
             (sequence > 1, "cuDNN does not share a sequence among devices"),
         ]

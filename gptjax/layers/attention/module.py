@@ -47,8 +47,8 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: TransformerConfig, *, compressed: bool = False, rngs: nnx.Rngs):
-        width, heads = (config.width,), (config.heads, config.head_width)
-        kv_heads = (config.key_value_heads, config.head_width)
+        width, heads = (config.width,), (config.heads, config.actual_head_dim)
+        kv_heads = (config.actual_kv_heads, config.actual_head_dim)
         bias = config.bias if config.query_bias is None else config.query_bias
         output_bias = config.bias if config.output_bias is None else config.output_bias
         residual_std = DEFAULT_STD / math.sqrt(2 * config.depth)
@@ -59,8 +59,8 @@ class Attention(nnx.Module):
             heads, width, axes="NHD", bias=output_bias, std=residual_std, rngs=rngs
         )
         if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
-            self.key_norm = RMSNorm(config.head_width, epsilon=config.norm_epsilon)
+            self.query_norm = RMSNorm(config.actual_head_dim, epsilon=config.norm_epsilon)
+            self.key_norm = RMSNorm(config.actual_head_dim, epsilon=config.norm_epsilon)
         if compressed:
             group = (config.compression, *kv_heads)
             self.compress_key = Linear(group, kv_heads, axes="---KH", bias=bias, rngs=rngs)
@@ -132,8 +132,8 @@ class Attention(nnx.Module):
         """
         config, mask = self.config, inputs.mask
         keys, values = self._compress(kv) if self.compressed else kv
-        scale = config.head_width**-0.5 if config.attention_scaled else 1.0
-        softcap, kernel = config.attention_cap, config.attention_kernel
+        scale = config.actual_head_dim**-0.5 if config.attention_scaled else 1.0
+        softcap, kernel = config.attention_softcap, config.attention_kernel
         if hook.need("scores", "attention"):
             scores = biased(attention_scores(query, keys, scale), inputs.bias, softcap)
             scores = self._hooked("scores", scores, kv, hook)

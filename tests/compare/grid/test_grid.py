@@ -24,7 +24,7 @@ from gptjax.config import (
 )
 from gptjax.runs.directory import load_run
 
-MODEL = TransformerConfig(context=16, depth=1, width=16, heads=2)
+MODEL = TransformerConfig(context_length=16, depth=1, width=16, heads=2)
 
 
 @pytest.fixture(scope="module")

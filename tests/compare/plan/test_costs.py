@@ -14,7 +14,7 @@ from gptjax.commands.preflight import preflight_for
 from gptjax.compare.plan import costs
 from gptjax.data.batch import Batch
 
-MODEL = TransformerConfig(vocab_size=11, context=8, depth=1, width=16, heads=2)
+MODEL = TransformerConfig(vocab_size=11, context_length=8, depth=1, width=16, heads=2)
 BATCH = Batch.causal(np.zeros((4, 9), int))
 
 
@@ -25,7 +25,7 @@ def config(**fields) -> ExperimentConfig:
 
 
 def test_every_variant_has_its_costs():
-    lstm = {"family": "recurrent", "positions": "none"}
+    lstm = {"family": "recurrent", "position_embedding": "none"}
     taken = costs.measure({"small": config(), "lstm": config(**lstm)}, BATCH)
     assert list(taken) == ["small", "lstm"]
     for each in taken.values():
@@ -41,7 +41,9 @@ def test_every_variant_has_its_costs():
 
 
 def test_an_encoder_does_not_decode():
-    encoder = TransformerConfig(family="encoder", vocab_size=11, context=8, depth=1, width=16)
+    encoder = TransformerConfig(
+        family="encoder", vocab_size=11, context_length=8, depth=1, width=16
+    )
     assert costs._decoding(encoder) is None
 
 
@@ -88,7 +90,13 @@ def test_the_tpu_peak_is_preflights(monkeypatch, code, expected):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(subprocess, "run", run)
-    model = {"attention": "local,full", "window": 3, "depth": 2, "tied": False, "query_bias": False}
+    model = {
+        "attention": "local,full",
+        "window": 3,
+        "depth": 2,
+        "tie_embeddings": False,
+        "query_bias": False,
+    }
     assert costs.tpu_peak(config(**model)) == expected
     flags = asked[asked.index("preflight") + 1 :]
     # Those of the command, and they give the very model.

@@ -21,9 +21,9 @@ from gptjax.config import InputError, TransformerConfig
 from gptjax.models.presets import PRESETS, preset
 
 TOLERANCE = 0.01
-SOLVED = {"width", "heads", "kv_heads", "head_size", "hidden"}
+SOLVED = {"width", "heads", "kv_heads", "head_dim", "mlp_dim"}
 OF_BYTES = {
-    name: dataclasses.replace(model, vocab_size=256, context=128)
+    name: dataclasses.replace(model, vocab_size=256, context_length=128)
     for name, model in PRESETS.items()
     if model.depth <= 4
 }
@@ -37,20 +37,20 @@ def check_architecture(model: TransformerConfig, original: TransformerConfig) ->
             assert getattr(model, field.name) == getattr(original, field.name), field.name
     if model.family == "recurrent":
         return
-    assert model.head_width % 2 == 0
+    assert model.actual_head_dim % 2 == 0
     assert model.heads >= min(original.heads, 4)
     assert bool(model.kv_heads) == bool(original.kv_heads)
-    if original.key_value_heads == 1:
-        assert model.key_value_heads == 1
+    if original.actual_kv_heads == 1:
+        assert model.actual_kv_heads == 1
     else:
-        sharing = [each.heads // each.key_value_heads for each in (model, original)]
+        sharing = [each.heads // each.actual_kv_heads for each in (model, original)]
         assert sharing[0] == sharing[1]
-    if original.heads * original.head_width == original.width:
-        assert model.heads * model.head_width == model.width
-        assert model.head_size == original.head_size or model.head_size == 0
-    distortion = model.hidden_width * original.width / (model.width * original.hidden_width)
+    if original.heads * original.actual_head_dim == original.width:
+        assert model.heads * model.actual_head_dim == model.width
+        assert model.head_dim == original.head_dim or model.head_dim == 0
+    distortion = model.actual_mlp_dim * original.width / (model.width * original.actual_mlp_dim)
     assert 1 / DISTORTION - 1e-9 <= distortion <= DISTORTION + 1e-9
-    assert model.hidden != 4 * model.width or original.hidden
+    assert model.mlp_dim != 4 * model.width or original.mlp_dim
 
 
 @pytest.mark.parametrize("measure", MEASURE)
@@ -106,7 +106,7 @@ def test_what_is_near_enough_stays_as_it_is(name):
 
 
 def _coarsest(model: TransformerConfig) -> int:
-    return next(step for step in STEPS if model.width % step == model.hidden_width % step == 0)
+    return next(step for step in STEPS if model.width % step == model.actual_mlp_dim % step == 0)
 
 
 def test_the_coarsest_step_that_gets_there_wins():
@@ -119,7 +119,7 @@ def test_the_coarsest_step_that_gets_there_wins():
             for width in range(step, 1024, step):
                 for hidden in range(step, 5 * width + 1, step):
                     if 5 * width >= hidden >= 3.2 * width:
-                        other = dataclasses.replace(model, width=width, hidden=hidden)
+                        other = dataclasses.replace(model, width=width, mlp_dim=hidden)
                         assert abs(count(other) / target - 1) > TOLERANCE, (target, step)
 
 
@@ -130,27 +130,27 @@ def test_of_one_step_the_least_distortion_wins(monkeypatch):
     for off in (-0.009, 0.0, 0.009):
         # Another hidden would come nearer, and change the proportion.
         assert match_width(model, count, count(larger) * (1 + off), TOLERANCE).model == larger
-    assert larger.hidden == 0
+    assert larger.mlp_dim == 0
 
 
 def test_a_large_model_is_all_of_the_coarsest_step():
     matched = match_width(preset("gpt3-6.7b"), MEASURE["params"], 5e9, TOLERANCE).model
-    assert matched.width % 128 == matched.hidden_width % 128 == 0
-    assert matched.head_width == 128
+    assert matched.width % 128 == matched.actual_mlp_dim % 128 == 0
+    assert matched.actual_head_dim == 128
 
 
 def test_head_widths_stay_where_they_can():
     larger = match_width(preset("gpt2"), MEASURE["params"], 3e8, TOLERANCE).model
-    assert larger.head_width == 64
+    assert larger.actual_head_dim == 64
     apart = match_width(preset("gpt3-13b"), MEASURE["params"], 6e9, TOLERANCE).model
-    assert apart.head_size == 128
+    assert apart.head_dim == 128
     assert abs(apart.heads * 128 / apart.width - 40 * 128 / 5140) < 0.02
     tiny = match_width(OF_BYTES["quickstart"], MEASURE["params"], 1e5, TOLERANCE).model
     assert tiny.heads == 4
 
 
 def test_a_deep_model_cannot_be_tiny_and_says_how_near_it_comes():
-    model = dataclasses.replace(preset("gpt2-xl"), vocab_size=256, context=128)
+    model = dataclasses.replace(preset("gpt2-xl"), vocab_size=256, context_length=128)
     with pytest.raises(InputError) as mistake:
         match_width(model, MEASURE["params"], 3e4, TOLERANCE)
     assert str(mistake.value) == (
@@ -170,11 +170,11 @@ def test_an_lstm_has_no_hidden_to_tell_of():
 def test_resized_keeps_proportions():
     llama = preset("llama-style")
     assert resized(llama, 256) == dataclasses.replace(
-        llama, width=256, heads=8, kv_heads=4, hidden=688
+        llama, width=256, heads=8, kv_heads=4, mlp_dim=688
     )
-    assert resized(preset("gpt2"), 1536).hidden == 0
+    assert resized(preset("gpt2"), 1536).mlp_dim == 0
     several = resized(preset("multi-query"), 160)
-    assert (several.heads, several.head_width, several.kv_heads) == (5, 32, 1)
+    assert (several.heads, several.actual_head_dim, several.kv_heads) == (5, 32, 1)
     assert resized(preset("lstm"), 129).width == 129
     with pytest.raises(InputError, match="A width of 100 leaves no heads for this model: it must"):
         resized(llama, 100)

@@ -39,9 +39,9 @@ def test_variants_come_in_the_order_asked_for():
 
 def test_all_have_the_context_of_the_baseline_and_leave_the_vocabulary_open():
     models = [variant.model for variant in read("llama-style", "gpt2", "lstm")]
-    assert [(model.context, model.vocab_size) for model in models] == [(128, 0)] * 3
-    models = [variant.model for variant in read("llama-style", "gpt2", context=32)]
-    assert [model.context for model in models] == [32, 32]
+    assert [(model.context_length, model.vocab_size) for model in models] == [(128, 0)] * 3
+    models = [variant.model for variant in read("llama-style", "gpt2", context_length=32)]
+    assert [model.context_length for model in models] == [32, 32]
 
 
 def test_dropout_is_the_comparisons_unless_a_variant_says_its_own():
@@ -56,9 +56,9 @@ def test_dropout_is_the_comparisons_unless_a_variant_says_its_own():
         ("norm=rmsnorm", "norm", "rmsnorm"),
         ("depth=3", "depth", 3),
         ("rotary_fraction=0.5", "rotary_fraction", 0.5),
-        ("attention_cap=5e1", "attention_cap", 50.0),
-        ("tied=false", "tied", False),
-        ("tied=False", "tied", False),
+        ("attention_cap=5e1", "attention_softcap", 50.0),
+        ("tie_embeddings=false", "tie_embeddings", False),
+        ("tie_embeddings=False", "tie_embeddings", False),
         ("qk_norm=true", "qk_norm", True),
         ("query_bias=none", "query_bias", None),
         ("query_bias=false", "query_bias", False),
@@ -93,8 +93,8 @@ def test_the_optimizer_is_the_comparisons_with_overrides():
 
 def test_a_sweep_is_every_value_of_the_axis():
     positions = typing.get_args(typing.get_type_hints(TransformerConfig)["positions"])
-    variants = read("gpt2:positions=*")
-    assert [variant.model.positions for variant in variants] == list(positions)
+    variants = read("gpt2:position_embedding=*")
+    assert [variant.model.position_embedding for variant in variants] == list(positions)
     assert [variant.name for variant in variants] == [
         f"gpt2:positions={value}" for value in positions
     ]
@@ -114,12 +114,12 @@ def test_a_new_value_of_an_axis_can_be_swept_without_another_line(monkeypatch):
 
 
 def test_several_stars_are_the_product():
-    variants = read("gpt2:norm=*,depth=3,tied=*")
+    variants = read("gpt2:norm=*,depth=3,tie_embeddings=*")
     assert [variant.name for variant in variants] == [
-        "gpt2:norm=layernorm,depth=3,tied=false",
-        "gpt2:norm=layernorm,depth=3,tied=true",
-        "gpt2:norm=rmsnorm,depth=3,tied=false",
-        "gpt2:norm=rmsnorm,depth=3,tied=true",
+        "gpt2:norm=layernorm,depth=3,tie_embeddings=false",
+        "gpt2:norm=layernorm,depth=3,tie_embeddings=true",
+        "gpt2:norm=rmsnorm,depth=3,tie_embeddings=false",
+        "gpt2:norm=rmsnorm,depth=3,tie_embeddings=true",
     ]
     names = [variant.optimizer.name for variant in read("gpt2:optimizer.name=*")]
     assert names == ["adamw", "muon"]
@@ -147,17 +147,17 @@ def test_a_sweep_leaves_out_what_is_there_already():
             [
                 "mistral-style:attention=full,window=0",
                 "mistral-style:attention=local",
-                "mistral-style:attention=compressed,window=0,positions=learned",
+                "mistral-style:attention=compressed,window=0,position_embedding=learned",
                 "mistral-style:attention=local,full",
             ],
         ),
-        ("gpt2:rotary_fraction=*", ["gpt2:rotary_fraction=0.5,positions=rotary"]),
+        ("gpt2:rotary_fraction=*", ["gpt2:rotary_fraction=0.5,position_embedding=rotary"]),
         ("llama-style:rotary_fraction=*", ["llama-style:rotary_fraction=0.5"]),
         (
             "transformer-decoder:pairing=*",
-            ["transformer-decoder:pairing=halves", "transformer-decoder:pairing=neighbours"],
+            ["transformer-decoder:pairing=half", "transformer-decoder:pairing=interleaved"],
         ),
-        ("gpt2:family=*", ["gpt2:family=decoder", "gpt2:family=recurrent,positions=none"]),
+        ("gpt2:family=*", ["gpt2:family=decoder", "gpt2:family=recurrent,position_embedding=none"]),
         ("gpt2-xl:kv_heads=*", ["gpt2-xl:kv_heads=1"]),
     ],
 )
@@ -177,7 +177,7 @@ def test_what_a_spec_says_comes_before_what_an_axis_would_take():
 def test_a_name_reads_as_its_variant(name):
     for axis in SWEPT.keys() - OF_ENCODERS:
         for variant in read(f"{name}:{axis}=*"):
-            assert read(variant.name, context=variant.model.context) == [variant]
+            assert read(variant.name, context_length=variant.model.context_length) == [variant]
 
 
 @pytest.mark.parametrize("axis", axes.AXES)
@@ -204,9 +204,9 @@ def test_every_swept_variant_can_be_built(axis):
         (("gpt2:learning_rate=1",), "did you mean optimizer.learning_rate or optimizer.muon_"),
         (("gpt2:depth=four",), "'gpt2:depth=four': depth is 'four', and must be a whole number."),
         (("gpt2:depth=1.5",), "depth is '1.5', and must be a whole number."),
-        (("gpt2:logit_cap=hot",), "logit_cap is 'hot', and must be a number."),
-        (("gpt2:tied=yes",), "tied is 'yes', and must be true or false."),
-        (("gpt2:tied=none",), "tied is 'none', and must be true or false."),
+        (("gpt2:logit_softcap=hot",), "logit_cap is 'hot', and must be a number."),
+        (("gpt2:tie_embeddings=yes",), "tied is 'yes', and must be true or false."),
+        (("gpt2:tie_embeddings=none",), "tied is 'none', and must be true or false."),
         (("gpt2:query_bias=1",), "query_bias is '1', and must be true or false or none."),
         (("gpt2:norm=rms",), "'gpt2:norm=rms': TransformerConfig.norm is 'rms': it must be one of"),
         (("gpt2:attention=local",), "TransformerConfig.window is 0: it must be above 0"),
@@ -215,13 +215,22 @@ def test_every_swept_variant_can_be_built(axis):
         (("gpt2:",), "'' must be field=value, as in gpt2:norm=rmsnorm."),
         (("gpt2:norm",), "'norm' must be field=value, as in gpt2:norm=rmsnorm."),
         (("gpt2:norm=rmsnorm,norm=layernorm",), "overrides norm twice: once is accepted."),
-        (("gpt2:context=64",), "overrides context, which all variants have in common: --context"),
+        (
+            ("gpt2:context_length=64",),
+            "overrides context, which all variants have in common: --context-length",
+        ),
         (("gpt2:vocab_size=64",), "which all variants have in common: the tokenizer sets it."),
         (("gpt2:width=*",), "sweeps width, whose values are not listed: a star may stand for a"),
         (("gpt2:dtype=*",), "a value of family, kv_heads, positions, "),
         (("gpt2", "gpt2"), "'gpt2' is the same as 'gpt2': each may be there once."),
-        (("gpt2", "gpt2:positions=learned"), "'gpt2:positions=learned' is the same as 'gpt2': "),
-        (("gpt2:positions=*,heads=13",), "heads is 13: it must be a divisor of width 768."),
+        (
+            ("gpt2", "gpt2:position_embedding=learned"),
+            "'gpt2:position_embedding=learned' is the same as 'gpt2': ",
+        ),
+        (
+            ("gpt2:position_embedding=*,heads=13",),
+            "heads is 13: it must be a divisor of width 768.",
+        ),
         (("bert-tiny",), "'bert-tiny': data.objective is 'causal', for decoder or recurrent: a"),
         (("gpt2", "transformer-tiny:norm=rmsnorm"), "a model of the family encoder_decoder takes"),
         (("gpt2:encoder_depth=2",), "'gpt2:encoder_depth=2': TransformerConfig.encoder_depth is 2"),

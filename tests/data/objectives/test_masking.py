@@ -97,15 +97,28 @@ def test_words_may_begin_anywhere_that_the_caller_says():
     assert weights[:5].sum() in (0, 5)
 
 
-@given(document=pieces, other=pieces, seed=seeds, context=st.integers(5, 50), whole=st.booleans())
-def test_a_pair_is_two_stretches_of_text_in_their_frame(document, other, seed, context, whole):
+@given(
+    document=pieces,
+    other=pieces,
+    seed=seeds,
+    context_length=st.integers(5, 50),
+    whole=st.booleans(),
+)
+def test_a_pair_is_two_stretches_of_text_in_their_frame(
+    document, other, seed, context_length, whole
+):
     row = next_sentence(
-        document, other, generator(seed), vocabulary=BERT, context=context, whole_words=whole
+        document,
+        other,
+        generator(seed),
+        vocabulary=BERT,
+        context_length=context_length,
+        whole_words=whole,
     )
     assert row.padding_mask is not None
     assert row.token_types is not None
     assert row.next_sentence is not None
-    assert {array.shape for array in row[:5] if array is not None} == {(context,)}
+    assert {array.shape for array in row[:5] if array is not None} == {(context_length,)}
     assert row.next_sentence.shape == ()
     assert row.next_sentence.dtype == row.token_types.dtype == np.int32
     used = int(row.padding_mask.sum())
@@ -117,7 +130,7 @@ def test_a_pair_is_two_stretches_of_text_in_their_frame(document, other, seed, c
     first, second = targets[1 : frame[1]], targets[frame[1] + 1 : -1]
     assert min(len(first), len(second)) > 0
     assert row.token_types.tolist() == [0] * (frame[1] + 1) + [1] * (used - frame[1] - 1) + [0] * (
-        context - used
+        context_length - used
     )
     assert not row.loss_weights[used:].any()
     assert not row.loss_weights[frame].any()
@@ -127,14 +140,16 @@ def test_a_pair_is_two_stretches_of_text_in_their_frame(document, other, seed, c
     assert bytes(first.astype(np.uint8)) in bytes(document.astype(np.uint8))
     origin = other if row.next_sentence else document
     assert bytes(second.astype(np.uint8)) in bytes(origin.astype(np.uint8))
-    if not row.next_sentence and len(document) + 3 <= context:
+    if not row.next_sentence and len(document) + 3 <= context_length:
         assert [*first, *second] == document.tolist()
 
 
-def pair(n: int, m: int, context: int, seed: int) -> Batch:
+def pair(n: int, m: int, context_length: int, seed: int) -> Batch:
     # Told apart by their bytes: the document counts up, the other one is above it.
     document, other = np.arange(n, dtype=np.int32), np.arange(128, 128 + m, dtype=np.int32)
-    return next_sentence(document, other, generator(seed), vocabulary=BERT, context=context)
+    return next_sentence(
+        document, other, generator(seed), vocabulary=BERT, context_length=context_length
+    )
 
 
 def test_half_of_the_seconds_follow_and_lengths_do_not_tell():
@@ -183,8 +198,8 @@ def test_what_cannot_be_is_one_sentence():
     with pytest.raises(InputError, match="made without mask"):
         masked_lm(tokens, generator(), vocabulary=bare)
     with pytest.raises(InputError, match="made without begin"):
-        next_sentence(tokens, tokens, generator(), vocabulary=bare, context=9)
+        next_sentence(tokens, tokens, generator(), vocabulary=bare, context_length=9)
     with pytest.raises(InputError, match="has 1 tokens and the other one 9"):
-        next_sentence(tokens[:1], tokens, generator(), vocabulary=BERT, context=9)
+        next_sentence(tokens[:1], tokens, generator(), vocabulary=BERT, context_length=9)
     with pytest.raises(InputError, match="context is 4; a pair of sentences needs at least 5"):
-        next_sentence(tokens, tokens, generator(), vocabulary=BERT, context=4)
+        next_sentence(tokens, tokens, generator(), vocabulary=BERT, context_length=4)

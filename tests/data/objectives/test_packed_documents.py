@@ -13,16 +13,18 @@ from flax import nnx
 from gptjax import InputError, TransformerConfig, build, split
 from gptjax.data.batch import Batch
 
-TINY = TransformerConfig(vocab_size=11, context=12, depth=2, width=16, heads=2, tied=False)
+TINY = TransformerConfig(
+    vocab_size=11, context_length=12, depth=2, width=16, heads=2, tie_embeddings=False
+)
 KINDS: dict[str, dict[str, Any]] = {
     **{
-        f"decoder, {positions}": {"positions": positions}
+        f"decoder, {positions}": {"position_embedding": positions}
         for positions in ("learned", "sinusoidal", "rotary", "alibi", "relative", "none")
     },
-    "decoder, local": {"attention": "local,full", "window": 3, "positions": "rotary"},
+    "decoder, local": {"attention": "local,full", "window": 3, "position_embedding": "rotary"},
     "encoder, learned": {"family": "encoder", "token_types": 2},
-    "encoder, relative": {"family": "encoder", "positions": "relative"},
-    "recurrent": {"family": "recurrent", "positions": "none"},
+    "encoder, relative": {"family": "encoder", "position_embedding": "relative"},
+    "recurrent": {"family": "recurrent", "position_embedding": "none"},
 }
 DOCUMENTS = np.array([[1] * 4 + [2] * 7 + [0], [1] * 7 + [2] * 4 + [0]], np.int32)
 POSITIONS = np.array([[*range(4), *range(7), 0], [*range(7), *range(4), 0]], np.int32)
@@ -56,7 +58,7 @@ def logits_of(kind: str) -> np.ndarray:
 def alone(model: Any, document: int) -> jax.Array:
     """Logits [M, V] of this document of each row, at the beginning of rows of its own."""
     places = np.equal(DOCUMENTS, document)
-    valid = np.arange(TINY.context) < places.sum(axis=1, keepdims=True)
+    valid = np.arange(TINY.context_length) < places.sum(axis=1, keepdims=True)
     tokens = np.zeros_like(TOKENS)
     tokens[valid] = TOKENS[places]
     return model(tokens, padding_mask=valid)[valid]
@@ -127,7 +129,7 @@ def test_attention_weighs_no_other_document():
     )
     weights = np.asarray(output.captured["attention"])
     same = np.equal(DOCUMENTS[:, :, None], DOCUMENTS[:, None])
-    seen = same & np.tri(TINY.context, dtype=bool)
+    seen = same & np.tri(TINY.context_length, dtype=bool)
     np.testing.assert_array_equal(weights > 0, np.broadcast_to(seen[None, :, None], weights.shape))
 
 
@@ -138,8 +140,10 @@ def test_what_takes_one_document_a_row_says_so():
     with pytest.raises(InputError, match="attention is 'local,compressed': compressed attention"):
         packed(compressed)
     translator = build(dataclasses.replace(TINY, family="encoder_decoder"), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="An encoder-decoder takes one document a row"):
+    with pytest.raises(
+        InputError, match="A model of the family encoder_decoder takes no segment_ids"
+    ):
         packed(translator)
     decoder = model_of("decoder, learned")
-    with pytest.raises(InputError, match="A cache is of one document a row"):
+    with pytest.raises(InputError, match="A cache holds one document per row"):
         decoder.hidden(TOKENS, segment_ids=DOCUMENTS, cache=decoder.empty_cache(2))

@@ -59,8 +59,10 @@ def store(directory: Path, *texts: str, ends: bool = False) -> TokenStore:
     return open_store(Several(*texts), Bytes() if ends else ByteTokenizer(), directory)
 
 
-def words(data: DataConfig, context: int, **model) -> Vocabulary:
-    return objective_vocabulary(data, TransformerConfig(context=context, **model), ByteTokenizer())
+def words(data: DataConfig, context_length: int, **model) -> Vocabulary:
+    return objective_vocabulary(
+        data, TransformerConfig(context_length=context_length, **model), ByteTokenizer()
+    )
 
 
 def ids(text: str) -> list[int]:
@@ -68,10 +70,10 @@ def ids(text: str) -> list[int]:
 
 
 def test_a_causal_row_predicts_each_successor_and_no_padding():
-    row = causal_row(np.arange(5), context=4)
+    row = causal_row(np.arange(5), context_length=4)
     assert (row.tokens.tolist(), row.targets.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
     assert row.loss_weights.tolist() == [1, 1, 1, 1]
-    rest = causal_row(np.arange(1, 4), context=4)
+    rest = causal_row(np.arange(1, 4), context_length=4)
     assert (rest.tokens.tolist()[:2], rest.targets.tolist()[:2]) == ([1, 2], [2, 3])
     assert rest.loss_weights.tolist() == [1, 1, 0, 0]
 
@@ -111,7 +113,7 @@ def test_a_row_that_is_to_be_unmasked_stands_in_its_frame_and_its_padding_stays(
     hidden = np.zeros(10, bool)
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        options = {"context": 10, "rate": 0.5, "whole_words": False}
+        options = {"context_length": 10, "rate": 0.5, "whole_words": False}
         row = masked_row(np.array(ids("abcd")), rng, words=vocabulary, **options)
         assert row.segment_ids is not None
         assert row.segment_ids.tolist() == [1] * 6 + [0] * 4
@@ -189,10 +191,10 @@ def test_pieces_for_the_next_sentence_are_of_other_documents(tmp_path):
 def each_token(tmp_path_factory):
     """The loss of each token of a batch, by a tiny model; one program for all the tests."""
 
-    def make(family: Literal["decoder", "encoder"], context: int):
+    def make(family: Literal["decoder", "encoder"], context_length: int):
         config = TransformerConfig(
             family=family,
-            context=context,
+            context_length=context_length,
             vocab_size=259,
             depth=2,
             width=16,

@@ -439,7 +439,7 @@ def test_strings_are_read_however_they_are_held(kind, tmp_path):
         ("{dir}/a.txt#column=", "has the option column without a value"),
         ("{dir}/a.txt#column=0", "has the column '0': it must be a number, from 1"),
         ("{dir}/a.txt#column=²", "has the column '²': it must be a number, from 1"),
-        ("{dir}/a.txt#column=1&segment_ids=file", "cannot have segment_ids=file"),
+        ("{dir}/a.txt#column=1&documents=file", "cannot have documents=file"),
         ("{dir}/a.txt#documents=lines", "it must be one of file, line, block"),
         ("{dir}/a.txt#errors=ignore", "it must be one of strict, replace"),
         ("{dir}/a.parquet.gz", "is Parquet in gzip"),

@@ -151,7 +151,7 @@ def test_queries_that_see_no_key_yield_numbers():
 
 
 SMALL = TransformerConfig(
-    vocab_size=11, context=256, depth=2, width=16, heads=2, kv_heads=1, attention_cap=2.0
+    vocab_size=11, context_length=256, depth=2, width=16, heads=2, kv_heads=1, attention_softcap=2.0
 )
 
 
@@ -195,7 +195,7 @@ def test_models_give_the_kernel_the_masks_of_all_their_attention(changes, given,
 
 def test_what_kernels_do_not_take_is_computed_by_xla(monkeypatch):
     monkeypatch.setattr(flash, "splash", None)
-    config = dataclasses.replace(SMALL, attention_kernel="splash", attention_cap=0.0)
+    config = dataclasses.replace(SMALL, attention_kernel="splash", attention_softcap=0.0)
     model = build(config, rngs=nnx.Rngs(0))
     tokens = jnp.zeros((1, 128), jnp.int32)
     assert model.hidden(tokens[:, :100]).hidden.shape == (1, 100, 16)
@@ -226,7 +226,7 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
         ("cpu", {}, "xla", "Attention: XLA."),
         ("tpu", {}, "splash", "Attention: the splash kernel on TPU."),
         ("tpu", {"attention_kernel": "xla"}, "xla", "Attention: XLA."),
-        ("tpu", {"attention_cap": 50.0}, "splash", "Attention: the splash kernel on TPU."),
+        ("tpu", {"attention_softcap": 50.0}, "splash", "Attention: the splash kernel on TPU."),
         ("gpu", {"dtype": "bfloat16"}, "cudnn", "Attention: cuDNN on GPU."),
         (
             "tpu",
@@ -234,19 +234,24 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
             "xla",
             "since dropout 0.1 falls on weights that no kernel keeps.",
         ),
-        ("tpu", {"positions": "alibi"}, "xla", "XLA, since alibi positions add to scores."),
-        ("tpu", {"context": 1000}, "xla", "XLA, since context 1000 is no multiple of 128."),
+        (
+            "tpu",
+            {"position_embedding": "alibi"},
+            "xla",
+            "XLA, since alibi positions add to scores.",
+        ),
+        ("tpu", {"context_length": 1000}, "xla", "XLA, since context 1000 is no multiple of 128."),
         ("tpu", {"attention": "compressed"}, "xla", "XLA, since its keys are groups of tokens."),
         ("gpu", {}, "xla", "XLA, since cuDNN takes bfloat16, not float32."),
         (
             "gpu",
-            {"dtype": "bfloat16", "attention_cap": 5.0},
+            {"dtype": "bfloat16", "attention_softcap": 5.0},
             "xla",
             "cuDNN bounds no scores softly.",
         ),
         (
             "gpu",
-            {"dtype": "bfloat16", "head_size": 20},
+            {"dtype": "bfloat16", "head_dim": 20},
             "xla",
             "heads of 8, 16 ... 128, not of 20.",
         ),
@@ -274,7 +279,7 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
     assert lines[1] == "Compressed attention: XLA, since its keys are groups of tokens."
     translator = dataclasses.replace(GPT2, family="encoder_decoder")
     assert "no multiple of 128 tokens" in resolve_kernel(translator, "tpu")[1][1]
-    recurrent = dataclasses.replace(GPT2, family="recurrent", positions="none")
+    recurrent = dataclasses.replace(GPT2, family="recurrent", position_embedding="none")
     assert resolve_kernel(recurrent, "tpu")[0].attention_kernel == "xla"
 
 
@@ -289,7 +294,7 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
         ),
         (
             "tpu",
-            {"attention_kernel": "splash", "positions": "relative"},
+            {"attention_kernel": "splash", "position_embedding": "relative"},
             "TransformerConfig.attention_kernel is 'splash': it must be auto or xla here, since "
             "relative positions add to scores.",
         ),
