@@ -11,9 +11,10 @@ Seconds are the whole run's, 2 to 3 of them compilation, both on the same 2 core
 Python 3.11, jax 0.10.2); experiments/README.md has what was tried on the way.
 """
 
-from quickstart import quickstart
+from pathlib import Path
 
 from gptjax.cli import run_experiment
+from gptjax.commands.outcomes import outcome
 from gptjax.config import (
     DataConfig,
     ExperimentConfig,
@@ -21,6 +22,7 @@ from gptjax.config import (
     TrainConfig,
     TransformerConfig,
 )
+from gptjax.runs.run import run
 
 PRESETS = {
     "cpu": ExperimentConfig(
@@ -54,5 +56,11 @@ PRESETS = {
     ),
 }
 
+
+def shakespeare_char(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
+    """Train a model that predicts the next character."""
+    run(config, out, overwrite, objectives=("causal",), show=outcome)
+
+
 if __name__ == "__main__":
-    run_experiment(quickstart, PRESETS, "runs/shakespeare_char", __doc__)
+    run_experiment(shakespeare_char, PRESETS, "runs/shakespeare_char", __doc__)

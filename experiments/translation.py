@@ -10,13 +10,11 @@ tenth validates, and the first lines of it are translated at the end.
 import dataclasses
 from pathlib import Path
 
-from quickstart import train
-
-from gptjax import beam_search, preset
+from gptjax import preset
 from gptjax.cli import run_experiment
+from gptjax.commands.outcomes import outcome
 from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
-from gptjax.data.corpus import Corpus, Sources
-from gptjax.runs.directory import Run
+from gptjax.runs.run import run
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("transformer-tiny"), vocab_size=0, context_length=64),
@@ -29,37 +27,12 @@ DEFAULTS = ExperimentConfig(
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
     train=TrainConfig(steps=2000, batch_size=64, label_smoothing=0.1),
 )
-SHOWN = 20
-"""Sentences in translations.txt."""
 
 
 def translation(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that translates."""
-    if train(config, out, overwrite, objectives=("sequence_to_sequence",), show=show):
+    if run(config, out, overwrite, objectives=("sequence_to_sequence",), show=outcome):
         print(f'Next: python -m gptjax sample {out} --beams 4 --prompt "A text to translate."')
-
-
-def show(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
-    """Write translations of validation sentences, by the best checkpoint and a beam of 4."""
-    shown = []
-    for number in range(min(SHOWN, len(sources.validation[0]))):
-        text, reference = sources.validation[0][number], sources.validation_targets[0][number]
-        question = run.question(text)
-        if question.source is None or len(question.source) > run.config.model.context_length:
-            continue
-        ((best, *_),) = beam_search(
-            run.model,
-            question.prompt[None],
-            max_new_tokens=run.config.model.context_length - 1,
-            beams=4,
-            end_token=question.ends,
-            length_penalty=0.6,
-            source=question.source[None],
-        )
-        written = run.tokenizer.decode(token for token in best.tokens if token not in question.ends)
-        shown.append(f"{text}\n  model      {written}\n  reference  {reference}")
-    (out / "translations.txt").write_text("\n".join(shown) + "\n", encoding="utf-8")
-    return "translations.txt"
 
 
 if __name__ == "__main__":

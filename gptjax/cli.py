@@ -20,7 +20,8 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from gptjax import distributed
-from gptjax.commands import commands
+from gptjax.commands import commands, train
+from gptjax.commands.training import trainable
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
 from gptjax.system.disk import is_failure
 from gptjax.system.exits import Exit, Interrupts
@@ -36,6 +37,11 @@ def main() -> None:
     """`gptjax COMMAND …`, of those in `gptjax.commands`."""
 
     def parse_and_run(arguments: list[str]) -> None:
+        if arguments[:1] == ["train"]:
+            _experiment(train, trainable(), Path("runs"), train.__doc__, "gptjax train")(
+                arguments[1:]
+            )
+            return
         _parse(
             tyro.extras.subcommand_cli_from_dict,
             {name: _deferred(command) for name, command in commands(arguments).items()},
@@ -55,6 +61,18 @@ def run_experiment(
     Every field of the config is a flag; the first preset gives the defaults, and `--preset NAME`
     picks another where there are several. Beside them: `--out`, `--overwrite`, `--debug`.
     """
+    directory = Path(out)
+    _guarded(_experiment(run, presets, directory, description, None))
+
+
+def _experiment(
+    run: RunExperiment,
+    presets: dict[str, ExperimentConfig],
+    out: Path,
+    description: str | None,
+    prog: str | None,
+) -> Callable[[list[str]], None]:
+    """What parses an experiment's flags and runs it."""
     help_text = f"{description}\n--debug shows the traceback of a mistake."
     if len(presets) > 1:
         first, *others = presets
@@ -62,10 +80,10 @@ def run_experiment(
 
     def parse_and_run(arguments: list[str]) -> None:
         default, name = next(iter(presets.values())), next(iter(presets))
-        directory = Path(out)
+        directory = out
         if len(presets) > 1:
             name, arguments = _take_preset(arguments, presets)
-            default, directory = presets[name], directory / name
+            default, directory = presets[name], out / name
 
         def experiment(
             config: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = default,
@@ -82,9 +100,10 @@ def run_experiment(
             with distributed.joined(config):
                 run(config, out, overwrite)
 
-        _parse(tyro.cli, _deferred(experiment), args=arguments, description=help_text)()
+        options = {} if prog is None else {"prog": prog}
+        _parse(tyro.cli, _deferred(experiment), args=arguments, description=help_text, **options)()
 
-    _guarded(parse_and_run)
+    return parse_and_run
 
 
 def run_command(command: Callable[..., None], description: str | None) -> None:

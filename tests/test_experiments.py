@@ -1,6 +1,5 @@
 """Every file of experiments/ runs two tiny steps, as its user would start it."""
 
-import importlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import pytest
 from conftest import EXPERIMENTS, ROOT
 
 from gptjax.commands import sample
+from gptjax.commands.outcomes import first_line
 from gptjax.training.metrics import read_jsonl
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -136,9 +136,7 @@ def test_translation_translates_what_validates(tmp_path, capsys):
     assert by_beams == translations.split("  model      ")[1].partition("\n  reference")[0] + "\n"
 
 
-def test_samples_begin_with_the_first_document_that_says_something(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    first_line = importlib.import_module("quickstart").first_line
+def test_samples_begin_with_the_first_document_that_says_something():
     assert first_line(["", "", "short"]) == "short"
     assert first_line(["", "short\n  a line that is long enough to show\n"]) == (
         "a line that is long enough to show"

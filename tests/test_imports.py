@@ -27,8 +27,8 @@ ROOMS = {
     "certify": "config costs parallel layers models data training decoding runs",
     "compare": "config system costs parallel models data training decoding plots runs",
     "preflight": "config costs parallel layers models data training decoding",
-    "commands": "config system costs models data distributed decoding huggingface plots runs probe "
-    "certify preflight",
+    "commands": "config system costs models data distributed training decoding huggingface plots "
+    "runs probe certify compare preflight",
     "cli": "config system distributed training commands",
     "__main__": "cli",
     # The public face, which nothing of ours below the experiments imports.

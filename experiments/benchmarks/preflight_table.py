@@ -35,8 +35,8 @@ class Row:
 GPT2 = "gpt2 --topology v5e:4x4 --mesh data=1,fsdp=16 --seq 1024 --model.dropout 0"
 LLAMA = (
     "llama-style --topology v5e:16x16 --mesh data=1,fsdp=256 --batch-per-device 4 --seq 2048 "
-    "--model.depth 32 --model.width 4096 --model.heads 32 --model.kv-heads 32 --model.mlp-dim 11008 "
-    "--model.vocab-size 32000 --model.no-tie-embeddings"
+    "--model.depth 32 --model.width 4096 --model.heads 32 --model.kv-heads 32 "
+    "--model.mlp-dim 11008 --model.vocab-size 32000 --model.no-tie-embeddings"
 )
 GPT3_22B = (
     "gpt3-13b --topology v5e:16x16 --mesh data=1,fsdp=64,tensor=4 --batch-per-device 4 "

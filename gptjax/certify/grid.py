@@ -237,12 +237,12 @@ def page(rows: Mapping[str, Row], command: str) -> str:
             "",
             f"{versions}; {made['device']}; {made['machine']}.",
             "",
-            f"Each variant is run in tiny shapes (context {BASE.context_length}, width {BASE.width} and "
-            f"more, {ROWS} rows) with random parameters. An error is the largest difference over "
-            "the largest value, of logits or of the loss and its gradient; `bfloat16` is the "
-            "gradient's as a vector, and a mixture of experts' loss's. `scanned`, `accumulated` "
-            "and `sharded` are one compiled step that is all three, and each alone where that "
-            "errs. `parameters` are of the variant in its own size.",
+            f"Each variant is run in tiny shapes (context {BASE.context_length}, width "
+            f"{BASE.width} and more, {ROWS} rows) with random parameters. An error is the largest "
+            "difference over the largest value, of logits or of the loss and its gradient; "
+            "`bfloat16` is the gradient's as a vector, and a mixture of experts' loss's. "
+            "`scanned`, `accumulated` and `sharded` are one compiled step that is all three, and "
+            "each alone where that errs. `parameters` are of the variant in its own size.",
             "",
             "| property | what is the same | largest error | passes up to |",
             "|---|---|---|---|",

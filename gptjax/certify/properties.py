@@ -30,6 +30,7 @@ from gptjax.decoding.generate import Decoding
 from gptjax.layers.attention import module
 from gptjax.layers.attention.reference import attention_weights, weighted_values
 from gptjax.models.build import build, split
+from gptjax.models.plain import gpt2
 from gptjax.parallel.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.losses import LossFunction, token_loss
@@ -279,6 +280,18 @@ def _decoded(case: Case, beginnings: np.ndarray, expected: np.ndarray, **changes
         unread = tokens[row, starts][:, None].tolist()
 
 
+SIZES = ("vocab_size", "context_length", "depth", "width", "heads", "dropout", "attention_kernel")
+"""Fields in which a model may differ from GPT-2 and still be what models/plain.py computes."""
+
+
+def _plain(case: Case) -> float:
+    """GPT-2's choices are the config's defaults."""
+    for field in dataclasses.fields(TransformerConfig):
+        if field.name not in SIZES and getattr(case.config, field.name) != field.default:
+            raise NotApplicable(f"models/plain.py is GPT-2, and {field.name} another")
+    return difference(gpt2(case.params, jnp.asarray(case.batch.tokens)), case.logits(case.batch))
+
+
 def _attention(case: Case) -> float:
     if case.config.family == "recurrent":
         raise NotApplicable("an LSTM has no attention")
@@ -397,6 +410,7 @@ PROPERTIES = {
     "scanned": Property("scanned layers = unrolled layers", ROUNDING, _scanned),
     "remat": Property("recomputed blocks = kept activations", ROUNDING, _remat),
     "cached": Property("decoding with a cache = the full forward pass", ROUNDING, _cached),
+    "plain": Property("Decoder = GPT-2 written out in models/plain.py", ROUNDING, _plain),
     "attention": Property("fast attention = reference attention", ROUNDING, _attention),
     "chunked": Property("the loss in chunks = the loss at once", ROUNDING, _chunked),
     "accumulated": Property("a batch in 2 parts = the batch at once", ROUNDING, _accumulated),

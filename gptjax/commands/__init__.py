@@ -10,24 +10,29 @@ from gptjax.commands.hosts import doctor, launch
 from gptjax.commands.models import certify, convert, params, sample
 from gptjax.commands.preflight import preflight_for
 from gptjax.commands.texts import build_dataset, data
+from gptjax.commands.training import compare, train
 
 __all__ = [
     "attention",
     "build_dataset",
     "certify",
     "commands",
+    "compare",
     "convert",
     "data",
     "doctor",
     "launch",
     "params",
     "sample",
+    "train",
 ]
 
 
 def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
     """Every command by name; a preset among `arguments` gives the defaults of preflight's flags."""
     return {
+        "train": train,
+        "compare": compare,
         "sample": sample,
         "params": params,
         "certify": certify,

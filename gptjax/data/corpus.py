@@ -277,9 +277,10 @@ def _check_rows(
         if not any(len(bucket.sources[number]) for bucket in buckets):
             lacks = f"has no pair that fits a context of {context_length} tokens"
             if data.objective != "sequence_to_sequence":
+                least = _least(data, context_length, rest=part == "validation")
                 lacks = (
-                    f"has {len(store.tokens)} tokens and fills no row; a context of {context_length} "
-                    f"needs at least {_least(data, context_length, rest=part == 'validation')}"
+                    f"has {len(store.tokens)} tokens and fills no row; a context of "
+                    f"{context_length} needs at least {least}"
                 )
             raise InputError(f"data.source: the {part} part of {documents[number].name} {lacks}.")
 

@@ -1,9 +1,9 @@
 """GPT-2 as its paper has it: read this first, then decoder.py.
 
 The Transformer's decoder (Vaswani et al. 2017) with the norms before the layers and one more at the
-end (Radford et al. 2019, section 2.3). The parameters are those of `Decoder`, and so are the logits:
-`python -m gptjax certify gpt2` measures the difference. B rows, T tokens, D channels of the residual
-stream, N heads of H channels, V tokens in the vocabulary; a block's parameters are stacked along L.
+end (Radford et al. 2019, section 2.3). The parameters are those of `Decoder`, and so are the
+logits: `python -m gptjax certify gpt2` measures the difference. B rows, T tokens, D channels of the
+residual stream, N heads of H channels, V tokens in the vocabulary; blocks are stacked along L.
 """
 
 import jax

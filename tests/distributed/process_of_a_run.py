@@ -16,6 +16,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 from gptjax.cli import run_experiment
 from gptjax.config import InputError
+from gptjax.runs.run import run
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
 
@@ -43,10 +44,10 @@ def save_twice(self, state, progress, validation_loss=None) -> None:
     self.wait()
 
 
-def run(config, out: Path, overwrite: bool) -> None:
+def run_alone(config, out: Path, overwrite: bool) -> None:
     """Train, and show nothing."""
-    quickstart.train(config, out, overwrite, objectives=("causal",), show=lambda *_: "no samples")
+    run(config, out, overwrite, show=lambda *_: "no samples")
 
 
 loop.agreed_stop, Checkpoints.save = troubled, save_twice
-run_experiment(run, {"quickstart": quickstart.DEFAULTS}, "runs/troubled", __doc__)
+run_experiment(run_alone, {"quickstart": quickstart.DEFAULTS}, "runs/troubled", __doc__)

@@ -20,6 +20,7 @@ from conftest import EXPERIMENTS, ROOT
 from gptjax.cli import run_experiment
 from gptjax.models.build import split
 from gptjax.runs.directory import load_run
+from gptjax.runs.run import run
 from gptjax.training.metrics import read_jsonl
 
 SCRIPT = Path(__file__).with_name("process_of_a_run.py")
@@ -76,13 +77,12 @@ def in_one_process(out: Path, text: Path, monkeypatch, *flags: str) -> None:
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
     quickstart = importlib.import_module("quickstart")
 
-    def run(config, out, overwrite) -> None:
-        train = quickstart.train
-        train(config, out, overwrite, objectives=("causal",), show=lambda *_: "no samples")
+    def run_alone(config, out, overwrite) -> None:
+        run(config, out, overwrite, show=lambda *_: "no samples")
 
     words = ["quickstart", *FLAGS, f"--data.source={text}", f"--out={out}", *flags]
     monkeypatch.setattr(sys, "argv", words)
-    run_experiment(run, {"quickstart": quickstart.DEFAULTS}, "none", "")
+    run_experiment(run_alone, {"quickstart": quickstart.DEFAULTS}, "none", "")
 
 
 def losses(out: Path, name: str = "loss") -> list[float]:

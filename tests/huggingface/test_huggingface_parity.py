@@ -191,7 +191,7 @@ def _marian_differences(ours, theirs, given, asked) -> dict[str, float]:
     tokens = np.random.default_rng(1).integers(0, VOCABULARY - 1, (3, 7))
     output = theirs(**given, decoder_input_ids=torch.tensor(tokens), **asked)
     memory = ours.encode(
-        Inputs(source, padding_mask=source_mask, capture=("residual", "attention"))
+        Inputs(jnp.asarray(source), jnp.asarray(source_mask), capture=("residual", "attention"))
     )
     hidden = ours.hidden(
         tokens,

@@ -13,6 +13,7 @@ from conftest import EXPERIMENTS, ROOT
 from gptjax.cli import run_experiment
 from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig
 from gptjax.parallel.sharding import AXES, build_mesh, parameter_sharding
+from gptjax.runs.run import devices
 
 SMALL, MEDIUM, LARGE = 1_000_000, 20_000_000, 100_000_000
 
@@ -191,13 +192,11 @@ def test_an_experiment_says_what_does_not_fit_in_a_sentence_and_writes_nothing(
     ],
 )
 def test_an_experiment_says_over_which_devices_it_is_spread(sizes, rows, lines, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    quickstart = importlib.import_module("quickstart")
     train = TrainConfig(batch_size=rows, grad_accumulation=2 if rows > 8 else 1)
     config = ExperimentConfig(mesh=MeshConfig(**sizes), train=train)
     count = 8 if lines else 1
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:count])
-    assert quickstart.devices(config)[1] == lines
+    assert devices(config)[1] == lines
 
 
 def test_who_holds_what_of_every_preset_is_as_written_down():

@@ -106,7 +106,8 @@ def test_a_step_in_parts_is_compiled_where_its_sums_are_all_reduces():
     flags = (
         "llama-style --topology v5e:4x4 --mesh data=1,fsdp=16 --batch-per-device 4 --seq 128 "
         "--model.depth 2 --model.width 256 --model.heads 2 --model.kv-heads 2 --model.mlp-dim 512 "
-        "--model.vocab-size 32000 --model.no-tie-embeddings --train.loss-chunk 128 --train.grad-accumulation 2"
+        "--model.vocab-size 32000 --model.no-tie-embeddings --train.loss-chunk 128 "
+        "--train.grad-accumulation 2"
     )
     report = values(start(f"{flags} --json"))
     _, sums = report["expected"]

@@ -115,8 +115,8 @@ def templates(material: Material) -> list[Invocation]:
         "--top-p=0.9", "--min-p=0.01", "--repetition-penalty=1.1", "--seed=1", "--num-samples=2",
     )  # fmt: skip
     data = (
-        "data", text, "--tokenizer=bytes", "--context-length=32", "--batch-size=4", f"--cache={new}",
-        "--objective=causal", "--packing=split",
+        "data", text, "--tokenizer=bytes", "--context-length=32", "--batch-size=4",
+        f"--cache={new}", "--objective=causal", "--packing=split",
     )  # fmt: skip
     gptjax = [
         sample,

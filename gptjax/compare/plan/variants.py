@@ -1,7 +1,7 @@
 """What is compared: presets, presets with overrides, and sweeps over the values of an axis.
 
-`gpt2`, `gpt2:norm=rmsnorm,optimizer.name=muon`, `gpt2:position_embedding=*`; a piece without = belongs to
-the value before it, as in `gemma-style:attention=full,local`.
+`gpt2`, `gpt2:norm=rmsnorm,optimizer.name=muon`, `gpt2:position_embedding=*`; a piece without =
+belongs to the value before it, as in `gemma-style:attention=full,local`.
 """
 
 import dataclasses

@@ -1,0 +1,122 @@
+"""What a finished run is shown by: its loss curve, and what its best checkpoint says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import plots, probe
+from gptjax.data.corpus import Corpus, Sources
+from gptjax.data.pipeline import EvaluationBatches
+from gptjax.data.report import labels
+from gptjax.data.sources import Documents
+from gptjax.data.tokenizers import stream_text
+from gptjax.decoding.beam_search import beam_search
+from gptjax.decoding.generate import Sampling, generate
+from gptjax.runs.directory import Run
+from gptjax.training.metrics import METRICS, read_jsonl
+
+SHOWN = 20
+"""Rows in predictions.txt, and sentences in translations.txt."""
+
+
+def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
+    """Write the loss curve and what the objective is judged by; the names of the files."""
+    plots.save(plots.loss_curve(read_jsonl(out / METRICS)), out / "loss.png")
+    if run.config.data.objective in ("masked_lm", "next_sentence"):
+        shown = predictions(run, sources, corpus, out)
+    elif run.config.model.family == "encoder_decoder" and sources.validation_targets:
+        shown = translations(run, sources, corpus, out)
+    elif run.config.data.objective == "causal":
+        shown = samples(run, sources, corpus, out)
+    else:
+        return "loss.png"
+    return f"loss.png, {shown}"
+
+
+def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
+    """Write the run's attention and samples, by its best checkpoint."""
+    line = first_line(sources.validation[0])
+    sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context_length)]
+    if run.config.model.family == "decoder":
+        weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
+        said = map(plots.token_label, labels(sentence, run.tokenizer, corpus.vocabulary))
+        title = plots.token_label(line).replace("·", " ")
+        plots.save(plots.attention_grid(weights, list(said), title), out / "attention.png")
+
+    prompts = np.tile(sentence, (4, 1))
+    tokens = generate(
+        run.model,
+        prompts,
+        max_new_tokens=300,
+        sampling=Sampling(temperature=0.8, top_k=40),
+        end_token=run.tokenizer.end_token,
+        sliding_window=True,
+    )
+    samples = np.concatenate([prompts, np.stack(list(tokens), axis=1)], axis=1)
+    texts = ["".join(stream_text(run.tokenizer, sample)) for sample in samples]
+    (out / "samples.txt").write_text("\n\n----\n\n".join(texts) + "\n", encoding="utf-8")
+    return "attention.png, samples.txt" if run.config.model.family == "decoder" else "samples.txt"
+
+
+def first_line(documents: Sequence[str] | Documents, least: int = 24, most: int = 40) -> str:
+    """The beginning of the first line of at least `least` characters, or else of the text.
+
+    Of the first document that is not empty; a source has one.
+    """
+    text = next(filter(None, map(documents.__getitem__, range(len(documents)))))
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if len(line) >= least), text)[:most]
+
+
+def predictions(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
+    """Write rows of the validation part with the model's guesses, by its best checkpoint."""
+    lines, found, hidden = [], 0, 0
+    for batch in EvaluationBatches(corpus.validation, SHOWN):
+        inputs = {name: jnp.asarray(array) for name, array in batch.inputs().items()}
+        logits = run.model(jnp.asarray(batch.tokens), **inputs)
+        guesses = np.asarray(logits.argmax(axis=-1))
+        asked = batch.loss_weights > 0
+        found += int((guesses == batch.targets)[asked].sum())
+        hidden += int(asked.sum())
+        if not lines:
+            for row in np.flatnonzero(asked.any(axis=1)):
+                filled = batch.padding_mask if batch.segment_ids is None else batch.segment_ids
+                read = np.asarray(filled)[row] > 0
+                texts = labels(batch.targets[row][read], run.tokenizer, corpus.vocabulary)
+                guessed = labels(guesses[row][read], run.tokenizer, corpus.vocabulary)
+                marked = [
+                    f"[{text if text == guess else f'{text}: {guess}'}]" if hid else text
+                    for text, guess, hid in zip(texts, guessed, asked[row][read], strict=True)
+                ]
+                lines.append("".join(marked))
+    head = f"{found:,} of {hidden:,} hidden tokens found ({found / hidden:.1%})."
+    print(head)
+    explained = "What was hidden stands in brackets, and behind it a guess that is wrong."
+    text = "\n\n".join([head, explained, *lines])
+    (out / "predictions.txt").write_text(text + "\n", encoding="utf-8")
+    return "predictions.txt"
+
+
+def translations(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
+    """Write translations of validation sentences, by the best checkpoint and a beam of 4."""
+    shown = []
+    for number in range(min(SHOWN, len(sources.validation[0]))):
+        text, reference = sources.validation[0][number], sources.validation_targets[0][number]
+        question = run.question(text)
+        if question.source is None or len(question.source) > run.config.model.context_length:
+            continue
+        ((best, *_),) = beam_search(
+            run.model,
+            question.prompt[None],
+            max_new_tokens=run.config.model.context_length - 1,
+            beams=4,
+            end_token=question.ends,
+            length_penalty=0.6,
+            source=question.source[None],
+        )
+        written = run.tokenizer.decode(token for token in best.tokens if token not in question.ends)
+        shown.append(f"{text}\n  model      {written}\n  reference  {reference}")
+    (out / "translations.txt").write_text("\n".join(shown) + "\n", encoding="utf-8")
+    return "translations.txt"

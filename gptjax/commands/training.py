@@ -1,0 +1,104 @@
+"""Commands that train: one run, or a comparison of many."""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gptjax.commands.outcomes import outcome
+from gptjax.compare.question import Comparison
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    Objective,
+    OptimizerConfig,
+    TrainConfig,
+)
+from gptjax.models.presets import PRESETS, preset
+from gptjax.runs.run import run
+
+OBJECTIVES: dict[str, Objective] = {
+    "encoder": "masked_lm",
+    "encoder_decoder": "sequence_to_sequence",
+}
+"""What a family is trained for where nothing else is asked; all others predict the next token."""
+
+
+def trainable() -> dict[str, ExperimentConfig]:
+    """A run of every preset, its vocabulary the tokenizer's; the first is the default."""
+    names = ["quickstart", *(name for name in PRESETS if name != "quickstart")]
+    return {name: _defaults(name) for name in names}
+
+
+def _defaults(name: str) -> ExperimentConfig:
+    model = dataclasses.replace(preset(name), vocab_size=0)
+    objective = OBJECTIVES.get(model.family, "causal")
+    if objective == "masked_lm":
+        # Without the heads for pairs of segments, which `next_sentence` asks for.
+        model = dataclasses.replace(model, token_types=0, encoder_heads="masked_lm")
+    if objective == "causal":
+        data = DataConfig()
+    elif objective == "masked_lm":
+        data = DataConfig(objective=objective, tokenizer="bpe:1000")
+    else:
+        source, target = ("source.txt#documents=line",), ("target.txt#documents=line",)
+        data = DataConfig(objective=objective, tokenizer="bpe:4000", source=source, target=target)
+    return ExperimentConfig(
+        model=model,
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=3e-3 if model.width < 512 else 6e-4),
+        train=TrainConfig(steps=1000, batch_size=16),
+    )
+
+
+def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
+    """Train a model on any text: `--preset NAME` sets the defaults, every field is a flag.
+
+    The directory `--out` holds all that the run makes; the same command resumes it.
+    """
+    if not run(config, out, overwrite, show=outcome):
+        return
+    if config.data.objective == "causal":
+        print(f'Next: python -m gptjax sample {out} --prompt "The "')
+    elif config.data.objective == "sequence_to_sequence":
+        print(f'Next: python -m gptjax sample {out} --beams 4 --prompt "A text to translate."')
+
+
+def compare(
+    comparison: Annotated[Comparison, tyro.conf.arg(name="")],
+    out: Path = Path("runs/compare"),
+    dry_run: bool = False,
+) -> None:
+    """Is B better than A? Variants under one budget, several seeds, intervals, costs, a report.
+
+    `--variants quickstart llama-style lstm --budget tokens=1M`: the first is the baseline. The same
+    command goes on where it was stopped, and trains only what is missing.
+
+    Args:
+      comparison: The question.
+      out: Directory of all runs and the report; runs that are there are not repeated.
+      dry_run: Print the plan and how long it would take, and train nothing.
+    """
+    from gptjax.compare.study import compare, describe, summary
+
+    if dry_run:
+        print(describe(comparison, out))
+        return
+    try:
+        answer = compare(comparison, out, _command())
+    except KeyboardInterrupt:
+        print(f"\nWhat has finished is kept in {out}: the same command goes on.", file=sys.stderr)
+        raise
+    print(
+        f"{summary(answer)}\nIn {out}: report.html, report.md, results.csv, results.jsonl, runs/."
+    )
+
+
+def _command() -> str:
+    """The command line, as the report has it."""
+    name, *words = sys.argv
+    own = Path(name).name in ("gptjax", "__main__.py")
+    return f"python {'-m gptjax' if own else name} {shlex.join(words)}"
