@@ -148,6 +148,7 @@ def test_every_experiment_is_run_by_a_test():
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py",
         "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
         "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
+        "benchmarks/gpu_changes.py",
         "compare.py",  # In tests/compare/.
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -221,6 +222,31 @@ def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     assert figures["weight_bytes"] == 4 * (12 * 4 * 128**2 + 256 * 128 + 4 * 13 * 128 + 2 * 128)
     share = ours["share_of_bounds"]["reading"]
     assert share == pytest.approx(reading["milliseconds"] / ours["milliseconds"])
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_gpu_changes_train_the_same_model():
+    changes = "base", "together-qkv-bf16"
+    printed = output_of(
+        start("benchmarks/gpu_changes.py", "--tiny", "--parts=training", "--only", *changes)
+    )
+    trained = [(row[0], float(row[-1])) for row in rows_of(printed) if row and row[0] in changes]
+    assert [name for name, _ in trained] == [*changes, "base"]
+    assert [loss for _, loss in trained] == pytest.approx([trained[0][1]] * 3, abs=0.01)
+
+
+@pytest.mark.slow
+def test_gpu_changes_time_decoding_and_small_models():
+    rows = rows_of(
+        output_of(start("benchmarks/gpu_changes.py", "--tiny", "--parts", "decoding", "small"))
+    )
+    assert [row[1] for row in rows if row and row[0] == "a loop, no switch"] == ["1", "32"]
+    assert [row[1] for row in rows if row and row[0] == "no biases"] == ["1", "10"]
+    _, errors = start("benchmarks/gpu_changes.py").communicate(timeout=300)
+    assert errors.endswith("No GPU is there; --tiny runs small shapes without one.\n")
 
 
 @pytest.mark.slow

@@ -90,8 +90,8 @@ class OptimizerConfig:
     """Peak learning rate of the matrices that Muon takes."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After the warm-up: cosine decay, constant, or stable and then a linear decay (wsd)."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up from zero."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from zero; None is 100, of short runs a fifth."""
     decay_fraction: float = 0.2
     """wsd: the last part of the run, in which the rate decays."""
     min_lr_ratio: float = 0.1
@@ -111,13 +111,19 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_minimum(self, 0, "warmup_steps", "weight_decay", "clip_norm")
+        check_minimum(self, 0, "weight_decay", "clip_norm")
+        warms = self.warmup_steps is None or self.warmup_steps >= 0
+        check(self, "warmup_steps", warms, "at least 0")
         for name in ("learning_rate", "muon_learning_rate", "epsilon"):
             check(self, name, getattr(self, name) > 0, "above 0")
         for name in ("beta1", "beta2"):
             check(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("decay_fraction", "min_lr_ratio"):
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many, the default resolved."""
+        return min(100, steps // 5) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        shorter = self.optimizer.warmup_steps < self.train.steps
+        shorter = self.optimizer.warmup(self.train.steps) < self.train.steps
         check(self.optimizer, "warmup_steps", shorter, f"below train.steps {self.train.steps}")
 
 

@@ -47,7 +47,7 @@ def learning_rate_schedule(
     Raises:
       InputError: a warm-up that leaves no step after it.
     """
-    warmup, final = config.warmup_steps, config.min_lr_ratio * peak
+    warmup, final = config.warmup(steps), config.min_lr_ratio * peak
     if warmup >= steps:
         raise InputError(
             f"OptimizerConfig.warmup_steps is {warmup}: it must be below train.steps {steps}."

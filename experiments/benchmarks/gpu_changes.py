@@ -1,0 +1,346 @@
+"""What changes of a training step, of decoding and of small models' steps are worth on a GPU.
+
+    python experiments/benchmarks/gpu_changes.py
+    python experiments/benchmarks/gpu_changes.py --parts training --only base together
+    python experiments/benchmarks/gpu_changes.py --tiny
+
+`training` times GPT-2 124M (32 rows of 1,024 random tokens, bfloat16, cuDNN's attention, no biases,
+no dropout, AdamW) as it is and with changes; `together` is bf16-logits, gelu-recomputed and
+no-condition. The first is timed again at the end, to show how far two times of the same differ.
+`plan` is the peak that XLA reckons with. `decoding` is greedy, of GPT-2 124M with random weights:
+as `generate` does it, a call a token, and as one program that loops on the device, with the switch
+of `attend_to_prefix` and without. `small` is the step of a model like the quickstart's, one and ten a
+call. Of loops and small steps one more run is profiled: how many kernels the GPU ran, and the sum
+of their times. The changes are put where `gptjax` has its own while this script traces.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import gzip
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from steps_and_tokens import random_batch
+
+from gptjax import Decoder, OptimizerConfig, Sampling, TransformerConfig, generate, ledger, preset
+from gptjax.cli import accept_all_characters
+from gptjax.config import MeshConfig
+from gptjax.data.batch import Batch
+from gptjax.layers import linear, mlp, stack
+from gptjax.layers.attention import module, xla
+from gptjax.models.build import split
+from gptjax.parallel.sharding import build_mesh
+from gptjax.runs.directory import environment
+from gptjax.training import cross_entropy
+from gptjax.training.losses import token_loss
+from gptjax.training.metrics import peak_flops
+from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import State, lower_train_step, train_step
+
+TINY = {"depth": 1, "width": 16, "heads": 2, "context_length": 16, "vocab_size": 64}
+OPTIMIZER = OptimizerConfig(learning_rate=6e-4, schedule="constant", warmup_steps=0)
+Swap = tuple[Any, str, Any]
+"""A module, the name of something in it, and what stands there instead."""
+
+
+@contextlib.contextmanager
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+    """Other things under those names for a while."""
+    with contextlib.ExitStack() as old:
+        for module, name, new in swaps:
+            old.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, new)
+        yield
+
+
+def lean_loss(dtype: Any) -> Callable:
+    """`_losses_and_gradients` with logits kept in `dtype`, and exponentials not kept."""
+
+    def losses_and_gradients(tokens, table, bias, *, options, shares):
+        hidden = tokens.hidden.reshape(-1, tokens.hidden.shape[-1])
+        targets, weights = tokens.targets.reshape(-1, 1), tokens.weights.reshape(-1, 1)
+        logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=dtype)
+        wide = logits.astype(jnp.float32)
+        log_z = jax.nn.logsumexp(wide, axis=1, keepdims=True)
+        target = jnp.take_along_axis(logits, targets, axis=1).astype(jnp.float32)
+        loss = ((log_z - target) * weights).sum()
+        slope = (jnp.exp(wide - log_z) - (jnp.arange(len(table)) == targets)) * weights
+        slope = slope.astype(hidden.dtype)
+        by_hidden = (slope @ table).reshape(tokens.hidden.shape)
+        by_table = jnp.einsum("mv,md->vd", slope, hidden, preferred_element_type=jnp.float32)
+        return (loss, loss), (by_hidden, by_table, None)
+
+    return losses_and_gradients
+
+
+@jax.custom_vjp
+def gelu_recomputed(x: jax.Array) -> jax.Array:
+    """`gelu_tanh`, of which the backward pass gets x and no derivative."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+gelu_recomputed.defvjp(
+    lambda x: (gelu_recomputed(x), x),
+    lambda x, gradient: (gradient * mlp._gelu_tanh_forward(x)[1],),
+)
+
+
+def select(finite: jax.Array, update: Callable, keep: Callable, *state: Any) -> Any:
+    """`jax.lax.cond` that computes both, and chooses leaf by leaf."""
+    return jax.tree.map(functools.partial(jnp.where, finite), update(*state), keep(*state))
+
+
+def fused(x: jax.Array, *layers: linear.Linear) -> tuple[jax.Array, ...]:
+    """`project` as one product, without biases."""
+    kernels = [layer.kernel.reshape(layer.inputs[0], -1) for layer in layers]
+    product = x.reshape(-1, x.shape[-1]) @ jnp.concatenate(kernels, axis=1).astype(x.dtype)
+    ends = np.cumsum([kernel.shape[1] for kernel in kernels])
+    parts = zip(jnp.split(product, ends[:-1], axis=1), layers, strict=True)
+    return tuple(part.reshape(*x.shape[:-1], *layer.outputs) for part, layer in parts)
+
+
+def cast_first(stacks: Sequence[Any], depth: int, unstacked: Callable = stack.unstacked) -> list:
+    """`unstacked` of kernels in bfloat16, whose gradients are joined in bfloat16 too."""
+    return unstacked(cast(list(stacks), jnp.bfloat16, axes=3), depth)
+
+
+def cast(tree: Any, dtype: Any, axes: int = 2) -> Any:
+    """The leaves of so many axes, or more, in `dtype`."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= axes else leaf, tree)
+
+
+def attend_to_all(_, query, kv, mask, bias, scale, softcap) -> jax.Array:
+    """`attend_to_prefix` without its switch."""
+    return xla.attend(query, kv.key, kv.value, mask, bias, scale, softcap)
+
+
+BF16_LOGITS: Swap = (cross_entropy, "_losses_and_gradients", lean_loss(jnp.bfloat16))
+F32_LOGITS: Swap = (cross_entropy, "_losses_and_gradients", lean_loss(jnp.float32))
+ACTIVATIONS = {**mlp.ACTIVATIONS, "gelu_tanh": gelu_recomputed}
+GELU: Swap = (mlp, "ACTIVATIONS", ACTIVATIONS)
+NO_CONDITION: Swap = (jax.lax, "cond", select)
+FUSED_QKV: Swap = (module, "project", fused)
+CAST_FIRST: Swap = (stack, "unstacked", cast_first)
+NO_SWITCH: Swap = (module, "attend_to_prefix", attend_to_all)
+TOGETHER = (BF16_LOGITS, GELU, NO_CONDITION)
+CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
+    # name: (what is swapped, fields of the model, options of the loss)
+    "base": ((), {}, {}),
+    "bf16-logits": ((BF16_LOGITS,), {}, {}),
+    "f32-logits-lean": ((F32_LOGITS,), {}, {}),
+    "loss-chunk-8192": ((), {}, {"chunk": 8192}),
+    "gelu-recomputed": ((GELU,), {}, {}),
+    "no-condition": ((NO_CONDITION,), {}, {}),
+    "fused-qkv": ((FUSED_QKV,), {}, {}),
+    "bf16-before-split": ((CAST_FIRST,), {}, {}),
+    "together": (TOGETHER, {}, {}),
+    "together-qkv-bf16": ((*TOGETHER, FUSED_QKV, CAST_FIRST), {}, {}),
+    "together-scanned": (TOGETHER, {"scan_layers": True}, {}),
+    "together-biases": (TOGETHER, {"bias": True}, {}),
+    "dropout-xla": ((), {"dropout": 0.1, "attention_kernel": "xla"}, {}),
+}
+
+
+def gpt2(tiny: bool, **fields: Any) -> TransformerConfig:
+    """GPT-2 124M in bfloat16, layers unrolled, or something tiny that runs anywhere."""
+    fields = {"dropout": 0.0, "dtype": "bfloat16", "scan_layers": False, **fields}
+    return dataclasses.replace(preset("gpt2"), **{**fields, **(TINY if tiny else {})})
+
+
+def structure(config: TransformerConfig) -> nnx.GraphDef:
+    """Of the model, without its parameters."""
+    return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
+
+
+def first_state(config: TransformerConfig, optimizer: Any) -> State:
+    """Before the first step."""
+    params = split(Decoder(config, rngs=nnx.Rngs(0)))[1]
+    return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def timed(step: Callable, state: State, batch: Batch, calls: int) -> tuple[float, float, State]:
+    """Seconds a call, the last loss, and the state."""
+    state, metrics = step(state, batch)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for _ in range(calls):
+        state, metrics = step(state, batch)
+    jax.block_until_ready(state)
+    return (time.perf_counter() - start) / calls, float(metrics.loss.ravel()[-1]), state
+
+
+def kernels(run: Callable[[], Any], times: int) -> tuple[str, str, str]:
+    """What a GPU ran in one of `times`: kernels, their milliseconds, and the two longest."""
+    count, spent = collections.Counter(), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        for path in Path(folder).rglob("*.trace.json.gz"):
+            events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+            of = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
+            for event in events:
+                if event.get("ph") == "X" and "GPU" in of.get(event["pid"], ""):
+                    count[event["name"]] += 1
+                    spent[event["name"]] += event["dur"] / 1000
+    longest = (
+        f"{count[name] / times:.0f} × `{name[:40]}` {milliseconds / times:.2f}"
+        for name, milliseconds in spent.most_common(2)
+    )
+    return f"{count.total() / times:.0f}", f"{spent.total() / times:.2f}", ", ".join(longest)
+
+
+def row(*cells: Any) -> None:
+    """Print a row of a table in Markdown."""
+    print("|", *(f"{cell} |" for cell in cells), flush=True)
+
+
+def head(*cells: str) -> None:
+    """Print the head of a table."""
+    row(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) -> None:
+    """The table of training steps."""
+    base = {"vocab_size": 50304, "bias": False, "attention_kernel": "xla" if tiny else "cudnn"}
+    optimizer, mesh = build_optimizer(OPTIMIZER, steps=1), build_mesh(MeshConfig(), 1)
+    configs, programs = {}, {}
+    with ThreadPoolExecutor(6) as pool:
+        for name in names:
+            swaps, fields, options = CHANGES[name]
+            config = configs[name] = gpt2(tiny, **{**base, **fields})
+            loss, batch = token_loss(structure(config), **options), random_batch(config, rows)
+            with swapped(swaps):
+                state = jax.eval_shape(functools.partial(first_state, config, optimizer))
+                lowered = lower_train_step(loss, optimizer, state, batch, mesh)
+            programs[name] = pool.submit(lowered.compile)
+    peak = peak_flops()
+    head("change", "ms", "tokens/s", "MFU", "plan, GiB", "loss")
+    for name in [*names, names[0]]:
+        config, step = configs[name], programs[name].result()
+        batch = jax.device_put(random_batch(config, rows))
+        seconds, loss, _ = timed(step, first_state(config, optimizer), batch, steps)
+        speed = rows * config.context_length / seconds
+        share = speed * ledger(config).training_flops / peak.flops
+        plan = step.memory_analysis().peak_memory_in_bytes / 2**30
+        cells = f"{speed:,.0f}", f"{share:.1%}", f"{plan:.2f}", f"{loss:.3f}"
+        row(name, f"{1e3 * seconds:.2f}", *cells)
+    print(f"MFU of {peak.flops:.3g} FLOP/s ({peak.source}).\n")
+
+
+def measure_decoding(tokens: int, tiny: bool) -> None:
+    """The table of decoding."""
+    head("decoding", "rows", "ms a token", "kernels", "ms of them", "longest")
+    calls, loop, all_seen = "a call a token", "a loop", "a loop, no switch"
+    for rows in (1, 32):
+        model = Decoder(gpt2(tiny), rngs=nnx.Rngs(0))
+        decode = functools.partial(generate, model, [[1] * 8] * rows, max_new_tokens=tokens)
+        for name in (f"{calls}, compilation included", calls):
+            start = time.perf_counter()
+            collections.deque(decode(sampling=Sampling(temperature=0)), maxlen=0)
+            row(name, rows, f"{1e3 * (time.perf_counter() - start) / tokens:.2f}", "", "", "")
+        row(loop, rows, *device_loop(gpt2(tiny), rows, tokens, ()))
+        row(all_seen, rows, *device_loop(gpt2(tiny), rows, tokens, (NO_SWITCH,)))
+    float32, unbiased = gpt2(tiny, dtype="float32"), gpt2(tiny, bias=False)
+    row(f"{all_seen}, float32", 1, *device_loop(float32, 1, tokens, (NO_SWITCH,)))
+    row(f"{all_seen}, no biases", 1, *device_loop(unbiased, 1, tokens, (NO_SWITCH,)))
+    print()
+
+
+def device_loop(
+    config: TransformerConfig, rows: int, tokens: int, swaps: Sequence[Swap]
+) -> tuple[str, ...]:
+    """Milliseconds a token of a loop on the device, the best of three, and its kernels."""
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    graphdef, params = split(model)
+    layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
+    params, layers = cast((params, layers), config.dtype)
+
+    def loop(params: Any, layers: Any, cache: Any, token: jax.Array) -> Any:
+        def body(index: jax.Array, carry: Any) -> Any:
+            cache, token, said = carry
+            model = nnx.merge(graphdef, params)
+            output = model.hidden(token, cache=cache, cache_index=8 + index, layers=layers)
+            logits = model.unembed(model.readout(output.hidden[:, -1]))
+            token = logits.argmax(axis=-1).astype(jnp.int32)[:, None]
+            return output.cache, token, said.at[:, index].set(token[:, 0])
+
+        said = jnp.zeros((rows, tokens), jnp.int32)
+        return jax.lax.fori_loop(0, tokens, body, (cache, token, said))
+
+    def given() -> Any:
+        cache = model.empty_cache(rows)
+        return jax.block_until_ready((params, layers, cache, jnp.zeros((rows, 1), jnp.int32)))
+
+    with swapped(swaps):
+        program = jax.jit(loop, donate_argnums=2).lower(*given()).compile()
+    seconds = []
+    for _ in range(3):
+        arguments, start = given(), time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - start)
+    cells = kernels(functools.partial(program, *given()), tokens)
+    return f"{1e3 * min(seconds) / tokens:.2f}", *cells
+
+
+def measure_small(steps: int, tiny: bool) -> None:
+    """The table of a small model's steps."""
+    quickstart = TransformerConfig(vocab_size=512, context_length=128, depth=4, width=128, heads=4)
+    optimizer = build_optimizer(OPTIMIZER, steps=1)
+    head("small model", "steps a call", "ms a step", "kernels", "ms of them", "longest")
+    for bias in (True, False):
+        config = dataclasses.replace(quickstart, bias=bias, **(TINY if tiny else {}))
+        loss, batch = token_loss(structure(config)), random_batch(config, 16)
+        one = functools.partial(train_step, loss=loss, optimizer=optimizer)
+        for group in (1, 10):
+            many = functools.partial(jax.lax.scan, one) if group > 1 else one
+            batches = jax.device_put(Batch.stack([batch] * group) if group > 1 else batch)
+            state = first_state(config, optimizer)
+            step = jax.jit(many, donate_argnums=0).lower(state, batches).compile()
+            seconds, _, state = timed(step, state, batches, steps // group)
+            cells = kernels(functools.partial(step, state, batches), group)
+            name = "biases" if bias else "no biases"
+            row(name, group, f"{1e3 * seconds / group:.2f}", *cells)
+    print()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ("training", "decoding", "small")
+    parser.add_argument("--parts", choices=parts, nargs="+", help="what to time (default all)")
+    parser.add_argument("--only", choices=CHANGES, nargs="+", help="these changes (default all)")
+    parser.add_argument("--tiny", action="store_true", help="shapes that run anywhere, to try it")
+    asked = parser.parse_args()
+    accept_all_characters()
+    if jax.default_backend() != "gpu" and not asked.tiny:
+        parser.error("No GPU is there; --tiny runs small shapes without one.")
+    rows, steps, tokens, small_steps = (2, 2, 8, 20) if asked.tiny else (32, 15, 128, 100)
+    print(environment())
+    for part in asked.parts or parts:
+        if part == "training":
+            measure_training(asked.only or list(CHANGES), rows, steps, asked.tiny)
+        elif part == "decoding":
+            measure_decoding(tokens, asked.tiny)
+        else:
+            measure_small(small_steps, asked.tiny)
+
+
+if __name__ == "__main__":
+    main()
