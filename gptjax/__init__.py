@@ -1,4 +1,4 @@
-"""gptjax: a laboratory for the GPT family in JAX: train, look inside, compare."""
+"""gptjax: a research codebase for the GPT family in JAX: train, look inside, compare."""
 
 from gptjax.config import (
     DataConfig,

@@ -7,6 +7,7 @@ that says of which kind it is; `--debug` shows where it was noticed.
 import contextlib
 import errno
 import functools
+import importlib.metadata
 import io
 import os
 import re
@@ -37,6 +38,9 @@ def main() -> None:
     """`gptjax COMMAND …`, of those in `gptjax.commands`."""
 
     def parse_and_run(arguments: list[str]) -> None:
+        if arguments == ["--version"]:
+            print(f"gptjax {importlib.metadata.version('gptjax')}")
+            return
         if arguments[:1] == ["train"]:
             _experiment(train, trainable(), Path("runs"), train.__doc__, "gptjax train")(
                 arguments[1:]

@@ -148,7 +148,7 @@ def test_every_experiment_is_run_by_a_test():
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py",
         "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
         "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
-        "benchmarks/gpu_changes.py",
+        "benchmarks/gpu_changes.py", "benchmarks/forward_trace.py",
         "compare.py",  # In tests/compare/.
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -156,6 +156,11 @@ def test_every_experiment_is_run_by_a_test():
     others = {"benchmarks/torch_baselines.py", "benchmarks/preflight_table.py"}
     scripts = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.py")}
     assert scripts == tested | others
+
+
+def test_a_forward_pass_is_traced():
+    printed = output_of(start("benchmarks/forward_trace.py"))
+    assert re.search(r"quickstart: \d+ files, \d+ functions, \d+ lines run, of \d+ of", printed)
 
 
 def test_long_attention_tells_time_and_memory():

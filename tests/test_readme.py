@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -48,13 +49,23 @@ def test_the_map_names_every_module():
     assert {path for path in modules if not path.rpartition("/")[2].startswith("__")} <= rooms
 
 
-def test_pictures_and_links_into_the_project_are_there():
-    for target in re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", README):
-        path = target[0] or target[1]
-        assert path.startswith("http") or (ROOT / path).exists(), path
+DOCUMENTS = [path for path in ROOT.rglob("README.md") if "." not in path.parts[len(ROOT.parts)][:1]]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pictures_and_links_into_the_project_are_there(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)|<img src=\"([^\"]+)\"", path.read_text()):
+        linked = target[0] or target[1]
+        assert linked.startswith(("http", "#")) or (path.parent / linked).exists(), linked
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) < 2000
 
 
 def test_every_notebook_is_in_the_table_with_its_badge():
+    table = (ROOT / "notebooks" / "README.md").read_text()
     for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"| [{path.stem}](notebooks/{path.name}) | " in README
-        assert f"/blob/main/notebooks/{path.name}) |" in README
+        assert f"| [{path.stem}]({path.name}) | " in table
+        assert f"/blob/main/notebooks/{path.name}) |" in table

@@ -9,9 +9,9 @@ no dropout, AdamW) as it is and with changes; `together` is bf16-logits, gelu-re
 no-condition. The first is timed again at the end, to show how far two times of the same differ.
 `plan` is the peak that XLA reckons with. `decoding` is greedy, of GPT-2 124M with random weights:
 as `generate` does it, a call a token, and as one program that loops on the device, with the switch
-of `attend_to_prefix` and without. `small` is the step of a model like the quickstart's, one and ten a
-call. Of loops and small steps one more run is profiled: how many kernels the GPU ran, and the sum
-of their times. The changes are put where `gptjax` has its own while this script traces.
+of `attend_to_prefix` and without. `small` is the step of a model like the quickstart's, one and ten
+per call. Of loops and small steps one more run is profiled: how many kernels the GPU ran, and the
+sum of their times. The changes are put where `gptjax` has its own while this script traces.
 """
 
 import argparse

@@ -149,7 +149,7 @@ def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:
     )
     batch = Batch(tokens(), tokens(), draw.uniform(size=shape).astype(np.float32))
     if config.family == "encoder":
-        batch = batch._replace(padding_mask=valid, weights=batch.loss_weights * valid)
+        batch = batch._replace(padding_mask=valid, loss_weights=batch.loss_weights * valid)
     if config.token_types:
         batch = batch._replace(token_types=tokens() % config.token_types)
     if config.family == "encoder_decoder":
@@ -288,7 +288,7 @@ def _plain(case: Case) -> float:
     """GPT-2's choices are the config's defaults."""
     for field in dataclasses.fields(TransformerConfig):
         if field.name not in SIZES and getattr(case.config, field.name) != field.default:
-            raise NotApplicable(f"models/plain.py is GPT-2, and {field.name} another")
+            raise NotApplicable("models/plain.py is GPT-2, and this another model")
     return difference(gpt2(case.params, jnp.asarray(case.batch.tokens)), case.logits(case.batch))
 
 

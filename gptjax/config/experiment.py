@@ -20,8 +20,8 @@ class DataConfig:
     """What is read, and how it becomes tokens."""
 
     source: tuple[str, ...] = ("embedded",)
-    """embedded (the language reference that every Python carries), files, globs, tfds:NAME; the
-    README has the options behind #."""
+    """embedded (the language reference that every Python carries), files, globs, tfds:NAME;
+    gptjax/data/README.md has the options behind #."""
     target: tuple[str, ...] = ()
     """sequence_to_sequence: what each source is to become, document by document."""
     weights: tuple[float, ...] = ()

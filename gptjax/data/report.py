@@ -137,8 +137,7 @@ def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> It
         yield from _lines(labels(one.source[filled[0]], tokenizer, words), {}, name="source")
     row_labels = labels(one.tokens[filled[-1]], tokenizer, words)
     marks: Marks = {"predicted": ["^" if weight else " " for weight in one.loss_weights]}
-    for name in ("documents", "token_types"):
-        values = getattr(one, name)
+    for name, values in (("documents", one.segment_ids), ("segments", one.token_types)):
         if values is not None:
             marks[name] = [str(value % 10) for value in values]
     yield from _lines(row_labels, marks, name="tokens")

@@ -89,7 +89,7 @@ class Attribution(NamedTuple):
 
     @property
     def total(self) -> jax.Array:
-        """[B, T], the logit; before `logit_cap`."""
+        """[B, T], the logit; before `logit_softcap`."""
         total = self.embedding + self.heads.sum((0, 1)) + self.mlp.sum(0) + self.bias
         return total if self.cross_heads is None else total + self.cross_heads.sum((0, 1))
 

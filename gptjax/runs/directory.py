@@ -48,10 +48,13 @@ CONFIG, RESULT = "config.json", "result.json"
 TOKENS = "tokens"
 """The field of an imported model's config.json for what it decodes from and to."""
 BEGUN = ".begun"
+SHOWING = ".showing"
+"""Beside result.json while figures and samples are made: who is killed then makes them again."""
 OPENED = "the run's directory"
 WRITTEN = (
     LOCK,
     BEGUN,
+    SHOWING,
     CONFIG,
     RESULT,
     CHECKPOINTS,
@@ -107,7 +110,8 @@ def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
 
 
 def _is_finished(directory: Path) -> bool:
-    return (directory / RESULT).exists() and not (directory / BEGUN).exists()
+    unfinished = (BEGUN, SHOWING)
+    return (directory / RESULT).exists() and not any((directory / n).exists() for n in unfinished)
 
 
 def begins(directory: Path) -> bool:
@@ -163,7 +167,7 @@ def open_run(
                 "--out must be in a file system that all hosts share."
             )
         _check_same(directory, wanted)
-        return (directory / RESULT).exists()
+        return _is_finished(directory)
     finished = _open_first(directory, wanted, tokenizer, overwrite)
     distributed.meet(OPENED)
     return finished
@@ -179,7 +183,7 @@ def _open_first(
             raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
         if not new and not overwrite:
             _check_same(directory, wanted)
-            return (directory / RESULT).exists()
+            return _is_finished(directory)
         begin(directory, wanted, lambda: save_tokenizer(tokenizer, directory))
     except OSError as error:
         raise write_error(error, directory, flag="--out") from error

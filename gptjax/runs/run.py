@@ -32,6 +32,7 @@ from gptjax.parallel.pipeline import bubble, microbatches
 from gptjax.parallel.sharding import build_mesh, configure_cpu, mesh_name
 from gptjax.runs.directory import (
     RESULT,
+    SHOWING,
     Run,
     environment,
     hold,
@@ -39,7 +40,7 @@ from gptjax.runs.directory import (
     open_run,
     saved_tokenizer,
 )
-from gptjax.system.disk import write_json
+from gptjax.system.disk import is_failure, write_json
 from gptjax.system.memory import check_training_fits
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
@@ -140,12 +141,16 @@ def run(
         if not distributed.is_first():
             return False
         reached = result(data, fitted)
+        (out / SHOWING).touch()
         write_json(out / RESULT, reached)
         try:
             told = f"{show(load_run(out), data.sources, data.corpus, out)}, "
         except Exception as error:  # The run is finished, whatever a figure comes to.
+            if is_failure(error):
+                raise
             told = ""
             print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
+        (out / SHOWING).unlink()
         print(
             f"{summary(reached)}\nIn {out}: {told}result.json, metrics.jsonl, tensorboard/, "
             "checkpoints/."

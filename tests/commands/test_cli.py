@@ -1,4 +1,5 @@
 import contextlib
+import importlib.metadata
 import io
 import json
 import os
@@ -126,7 +127,7 @@ BAD_FLAGS = {
     "no value": (["--model.depth"], "Missing value for argument '--model.depth'."),
     "no choice": (
         ["--model.position_embedding", "learnd"],
-        "invalid choice 'learnd' for argument '--model.position_embedding'. "
+        "invalid choice 'learnd' for argument '--model.position-embedding'. "
         "Expected one of ('learned', 'sinusoidal', 'rotary', 'alibi', 'relative', 'none').",
     ),
     "tokenizer": (
@@ -457,13 +458,17 @@ def test_params_of_an_unknown_model_lists_the_near_ones(gptjax):
     _assert_one_sentence(gptjax("params"), "A preset's name, or the directory of a run.")
 
 
+def test_the_version_is_the_packages(gptjax):
+    assert gptjax("--version").out == f"gptjax {importlib.metadata.version('gptjax')}\n"
+
+
 def test_an_unknown_command_lists_the_known_ones(gptjax):
-    _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean sample or params")
+    _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean train or compare")
     assert gptjax("sampel").err.endswith(" or preflight or doctor or launch?\n")
     _assert_one_sentence(
         gptjax(),
-        "Expected one of {sample, params, certify, convert, attention, data, build-dataset, "
-        "preflight, doctor, launch}.",
+        "Expected one of {train, compare, sample, params, certify, convert, attention, data, "
+        "build-dataset, preflight, doctor, launch}.",
     )
 
 

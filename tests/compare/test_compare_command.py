@@ -50,7 +50,7 @@ def command(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["compare.py", *words])
         code = 0
         try:
-            script.run_command(script.main, script.__doc__)
+            script.run_command(script.compare, script.__doc__)
         except SystemExit as exit:
             code = int(exit.code or 0)
         return code, *capsys.readouterr()

@@ -105,7 +105,7 @@ def test_pairs_that_are_left_out_are_counted(show):
         (["TEXT", "--tokenizer", "gpt2:/none"], "data.tokenizer: cannot read"),
         (
             ["TEXT", "--weights", "1", "2"],
-            "DataConfig.loss_weights is (1.0, 2.0): it must be a number",
+            "DataConfig.weights is (1.0, 2.0): it must be a number",
         ),
         (["TEXT", "--objektive", "prefix"], "Unknown flag --objektive: did you mean --objective"),
         (

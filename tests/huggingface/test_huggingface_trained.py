@@ -63,7 +63,7 @@ def _under_their_names(model, tokens) -> dict[str, jax.Array]:
     block = model.decoder.each()[0]
     return {
         "tok_emb": model.embedding(tokens),
-        "pos_emb": model.position_embedding(jnp.arange(tokens.shape[1]))[None],
+        "pos_emb": model.positions(jnp.arange(tokens.shape[1]))[None],
         "x": first["residual"],
         "ln1": block.attention_norm(first["residual"]),
         **heads_first,

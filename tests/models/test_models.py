@@ -47,7 +47,7 @@ def assert_same(first, second, rtol: float = 1e-5):
 
 @pytest.mark.parametrize("positions", ["learned", "rotary", "none"])
 def test_a_later_token_moves_no_earlier_logit(positions):
-    model = decoder(positions=positions)
+    model = decoder(position_embedding=positions)
     logits = logits_of(model)
     for place in range(TINY.context_length):
         other = TOKENS.at[0, place].set((TOKENS[0, place] + 1) % TINY.vocab_size)

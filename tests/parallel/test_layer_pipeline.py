@@ -1,4 +1,5 @@
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,15 @@ def test_parts_that_the_mesh_cannot_split_are_refused():
         microbatches(16, 16, MESH.shape)
 
 
-def turn(params, x, rows, keys):
+class Own(NamedTuple):
+    key: Any
+
+
+def turn(params, x, rows, own):
     """A layer of which the order matters, which tells what it saw."""
-    (own, shared), (weight,) = rows, params
-    drawn = None if keys is None else jnp.full((1, len(x)), jax.random.uniform(keys[0]))
-    return jnp.tanh(weight * x + own[:, None, None] + shared), {"entered": x[None], "drawn": drawn}
+    (mine, shared), (weight,) = rows, params
+    drawn = None if own.key is None else jnp.full((1, len(x)), jax.random.uniform(own.key[0]))
+    return jnp.tanh(weight * x + mine[:, None, None] + shared), {"entered": x[None], "drawn": drawn}
 
 
 @functools.cache
@@ -50,13 +55,13 @@ def passed(parts: int, mesh=MESH):
     x = jax.random.normal(jax.random.key(0), (ROWS, 3, 2))
     stacks = [jax.random.normal(jax.random.key(1), (TURNS,))]
     rows = jnp.arange(ROWS) / ROWS, jnp.full((1, 1, 1), 0.5)
-    keys = jax.random.split(jax.random.key(2), (TURNS, 1))
+    own = Own(jax.random.split(jax.random.key(2), (TURNS, 1)))
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(run_stages, turn, asked=parts))(stacks, x, rows, keys)
+        found = jax.jit(functools.partial(run_stages, turn, asked=parts))(stacks, x, rows, own)
     entered = []
     for weight in stacks[0]:
         entered.append(x)
-        x, _ = turn([weight], x, rows, None)
+        x, _ = turn([weight], x, rows, Own(None))
     return jax.device_get(found), (x, jnp.stack(entered))
 
 

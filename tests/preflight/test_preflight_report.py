@@ -216,15 +216,15 @@ def test_a_mesh_that_does_not_match_the_devices_is_one_sentence(mesh):
     ("data", "fields"),
     [
         (DataConfig(), set()),
-        (DataConfig(packing="first_fit"), {"documents", "positions"}),
-        (DataConfig(objective="masked_lm"), {"documents", "positions"}),
-        (DataConfig(objective="next_sentence"), {"valid", "token_types", "next_sentence"}),
+        (DataConfig(packing="first_fit"), {"segment_ids", "positions"}),
+        (DataConfig(objective="masked_lm"), {"segment_ids", "positions"}),
+        (DataConfig(objective="next_sentence"), {"padding_mask", "token_types", "next_sentence"}),
         (DataConfig(objective="prefix"), {"source", "source_mask"}),
     ],
 )
 def test_a_batch_has_what_the_objective_gives(data, fields):
     batch = batch_shapes(dataclasses.replace(tiny(), data=data))
-    plain = {"tokens", "targets", "weights"}
+    plain = {"tokens", "targets", "loss_weights"}
     assert {name for name, array in batch._asdict().items() if array is not None} == plain | fields
     assert batch.tokens.shape == (8, 16)
 

@@ -178,7 +178,7 @@ def read_comparison(directory: Path) -> Any:
     script = importlib.import_module("compare")
     source, out = str(_text(directory)), str(directory / "out")
     sys.argv = ["compare", *COMPARE, "--data.source", source, "--out", out]
-    cli.run_command(script.main, "")
+    cli.run_command(script.compare, "")
     lines = (directory / "out" / "results.jsonl").read_text().splitlines()
     curves = [json.loads(line) for line in lines]
     return [{name: curve.get(name) for name in ("loss", "losses", "rate")} for curve in curves]

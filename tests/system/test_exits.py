@@ -17,7 +17,7 @@ from gptjax.system.disk import DiskError
 from gptjax.system.exits import Exit
 from gptjax.training.loop import Diverged, Interrupted
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "gptjax" / "distributed" / "README.md").read_text(encoding="utf-8")
 ENDS = [
     (InputError("It is wrong."), 2, "It is wrong."),
     (Diverged("Step 3: the loss is nan."), 65, "Step 3: the loss is nan."),

@@ -56,7 +56,7 @@ def test_dropout_is_the_comparisons_unless_a_variant_says_its_own():
         ("norm=rmsnorm", "norm", "rmsnorm"),
         ("depth=3", "depth", 3),
         ("rotary_fraction=0.5", "rotary_fraction", 0.5),
-        ("attention_cap=5e1", "attention_softcap", 50.0),
+        ("attention_softcap=5e1", "attention_softcap", 50.0),
         ("tie_embeddings=false", "tie_embeddings", False),
         ("tie_embeddings=False", "tie_embeddings", False),
         ("qk_norm=true", "qk_norm", True),
@@ -92,11 +92,11 @@ def test_the_optimizer_is_the_comparisons_with_overrides():
 
 
 def test_a_sweep_is_every_value_of_the_axis():
-    positions = typing.get_args(typing.get_type_hints(TransformerConfig)["positions"])
+    positions = typing.get_args(typing.get_type_hints(TransformerConfig)["position_embedding"])
     variants = read("gpt2:position_embedding=*")
     assert [variant.model.position_embedding for variant in variants] == list(positions)
     assert [variant.name for variant in variants] == [
-        f"gpt2:positions={value}" for value in positions
+        f"gpt2:position_embedding={value}" for value in positions
     ]
 
 
@@ -204,9 +204,9 @@ def test_every_swept_variant_can_be_built(axis):
         (("gpt2:learning_rate=1",), "did you mean optimizer.learning_rate or optimizer.muon_"),
         (("gpt2:depth=four",), "'gpt2:depth=four': depth is 'four', and must be a whole number."),
         (("gpt2:depth=1.5",), "depth is '1.5', and must be a whole number."),
-        (("gpt2:logit_softcap=hot",), "logit_cap is 'hot', and must be a number."),
-        (("gpt2:tie_embeddings=yes",), "tied is 'yes', and must be true or false."),
-        (("gpt2:tie_embeddings=none",), "tied is 'none', and must be true or false."),
+        (("gpt2:logit_softcap=hot",), "logit_softcap is 'hot', and must be a number."),
+        (("gpt2:tie_embeddings=yes",), "tie_embeddings is 'yes', and must be true or false."),
+        (("gpt2:tie_embeddings=none",), "tie_embeddings is 'none', and must be true or false."),
         (("gpt2:query_bias=1",), "query_bias is '1', and must be true or false or none."),
         (("gpt2:norm=rms",), "'gpt2:norm=rms': TransformerConfig.norm is 'rms': it must be one of"),
         (("gpt2:attention=local",), "TransformerConfig.window is 0: it must be above 0"),
@@ -217,11 +217,11 @@ def test_every_swept_variant_can_be_built(axis):
         (("gpt2:norm=rmsnorm,norm=layernorm",), "overrides norm twice: once is accepted."),
         (
             ("gpt2:context_length=64",),
-            "overrides context, which all variants have in common: --context-length",
+            "overrides context_length, which all variants have in common: --context-length",
         ),
         (("gpt2:vocab_size=64",), "which all variants have in common: the tokenizer sets it."),
         (("gpt2:width=*",), "sweeps width, whose values are not listed: a star may stand for a"),
-        (("gpt2:dtype=*",), "a value of family, kv_heads, positions, "),
+        (("gpt2:dtype=*",), "a value of family, kv_heads, "),
         (("gpt2", "gpt2"), "'gpt2' is the same as 'gpt2': each may be there once."),
         (
             ("gpt2", "gpt2:position_embedding=learned"),

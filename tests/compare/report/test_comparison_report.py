@@ -158,7 +158,7 @@ def test_the_answer_comes_first_and_says_no_more_than_is_known(written):
         ("no baseline", "No run of the baseline gpt2 finished", ["○ no interval llama-style"]),
         (
             "many",
-            "Of 11 variants 5 are better than gpt2, 4 worse and 2 not separated",
+            "Of 11 variants 4 are better than gpt2, 5 worse and 2 not separated",
             ["▼ better"],
         ),
     ],
