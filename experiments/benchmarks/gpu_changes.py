@@ -244,7 +244,7 @@ def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) ->
 
 def measure_decoding(tokens: int, tiny: bool) -> None:
     """The table of decoding."""
-    head("decoding", "rows", "ms a token", "kernels", "ms of them", "longest")
+    head("decoding", "rows", "ms per token", "kernels", "ms of them", "longest")
     calls, loop, all_seen = "a call a token", "a loop", "a loop, no switch"
     for rows in (1, 32):
         model = Decoder(gpt2(tiny), rngs=nnx.Rngs(0))
@@ -301,7 +301,7 @@ def measure_small(steps: int, tiny: bool) -> None:
     """The table of a small model's steps."""
     quickstart = TransformerConfig(vocab_size=512, context_length=128, depth=4, width=128, heads=4)
     optimizer = build_optimizer(OPTIMIZER, steps=1)
-    head("small model", "steps a call", "ms a step", "kernels", "ms of them", "longest")
+    head("small model", "steps a call", "ms per step", "kernels", "ms of them", "longest")
     for bias in (True, False):
         config = dataclasses.replace(quickstart, bias=bias, **(TINY if tiny else {}))
         loss, batch = token_loss(structure(config)), random_batch(config, 16)

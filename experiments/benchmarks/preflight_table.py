@@ -29,7 +29,7 @@ class Row:
     choices: str
     """Flags that save memory, beside full remat."""
     peer: str
-    """What MaxText's step of the same shape peaks at (GiB a device), and its seconds of CPU."""
+    """What MaxText's step of the same shape peaks at (GiB per device), and its seconds of CPU."""
 
 
 GPT2 = "gpt2 --topology v5e:4x4 --mesh data=1,fsdp=16 --seq 1024 --model.dropout 0"

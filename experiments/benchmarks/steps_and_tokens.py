@@ -4,7 +4,7 @@
     python experiments/benchmarks/steps_and_tokens.py --against torch --json figures.json
     python experiments/benchmarks/steps_and_tokens.py --decode --against torch
 
-For each configuration: milliseconds a step, tokens/s, achieved GFLOP/s (exact model FLOPs of
+For each configuration: milliseconds per step, tokens/s, achieved GFLOP/s (exact model FLOPs of
 `gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the
 same run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape
 with PyTorch's fused AdamW in turn with ours, A B A B, and prints our median over its median; the

@@ -34,7 +34,7 @@ def attention(
     step: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a page that shows what each head looks at in a text; it needs no network.
+    """Write a page that shows what each head attends to in a text; it needs no network.
 
     Args:
       model: Directory of a run or of a Hugging Face model with its tokenizer.json.

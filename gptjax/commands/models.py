@@ -189,7 +189,7 @@ def _ledger_json(counted: Ledger) -> dict:
 
 
 def _ledger_table(name: str, counted: Ledger) -> str:
-    columns = f"{'matrices':>10}{'parameters':>18}{'share':>8}{'FLOPs a token':>18}"
+    columns = f"{'matrices':>10}{'parameters':>18}{'share':>8}{'FLOPs per token':>18}"
     lines = [name, f"  {'part':<20}{columns}"]
     for part in counted.parts:
         share = part.parameters / counted.parameters
@@ -202,7 +202,7 @@ def _ledger_table(name: str, counted: Ledger) -> str:
         rows["active for a token"] = counted.active_parameters
     sections = {
         "parameters": rows,
-        "FLOPs a token, at full context": {
+        "FLOPs per token, at full context": {
             "head": counted.unembedding_flops,
             "attention": counted.attention_flops,
             "forward": counted.forward_flops,

@@ -7,7 +7,7 @@ from gptjax.config import DataConfig, InputError, OptimizerConfig, near_names
 from gptjax.config.checks import check, check_minimum, check_types
 
 MEASURES = ("params", "flops", "seconds")
-"""Of a variant: its parameters, training FLOPs a token, seconds a token."""
+"""Of a variant: its parameters, training FLOPs per token, seconds per token."""
 BUDGETS = ("tokens", "flops", "seconds")
 """Of a run: what it may spend."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}

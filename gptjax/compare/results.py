@@ -26,11 +26,11 @@ class Outcome:
     tokens: int
     """That it was trained on."""
     validation_loss: float | None
-    """After the last step, nats a token; None of a run that failed."""
+    """After the last step, nats per token; None of a run that failed."""
     curve_steps: tuple[int, ...]
     """When it was evaluated."""
     curve_losses: tuple[float, ...]
-    """What came out, nats a token."""
+    """What came out, nats per token."""
     seconds: float
     """Its share of the wall time of the runs that it was trained with, compilation included."""
     error: str

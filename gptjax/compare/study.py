@@ -127,7 +127,7 @@ def summary(answer: Answer) -> str:
     for size in answer.sizes:
         for standing in standings(answer, size):
             name = " ".join(filter(None, (standing.entry.variant, size)))
-            lines.append(f"{name}: {standing.mean:.4f} nats a token, {standing.verdict}")
+            lines.append(f"{name}: {standing.mean:.4f} nats per token, {standing.verdict}")
     return "\n".join(lines)
 
 

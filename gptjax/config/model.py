@@ -121,7 +121,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     """The head reuses the token embedding."""
     head_bias: bool = False
-    """A bias a token in the head."""
+    """A bias per token in the head."""
     logit_softcap: float = 0.0
     """Logits bounded softly by cap tanh(logit / cap); 0 does not."""
     logit_scale: float = 1.0

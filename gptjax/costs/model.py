@@ -91,7 +91,7 @@ def ledger(config: TransformerConfig) -> Ledger:
 
 
 Count = tuple[str, int, int, int]
-"""Name, matrices, parameters, FLOPs a token."""
+"""Name, matrices, parameters, FLOPs per token."""
 
 
 def _matrix(name: str, count: int, fan_in: int, fan_out: int, *, bias: bool) -> Iterator[Count]:

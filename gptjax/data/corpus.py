@@ -56,7 +56,7 @@ class Sources(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What of a text is predicted in an evaluation, for bits a byte."""
+    """What of a text is predicted in an evaluation, for bits per byte."""
 
     tokens: int
     bytes: int

@@ -37,7 +37,7 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def bits_per_byte(predicted: Predicted, loss: float) -> float:
-    """A validation loss in nats a token as bits a byte, which no tokenizer can flatter."""
+    """A validation loss in nats per token as bits per byte, which no tokenizer can flatter."""
     return loss * predicted.tokens / predicted.bytes / math.log(2)
 
 

@@ -74,7 +74,7 @@ def _sizes(sources: Sources, corpus: Corpus) -> Iterator[str]:
         cells = [f"{number:,}" for number in numbers]
         cells.append(f"{len(store.tokens) / store.bytes:.4f}")
         yield f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
-    yield "tokens a document"
+    yield "tokens per document"
     for digits in np.flatnonzero(histogram).tolist():
         count = int(histogram[digits])
         bar = "█" * max(1, round(BAR * count / histogram.max()))

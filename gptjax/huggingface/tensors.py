@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint is which of our parameters: one table a family.
+"""Which tensor of a Hugging Face checkpoint is which of our parameters: one table per family.
 
 A row names our leaf, their tensor and the order of its axes, and serves both directions. In
 "PDNH -> NPH D" the left side are the axes of our leaf, the right side those of the tensor, groups

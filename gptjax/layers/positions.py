@@ -2,7 +2,7 @@
 
 | `positions` | what it does | source |
 |---|---|---|
-| learned | a trained vector a position, added to the embedding | GPT-1 (Radford et al. 2018) |
+| learned | a trained vector per position, added to the embedding | GPT-1 (Radford et al. 2018) |
 | sinusoidal | fixed sines and cosines, added to the embedding | Vaswani et al. 2017, section 3.5 |
 | rotary | rotates query and key by an angle that grows with position | RoFormer (Su et al. 2021) |
 | alibi | lowers a score by the distance times the head's slope | Press et al. 2022 |

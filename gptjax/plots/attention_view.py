@@ -2,7 +2,7 @@
 
 | view | what it shows |
 |---|---|
-| head view | tokens in two columns, and lines from each that looks to those that it looks at |
+| head view | tokens in two columns, and lines from each query to its keys |
 | model view | every head of every layer, small |
 | heat map | one head, tokens on both axes |
 | neuron view | a query and the keys that it is held against, channel by channel |

@@ -68,7 +68,7 @@ def loss_curve(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
             fontsize=SIZE,
         )
     axes.set_xlabel("step", fontsize=SIZE)
-    axes.set_ylabel("cross-entropy, nats a token", fontsize=SIZE)
+    axes.set_ylabel("cross-entropy, nats per token", fontsize=SIZE)
     axes.legend(frameon=False, fontsize=SIZE)
     return finish(figure)
 

@@ -87,6 +87,6 @@ def attention_grid(
             along.put(axes.xaxis)
         if head == 0:
             down.put(axes.yaxis)
-    sheet.name_axes(along.named("is looked at"), down.named("looks"))
+    sheet.name_axes(along.named("key"), down.named("query"))
     sheet.colour_bar(colours, weight_label(hidden))
     return finish(sheet.figure)

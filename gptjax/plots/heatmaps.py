@@ -169,7 +169,7 @@ def attention_map(
         weights,
         tokens,
         columns,
-        names=("looks", "is looked at"),
+        names=("query", "key"),
         cell=(side, side),
         label=weight_label(hidden),
         title=title,

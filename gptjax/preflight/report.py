@@ -345,12 +345,12 @@ def _times(report: Report) -> list[str]:
     return [
         "a step by the roofline, not measured",
         f"  {'model FLOPs, all devices':<28}{report.model_flops:>14.4g}",
-        f"  {'FLOPs a device, as computed':<28}{line.flops:>14.4g}",
-        f"  {'FLOPs a byte of HBM':<28}{line.intensity:>14.1f}",
+        f"  {'FLOPs per device, as computed':<28}{line.flops:>14.4g}",
+        f"  {'FLOPs per byte of HBM':<28}{line.intensity:>14.1f}",
         *(f"  {f'ms of {name}':<28}{value:>24}" for name, value in parts.items()),
-        f"  {'ms a step':<28}{f'{milliseconds(shortest)} to {milliseconds(longest)}':>24}"
+        f"  {'ms per step':<28}{f'{milliseconds(shortest)} to {milliseconds(longest)}':>24}"
         f"  (bound by {line.bound})",
-        f"  {'tokens a second':<28}{rates:>24}",
+        f"  {'tokens per second':<28}{rates:>24}",
         f"  {'MFU':<28}{f'{low:.0%} to {high:.0%}':>24}",
         *(f"  - {assumption}" for assumption in assumptions(report)),
         f"compiled in {report.compile_seconds:.1f} s, {report.compile_cpu_seconds:.1f} s of CPU",

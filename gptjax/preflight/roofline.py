@@ -62,7 +62,7 @@ class Roofline:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte of HBM's traffic."""
+        """FLOPs per byte of HBM's traffic."""
         return self.flops / max(self.memory_bytes, 1.0)
 
 

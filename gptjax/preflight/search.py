@@ -137,7 +137,7 @@ def search(
     tries: int,
     say: Callable[[str], None],
 ) -> list[Change]:
-    """Programs that fit, the one with most tokens a second in its longest step first.
+    """Programs that fit, the one with most tokens per second in its longest step first.
 
     Meshes of data, fsdp and tensor, remat policies, and the batch, its half and its double. What
     cannot fit by its parameters alone is not compiled; of the rest at most `tries`, those first
@@ -191,7 +191,7 @@ def _candidates(
 
 def ranking(found: list[Change]) -> str:
     """The programs that fit, as a table."""
-    lines = [f"{'GiB':>8}{'spare':>8}{'ms a step':>20}{'tokens a second':>26}  flags"]
+    lines = [f"{'GiB':>8}{'spare':>8}{'ms per step':>20}{'tokens per second':>26}  flags"]
     for what, report in found:
         shortest, longest = report.roofline.seconds
         times = f"{milliseconds(shortest)} to {milliseconds(longest)}"

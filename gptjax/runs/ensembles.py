@@ -268,7 +268,7 @@ def _common(configs: Sequence[ExperimentConfig]) -> ExperimentConfig:
 
 
 def _evaluated(program: _Program, params: Any, validation: Sequence[Batches]) -> np.ndarray:
-    """[R]: mean cross-entropy over all of each run's batches, nats a token."""
+    """[R]: mean cross-entropy over all of each run's batches, nats per token."""
     total, weight = np.zeros(len(validation)), np.zeros(len(validation))
     for number in range(len(validation[0])):
         sums = program.evaluate(params, Batch.stack([each[number] for each in validation]))

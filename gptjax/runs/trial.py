@@ -37,7 +37,7 @@ class Trial(NamedTuple):
     lines: list[dict[str, Any]]
     """Scalars of the logged and the evaluated steps, those of a run's `metrics.jsonl`."""
     validation_loss: float
-    """After the last step, nats a token."""
+    """After the last step, nats per token."""
     seconds: float
     """Wall time, compilation included."""
     diverged: int = 0

@@ -41,7 +41,7 @@ def cross_entropy(
     and `unembedding` are formed in the forward pass, chunk by chunk, and only scaled in the
     backward pass, so that nothing of size [tokens, V] is kept or computed twice. Where the program
     is parted among devices, each takes chunks of its own tokens and its part of the vocabulary:
-    they exchange numbers a token, never logits, and add up the gradients once.
+    they exchange numbers per token, never logits, and add up the gradients once.
 
     Args:
       hidden: [..., D]; [B, T, D] where the program is parted.

@@ -83,7 +83,7 @@ class Fit:
     params: Any
     """After the last step."""
     progress: Progress
-    """Validation losses in nats a token, and the time taken."""
+    """Validation losses in nats per token, and the time taken."""
     compile_seconds: float
     """Of the training step, in this session."""
 
@@ -120,7 +120,7 @@ def fit(
       validation: batches of the held-out part, this process's rows; each evaluation uses all.
       checkpoints: where the state is kept.
       writers: where scalars go.
-      describe: (step, tokens a second) → further scalars of a logged step.
+      describe: (step, tokens per second) → further scalars of a logged step.
 
     Raises:
       Diverged: a loss or gradient that is not finite.
@@ -197,7 +197,7 @@ def fit(
 
 def _evaluator(step: EvalStep, batches: Batches, feed: Feed) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
-        """Mean cross-entropy over all of `batches`, nats a token.
+        """Mean cross-entropy over all of `batches`, nats per token.
 
         As in training, a batch is fetched while the next one runs, and no more than two run.
         """

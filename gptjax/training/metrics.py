@@ -32,7 +32,7 @@ from gptjax.training.console import ConsoleWriter
 from gptjax.training.tensorboard import TensorBoardWriter
 
 METRICS = "metrics.jsonl"
-MFU_FORMULA = "MFU = tokens/s × training FLOPs a token / peak FLOP/s"
+MFU_FORMULA = "MFU = tokens/s × training FLOPs per token / peak FLOP/s"
 """Model FLOPs utilisation, after PaLM (Chowdhery et al. 2022, appendix B)."""
 
 

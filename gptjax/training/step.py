@@ -34,9 +34,9 @@ class Metrics(NamedTuple):
     """What a step says of itself."""
 
     loss: jax.Array
-    """Mean of what is minimised, nats a token."""
+    """Mean of what is minimised, nats per token."""
     cross_entropy: jax.Array
-    """Mean cross-entropy, nats a token."""
+    """Mean cross-entropy, nats per token."""
     grad_norm: jax.Array
     """Global norm of the gradient before clipping."""
     leaf_norms: Any

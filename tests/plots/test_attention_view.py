@@ -364,7 +364,7 @@ def test_the_map_shows_each_weight_by_its_colour_and_its_number(opened):
     lightness = {}
     for t, s in np.ndindex(4, 4):
         weight = given.weights[1, 2, t, s]
-        pair = f"{WORDS[t]} ({t}) looks at {WORDS[s]} ({s})\n"
+        pair = f"{WORDS[t]} ({t}) attends to {WORDS[s]} ({s})\n"
         (tip,) = [tip for tip in found if tip.startswith(pair)]
         if s > t:
             assert tip == pair + "nothing: it comes later and is hidden"
@@ -383,7 +383,7 @@ def test_a_token_of_the_head_view_shows_its_own_lines_and_a_click_keeps_them(ope
     given = part()
     frame = opened(AttentionView([given]), "shown=0,2")
     plain, found = picture(frame), tips(frame)
-    (place,) = [at for tip, at in found.items() if tip.startswith("·sat (2) looks most at\n")]
+    (place,) = [at for tip, at in found.items() if tip.startswith("·sat (2) attends most to\n")]
     frame.page.mouse.move(*place)
     assert not np.array_equal(picture(frame), plain)
     most = max((given.weights[0, head, 2, s], s, head) for head in (0, 2) for s in range(3))
@@ -395,7 +395,7 @@ def test_a_token_of_the_head_view_shows_its_own_lines_and_a_click_keeps_them(ope
     assert not np.array_equal(kept, plain)
     assert state(frame)["token"] == "2"
     exact = {f"head {head}: {given.weights[0, head, 2, 1]:.4f}" for head in (0, 2)}
-    (pair,) = [tip for tip in tips(frame) if tip.startswith("·sat (2) looks at ·cat (1)\n")]
+    (pair,) = [tip for tip in tips(frame) if tip.startswith("·sat (2) attends to ·cat (1)\n")]
     assert set(pair.split("\n")[1:]) == exact
     frame.page.keyboard.press("Escape")
     assert "token" not in state(frame)
@@ -455,7 +455,7 @@ def test_the_keyboard_reaches_all(opened):
         assert expected.items() <= state(frame).items()
     keyboard.press("1")
     keyboard.press("Shift+ArrowDown")
-    assert frame.locator("#tip div").first.inner_text() == "·cat (1) looks most at"
+    assert frame.locator("#tip div").first.inner_text() == "·cat (1) attends most to"
     keyboard.press("Shift+ArrowUp")
     keyboard.press("4")
     frame.locator("#token").focus()
@@ -490,7 +490,7 @@ def test_the_neuron_view_adds_up_to_the_score(opened):
     frame = opened(AttentionView([part(), given]), "view=neurons&part=1&layer=1&head=3&token=2")
     query, key = given.query[1, 2, 3], given.key[1, 5, 1]
     found = tips(frame, 7)
-    told = [f"·sat (2) looks at {CHINESE[5]} (5)"]
+    told = [f"·sat (2) attends to {CHINESE[5]} (5)"]
     sums = [f"sum of all 8 products: {query @ key:.3f}", f"weight {given.weights[1, 3, 2, 5]:.4f}"]
     for channel in range(8):
         q, k = query[channel], key[channel]
@@ -520,7 +520,7 @@ def test_tokens_are_text_whatever_they_say(opened):
     frame = opened(AttentionView([part(ODD), part(CHINESE, name="b")], title=ODD[0]), "view=map")
     found = "\n".join(tips(frame, 14))
     for number, token in enumerate(ODD):
-        assert f"{token[:80]} ({number}) looks at" in found
+        assert f"{token[:80]} ({number}) attends to" in found
     for view in ("heads", "neurons", "model"):
         frame.evaluate(f"location.hash = 'view={view}&token=4'")
         assert colours(picture(frame)) > 30
@@ -585,9 +585,9 @@ FOLLOWING = [[("·fish", 0.75), ("·dog", 0.125)]] * 4
 def test_what_comes_next_is_shown_with_its_probability_in_every_view(opened):
     frame = opened(AttentionView([part()._replace(next_tokens=FOLLOWING)]), "view=heads")
     expected = "next: ·fish 75.0%, ·dog 12.5%"
-    (tip,) = [tip for tip in tips(frame) if tip.startswith("·sat (2) looks most at")]
+    (tip,) = [tip for tip in tips(frame) if tip.startswith("·sat (2) attends most to")]
     assert tip.split("\n")[-1] == expected
-    for view, begin in (("map", "·sat (2) looks at"), ("neurons", "·down (3) looks at")):
+    for view, begin in (("map", "·sat (2) attends to"), ("neurons", "·down (3) attends to")):
         frame.evaluate(f"location.hash = 'view={view}'")
         picture(frame)
         found = [tip for tip in tips(frame) if tip.startswith(begin)]
@@ -626,7 +626,7 @@ def test_what_a_mask_hides_looks_like_no_weight(theme, opened):
     top = frame.evaluate("document.getElementById('canvas').getBoundingClientRect().top")
 
     def cell(t: int, s: int) -> np.ndarray:
-        pair = f"{WORDS[t]} ({t}) looks at {WORDS[s]} ({s})\n"
+        pair = f"{WORDS[t]} ({t}) attends to {WORDS[s]} ({s})\n"
         (tip,) = [tip for tip in found if tip.startswith(pair)]
         x, y = found[tip]
         square = pixels[int(y - top) + 4 : int(y - top) + 22, int(x) + 4 : int(x) + 22]
@@ -659,7 +659,7 @@ def test_the_header_speaks_of_the_colours_that_are_drawn(opened):
     frame.evaluate("location.hash = 'view=map'")
     picture(frame)
     assert frame.inner_text("#least") == "0"
-    assert frame.inner_text("#meaning") == "Rows look at columns; stronger colour: more."
+    assert frame.inner_text("#meaning") == "Rows attend to columns; stronger colour: more."
 
 
 def drawn_by(frame: Any, method: str) -> list[list[Any]]:

@@ -123,7 +123,7 @@ FIGURES = {
     ),
     "frontier": lambda: plots.frontier(
         VARIANTS,
-        {"FLOPs a token": 1e6 * (1 + _random(9)), "seconds a token": _random(9)},
+        {"FLOPs per token": 1e6 * (1 + _random(9)), "seconds per token": _random(9)},
         np.sort(_random(9, 3))[:, [1, 0, 2]],
         ylabel="loss",
         title="what it costs",
@@ -438,7 +438,7 @@ def test_the_loss_curve_shows_both_losses_over_steps():
     np.testing.assert_array_equal(trained.get_xydata(), [[10, 4], [20, 3], [30, 2]])
     np.testing.assert_array_equal(held_out.get_xydata(), [[20, 3.25], [30, 2.5]])
     assert axes.get_xlabel() == "step"
-    assert axes.get_ylabel() == "cross-entropy, nats a token"
+    assert axes.get_ylabel() == "cross-entropy, nats per token"
     assert axes.get_title() == "a run"
     legend = axes.get_legend()
     assert legend is not None
@@ -472,8 +472,8 @@ def test_the_attention_grid_has_a_row_for_each_layer_and_a_column_for_each_head(
     assert _ticks(panels[1].xaxis) == _ticks(panels[1].yaxis) == []
     assert colorbar.get_xlabel() == "attention weight; hatched: hidden"
     assert figure.get_suptitle() == "heads"
-    assert figure.get_supxlabel() == "is looked at"
-    assert figure.get_supylabel() == "looks"
+    assert figure.get_supxlabel() == "key"
+    assert figure.get_supylabel() == "query"
 
 
 def test_chosen_heads_keep_their_numbers_and_small_panels_say_them_briefly():
@@ -507,7 +507,7 @@ def test_a_head_of_64_chinese_tokens_names_every_one_upright():
     axes = _figure("head, 64 Chinese").axes[0]
     assert len(_ticks(axes.xaxis)) == len(_ticks(axes.yaxis)) == 64
     assert {label.get_rotation() for label in axes.get_xticklabels()} == {0}
-    assert _figure("head, 64 Chinese").get_supxlabel() == "is looked at"
+    assert _figure("head, 64 Chinese").get_supxlabel() == "key"
 
 
 def test_the_first_key_is_left_and_the_first_query_on_top():

@@ -115,7 +115,7 @@ def test_a_report_is_a_table_and_json(report):
         "Attention: XLA.",
         "fsdp 4",
         "saved activations",
-        "FLOPs a byte",
+        "FLOPs per byte",
         "cloud.google.com",
         "CPU",
     ):

@@ -2,7 +2,7 @@
 
 L(N) = E + A N^-α (Kaplan et al. 2020), and L(N, D) = E + A N^-α + B D^-β where sizes were trained
 on several numbers of tokens (Hoffmann et al. 2022, equation 2): N parameters, D tokens, L the
-validation loss in nats a token. They are fitted as in Hoffmann's approach 3, by the Huber loss of
+validation loss in nats per token. They are fitted as in Hoffmann's approach 3, by the Huber loss of
 log L from several starts. Intervals come from the bootstrap over the seeds of each size: they know
 how seeds scatter, and do not know whether the law is the right one.
 """
@@ -119,7 +119,7 @@ def fit_law(
 
     Args:
       parameters: [points], N of each run.
-      losses: [points], L of each, nats a token; the seeds of a size in the same order for all.
+      losses: [points], L of each, nats per token; the seeds of a size in the same order for all.
       tokens: [points], D of each.
       resamples: how often seeds are drawn again, each size's on its own.
       seed: of the drawing.

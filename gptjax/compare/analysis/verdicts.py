@@ -34,7 +34,7 @@ class Standing(NamedTuple):
 
     entry: Entry
     losses: np.ndarray
-    """[runs], of the final runs that finished, by seed; nats a token."""
+    """[runs], of the final runs that finished, by seed; nats per token."""
     mean: float
     """Of them; nan where none finished."""
     deviation: float | None

@@ -28,7 +28,7 @@ MEASURE: dict[str, Measure] = {
     "params": lambda model: ledger(model).parameters,
     "flops": lambda model: ledger(model).training_flops,
 }
-"""What can be matched by counting: parameters, and training FLOPs a token."""
+"""What can be matched by counting: parameters, and training FLOPs per token."""
 
 STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
 DISTORTION = 5 / 4

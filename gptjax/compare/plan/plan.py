@@ -261,7 +261,7 @@ def _steps(plan: Plan, budget: str, amount: float) -> list[int]:
         batch = next(plan.material.batches(0))
         configs = [plan.example(each._replace(steps=ENDLESS)) for each in planned]
         each_takes = plan.measured.known(
-            "seconds a step",
+            "seconds per step",
             [to_dict(config) for config in configs],
             lambda: costs.seconds_per_step(configs, batch),
         )

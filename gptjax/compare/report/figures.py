@@ -15,7 +15,7 @@ from gptjax.compare.report.document import Picture
 from gptjax.compare.report.tables import seconds_a_token
 from gptjax.compare.results import Answer, Entry
 
-LOSS = "validation loss, nats a token"
+LOSS = "validation loss, nats per token"
 NONE = np.empty(0)
 BEYOND = 1.5
 """How far a law is drawn beyond what was measured, as a ratio of sizes."""
@@ -47,7 +47,7 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
         np.array(intervals, float),
         runs=runs,
         told=[standing.tone in ("better", "worse") for standing in others],
-        label="validation loss minus the baseline's, nats a token",
+        label="validation loss minus the baseline's, nats per token",
         sides=("better", "worse"),
     )
     paired = any(standing.difference for standing in others)
@@ -105,7 +105,7 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
             plots.difference_panels,
             panels,
             xlabel="tokens trained on",
-            ylabel="loss minus the baseline's, nats a token",
+            ylabel="loss minus the baseline's, nats per token",
         )
         pictures.append(
             _picture(

@@ -11,7 +11,7 @@ PREFIXES = ("", " k", " M", " G", " T", " P", " E")
 
 
 def nats(value: float | None) -> str:
-    """A loss, nats a token."""
+    """A loss, nats per token."""
     return f"{value:.4f}" if known(value) else UNKNOWN
 
 

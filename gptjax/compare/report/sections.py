@@ -25,7 +25,7 @@ from gptjax.config import to_dict
 
 MEASURED = {
     "params": "parameters",
-    "flops": "training FLOPs a token",
+    "flops": "training FLOPs per token",
     "seconds": "seconds of training a token",
 }
 SPENT = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
@@ -144,8 +144,8 @@ def _of_size(answer: Answer, of_size: list[Standing]) -> list[Section]:
     entries = [entry for entry in answer.entries if entry.size == of_size[0].entry.size]
     baseline = entries[0]
     came_out: list[Part] = [
-        f"Best first; the baseline {code(baseline.variant)} is shaded. Losses are nats a token on "
-        "held-out text after the last step, lower is better."
+        f"Best first; the baseline {code(baseline.variant)} is shaded. Losses are nats per token "
+        "on held-out text after the last step, lower is better."
         + (" One seed: there is no interval." if answer.comparison.seeds == 1 else ""),
         tables.results(answer, of_size, baseline),
     ]
@@ -189,7 +189,7 @@ def _matched(answer: Answer, entries: Sequence[Entry]) -> Section:
     first = entries[0]
     compared = {
         "Parameters": lambda entry: entry.parameters,
-        "Training FLOPs a token": lambda entry: entry.training_flops,
+        "Training FLOPs per token": lambda entry: entry.training_flops,
         "Seconds of training a token": seconds_a_token,
         "Tokens trained on": lambda entry: entry.steps,
         "Depth": lambda entry: entry.model.depth,

@@ -87,7 +87,7 @@ def costs(standings: Sequence[Standing]) -> Table:
     head = (
         "Variant",
         "Parameters",
-        "Training FLOPs a token",
+        "Training FLOPs per token",
         "Steps",
         "Peak learning rate",
         "Training tokens/s",
@@ -131,7 +131,7 @@ def matched(entries: Sequence[Entry]) -> Table:
         "Reached",
         "Off by",
         "Parameters",
-        "FLOPs a token",
+        "FLOPs per token",
         "Seconds a token",
         "Tokens",
         "Depth",

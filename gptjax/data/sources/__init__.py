@@ -14,7 +14,7 @@
 Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
 Options are joined by `&`; field is text, and split is train, where none is given. Line ends within
 documents are kept as they are, a byte order mark before a text is not. A pattern reads each file
-once, however many links lead to it. Memory is an index of 8 bytes a document, not the text.
+once, however many links lead to it. Memory is an index of 8 bytes per document, not the text.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Documents of text files: an index of where each begins, and a read where one is asked for.
 
-The index takes 8 bytes a document. A file is read once to make it; UTF-8 and the fingerprint are
+The index takes 8 bytes per document. A file is read once to make it; UTF-8 and the fingerprint are
 checked and computed on the way, so that a bad byte is found before the training and not within it.
 """
 

@@ -8,8 +8,8 @@
 
 They take masks that are a rule (`MaskRule`) and not an array. `resolve_kernel` chooses one for the
 platform that a program is compiled for; what a kernel cannot compute, XLA does. Four of GPT-2's
-layers, 8 x 1024 tokens a device in bfloat16, compiled for v5e:4x4 with their backward pass, peak at
-1.42 GiB with splash and at 2.97 with XLA.
+layers, 8 x 1024 tokens per device in bfloat16, compiled for v5e:4x4 with their backward pass, peak
+at 1.42 GiB with splash and at 2.97 with XLA.
 """
 
 import dataclasses

@@ -44,9 +44,9 @@ const headsView = {
     ctx.fillStyle = colours.faint;
     ctx.font = font(12);
     ctx.textAlign = "right";
-    ctx.fillText("looks", at.from, 16);
+    ctx.fillText("query", at.from, 16);
     ctx.textAlign = "left";
-    ctx.fillText("is looked at", at.to, 16);
+    ctx.fillText("key", at.to, 16);
     this.least = drawn;
   },
 
@@ -188,7 +188,7 @@ const headsView = {
 
   tip(part, found) {
     if (found.column != null && state.token != null) {
-      const looks = [...named(part.rows, state.token), " looks at ",
+      const looks = [...named(part.rows, state.token), " attends to ",
         ...named(part.columns, found.column)];
       return [looks, ...state.shown.map((head) => [`head ${part.heads[head]}: `,
         digits(part.weight(state.layer, head, state.token, found.column))])];
@@ -202,8 +202,8 @@ const headsView = {
           : part.weight(state.layer, head, other, found.column) });
     most.sort((one, other) => other.weight - one.weight);
     const title = isRow
-      ? [...named(part.rows, found.row), " looks most at"]
-      : [...named(part.columns, found.column), " is looked at most by"];
+      ? [...named(part.rows, found.row), " attends most to"]
+      : [...named(part.columns, found.column), " is attended to most by"];
     return [title, ...most.slice(0, 4).map(({ head, other, weight }) =>
       [`${digits(weight)} `, ...named(others, other), `, head ${part.heads[head]}`])];
   },
@@ -218,7 +218,7 @@ const headsView = {
   },
 
   legend: (part) => ({
-    meaning: "Left tokens look right; stronger lines: more.",
+    meaning: "Queries (left) attend to keys (right); stronger lines: more.",
     colour: () => headColour(part.heads[state.head]),
     opacity: (share) => 0.08 + 0.87 * share,
     hidden: false,
@@ -227,11 +227,11 @@ const headsView = {
   caption(part) {
     const { row } = this.focus();
     if (row != null && ready())
-      return `Tokens on the left look at those on the right; a hue is a head. The longest bar is
+      return `Tokens on the left attend to those on the right; a hue is a head. The longest bar is
         ${digits(this.largest(part, row))}${part.masked ? "; hatched: hidden by the mask" : ""}.`;
     const which = this.least ? ` Lines from ${digits(this.least)} on: a token that is pointed at or
       chosen by a click shows all of its own.` : "";
-    return `Tokens on the left look at those on the right; a line's hue is its head.${which}`;
+    return `Tokens on the left attend to those on the right; a line's hue is its head.${which}`;
   },
 };
 

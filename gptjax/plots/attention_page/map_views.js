@@ -131,7 +131,7 @@ const mapView = {
   tip(part, { row, column }) {
     if (row == null || column == null)
       return [row == null ? named(part.columns, column) : named(part.rows, row)];
-    const looks = [...named(part.rows, row), " looks at ", ...named(part.columns, column)];
+    const looks = [...named(part.rows, row), " attends to ", ...named(part.columns, column)];
     if (column >= part.reach(row)) return [looks, ["nothing: it comes later and is hidden"]];
     if (part.hides(state.layer, row, column))
       return [looks, ["nothing: it is too far away and is hidden"]];
@@ -145,7 +145,7 @@ const mapView = {
   row: (_, found) => found.row,
 
   legend: (part) => ({
-    meaning: "Rows look at columns; stronger colour: more.",
+    meaning: "Rows attend to columns; stronger colour: more.",
     colour: (share) => css(pixelOf(share)),
     hidden: part.masked,
   }),
@@ -153,7 +153,7 @@ const mapView = {
   caption(part) {
     const { layers, heads } = part;
     return `Layer ${layers[state.layer]}, head ${heads[state.head]}: a cell is how much the token
-      of its row looks at the token of its column.`;
+      of its row attends to the token of its column.`;
   },
 };
 

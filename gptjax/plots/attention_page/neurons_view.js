@@ -143,7 +143,7 @@ const neuronsView = {
     const { looks, keys, products, scores } = this.numbers(part), token = this.token(part);
     const query = channel == null ? "" : `channel ${channel}: q ${looks[channel].toFixed(3)}`;
     if (column == null) return [named(part.rows, token), [query]];
-    const lines = [[...named(part.rows, token), " looks at ", ...named(part.columns, column)]];
+    const lines = [[...named(part.rows, token), " attends to ", ...named(part.columns, column)]];
     if (channel != null)
       lines.push([`${query} × k ${keys[column][channel].toFixed(3)} = `
         + products[column][channel].toFixed(3)]);

@@ -139,7 +139,7 @@ def test_the_answer_comes_first_and_says_no_more_than_is_known(written):
     assert re.search(r"post-norm \(\+0\.0\d+, interval \+[^)]*\) is worse than the", told)
     assert re.search(r"gpt2:position_embedding=alibi \([^)]*\) is not separated from it", told)
     assert "No run of lstm finished." in told
-    assert "5 seeds on 200 k tokens a run" in told
+    assert "5 seeds on 200 k tokens per run" in told
     assert "within 1%" in told
     assert "95% confidence" in told
 
