@@ -499,7 +499,7 @@ def test_where_labels_are_left_out_it_is_said():
     step = len(_tokens(24)) // len(_ticks(panel.yaxis))
     assert step > 1
     assert _ticks(panel.yaxis) == _tokens(24)[::step]
-    assert figure.get_supylabel() == f"looks (one in {step} is named)"
+    assert figure.get_supylabel() == f"query (one in {step} is named)"
     assert "named" in figure.get_supxlabel()
 
 

@@ -218,7 +218,7 @@ const headsView = {
   },
 
   legend: (part) => ({
-    meaning: "Queries (left) attend to keys (right); stronger lines: more.",
+    meaning: "Left tokens attend right; stronger lines: more.",
     colour: () => headColour(part.heads[state.head]),
     opacity: (share) => 0.08 + 0.87 * share,
     hidden: false,
