@@ -62,7 +62,7 @@ def _best_first(of_size: Sequence[Standing]) -> list[Standing]:
 def _facts(answer: Answer) -> tuple[str, ...]:
     facts = [
         f"{counted(answer.comparison.seeds, 'seed')} of each",
-        f"{_budget(answer)} a run",
+        f"{_budget(answer)} per run",
         counted(len(answer.outcomes), "run"),
         duration(answer.seconds),
         str(answer.environment.get("device", "")),
@@ -81,7 +81,7 @@ def _budget(answer: Answer) -> str:
 def _what_was_done(answer: Answer) -> str:
     asked = answer.comparison
     sentences = [
-        f"Each variant was trained with {counted(asked.seeds, 'seed')} on {_budget(answer)} a run "
+        f"Each variant was trained with {counted(asked.seeds, 'seed')} on {_budget(answer)} per run "
         f"({answer.data}), seed by seed on the same batches in the same order, and evaluated on "
         "the same held-out tokens.",
         _matching(answer),
