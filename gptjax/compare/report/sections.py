@@ -81,9 +81,9 @@ def _budget(answer: Answer) -> str:
 def _what_was_done(answer: Answer) -> str:
     asked = answer.comparison
     sentences = [
-        f"Each variant was trained with {counted(asked.seeds, 'seed')} on {_budget(answer)} per run "
-        f"({answer.data}), seed by seed on the same batches in the same order, and evaluated on "
-        "the same held-out tokens.",
+        f"Each variant was trained with {counted(asked.seeds, 'seed')} on {_budget(answer)} per "
+        f"run ({answer.data}), seed by seed on the same batches in the same order, and evaluated "
+        "on the same held-out tokens.",
         _matching(answer),
     ]
     rates = joined([f"{rate:g}" for rate in asked.rates])
