@@ -109,7 +109,7 @@ class TransformerConfig:
     num_experts: int = 0
     """Feed-forward layers that each token chooses among (E); 0 is one for all."""
     experts_per_token: int = 2
-    """MoE that a token goes to."""
+    """Experts that a token goes to."""
     capacity_factor: float = 0.0
     """Tokens that an expert takes over its even share, the rest dropped in training; 0 is all."""
     bias: bool = True
@@ -196,7 +196,7 @@ class TransformerConfig:
         self._check_positions()
         self._check_family()
         among = self.num_experts == 0 or 1 <= self.experts_per_token <= self.num_experts
-        check(self, "experts_per_token", among, f"between 1 and experts {self.num_experts}")
+        check(self, "experts_per_token", among, f"between 1 and num_experts {self.num_experts}")
 
     def _groups_divide(self) -> bool:
         """Whether layers are scanned, in whole groups of whole turns of the kinds of attention."""

@@ -253,7 +253,7 @@ def table(report: Report) -> str:
         f"{report.name}: {step} on {report.topology.name}{slices}, "
         + (f"{report.devices} devices ({sizes})" if sizes else "one device"),
         f"  {config.train.batch_size:,} sequences of {model.context_length:,}, "
-        f"{config.train.batch_size / report.devices:,g} a device{parts}",
+        f"{config.train.batch_size / report.devices:,g} per device{parts}",
         f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
@@ -292,9 +292,9 @@ def _verdict(report: Report) -> str:
     available = f"{report.topology.available / GIB:.2f} GiB"
     peak = f"{report.memory.peak / GIB:.2f}"
     if report.fits:
-        return f"  fits: {peak} of {available} a device, {report.spare / GIB:.2f} to spare"
+        return f"  fits: {peak} of {available} per device, {report.spare / GIB:.2f} to spare"
     over = max(0, -report.spare) / GIB
-    return f"  DOES NOT FIT: {peak} of {available} a device, {over:.2f} too much"
+    return f"  DOES NOT FIT: {peak} of {available} per device, {over:.2f} too much"
 
 
 def _traffic(report: Report) -> list[str]:

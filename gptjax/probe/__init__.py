@@ -3,7 +3,7 @@
     seen = probe.observe(model, tokens, capture=("attention", "residual"))
     seen.captured["attention"]  # [L, B, N, T, S]
 
-The places and their axes are in `gptjax.layers.hooks`; L layers, B rows, T queries, S keys, N
+Hook points and their axes are in `gptjax.layers.hooks`; L layers, B rows, T queries, S keys, N
 heads, H channels of a head, D of the stream, F of the feed-forward layer, V tokens of the
 vocabulary.
 """

@@ -127,10 +127,10 @@ def _attribution(graphdef, params, tokens, answer, inputs) -> Attribution:
     model = nnx.merge(graphdef, params)
     stack = model.encoder if model.config.family == "encoder" else model.decoder
     crossed = model.config.family == "encoder_decoder"
-    places = ["residual", "z", "attention_output", "mlp_output"]
+    points = ["residual", "z", "attention_output", "mlp_output"]
     if crossed:
-        places += [CROSS + "z", CROSS + "attention_output"]
-    seen = run(model, tokens, places, {}, inputs).captured
+        points += [CROSS + "z", CROSS + "attention_output"]
+    seen = run(model, tokens, points, {}, inputs).captured
 
     # From the logit backwards: what one unit of each channel of the stream adds to it.
     share = model.config.logit_scale * model.unembedding[answer].astype(jnp.float32)

@@ -21,7 +21,7 @@ class Activations(NamedTuple):
     hidden: jax.Array
     """[B, T, D], after the final norm."""
     captured: dict[str, Any]
-    """What was asked for, by place, with the axes of `hook_points`."""
+    """What was captured, by hook point, with the axes of `hook_points`."""
 
 
 def observe(

@@ -144,15 +144,15 @@ def run(
         (out / SHOWING).touch()
         write_json(out / RESULT, reached)
         try:
-            told = f"{show(load_run(out), data.sources, data.corpus, out)}, "
+            shown = f"{show(load_run(out), data.sources, data.corpus, out)}, "
         except Exception as error:  # The run is finished, whatever a figure comes to.
             if is_failure(error):
                 raise
-            told = ""
+            shown = ""
             print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
         (out / SHOWING).unlink()
         print(
-            f"{summary(reached)}\nIn {out}: {told}result.json, metrics.jsonl, tensorboard/, "
+            f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, tensorboard/, "
             "checkpoints/."
         )
         return True

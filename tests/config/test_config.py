@@ -120,7 +120,7 @@ REFUSED = [
         {"num_experts": 4, "family": "recurrent", "position_embedding": "none"},
         "0 in the",
     ),
-    (TransformerConfig, {"experts_per_token": 5, "num_experts": 4}, "between 1 and experts 4"),
+    (TransformerConfig, {"experts_per_token": 5, "num_experts": 4}, "between 1 and num_experts 4"),
     (TransformerConfig, {"capacity_factor": -1.0}, "at least 0"),
     (TransformerConfig, {"query_bias": 1}, "bool or None"),
     (TransformerConfig, {"output_bias": 0}, "bool or None"),
