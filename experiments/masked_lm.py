@@ -34,9 +34,14 @@ DEFAULTS = ExperimentConfig(
 
 def masked_lm(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that finds what was hidden."""
-    objectives = ("masked_lm", "next_sentence")
-    run(config, out, overwrite, objectives=objectives, show=outcome)
+    run(config, out, overwrite, show=outcome)
 
 
 if __name__ == "__main__":
-    run_experiment(masked_lm, {"masked_lm": DEFAULTS}, "runs/masked_lm", __doc__)
+    run_experiment(
+        masked_lm,
+        {"masked_lm": DEFAULTS},
+        "runs/masked_lm",
+        __doc__,
+        objectives=("masked_lm", "next_sentence"),
+    )

@@ -6,18 +6,28 @@ needs no network and leaves all it made in runs/quickstart. Any UTF-8 text will 
 
     python experiments/quickstart.py --data.source FILE --out runs/mine
 
-A run has three steps, which gptjax/runs/run.py has in sight: the data; the model, its optimizer and
-the devices; `fit`. `gptjax train` does the same for every preset and objective.
+This is a whole run in sight: data, model, optimizer, training, result. `gptjax train` does the same
+(gptjax/runs/run.py) for every preset and objective.
 """
 
 import dataclasses
 from pathlib import Path
 
-from gptjax import preset
+from gptjax import distributed, preset
 from gptjax.cli import run_experiment
 from gptjax.commands.outcomes import outcome
 from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
-from gptjax.runs.run import run
+from gptjax.costs.model import ledger
+from gptjax.runs.assembly import assemble
+from gptjax.runs.data import open_data
+from gptjax.runs.directory import CHECKPOINTS, hold, open_run
+from gptjax.runs.result import finish
+from gptjax.runs.run import devices, rate_and_mfu
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.loop import fit
+from gptjax.training.metrics import open_writers
+from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import state_shapes
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
@@ -29,9 +39,50 @@ DEFAULTS = ExperimentConfig(
 
 def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that predicts the next token, and let it write."""
-    if run(config, out, overwrite, objectives=("causal",), show=outcome):
+    # The data: a text's tokens in rows, which Grain shuffles by the seed and batches.
+    data = open_data(config, out, overwrite=overwrite)
+    config = data.config  # With the size of the vocabulary.
+    mesh, _ = devices(config)
+    batches, validation = data.batches(mesh)
+
+    # The model: a Flax module, used as a function of its parameters (`init` draws them, `loss` is
+    # their cross-entropy on a batch), and Optax's update of them: clipping, AdamW, warm-up, decay.
+    model = assemble(config, mesh)
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    state_shapes(model.init, optimizer, mesh, model.axes)  # Refused before a file is written.
+
+    # Training: one compiled step in a loop; Orbax keeps its state, and the same command resumes it.
+    with hold(out, finished=overwrite):
+        if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
+            return
+        print(f"{ledger(config.model).parameters:,} parameters; training on {data.size}.")
+        print(*model.lines, sep="\n")
+        with (
+            Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
+            open_writers(out, config.train, checkpoints.last_step or 0) as writers,
+        ):
+            fitted = fit(
+                config.train,
+                model.init,
+                loss=model.loss,
+                optimizer=optimizer,
+                batches=batches,
+                validation=validation,
+                mesh=mesh,
+                axes=model.axes,
+                pmap=config.mesh.pmap,
+                checkpoints=checkpoints,
+                writers=writers,
+                describe=rate_and_mfu(config),
+            )
+
+        # The result: the loss reached, its curve, what every head attends to, samples.
+        finish(out, data, fitted, show=outcome)
+    if distributed.is_first():
         print(f'Next: python -m gptjax sample {out} --prompt "The "')
 
 
 if __name__ == "__main__":
-    run_experiment(quickstart, {"quickstart": DEFAULTS}, "runs/quickstart", __doc__)
+    run_experiment(
+        quickstart, {"quickstart": DEFAULTS}, "runs/quickstart", __doc__, objectives=("causal",)
+    )

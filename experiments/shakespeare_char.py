@@ -59,8 +59,10 @@ PRESETS = {
 
 def shakespeare_char(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that predicts the next character."""
-    run(config, out, overwrite, objectives=("causal",), show=outcome)
+    run(config, out, overwrite, show=outcome)
 
 
 if __name__ == "__main__":
-    run_experiment(shakespeare_char, PRESETS, "runs/shakespeare_char", __doc__)
+    run_experiment(
+        shakespeare_char, PRESETS, "runs/shakespeare_char", __doc__, objectives=("causal",)
+    )

@@ -31,9 +31,15 @@ DEFAULTS = ExperimentConfig(
 
 def translation(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model that translates."""
-    if run(config, out, overwrite, objectives=("sequence_to_sequence",), show=outcome):
+    if run(config, out, overwrite, show=outcome):
         print(f'Next: python -m gptjax sample {out} --beams 4 --prompt "A text to translate."')
 
 
 if __name__ == "__main__":
-    run_experiment(translation, {"translation": DEFAULTS}, "runs/translation", __doc__)
+    run_experiment(
+        translation,
+        {"translation": DEFAULTS},
+        "runs/translation",
+        __doc__,
+        objectives=("sequence_to_sequence",),
+    )

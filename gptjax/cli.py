@@ -23,7 +23,7 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands, train
 from gptjax.commands.training import trainable
-from gptjax.config import ExperimentConfig, InputError, near_names, shown
+from gptjax.config import ExperimentConfig, InputError, Objective, near_names, shown
 from gptjax.system.disk import is_failure
 from gptjax.system.exits import Exit, Interrupts
 from gptjax.system.memory import ran_out
@@ -58,15 +58,29 @@ def main() -> None:
 
 
 def run_experiment(
-    run: RunExperiment, presets: dict[str, ExperimentConfig], out: str, description: str | None
+    run: RunExperiment,
+    presets: dict[str, ExperimentConfig],
+    out: str,
+    description: str | None,
+    *,
+    objectives: tuple[Objective, ...] = (),
 ) -> None:
     """Parse an experiment's flags and run it.
 
     Every field of the config is a flag; the first preset gives the defaults, and `--preset NAME`
-    picks another where there are several. Beside them: `--out`, `--overwrite`, `--debug`.
+    picks another where there are several. Beside them: `--out`, `--overwrite`, `--debug`. Where the
+    experiment is for some objectives alone, another one is refused.
     """
-    directory = Path(out)
-    _guarded(_experiment(run, presets, directory, description, None))
+
+    def run_its_own(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
+        if objectives and config.data.objective not in objectives:
+            raise InputError(
+                f"data.objective is {config.data.objective!r}: this experiment is for "
+                f"{' or '.join(objectives)}."
+            )
+        run(config, out, overwrite)
+
+    _guarded(_experiment(run_its_own, presets, Path(out), description, None))
 
 
 def _experiment(

@@ -29,7 +29,7 @@ from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Decoding
 from gptjax.layers.attention import module
 from gptjax.layers.attention.reference import attention_weights, weighted_values
-from gptjax.models.build import build, split
+from gptjax.models.build import abstract, build, split
 from gptjax.models.plain import gpt2
 from gptjax.parallel.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
@@ -81,7 +81,7 @@ class Case:
     def graphdef(self, **changes: Any) -> nnx.GraphDef:
         """The structure of the variant with `changes` of its config."""
         config = dataclasses.replace(self.config, **changes)
-        return split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[0]
+        return abstract(config)[0]
 
     def loss(self, *, chunk: int = 0, **changes: Any) -> LossFunction:
         """The loss with all of its parts, of the variant with `changes` of its config."""
@@ -359,7 +359,7 @@ def _restored(case: Case) -> float:
 
 def _parameters(case: Case) -> float:
     """Of the variant in its own size, of which only the shapes are made."""
-    _, params = split(nnx.eval_shape(lambda: build(case.real, rngs=nnx.Rngs(0))))
+    _, params = abstract(case.real)
     built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     return abs(built - ledger(case.real).parameters) / built
 

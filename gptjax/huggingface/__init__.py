@@ -27,7 +27,7 @@ from gptjax.huggingface.configs import config_from_huggingface, config_to_huggin
 from gptjax.huggingface.gguf_files import GGUFWeights
 from gptjax.huggingface.particulars import stored_bert_heads
 from gptjax.huggingface.tensors import BUFFERS, TABLES, TOKEN_TYPES, Entry, Tables, entries
-from gptjax.models.build import build, split
+from gptjax.models.build import abstract, split
 
 __all__ = [
     "config_from_huggingface",
@@ -113,7 +113,7 @@ def _load(
             f"{weights.directory} does not fit its config: of {depth:,} layers it has {held:,} "
             "tensors."
         )
-    graphdef, shapes = split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    graphdef, shapes = abstract(config)
     leaves = _by_path(shapes)
     plan = _plan(tables, leaves, config)
     stored = _stored_names(tables, weights.names)

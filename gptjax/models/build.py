@@ -45,6 +45,11 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graphdef, nnx.to_pure_dict(state)
 
 
+def abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, Params]:
+    """`split` of a model that is not built: its static structure and its parameters' shapes."""
+    return split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+
+
 def parameter_axes(config: TransformerConfig) -> Params:
     """The letters of every parameter's axes: "LDNH" is the kernel of all layers' queries."""
 

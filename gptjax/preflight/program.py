@@ -1,7 +1,7 @@
 """The program that is compiled: the very step that `fit` or `generate` would run, of shapes alone.
 
-A training step is put together as experiments/quickstart.py does it; a step of decoding reads one
-token a sequence with a full cache, by the compiled function of `gptjax.generate`.
+A training step is put together as in `gptjax.runs.run`; a step of decoding reads one token per
+sequence with a full cache, by the compiled function of `gptjax.generate`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import compiled_read
 from gptjax.layers.attention.flash import resolve_kernel
-from gptjax.models.build import build, parameter_axes, split
+from gptjax.models.build import abstract, build, parameter_axes, split
 from gptjax.parallel.sharding import BATCH, build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
@@ -73,7 +73,7 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         config.mesh, config.train.batch_size // config.train.grad_accumulation, devices
     )
     model, kernel = _with_kernel(config.model, mesh)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
+    graphdef, _ = abstract(model)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     state: State = state_shapes(_init(config.model), optimizer, mesh, parameter_axes(config.model))
     lowered = lower_train_step(
@@ -121,7 +121,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         raise InputError("TransformerConfig.scan_layers is False: it must be True with --decode.")
     mesh = build_mesh(config.mesh, rows, devices)
     model, kernel = _with_kernel(model, mesh)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(model, rngs=nnx.Rngs(0))))
+    graphdef, _ = abstract(model)
     # The shardings of parameters are the state's, whatever the optimizer.
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     params = state_shapes(_init(model), optimizer, mesh, parameter_axes(model)).params

@@ -37,7 +37,7 @@ from gptjax.config import (
 from gptjax.data.objectives.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
-from gptjax.models.build import LanguageModel, build, split
+from gptjax.models.build import LanguageModel, abstract, split
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
 from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
@@ -147,8 +147,8 @@ def open_run(
 ) -> bool:
     """Make `directory` this run's, new or to be resumed; True if the run is already finished.
 
-    Of several processes the first does, and then the others look. Meanwhile the caller is to
-    `hold` it.
+    Which is printed then. Of several processes the first makes it, and then the others look.
+    Meanwhile the caller is to `hold` it.
 
     Raises:
       InputError: a directory that holds another run or other files, or that cannot be written, or
@@ -170,6 +170,8 @@ def open_run(
         return _is_finished(directory)
     finished = _open_first(directory, wanted, tokenizer, overwrite)
     distributed.meet(OPENED)
+    if finished:
+        print(f"{directory} holds a finished run of this config; --overwrite starts it anew.")
     return finished
 
 
@@ -323,7 +325,7 @@ def load_model(
     """
     directory, config = Path(directory), load_config(directory)
     _check_checkpoints(directory)
-    graphdef, shapes = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+    graphdef, shapes = abstract(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes

@@ -23,15 +23,12 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig, TransformerConfig
 from gptjax.costs.model import ledger
 from gptjax.data.batch import Batch
-from gptjax.models.build import build, split
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, build_mesh
-from gptjax.runs.mup import factors, scaled
+from gptjax.runs.assembly import assemble
 from gptjax.runs.trial import Trial
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.loop import Batches
-from gptjax.training.losses import training_loss
-from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import Metrics, State, compile_for_once, train_step
 
 MOST_PARAMETERS = 500_000
@@ -187,27 +184,21 @@ class _Program(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh: Mesh) -> _Program:
     """The program of all runs whose configs have this in common."""
-    by_width = None
-    if mup_base is not None:
-        by_width = factors(config.model, mup_base)
-        config = dataclasses.replace(config, model=scaled(config.model, mup_base))
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
-    loss, train = training_loss(graphdef, config.train), config.train
+    assembly = assemble(config, mup_base=mup_base)
+    config, loss, train = assembly.config, assembly.loss, config.train
 
     def optimizer(knobs: Knobs) -> optax.GradientTransformation:
-        rates = by_width and by_width.rate
-        return build_optimizer(config.optimizer, train.steps, knobs.learning_rate, rates)
+        return assembly.optimizer(knobs.learning_rate)
 
     @functools.cache
     def draw() -> Callable[[jax.Array], Any]:
         """Key → one run's parameters."""
-        drawing = jax.jit(lambda key: split(build(config.model, rngs=nnx.Rngs(key)))[1])
-        return compile_for_once(drawing.lower(random_key(0)), mesh.devices.flat[0].platform)
+        lowered = jax.jit(assembly.init).lower(random_key(0))
+        return compile_for_once(lowered, mesh.devices.flat[0].platform)
 
     def init(knobs: Knobs) -> State:
         drawn = [jax.device_get(draw()(random_key(int(seed)))) for seed in knobs.seed]
         params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
-        params = params if by_width is None else by_width.drawn(params)
         state = State(
             jnp.zeros(len(drawn), jnp.int32),
             params,
@@ -241,7 +232,7 @@ def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh:
         )
         return jax.jit(shared, **options)
 
-    return _Program(init, each(step, donate_argnums=1), each(evaluate), graphdef)
+    return _Program(init, each(step, donate_argnums=1), each(evaluate), assembly.graphdef)
 
 
 def _common(configs: Sequence[ExperimentConfig]) -> ExperimentConfig:

@@ -5,7 +5,6 @@ the same wiring for text. It is `fit`, so what is true of a run is true of a tri
 """
 
 import contextlib
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,22 +16,19 @@ import jax
 from flax import nnx
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig, to_dict
-from gptjax.models.build import Params, build, split
-from gptjax.parallel.keys import random_key
+from gptjax.models.build import LanguageModel, abstract
 from gptjax.parallel.sharding import build_mesh
+from gptjax.runs.assembly import assemble
 from gptjax.runs.directory import CHECKPOINTS, CONFIG, begin, begins, hold, load_config
-from gptjax.runs.mup import factors, scaled
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
-from gptjax.training.losses import training_loss
 from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
-from gptjax.training.optimizers import build_optimizer
 
 
 class Trial(NamedTuple):
     """What a trial came to."""
 
-    model: Any
+    model: LanguageModel
     """After the last step."""
     lines: list[dict[str, Any]]
     """Scalars of the logged and the evaluated steps, those of a run's `metrics.jsonl`."""
@@ -87,22 +83,15 @@ def _train(
     writers: Sequence[Writer],
     mup_base: TransformerConfig | None,
 ) -> Trial:
-    by_width = None
-    if mup_base is not None:
-        by_width = factors(config.model, mup_base)
-        config = dataclasses.replace(config, model=scaled(config.model, mup_base))
+    mesh = build_mesh(config.mesh, config.train.batch_size // config.train.grad_accumulation)
+    assembly = assemble(config, mesh, mup_base=mup_base)
+    config = assembly.config
     if begins(directory):
         begin(directory, {"config": to_dict(config)})
     elif not (directory / CONFIG).exists():
         raise InputError(f"{directory} is not empty: a trial begins in a directory of its own.")
     elif load_config(directory) != config:
         raise InputError(f"{directory} holds a trial of another config: choose another one.")
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
-
-    def init() -> Params:
-        params = split(build(config.model, rngs=nnx.Rngs(random_key(config.train.seed))))[1]
-        return params if by_width is None else by_width.drawn(params)
-
     with (
         Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
         closing(
@@ -111,24 +100,19 @@ def _train(
     ):
         fitted = fit(
             config.train,
-            init,
-            mesh=build_mesh(config.mesh, config.train.batch_size // config.train.grad_accumulation),
-            loss=training_loss(graphdef, config.train),
-            optimizer=build_optimizer(
-                config.optimizer,
-                config.train.steps,
-                rate_factors=by_width and by_width.rate,
-            ),
+            assembly.init,
+            mesh=mesh,
+            loss=assembly.loss,
+            optimizer=assembly.optimizer(),
             batches=batches,
             validation=validation,
             checkpoints=checkpoints,
             writers=[writer, *writers],
-            describe=lambda step, tokens_per_second: {},
         )
     params = jax.device_put(fitted.params, jax.devices()[0])
     progress = fitted.progress
     return Trial(
-        nnx.merge(graphdef, params),
+        nnx.merge(abstract(config.model)[0], params),
         read_jsonl(directory / METRICS),
         progress.last_loss,
         progress.seconds,

@@ -101,7 +101,7 @@ def fit(
     validation: Batches,
     checkpoints: Checkpoints,
     writers: Sequence[Writer],
-    describe: Callable[[int, float], dict[str, float]],
+    describe: Callable[[int, float], dict[str, float]] = lambda step, tokens_per_second: {},
 ) -> Fit:
     """Train from the last checkpoint, or from what `init` makes, to `config.steps`.
 

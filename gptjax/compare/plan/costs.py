@@ -20,7 +20,7 @@ from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.costs.model import ledger
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Sampling, generate
-from gptjax.models.build import build, split
+from gptjax.models.build import abstract, build, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.training.losses import training_loss
 from gptjax.training.optimizers import build_optimizer
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
     """The step of one run of `config` on all devices, with parameters of zero."""
     mesh = build_mesh(config.mesh, config.train.batch_size)
-    graphdef, _ = split(nnx.eval_shape(lambda: build(config.model, rngs=nnx.Rngs(0))))
+    graphdef, _ = abstract(config.model)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
 
     def init() -> Any:

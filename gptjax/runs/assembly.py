@@ -1,0 +1,80 @@
+"""What a run trains, put together from its config: the model, its loss and its optimizer.
+
+Nothing is computed yet. Runs (`run`), trials in notebooks (`trial`) and ensembles of seeds
+(`ensembles`) all begin here.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gptjax.config import ExperimentConfig, TransformerConfig
+from gptjax.layers.attention.flash import resolve_kernel
+from gptjax.models.build import Params, abstract, build, parameter_axes, split
+from gptjax.parallel.keys import random_key
+from gptjax.runs.mup import Factors, factors, scaled
+from gptjax.training.losses import LossFunction, training_loss
+from gptjax.training.optimizers import build_optimizer
+
+
+class Assembly(NamedTuple):
+    """A model, its loss and its optimizer; all pure functions of parameters."""
+
+    config: ExperimentConfig
+    """Of the run; with `mup_base`, its model has the head's multiplier."""
+    graphdef: nnx.GraphDef
+    """The model's structure: `nnx.merge(graphdef, params)` is the model."""
+    axes: Params
+    """The letters of each parameter's axes, by which a mesh shards them."""
+    loss: LossFunction
+    mup: Factors | None
+    lines: list[str]
+    """What the log says about attention."""
+
+    def init(self, key: jax.Array | None = None) -> Params:
+        """Initial parameters, drawn by `key`; None is that of `train.seed`."""
+        key = random_key(self.config.train.seed) if key is None else key
+        params = split(build(self.config.model, rngs=nnx.Rngs(key)))[1]
+        return params if self.mup is None else self.mup.drawn(params)
+
+    def optimizer(
+        self, learning_rate: float | jax.Array | None = None
+    ) -> optax.GradientTransformation:
+        """The run's, at a peak learning rate of its own where one is given."""
+        rates = self.mup and self.mup.rate
+        return build_optimizer(self.config.optimizer, self.config.train.steps, learning_rate, rates)
+
+
+def assemble(
+    config: ExperimentConfig,
+    mesh: Mesh | None = None,
+    *,
+    mup_base: TransformerConfig | None = None,
+) -> Assembly:
+    """Put together what a run trains.
+
+    Args:
+      config: with the size of the vocabulary.
+      mesh: the devices, of which attention takes the fastest kernel; None is XLA's.
+      mup_base: the model at the width that the learning rate was chosen for, from which muP carries
+        it to the width of `config`; None trains as `config` says.
+
+    Raises:
+      InputError: an attention kernel that the devices do not have, or a base that differs in more
+        than sizes.
+    """
+    mup = None
+    if mup_base is not None:
+        mup = factors(config.model, mup_base)
+        config = dataclasses.replace(config, model=scaled(config.model, mup_base))
+    model, lines = config.model, []
+    if mesh is not None:
+        platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
+        model, lines = resolve_kernel(model, platform, sequence=sequence)
+    graphdef, _ = abstract(model)
+    loss = training_loss(graphdef, config.train)
+    return Assembly(config, graphdef, parameter_axes(config.model), loss, mup, lines)

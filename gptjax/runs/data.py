@@ -1,0 +1,61 @@
+"""What a run reads: text, tokenizer, and rows of tokens in an order that the seed alone decides."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+from jax.sharding import Mesh
+
+from gptjax.config import ExperimentConfig, with_vocabulary
+from gptjax.data.corpus import Corpus, Sources, learn_tokenizer, open_corpus, open_sources
+from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.runs.directory import saved_tokenizer
+from gptjax.training.prefetch import own_rows
+
+
+class Data(NamedTuple):
+    """The text of a run, and what became of it."""
+
+    config: ExperimentConfig
+    """The run's, now with the size of the vocabulary."""
+    sources: Sources
+    tokenizer: Tokenizer
+    corpus: Corpus
+    """Rows of tokens, those that train and those that validate."""
+
+    @property
+    def size(self) -> str:
+        """How much there is to train on."""
+        rows = sum(map(len, self.corpus.train))
+        if not rows:
+            return "text as it is read"
+        return f"{self.corpus.train_tokens:,} tokens in {rows:,} rows"
+
+    def batches(self, mesh: Mesh) -> tuple[grain.DatasetIterator, EvaluationBatches]:
+        """Training batches without end and all validation batches: the rows of this process."""
+        config, corpus, hosts = self.config, self.corpus, own_rows(mesh)
+        order = {"batch_size": config.train.batch_size, "seed": config.train.seed, **hosts}
+        validation = EvaluationBatches(corpus.validation, config.train.batch_size, **hosts)
+        if not config.data.streaming:
+            return training_batches(corpus.train, config.data.weights, **order), validation
+        length = config.model.context_length
+        streamed = streamed_batches(
+            self.sources, self.tokenizer, corpus.vocabulary, config.data, length, **order
+        )
+        return streamed, validation
+
+
+def open_data(config: ExperimentConfig, out: Path, *, overwrite: bool = False) -> Data:
+    """Open the text, learn or read the tokenizer, and cut the text into rows of tokens.
+
+    A run that is resumed has its tokenizer in `out`, unless it is to be overwritten.
+
+    Raises:
+      InputError: text, tokenizer or rows that `config.data` cannot mean.
+    """
+    sources = open_sources(config.data)
+    saved = None if overwrite else saved_tokenizer(out, config.data, sources.fingerprint)
+    tokenizer = saved or learn_tokenizer(config.data, sources)
+    corpus = open_corpus(sources, tokenizer, config.data, config.model)
+    return Data(with_vocabulary(config, corpus.vocabulary.size), sources, tokenizer, corpus)

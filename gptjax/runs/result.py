@@ -1,0 +1,73 @@
+"""What a finished run leaves: result.json, then its figures and samples."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gptjax import distributed
+from gptjax.costs.model import ledger
+from gptjax.data.corpus import Corpus, Sources
+from gptjax.data.pipeline import bits_per_byte
+from gptjax.runs.data import Data
+from gptjax.runs.directory import RESULT, SHOWING, Run, environment, load_run
+from gptjax.system.disk import is_failure, write_json
+from gptjax.training.loop import Fit
+
+Show = Callable[[Run, Sources, Corpus, Path], str]
+"""(the trained run, its text, its rows, its directory) → the names of the files that it wrote."""
+
+
+def finish(out: Path, data: Data, fitted: Fit, *, show: Show) -> None:
+    """Write what the run reached, and what `show` makes of its best checkpoint; print both.
+
+    result.json comes first: a figure that fails is a warning, and the run is finished. Of several
+    processes the first does it.
+    """
+    if not distributed.is_first():
+        return
+    reached = result(data, fitted)
+    (out / SHOWING).touch()
+    write_json(out / RESULT, reached)
+    try:
+        shown = f"{show(load_run(out), data.sources, data.corpus, out)}, "
+    except Exception as error:  # Whatever it is.
+        if is_failure(error):
+            raise
+        shown = ""
+        print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
+    (out / SHOWING).unlink()
+    print(
+        f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, tensorboard/, "
+        "checkpoints/."
+    )
+
+
+def result(data: Data, fitted: Fit) -> dict[str, Any]:
+    """The content of result.json: losses, sizes, times, and the software and machine."""
+    progress = fitted.progress
+    reached = {
+        "final_validation_loss": progress.last_loss,
+        "best_validation_loss": progress.best_loss,
+        "best_step": progress.best_step,
+        "parameters": ledger(data.config.model).parameters,
+        "tokens_seen": progress.tokens,
+        "wall_seconds": progress.seconds,
+        "compile_seconds": fitted.compile_seconds,
+        **environment(),
+    }
+    if data.corpus.predicted:
+        for name in ("final", "best"):
+            loss = reached[f"{name}_validation_loss"]
+            reached[f"{name}_bits_per_byte"] = bits_per_byte(data.corpus.predicted, loss)
+    return reached
+
+
+def summary(reached: dict[str, Any]) -> str:
+    """The best validation loss and the time taken, in a line."""
+    bits = reached.get("best_bits_per_byte")
+    return (
+        f"Validation loss {reached['best_validation_loss']:.4f} nats per token"
+        f"{f', {bits:.3f} bits per byte' if bits else ''}, at step {reached['best_step']}; "
+        f"{reached['wall_seconds']:.0f} s."
+    )
