@@ -23,7 +23,8 @@ import tyro
 from gptjax import distributed
 from gptjax.commands import commands, train
 from gptjax.commands.training import trainable
-from gptjax.config import ExperimentConfig, InputError, Objective, near_names, shown
+from gptjax.config import ExperimentConfig, InputError, near_names, shown
+from gptjax.config.values import Objective
 from gptjax.system.disk import is_failure
 from gptjax.system.exits import Exit, Interrupts
 from gptjax.system.memory import ran_out

@@ -305,9 +305,9 @@ def _attention(case: Case) -> float:
 def reference_attention() -> Iterator[None]:
     """Attention of reference.py, left to autodiff, in place of `attend`."""
 
-    def reference(query, key, value, mask, bias, scale, softcap):
-        weights = attention_weights(query, key, mask, bias, scale=scale, softcap=softcap)
-        return weighted_values(weights, value)
+    def reference(query, key, value, mask, bias, scale, softcap, normalizer):
+        how = {"scale": scale, "softcap": softcap, "normalizer": normalizer}
+        return weighted_values(attention_weights(query, key, mask, bias, **how), value)
 
     fast, module.attend = module.attend, reference
     try:

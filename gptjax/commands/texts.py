@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from gptjax.config import DataConfig, InputError, Objective, Packing, TransformerConfig
+from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.config.values import Objective, Packing
 from gptjax.system.memory import check_batch_fits
 
 

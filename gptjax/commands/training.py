@@ -13,10 +13,10 @@ from gptjax.compare.question import Comparison
 from gptjax.config import (
     DataConfig,
     ExperimentConfig,
-    Objective,
     OptimizerConfig,
     TrainConfig,
 )
+from gptjax.config.values import Objective
 from gptjax.models.presets import PRESETS, preset
 from gptjax.runs.run import run
 

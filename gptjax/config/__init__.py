@@ -9,9 +9,7 @@ from gptjax.config.dictionaries import differences, from_dict, to_dict
 from gptjax.config.experiment import (
     DataConfig,
     ExperimentConfig,
-    Objective,
     OptimizerConfig,
-    Packing,
     TrainConfig,
     with_vocabulary,
 )
@@ -26,27 +24,15 @@ from gptjax.config.json_files import (
     unsealed,
 )
 from gptjax.config.mesh import MeshConfig
-from gptjax.config.model import (
-    GATES,
-    PLACEMENTS,
-    RELATIVE_BUCKETS,
-    Placement,
-    TransformerConfig,
-)
+from gptjax.config.model import TransformerConfig
 
 __all__ = [
-    "GATES",
-    "PLACEMENTS",
-    "RELATIVE_BUCKETS",
     "SEAL",
     "DataConfig",
     "ExperimentConfig",
     "InputError",
     "MeshConfig",
-    "Objective",
     "OptimizerConfig",
-    "Packing",
-    "Placement",
     "TrainConfig",
     "TransformerConfig",
     "differences",

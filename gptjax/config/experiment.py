@@ -3,16 +3,18 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from gptjax.config.checks import check, check_minimum, check_types
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
-
-Objective = Literal[
-    "causal", "masked_lm", "next_sentence", "sequence_to_sequence", "prefix", "span_corruption"
-]
-Packing = Literal["split", "first_fit"]
+from gptjax.config.values import (
+    WITH_MU_DTYPE,
+    Dtype,
+    Objective,
+    OptimizerName,
+    Packing,
+    Schedule,
+)
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ class DataConfig:
 class OptimizerConfig:
     """How gradients become updates."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon orthogonalises the matrices of the blocks and leaves all else to AdamW."""
+    name: OptimizerName = "adamw"
+    """How gradients become updates; all decay weights apart from that, as AdamW does. muon
+    orthogonalises the matrices of the blocks and leaves all else to AdamW."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; with muon, that of AdamW."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices that Muon takes."""
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    schedule: Schedule = "cosine"
     """After the warm-up: cosine decay, constant, or stable and then a linear decay (wsd)."""
     warmup_steps: int | None = None
     """Steps of linear warm-up from zero; None is 100, of short runs a fifth."""
@@ -97,12 +100,12 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """The learning rate at the end over its peak."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment; sgd: of its momentum."""
     beta2: float = 0.99
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
-    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    mu_dtype: Dtype = "float32"
     """Type of the first moment, which is kept beside each parameter; the second stays float32."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases never decay."""
@@ -112,6 +115,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_minimum(self, 0, "weight_decay", "clip_norm")
+        typed = self.mu_dtype == "float32" or self.name in WITH_MU_DTYPE
+        check(self, "mu_dtype", typed, f"float32 with {self.name}")
         warms = self.warmup_steps is None or self.warmup_steps >= 0
         check(self, "warmup_steps", warms, "at least 0")
         for name in ("learning_rate", "muon_learning_rate", "epsilon"):

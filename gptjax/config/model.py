@@ -1,54 +1,34 @@
 """The shape of a model."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, cast, get_args
 
 from gptjax.config.checks import check, check_minimum, check_types
+from gptjax.config.values import (
+    PLACEMENTS,
+    Activation,
+    AttentionKernel,
+    AttentionKind,
+    AttentionNormalizer,
+    Dtype,
+    EncoderHeads,
+    Family,
+    NormName,
+    NormPlacement,
+    Pairing,
+    PositionEmbedding,
+    Remat,
+)
 
 MOST_BLOCKS = 1 << 16
 """The deepest published models have a thousand (DeepNet, Wang et al. 2022)."""
-
-
-RELATIVE_BUCKETS = 32
-"""Buckets of T5's relative positions (its released configurations)."""
-GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-"""Gated activations, and what the gate goes through (Shazeer 2020)."""
-
-
-class Placement(NamedTuple):
-    """Where norms stand around a layer (`gptjax.layers.residual`)."""
-
-    before: bool = False
-    """A norm of what the layer reads."""
-    after: bool = False
-    """A norm of what the layer adds."""
-    of_sum: bool = False
-    """A norm of the stream with what the layer adds."""
-    parallel: bool = False
-    """Attention and MLP read the same stream, and are added at once."""
-    shared: bool = False
-    """They read the same norm of it."""
-
-    @property
-    def norms(self) -> int:
-        """Norms around a layer."""
-        return self.before + self.after + self.of_sum
-
-
-PLACEMENTS = {
-    "pre": Placement(before=True),
-    "post": Placement(of_sum=True),
-    "sandwich": Placement(before=True, after=True),
-    "parallel": Placement(before=True, parallel=True),
-    "parallel_shared": Placement(before=True, parallel=True, shared=True),
-}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The shape of a model. The letters are the axes of every docstring in gptjax."""
 
-    family: Literal["decoder", "encoder", "encoder_decoder", "recurrent"] = "decoder"
+    family: Family = "decoder"
     """GPT, BERT, the original Transformer, or the LSTM that it displaced."""
     vocab_size: int = 0
     """Tokens in the vocabulary (V); 0 takes the tokenizer's."""
@@ -68,19 +48,17 @@ class TransformerConfig:
     """Width of one head (H); 0 takes width / heads."""
     mlp_dim: int = 0
     """Width of the feed-forward layer (F); 0 takes 4 x width."""
-    position_embedding: Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"] = (
-        "learned"
-    )
+    position_embedding: PositionEmbedding = "learned"
     """How a token knows where it stands."""
-    pairing: Literal["half", "interleaved"] = "half"
+    pairing: Pairing = "half"
     """Which two channels share an angle (rotary, sinusoidal): i and i + H/2, or 2i and 2i + 1."""
     rotary_fraction: float = 1.0
     """rotary: the share of a head's channels that turn."""
     rope_theta: float = 10_000.0
     """rotary: the longest wavelength over 2 pi, about."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm: NormName = "layernorm"
     """The normalisation of the residual stream."""
-    norm_placement: Literal["pre", "post", "sandwich", "parallel", "parallel_shared"] = "pre"
+    norm_placement: NormPlacement = "pre"
     """Before a layer, after its sum, both sides of it, or attention and feed-forward at once."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
@@ -96,15 +74,15 @@ class TransformerConfig:
     """compressed: keys and values that a strided convolution joins into one."""
     attention_scaled: bool = True
     """Divide the scores by the root of the head width."""
-    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention_kernel: AttentionKernel = "auto"
     """auto: the fastest that the platform has for this config; splash is a TPU's, cudnn a GPU's."""
+    attention_normalizer: AttentionNormalizer = "softmax"
+    """What makes weights of scores: softmax over the keys, or sigmoid of each."""
     attention_softcap: float = 0.0
     """Scores bounded softly by cap tanh(score / cap); 0 does not."""
     qk_norm: bool = False
     """RMS-normalise each query and key."""
-    activation: Literal[
-        "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"
-    ] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """The MLP's activation, the last three gated; gelu_tanh is GPT-2's."""
     num_experts: int = 0
     """Feed-forward layers that each token chooses among (E); 0 is one for all."""
@@ -130,15 +108,15 @@ class TransformerConfig:
     """Multiply token embeddings by the root of the width."""
     token_types: int = 0
     """encoder: kinds of segments that have an embedding (BERT: 2)."""
-    encoder_heads: Literal["none", "pooler", "masked_lm", "pretraining"] = "none"
+    encoder_heads: EncoderHeads = "none"
     """encoder: BERT's pooler, its masked-LM transformation, or both and next sentence."""
     dropout: float = 0.0
     """Share of activations dropped in training: after the embedding, in attention, in residuals."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Type of the activations; parameters, softmax, norms and loss stay float32."""
     scan_layers: bool = False
     """Run the blocks as one scanned loop (compiles faster when deep), not one after another."""
-    remat: Literal["none", "full", "dots", "names", "offload"] = "none"
+    remat: Remat = "none"
     """What of a block is recomputed in the backward pass: nothing; all; all but products with
     weights, or but what attention read and the feed-forward layer's first products; or all, the
     block's input waiting in the host's memory."""
@@ -168,9 +146,9 @@ class TransformerConfig:
         return int(self.rotary_fraction * self.actual_head_dim) // 2 * 2
 
     @property
-    def attention_pattern(self) -> tuple[str, ...]:
+    def attention_pattern(self) -> tuple[AttentionKind, ...]:
         """The kinds of attention of consecutive blocks, over which the stack repeats."""
-        return tuple(self.attention.split(","))
+        return cast(tuple[AttentionKind, ...], tuple(self.attention.split(",")))
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -206,8 +184,9 @@ class TransformerConfig:
 
     def _check_attention(self) -> None:
         pattern = self.attention_pattern
-        known = set(pattern) <= {"full", "local", "compressed"}
-        check(self, "attention", known, "full, local, compressed, or several joined by commas")
+        kinds = get_args(AttentionKind)
+        accepted = f"{', '.join(kinds)}, or several joined by commas"
+        check(self, "attention", set(pattern) <= set(kinds), accepted)
         for name in ("depth", "encoder_depth"):
             divides = getattr(self, name) % len(pattern) == 0
             check(self, name, divides, f"a multiple of the {len(pattern)} kinds of attention")

@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gptjax.config import GATES, PLACEMENTS, RELATIVE_BUCKETS, TransformerConfig
+from gptjax.config import TransformerConfig
+from gptjax.config.values import (
+    ENCODER_HEADS,
+    GATES,
+    PLACEMENTS,
+    RELATIVE_BUCKETS,
+    AttentionKind,
+    exhaustive,
+)
 
 BYTES_PER_PARAMETER = {
     # Both optimizers keep float32 moments: AdamW two a parameter, Muon one a matrix.
@@ -124,12 +132,12 @@ def _parts(config: TransformerConfig) -> Iterator[Count]:
 
 def _encoder_heads(config: TransformerConfig) -> Iterator[Count]:
     """BERT's, each with its biases and norm; pooler and next sentence see one token a sequence."""
-    width, heads = config.width, config.encoder_heads
-    if heads in ("pooler", "pretraining"):
+    width, heads = config.width, ENCODER_HEADS[config.encoder_heads]
+    if "pooler" in heads:
         yield "pooler", 2, width * width + width, 0
-    if heads in ("masked_lm", "pretraining"):
+    if "masked_lm" in heads:
         yield "masked-LM head", 4, width * width + 3 * width, 2 * width * width
-    if heads == "pretraining":
+    if "next_sentence" in heads:
         yield "next-sentence head", 2, 2 * width + 2, 0
 
 
@@ -197,11 +205,14 @@ def _attention_flops(config: TransformerConfig) -> int:
     if config.family == "recurrent":
         return 0
     pattern, context_length = config.attention_pattern, config.context_length
-    keys = {
-        "full": context_length,
-        "local": context_length,
-        "compressed": 1 + context_length // config.compression,
-    }
+    keys = exhaustive(
+        AttentionKind,
+        {
+            "full": context_length,
+            "local": context_length,
+            "compressed": 1 + context_length // config.compression,
+        },
+    )
     seen = config.depth // len(pattern) * sum(keys[kind] for kind in pattern)
     if config.family == "encoder_decoder":
         encoder_depth = config.encoder_depth or config.depth

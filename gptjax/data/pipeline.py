@@ -23,7 +23,6 @@ from gptjax.config import DataConfig, InputError
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, Sources
 from gptjax.data.objectives.packing import OPEN_ROWS, PackedTokens, cut
-from gptjax.data.objectives.pairs import translated_row
 from gptjax.data.objectives.rows import Bucket, finisher, window
 from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.sources import Documents
@@ -128,7 +127,6 @@ def streamed_batches(
             _Fitting(lambda pair: all(0 < len(text) < context_length for text in pair), patience)
         )
         streamed = fitting.to_iter_dataset(READ_OPTIONS)
-        finish = functools.partial(translated_row, words=words, length=context_length)
     else:
         framed = data.packing == "first_fit" and data.objective != "causal"
         end = None if framed else tokenizer.end_token
@@ -138,7 +136,7 @@ def streamed_batches(
         least = 2 if data.objective == "causal" and data.packing == "first_fit" else 1
         fitting = dataset.filter(_Fitting(lambda tokens: len(tokens) >= least, patience))
         streamed = _packed(fitting, data, context_length, words)
-        finish = finisher(data, context_length, words)
+    finish = finisher(data, context_length, words)
     batches = streamed.seed(seed).random_map(finish).batch(batch_size).map(of_host)
     return _Streamed(iter(batches))
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from gptjax.config import PLACEMENTS, TransformerConfig
+from gptjax.config import TransformerConfig
+from gptjax.config.values import PLACEMENTS, AttentionKind
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.module import Attention, AttentionInputs
 from gptjax.layers.hooks import CROSS, NO_HOOKS, Hooks
@@ -50,7 +51,7 @@ class Block(nnx.Module):
         self,
         config: TransformerConfig,
         *,
-        attention: str = "full",
+        attention: AttentionKind = "full",
         cross: bool = False,
         rngs: nnx.Rngs,
     ):

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import GATES, TransformerConfig
+from gptjax.config import TransformerConfig
+from gptjax.config.values import GATES, Activation, exhaustive
 from gptjax.layers.hooks import NO_HOOKS, PRE_ACTIVATION, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
 
@@ -98,3 +99,4 @@ ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
     "silu": jax.nn.silu,
 }
+exhaustive(Activation, ACTIVATIONS | GATES)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import GATES, TransformerConfig
+from gptjax.config import TransformerConfig
+from gptjax.config.values import GATES
 from gptjax.layers.hooks import NO_HOOKS, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear
 from gptjax.layers.mlp import activate

@@ -1,6 +1,6 @@
 """How a token knows where it stands.
 
-| `positions` | what it does | source |
+| `position_embedding` | what it does | source |
 |---|---|---|
 | learned | a trained vector per position, added to the embedding | GPT-1 (Radford et al. 2018) |
 | sinusoidal | fixed sines and cosines, added to the embedding | Vaswani et al. 2017, section 3.5 |
@@ -9,16 +9,17 @@
 | relative | adds a number a head and bucket of distances to a score | T5 (Raffel et al. 2020) |
 | none | only the causal mask tells order | Haviv et al. 2022 |
 
-`pairing` says which two channels share an angle: `neighbours` (2i and 2i + 1) in Vaswani et al.,
-RoFormer and GPT-J; `halves` (i and i + half) in GPT-NeoX, Llama and Marian.
+`pairing` says which two channels share an angle: `interleaved` (2i and 2i + 1) in Vaswani et al.,
+RoFormer and GPT-J; `half` (i and i + half) in GPT-NeoX, Llama and Marian.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import RELATIVE_BUCKETS
+from gptjax.config.values import RELATIVE_BUCKETS, Pairing, exhaustive
 
 SINUSOIDAL_BASE = 10_000.0
 RELATIVE_MAX_DISTANCE = 128
@@ -28,7 +29,8 @@ RELATIVE_MAX_DISTANCE = 128
 def sinusoidal(positions: jax.Array, width: int, pairing: str) -> jax.Array:
     """Vaswani et al. 2017, section 3.5: positions [...] → [..., D], a sine and a cosine a pair."""
     angles = rotary_angles(positions, width, SINUSOIDAL_BASE)
-    return _unpaired(jnp.sin(angles), jnp.cos(angles), pairing)
+    _, join = PAIRINGS[pairing]
+    return join(jnp.sin(angles), jnp.cos(angles))
 
 
 def rotary_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
@@ -43,22 +45,42 @@ def rotary_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
 def rotate(x: jax.Array, angles: jax.Array, pairing: str) -> jax.Array:
     """Turn the first R channels of `x` [B, T, N, H] in pairs by `angles` [B or 1, T, R / 2]."""
     turning = 2 * angles.shape[-1]
-    if pairing == "half":
-        first, second = jnp.split(x[..., :turning].astype(jnp.float32), 2, axis=-1)
-    else:
-        first, second = jnp.moveaxis(
-            x[..., :turning].astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0
-        )
+    split, join = PAIRINGS[pairing]
+    first, second = split(x[..., :turning].astype(jnp.float32))
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    turned = _unpaired(first * cos - second * sin, second * cos + first * sin, pairing)
+    turned = join(first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([turned.astype(x.dtype), x[..., turning:]], axis=-1)
 
 
-def _unpaired(first: jax.Array, second: jax.Array, pairing: str) -> jax.Array:
-    """The two channels of each pair [..., R / 2] put back into their places [..., R]."""
-    if pairing == "half":
-        return jnp.concatenate([first, second], axis=-1)
+def _split_halves(x: jax.Array) -> Sequence[jax.Array]:
+    """[..., R] → the first channel of each pair and the second, [..., R / 2] each."""
+    return jnp.split(x, 2, axis=-1)
+
+
+def _join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Its inverse."""
+    return jnp.concatenate([first, second], axis=-1)
+
+
+def _split_interleaved(x: jax.Array) -> Sequence[jax.Array]:
+    """[..., R] → the first channel of each pair and the second, [..., R / 2] each."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return pairs[..., 0], pairs[..., 1]
+
+
+def _join_interleaved(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Its inverse."""
     return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
+
+
+PAIRINGS = exhaustive(
+    Pairing,
+    {
+        "half": (_split_halves, _join_halves),
+        "interleaved": (_split_interleaved, _join_interleaved),
+    },
+)
+"""How channels are split into pairs, and joined again."""
 
 
 def alibi_slopes(heads: int) -> jax.Array:

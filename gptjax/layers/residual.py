@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-from gptjax.config import Placement
+from gptjax.config.values import Placement
 from gptjax.parallel.sharding import constrain
 
 

@@ -6,13 +6,14 @@ turns (`attention="full,local"`), there are p stacks of L / p layers.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptjax.config import RELATIVE_BUCKETS, InputError, TransformerConfig
+from gptjax.config import InputError, TransformerConfig
+from gptjax.config.values import RELATIVE_BUCKETS, AttentionKind, Remat, exhaustive
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.masks import AttentionMask, MaskRule, attention_mask, compressed_mask
 from gptjax.layers.attention.module import AttentionInputs
@@ -45,17 +46,21 @@ cache, its other outputs)."""
 
 SAVED = ("attention", "mlp")
 """What the policy "names" keeps: the heads' weighted values, and what the activation takes."""
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "names": jax.checkpoint_policies.save_only_these_names(*SAVED),
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["residual"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+REMAT_POLICIES = exhaustive(
+    Remat,
+    {
+        "none": jax.checkpoint_policies.everything_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "names": jax.checkpoint_policies.save_only_these_names(*SAVED),
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["residual"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    },
+)
 """What stays of a block between the passes; the rest is computed again (Chen et al. 2016)."""
 
 
@@ -139,7 +144,7 @@ def run_layers(
     Raises:
       InputError: interventions in a pipeline.
     """
-    policy, grouped = REMAT_POLICIES.get(config.remat), config.remat_layers > 1
+    policy, grouped = REMAT_POLICIES[config.remat], config.remat_layers > 1
     if config.remat != "none" and not grouped:
         run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
@@ -356,20 +361,32 @@ class BlockStack(nnx.Module):
         # attends to another document: a distance is the same for all rows, packed or not.
         distance = slots[..., None] - jnp.arange(keys)
         bias = angles = None
-        if config.position_embedding == "alibi":
-            bias = alibi_bias(distance, config.heads)
-        if config.position_embedding == "relative":
-            buckets = relative_buckets(distance, bidirectional=not self.causal)
-            bias = jnp.moveaxis(self.relative(buckets), -1, 1)
-        if config.position_embedding == "rotary":
-            positions = slots if inputs.positions is None else inputs.positions
-            angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
+        match config.position_embedding:
+            case "alibi":
+                bias = alibi_bias(distance, config.heads)
+            case "relative":
+                buckets = relative_buckets(distance, bidirectional=not self.causal)
+                bias = jnp.moveaxis(self.relative(buckets), -1, 1)
+            case "rotary":
+                positions = slots if inputs.positions is None else inputs.positions
+                angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
+            case "learned" | "sinusoidal" | "none":  # Added to the embeddings, or nowhere.
+                pass
+            case unknown:
+                assert_never(unknown)
         padding_mask = None if cached else inputs.padding_mask
 
-        def mask(kind: str) -> AttentionMask:
-            if kind == "compressed":
-                return AttentionMask(compressed_mask(slots, keys, config.compression))
-            window = config.window if kind == "local" else 0
+        def mask(kind: AttentionKind) -> AttentionMask:
+            window = 0
+            match kind:
+                case "compressed":
+                    return AttentionMask(compressed_mask(slots, keys, config.compression))
+                case "local":
+                    window = config.window
+                case "full":
+                    pass
+                case unknown:
+                    assert_never(unknown)
             rule = MaskRule(self.causal, window, padding_mask, inputs.segment_ids)
             return AttentionMask(attention_mask(distance, rule), None if cached else rule)
 
@@ -386,7 +403,9 @@ class BlockStack(nnx.Module):
         }
 
 
-def _build_block(config: TransformerConfig, kind: str, cross: bool, rngs: nnx.Rngs) -> Block:
+def _build_block(
+    config: TransformerConfig, kind: AttentionKind, cross: bool, rngs: nnx.Rngs
+) -> Block:
     return Block(config, attention=kind, cross=cross, rngs=rngs)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx
 
 from gptjax.config import TransformerConfig
+from gptjax.config.values import Family, exhaustive
 from gptjax.models.decoder import Decoder
 from gptjax.models.encoder import Encoder
 from gptjax.models.encoder_decoder import EncoderDecoder
@@ -22,12 +23,15 @@ from gptjax.models.recurrent import Recurrent
 
 Params = dict[str, Any]
 
-FAMILIES: dict[str, type[LanguageModel]] = {
-    "decoder": Decoder,
-    "encoder": Encoder,
-    "encoder_decoder": EncoderDecoder,
-    "recurrent": Recurrent,
-}
+FAMILIES: dict[str, type[LanguageModel]] = exhaustive(
+    Family,
+    {
+        "decoder": Decoder,
+        "encoder": Encoder,
+        "encoder_decoder": EncoderDecoder,
+        "recurrent": Recurrent,
+    },
+)
 
 
 def build(config: TransformerConfig, *, rngs: nnx.Rngs) -> LanguageModel:

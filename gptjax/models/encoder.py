@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import TransformerConfig
+from gptjax.config.values import ENCODER_HEADS
 from gptjax.layers.dropout import split_key
 from gptjax.layers.inputs import Inputs
 from gptjax.layers.linear import Linear
@@ -25,12 +26,13 @@ class Encoder(LanguageModel):
         super().__init__(config, rngs=rngs)
         width = (config.width,)
         self.encoder = BlockStack(config, depth=config.depth, causal=False, rngs=rngs)
-        if config.encoder_heads in ("pooler", "pretraining"):
+        heads = ENCODER_HEADS[config.encoder_heads]
+        if "pooler" in heads:
             self.pooler = Linear(width, width, axes="D-", bias=True, rngs=rngs)
-        if config.encoder_heads in ("masked_lm", "pretraining"):
+        if "masked_lm" in heads:
             self.masked_lm = Linear(width, width, axes="D-", bias=True, rngs=rngs)
             self.masked_lm_norm = LayerNorm(config.width, epsilon=config.norm_epsilon, bias=True)
-        if config.encoder_heads == "pretraining":
+        if "next_sentence" in heads:
             self.next_sentence = Linear(width, (2,), axes="D-", bias=True, rngs=rngs)
 
     @property
@@ -45,7 +47,7 @@ class Encoder(LanguageModel):
 
     def readout(self, hidden: jax.Array) -> jax.Array:
         """[..., D] → [..., D]: what BERT does before its masked-LM head (its released code)."""
-        if self.config.encoder_heads not in ("masked_lm", "pretraining"):
+        if "masked_lm" not in ENCODER_HEADS[self.config.encoder_heads]:
             return super().readout(hidden)
         return super().readout(self.masked_lm_norm(gelu(self.masked_lm(hidden))))
 

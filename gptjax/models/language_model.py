@@ -1,7 +1,7 @@
 """What every family of models shares: tokens' embeddings on the way in, the head on the way out."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +110,15 @@ class LanguageModel(nnx.Module):
         x = self.embedding(tokens, config.dtype)
         if config.embedding_scaled:
             x *= math.sqrt(config.width)
-        if config.position_embedding == "learned":
-            x += self.positions(positions, config.dtype)
-        if config.position_embedding == "sinusoidal":
-            x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
+        match config.position_embedding:
+            case "learned":
+                x += self.positions(positions, config.dtype)
+            case "sinusoidal":
+                x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
+            case "rotary" | "alibi" | "relative" | "none":  # In attention, or nowhere.
+                pass
+            case unknown:
+                assert_never(unknown)
         if config.token_types:
             types = jnp.zeros_like(tokens) if inputs.token_types is None else inputs.token_types
             x += self.token_types(types, config.dtype)

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 
 from gptjax.config import ExperimentConfig, InputError
+from gptjax.config.values import Dtype, exhaustive
 
 BATCH_BYTES = 12
 """Of a token in a batch: itself, its target and its weight in the loss, 32 bits each."""
-ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
+ACTIVATION_BYTES = exhaustive(Dtype, {"float32": 4, "bfloat16": 2})
 
 
 def machine_bytes() -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptjax.config import InputError, TrainConfig
+from gptjax.config.values import ENCODER_HEADS
 from gptjax.data.batch import Batch
 from gptjax.training.cross_entropy import LossSums, cross_entropy
 
@@ -95,7 +96,7 @@ def training_loss(graphdef: nnx.GraphDef, config: TrainConfig) -> LossFunction:
 def _next_sentence_loss(model: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
     """[B, T, D] and [B] → [B]: cross-entropy of whether the second segment follows the first."""
     heads = model.config.encoder_heads
-    if heads != "pretraining":
+    if "next_sentence" not in ENCODER_HEADS[heads]:
         raise InputError(
             "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
             f"'pretraining', and is {heads!r}."

@@ -1,6 +1,19 @@
 """Optimizers and schedules, and the rules of which parameter gets what.
 
-The rules go by a leaf's name, not by its rank: stacked biases are matrices too.
+| `optimizer.name` | an update's direction | source |
+|---|---|---|
+| adamw | first moment over the root of the second, both corrected | Loshchilov & Hutter 2019 |
+| nadamw | the same with Nesterov's momentum | Dozat 2016 |
+| adabelief | the second moment is of the gradient's deviation | Zhuang et al. 2020 |
+| radam | adamw, its early steps rectified | Liu et al. 2020 |
+| yogi | the second moment grows by steps of a bounded size | Zaheer et al. 2018 |
+| lion | the sign of an interpolated momentum | Chen et al. 2023 |
+| rmsprop | the gradient over the root of the second moment | Hinton 2012 |
+| sgd | the gradient's momentum | Sutskever et al. 2013 |
+| muon | matrices: the momentum, orthogonalised; all else: adamw | Jordan 2024 |
+
+All are Optax's but Muon, and with all of them weights decay apart from the gradient. Which leaf
+gets what goes by its name, not by its rank: stacked biases are matrices too.
 
 | leaf | decays | Muon |
 |---|---|---|
@@ -10,7 +23,9 @@ The rules go by a leaf's name, not by its rank: stacked biases are matrices too.
 | `scale`, `bias` | no | no |
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, assert_never
 
 import jax
@@ -18,6 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import InputError, OptimizerConfig
+from gptjax.config.values import OptimizerName, exhaustive
 
 INPUT_AXES = {"output": 2, "compress_key": 3, "compress_value": 3}
 """Of the kernels with more than one axis of inputs, how many they have."""
@@ -52,13 +68,16 @@ def learning_rate_schedule(
         raise InputError(
             f"OptimizerConfig.warmup_steps is {warmup}: it must be below train.steps {steps}."
         )
-    if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, steps - warmup, config.min_lr_ratio)
-    elif config.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        decay = round(config.decay_fraction * (steps - warmup))
-        after = optax.linear_schedule(peak, final, decay, steps - warmup - decay)
+    match config.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(peak, steps - warmup, config.min_lr_ratio)
+        case "constant":
+            after = optax.constant_schedule(peak)
+        case "wsd":
+            decay = round(config.decay_fraction * (steps - warmup))
+            after = optax.linear_schedule(peak, final, decay, steps - warmup - decay)
+        case unknown:
+            assert_never(unknown)
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
@@ -68,7 +87,7 @@ def build_optimizer(
     learning_rate: float | jax.Array | None = None,
     rate_factors: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan 2024) with AdamW for all but matrices.
+    """Clipping, the direction that `config.name` names, decoupled weight decay, learning rate.
 
     Muon's update is that of Jordan's code (github.com/KellerJordan/Muon, `muon.py`): Nesterov
     momentum without bias correction, `orthogonalised`, decoupled weight decay. What differs: the
@@ -82,8 +101,7 @@ def build_optimizer(
     Args:
       config: which, and how.
       steps: of the whole run.
-      learning_rate: the peak of AdamW's, where one program trains at several; None takes the
-        config's.
+      learning_rate: the peak, where one program trains at several; None takes the config's.
       rate_factors: what AdamW's learning rate is multiplied by, a tree like the parameters of
         numbers (`gptjax.runs.mup`); None is 1. The weight decay does not change.
 
@@ -99,24 +117,46 @@ def build_optimizer(
     peak = config.learning_rate if learning_rate is None else learning_rate
     # The factors come before the decay, so that in a step a weight loses the same share of itself
     # at every width: decay is of the weight's own size, which no width has to correct.
-    adam = optax.scale_by_adam(
-        b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=config.mu_dtype
-    )
-    adamw = optax.chain(
-        adam if rate_factors is None else optax.chain(adam, _multiplied_by(rate_factors)),
+    direction = DIRECTIONS[config.name](config)
+    if rate_factors is not None:
+        direction = optax.chain(direction, _multiplied_by(rate_factors))
+    update = optax.chain(
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(learning_rate_schedule(config, peak, steps)),
     )
-    match config.name:
-        case "adamw":
-            update = adamw
-        case "muon":
-            rate = learning_rate_schedule(config, config.muon_learning_rate, steps)
-            update = optax.partition({"muon": _muon(config, rate), "adamw": adamw}, _partition)
-        case unknown:
-            assert_never(unknown)
+    if config.name == "muon":
+        rate = learning_rate_schedule(config, config.muon_learning_rate, steps)
+        update = optax.partition({"muon": _muon(config, rate), "adamw": update}, _partition)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return optax.chain(*clip, update)
+
+
+def _adam(config: OptimizerConfig, *, nesterov: bool = False) -> optax.GradientTransformation:
+    return optax.scale_by_adam(
+        config.beta1,
+        config.beta2,
+        config.epsilon,
+        mu_dtype=config.mu_dtype,
+        nesterov=nesterov,
+    )
+
+
+DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = exhaustive(
+    OptimizerName,
+    {
+        "adamw": _adam,
+        "nadamw": functools.partial(_adam, nesterov=True),
+        "adabelief": lambda c: optax.scale_by_belief(c.beta1, c.beta2, c.epsilon),
+        "radam": lambda c: optax.scale_by_radam(c.beta1, c.beta2, c.epsilon),
+        "yogi": lambda c: optax.scale_by_yogi(c.beta1, c.beta2, c.epsilon),
+        "lion": lambda c: optax.scale_by_lion(c.beta1, c.beta2, c.mu_dtype),
+        "rmsprop": lambda c: optax.scale_by_rms(c.beta2, c.epsilon),
+        "sgd": lambda c: optax.trace(c.beta1, accumulator_dtype=c.mu_dtype),
+        "muon": _adam,  # Of all but the matrices.
+    },
+)
+"""What a gradient becomes before the decay and the learning rate."""
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.layers.mlp import ACTIVATIONS, GATES, activate, gelu_tanh
+from gptjax.config.values import GATES
+from gptjax.layers.mlp import ACTIVATIONS, activate, gelu_tanh
 
 X = jax.random.normal(jax.random.key(0), (7, 9)) * 3
 

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gptjax.config import InputError
-from gptjax.data.batch import Batch
-from gptjax.data.objectives.rows import Bucket
-from gptjax.data.objectives.seq2seq import teacher_forcing
+from gptjax.data.objectives.rows import Bucket, translated_row
 from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.storage.store import TokenStore
 
@@ -72,16 +70,3 @@ def pair_rows(
         finish = functools.partial(translated_row, words=words, length=length)
         buckets.append(Bucket(pairs, finish, random=False))
     return buckets
-
-
-def translated_row(
-    read: tuple[np.ndarray, np.ndarray],
-    rng: np.random.Generator | None = None,
-    *,
-    words: Vocabulary,
-    length: int,
-) -> Batch:
-    """A document and what it is to become, both padded to `length`."""
-    source, target = read
-    lengths = {"source_length": length, "target_length": length}
-    return teacher_forcing(source, target, vocabulary=words, **lengths)

@@ -14,11 +14,12 @@ import bisect
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 
 from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.config.values import Family, Objective, exhaustive
 from gptjax.data.batch import Batch
 from gptjax.data.objectives.masking import FRAME, masked_lm, next_sentence
 from gptjax.data.objectives.packing import (
@@ -43,14 +44,17 @@ from gptjax.data.storage.cache import kept
 from gptjax.data.storage.store import Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 
-FAMILIES = {
-    "causal": ("decoder", "recurrent"),
-    "masked_lm": ("encoder",),
-    "next_sentence": ("encoder",),
-    "prefix": ("encoder_decoder",),
-    "span_corruption": ("encoder_decoder",),
-    "sequence_to_sequence": ("encoder_decoder",),
-}
+FAMILIES: dict[str, tuple[Family, ...]] = exhaustive(
+    Objective,
+    {
+        "causal": ("decoder", "recurrent"),
+        "masked_lm": ("encoder",),
+        "next_sentence": ("encoder",),
+        "prefix": ("encoder_decoder",),
+        "span_corruption": ("encoder_decoder",),
+        "sequence_to_sequence": ("encoder_decoder",),
+    },
+)
 """Which models can be asked what."""
 
 Finish = Callable[..., Batch]
@@ -124,15 +128,19 @@ def objective_vocabulary(
       InputError: a model that cannot be asked `data.objective`.
     """
     check_objective(data, model)
-    if data.objective == "causal":
-        return vocabulary(tokenizer, ())
-    if data.objective in ("masked_lm", "next_sentence"):
-        return vocabulary(tokenizer, ("begin", "end", "mask"))
-    sentinels = 0
-    if data.objective == "span_corruption":
-        length = window(data, model.context_length).length
-        sentinels = span_sentinels(length, data.mask_rate, data.mean_span)
-    return vocabulary(tokenizer, ("begin", "end"), sentinels)
+    match data.objective:
+        case "causal":
+            return vocabulary(tokenizer, ())
+        case "masked_lm" | "next_sentence":
+            return vocabulary(tokenizer, ("begin", "end", "mask"))
+        case "sequence_to_sequence" | "prefix":
+            return vocabulary(tokenizer, ("begin", "end"))
+        case "span_corruption":
+            length = window(data, model.context_length).length
+            sentinels = span_sentinels(length, data.mask_rate, data.mean_span)
+            return vocabulary(tokenizer, ("begin", "end"), sentinels)
+        case unknown:
+            assert_never(unknown)
 
 
 def window(data: DataConfig, context_length: int) -> Window:
@@ -142,14 +150,20 @@ def window(data: DataConfig, context_length: int) -> Window:
       InputError: a context too short for the objective.
     """
     length, overlap = context_length, 0
-    if data.objective == "causal":
-        length, overlap = context_length + 1, 1
-    elif data.objective == "masked_lm":
-        length = context_length - 2
-    elif data.objective == "next_sentence":
-        length = context_length - FRAME
-    elif data.objective == "span_corruption":
-        length = span_input(context_length - 1, context_length - 1, data.mask_rate, data.mean_span)
+    match data.objective:
+        case "causal":
+            length, overlap = context_length + 1, 1
+        case "masked_lm":
+            length = context_length - 2
+        case "next_sentence":
+            length = context_length - FRAME
+        case "span_corruption":
+            most = context_length - 1
+            length = span_input(most, most, data.mask_rate, data.mean_span)
+        case "sequence_to_sequence" | "prefix":
+            pass
+        case unknown:
+            assert_never(unknown)
     if length - overlap < 1 or (data.objective in ("next_sentence", "prefix") and length < 2):
         raise InputError(
             f"model.context_length is {context_length}: too short for {data.objective}."
@@ -160,19 +174,27 @@ def window(data: DataConfig, context_length: int) -> Window:
 def finisher(data: DataConfig, context_length: int, words: Vocabulary) -> Finish:
     """What makes a row of what was read."""
     masking = {"rate": data.mask_rate, "whole_words": data.whole_words}
-    if data.objective == "causal":
-        return functools.partial(causal_row, context_length=context_length)
-    if data.objective == "masked_lm":
-        return functools.partial(masked_row, words=words, context_length=context_length, **masking)
-    if data.objective == "next_sentence":
-        return functools.partial(pair_row, words=words, context_length=context_length, **masking)
+    framed = {"words": words, "context_length": context_length}
     lengths = {"source_length": context_length, "target_length": context_length}
-    if data.objective == "prefix":
-        return functools.partial(parted_row, words=words, part=prefix, **lengths)
-    spans = {"rate": data.mask_rate, "mean_span": data.mean_span}
-    lengths["target_length"] = 1 + span_lengths(window(data, context_length).length, **spans)[1]
-    part = functools.partial(span_corruption, vocabulary=words, **spans)
-    return functools.partial(parted_row, words=words, part=part, **lengths)
+    match data.objective:
+        case "causal":
+            return functools.partial(causal_row, context_length=context_length)
+        case "masked_lm":
+            return functools.partial(masked_row, **framed, **masking)
+        case "next_sentence":
+            return functools.partial(pair_row, **framed, **masking)
+        case "sequence_to_sequence":
+            return functools.partial(translated_row, words=words, length=context_length)
+        case "prefix":
+            return functools.partial(parted_row, words=words, part=prefix, **lengths)
+        case "span_corruption":
+            spans = {"rate": data.mask_rate, "mean_span": data.mean_span}
+            read = window(data, context_length).length
+            lengths["target_length"] = 1 + span_lengths(read, **spans)[1]
+            part = functools.partial(span_corruption, vocabulary=words, **spans)
+            return functools.partial(parted_row, words=words, part=part, **lengths)
+        case unknown:
+            assert_never(unknown)
 
 
 def causal_row(
@@ -256,6 +278,19 @@ def parted_row(
     return teacher_forcing(source, target, vocabulary=words, **lengths)
 
 
+def translated_row(
+    read: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator | None = None,
+    *,
+    words: Vocabulary,
+    length: int,
+) -> Batch:
+    """A document and what it is to become, both padded to `length`."""
+    source, target = read
+    lengths = {"source_length": length, "target_length": length}
+    return teacher_forcing(source, target, vocabulary=words, **lengths)
+
+
 def framed(tokens: np.ndarray, words: Vocabulary, context_length: int) -> PackedTokens:
     """A row of one piece, framed."""
     frame = words.needed("begin"), words.needed("end")
@@ -279,9 +314,13 @@ def text_rows(
       words: from `objective_vocabulary`.
       rest: whether what fills no row is a row with padding, where the objective allows it.
     """
-    make = {"next_sentence": _document_pieces}.get(data.objective, _windows)
-    if data.packing == "first_fit":
-        make = functools.partial(_packed, words=words)
+    match data.packing:
+        case "split":
+            make = _document_pieces if data.objective == "next_sentence" else _windows
+        case "first_fit":
+            make = functools.partial(_packed, words=words)
+        case unknown:
+            assert_never(unknown)
     sources = [make(store, data, context_length, rest=rest) for store in stores]
     return Bucket(sources, finisher(data, context_length, words), random=data.objective != "causal")
 

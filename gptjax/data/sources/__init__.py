@@ -71,14 +71,17 @@ def _open_files(spec: Spec) -> Documents:
     kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
         refuse(f"{spec.address} fits files of several kinds: {', '.join(sorted(kinds))}")
-    (kind,) = kinds
-    if kind == "Parquet":
-        options = spec.choose(kind, field="text")
-        return Parquet(spec, paths, str(options["field"]))
-    if kind == "JSON lines":
-        options = spec.choose(kind, field="text", errors="strict")
-        return JsonLines(spec, paths, _errors(spec, options), str(options["field"]))
-    return _open_text(spec, paths)
+    return KINDS[kinds.pop()](spec, paths)
+
+
+def _open_parquet(spec: Spec, paths: list[str]) -> Documents:
+    options = spec.choose("Parquet", field="text")
+    return Parquet(spec, paths, str(options["field"]))
+
+
+def _open_json_lines(spec: Spec, paths: list[str]) -> Documents:
+    options = spec.choose("JSON lines", field="text", errors="strict")
+    return JsonLines(spec, paths, _errors(spec, options), str(options["field"]))
 
 
 def _open_text(spec: Spec, paths: list[str]) -> Documents:
@@ -97,6 +100,12 @@ def _open_text(spec: Spec, paths: list[str]) -> Documents:
     return kinds[documents or "file"](spec, paths, errors)
 
 
+KINDS = {"Parquet": _open_parquet, "JSON lines": _open_json_lines, "text": _open_text}
+"""What files hold, and what opens them."""
+SUFFIXES = {".parquet": "Parquet", ".jsonl": "JSON lines"}
+"""How files of another kind than text end."""
+
+
 def _kind(path: str) -> str:
     """What is in a file, by its suffix.
 
@@ -104,14 +113,13 @@ def _kind(path: str) -> str:
       InputError: something that is not read.
     """
     name = path.lower().removesuffix(".gz")
-    if name.endswith(".parquet"):
-        if is_gzip(path):
-            refuse(f"{path} is Parquet in gzip, which allows no random access; unpack it")
-        return "Parquet"
     for suffix in COMPRESSED:
         if name.endswith(suffix):
             refuse(f"{path} is packed as {suffix}; of packed files, only .gz are read")
-    return "JSON lines" if name.endswith(".jsonl") else "text"
+    kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), "text")
+    if kind == "Parquet" and is_gzip(path):
+        refuse(f"{path} is Parquet in gzip, which allows no random access; unpack it")
+    return kind
 
 
 def _errors(spec: Spec, options: dict[str, str | None]) -> str:

@@ -19,6 +19,7 @@ Bytes and characters have an end token only where the text is several documents.
 What `save_tokenizer` writes is the whole tokenizer: `load_tokenizer` reads none of these paths.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -56,10 +57,16 @@ FILES = {
 }
 """Kinds that are read, from the path behind their colon."""
 
-LEARNT = (*MODEL_TYPES, "bpe")
+LEARNT = {
+    "bpe": SubwordTokenizer.train,
+    **{kind: functools.partial(SentencePieceTokenizer.train, kind=kind) for kind in MODEL_TYPES},
+}
 """Kinds that are learnt from the text, with the size behind their colon."""
 
-KINDS = ("bytes", "characters", *LEARNT, *FILES)
+PLAIN = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
+"""Kinds that stand alone."""
+
+KINDS = (*PLAIN, *LEARNT, *FILES)
 
 MODEL_FILE = ".model"
 """How the path of a SentencePiece model ends, which tells it from a size."""
@@ -90,16 +97,12 @@ def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
             raise InputError(
                 f"data.tokenizer is {spec!r}: a size belongs behind it, as in {kind}:4096{file}."
             )
-        if kind == "bpe":
-            return SubwordTokenizer.train(text, size)
-        return SentencePieceTokenizer.train(text, size, kind)
+        return LEARNT[kind](text, size)
     if kind not in KINDS:
         raise InputError(f"data.tokenizer is {spec!r}: {near_names(kind, KINDS)}")
     if colon:
         raise InputError(f"data.tokenizer is {spec!r}: {kind} stands alone.")
-    if kind == "bytes":
-        return ByteTokenizer(ends=ends)
-    return CharacterTokenizer.train(text, ends=ends)
+    return PLAIN[kind].train(text, ends=ends)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -148,10 +151,8 @@ def _restored(name: str, kind: str, learnt: bytes, declared: dict[str, int]) -> 
     Raises:
       ValueError: it does not save that.
     """
-    if kind == "bytes":
-        return ByteTokenizer.from_saved(learnt)
-    if kind == "characters":
-        return CharacterTokenizer.from_saved(learnt)
+    if kind in PLAIN:
+        return PLAIN[kind].from_saved(learnt)
     if kind in MODEL_TYPES:
         return SentencePieceTokenizer(learnt, kind)
     return SubwordTokenizer(learnt, name, declared)

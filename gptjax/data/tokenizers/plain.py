@@ -27,6 +27,11 @@ class ByteTokenizer(Tokenizer):
             self.special = {"end": BYTES}
 
     @classmethod
+    def train(cls, text: str, *, ends: bool = False) -> "ByteTokenizer":
+        """All bytes, whatever `text` has of them."""
+        return cls(ends=ends)
+
+    @classmethod
     def from_saved(cls, content: bytes) -> "ByteTokenizer":
         """The tokenizer whose `save` gave `content`.
 

@@ -15,7 +15,7 @@ at 1.42 GiB with splash and at 2.97 with XLA.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import InputError, TransformerConfig
+from gptjax.config.values import AttentionKernel
 from gptjax.layers.attention.masks import MaskRule
 from gptjax.parallel.sharding import auto_mesh, mesh_axes, spec
 
@@ -94,6 +95,10 @@ def obstacle(config: TransformerConfig, kernel: str, sequence: int = 1) -> str |
             config.position_embedding in ("alibi", "relative"),
             f"{config.position_embedding} positions add to scores",
         ),
+        (
+            config.attention_normalizer != "softmax",
+            f"a kernel's weights are a softmax, not {config.attention_normalizer}",
+        ),
         (config.dropout > 0, f"dropout {config.dropout:g} falls on weights that no kernel keeps"),
         (set(config.attention_pattern) == {"compressed"}, "its keys are groups of tokens"),
     ]
@@ -115,15 +120,21 @@ def obstacle(config: TransformerConfig, kernel: str, sequence: int = 1) -> str |
     return next((why for holds, why in obstacles if holds), None)
 
 
-def takes(kernel: str, query: jax.Array, key: jax.Array) -> bool:
+def takes(kernel: AttentionKernel, query: jax.Array, key: jax.Array) -> bool:
     """Whether `kernel` takes query [B, T, N, H] and key [B, S, K, H].
 
     `resolve_kernel` knows the longest row only: prompts and batches of pairs may be shorter.
     """
-    if kernel == "splash":
-        queries = query.shape[1] // _sharers(query)
-        return queries % LANES == 0 and key.shape[1] % LANES == 0
-    return kernel == "cudnn"
+    match kernel:
+        case "splash":
+            queries = query.shape[1] // _sharers(query)
+            return queries % LANES == 0 and key.shape[1] % LANES == 0
+        case "cudnn":
+            return True
+        case "auto" | "xla":
+            return False
+        case unknown:
+            assert_never(unknown)
 
 
 def attend_by(

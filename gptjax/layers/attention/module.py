@@ -13,9 +13,9 @@ from gptjax.layers.attention import flash
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.masks import AttentionMask
 from gptjax.layers.attention.reference import (
+    NORMALIZERS,
     attention_scores,
     biased,
-    masked_softmax,
     weighted_values,
 )
 from gptjax.layers.attention.xla import attend, attend_to_prefix
@@ -137,14 +137,15 @@ class Attention(nnx.Module):
         if hook.need("scores", "attention"):
             scores = biased(attention_scores(query, keys, scale), inputs.bias, softcap)
             scores = self._hooked("scores", scores, kv, hook)
-            weights = masked_softmax(scores, mask.array)
+            weights = NORMALIZERS[config.attention_normalizer](scores, mask.array)
             weights = hook.dropped("attention", self._hooked("attention", weights, kv, hook))
             return checkpoint_name(weighted_values(weights, values), "attention")
         if mask.rule is not None and kv_length is None and flash.takes(kernel, query, keys):
             return flash.attend_by(kernel, query, keys, values, mask.rule, scale, softcap)
+        how = inputs.bias, scale, softcap, config.attention_normalizer
         if kv_length is None or self.compressed or mask.array is None:
-            return attend(query, keys, values, mask.array, inputs.bias, scale, softcap)
-        return attend_to_prefix(kv_length, query, kv, mask.array, inputs.bias, scale, softcap)
+            return attend(query, keys, values, mask.array, *how)
+        return attend_to_prefix(kv_length, query, kv, mask.array, *how)
 
     def _hooked(self, name: str, x: jax.Array, kv: KVCache, hook: Hooks) -> jax.Array:
         """The hook point `name` with x [B, N, T, S].

@@ -5,8 +5,12 @@ Ainslie et al. 2023). Every faster implementation is held to this one, by `gptja
 tests/layers/attention.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+from gptjax.config.values import AttentionNormalizer, exhaustive
 
 MASKED = -1e30
 """The score of a masked key: its weight is 0. Finite, so that a query without keys is not NaN."""
@@ -33,6 +37,21 @@ def masked_softmax(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jax.nn.softmax(scores, axis=-1)
 
 
+def masked_sigmoid(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """σ(score - log n) for the n keys that the query attends to (Ramapuram et al. 2024, §3)."""
+    if mask is None:
+        return jax.nn.sigmoid(scores - math.log(scores.shape[-1]))
+    keys = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    weights = jax.nn.sigmoid(scores - jnp.log(keys)[:, None])
+    return jnp.where(mask[:, None], weights, 0)
+
+
+NORMALIZERS = exhaustive(
+    AttentionNormalizer, {"softmax": masked_softmax, "sigmoid": masked_sigmoid}
+)
+"""What makes weights of scores: (scores [B, N, T, S], mask [B or 1, T, S] or None) → weights."""
+
+
 def attention_weights(
     query: jax.Array,
     key: jax.Array,
@@ -41,6 +60,7 @@ def attention_weights(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
+    normalizer: AttentionNormalizer = "softmax",
 ) -> jax.Array:
     """softmax(Q Kᵀ / √H): equation 1 without its last product.
 
@@ -51,12 +71,13 @@ def attention_weights(
       bias: [B or 1, N, T, S], added to the scores.
       scale: of the scores; None is 1 / √H.
       softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
+      normalizer: what stands for the softmax, of `NORMALIZERS`.
 
     Returns:
       [B, N, T, S], float32.
     """
     scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    return masked_softmax(biased(scores, bias, softcap), mask)
+    return NORMALIZERS[normalizer](biased(scores, bias, softcap), mask)
 
 
 def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:

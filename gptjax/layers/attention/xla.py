@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gptjax.config.values import AttentionNormalizer
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.reference import (
     attention_scores,
@@ -16,7 +17,6 @@ from gptjax.layers.attention.reference import (
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -25,11 +25,34 @@ def attend(
     bias: jax.Array | None,
     scale: float,
     softcap: float,
+    normalizer: AttentionNormalizer = "softmax",
 ) -> jax.Array:
     """`weighted_values(attention_weights(…), value)` [B, T, N, H].
 
-    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass,
-    which is written out here for that. The arguments are those of `attention_weights`.
+    The arguments are those of `attention_weights`. The softmax's backward pass is written out; that
+    of any other normalizer is autodiff's.
+    """
+    if normalizer == "softmax":
+        return attend_by_softmax(query, key, value, mask, bias, scale, softcap)
+    weights = attention_weights(
+        query, key, mask, bias, scale=scale, softcap=softcap, normalizer=normalizer
+    )
+    return checkpoint_name(weighted_values(weights, value), "attention")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend_by_softmax(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    scale: float,
+    softcap: float,
+) -> jax.Array:
+    """`attend` with its backward pass.
+
+    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
     """
     weights = attention_weights(query, key, mask, bias, scale=scale, softcap=softcap)
     return weighted_values(weights, value)
@@ -75,7 +98,7 @@ def _attend_backward(scale, softcap, residuals, gradient):
     )
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+attend_by_softmax.defvjp(_attend_forward, _attend_backward)
 
 SHORTEST_PREFIX = 128
 """The fewest slots of a cache that attention reads, where only so many are filled."""
@@ -89,6 +112,7 @@ def attend_to_prefix(
     bias: jax.Array | None,
     scale: float,
     softcap: float,
+    normalizer: AttentionNormalizer,
 ) -> jax.Array:
     """`attend` to a cache of which the first `kv_length` slots are filled, [B, T, N, H].
 
@@ -104,7 +128,8 @@ def attend_to_prefix(
     def attend_to(size: int) -> jax.Array:
         prefix = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
         own_bias = None if bias is None else bias[..., :size]
-        return attend(query, prefix.key, prefix.value, mask[..., :size], own_bias, scale, softcap)
+        own_mask = mask[..., :size]
+        return attend(query, *prefix, own_mask, own_bias, scale, softcap, normalizer)
 
     case = (kv_length > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])

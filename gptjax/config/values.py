@@ -1,0 +1,103 @@
+"""The values of what is chosen by name, and the facts that go with a value.
+
+A value is listed here and implemented in a table or a `match` elsewhere: `exhaustive` tables refuse
+at import a value that they lack, and a `match` that ends with `assert_never` does not type-check.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+Family = Literal["decoder", "encoder", "encoder_decoder", "recurrent"]
+PositionEmbedding = Literal["learned", "sinusoidal", "rotary", "alibi", "relative", "none"]
+Pairing = Literal["half", "interleaved"]
+NormName = Literal["layernorm", "rmsnorm"]
+NormPlacement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
+AttentionKind = Literal["full", "local", "compressed"]
+AttentionNormalizer = Literal["softmax", "sigmoid"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu", "geglu_tanh"]
+EncoderHeads = Literal["none", "pooler", "masked_lm", "pretraining"]
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "dots", "names", "offload"]
+Objective = Literal[
+    "causal", "masked_lm", "next_sentence", "sequence_to_sequence", "prefix", "span_corruption"
+]
+Packing = Literal["split", "first_fit"]
+OptimizerName = Literal[
+    "adamw",
+    "nadamw",
+    "adabelief",
+    "radam",
+    "yogi",
+    "lion",
+    "rmsprop",
+    "sgd",
+    "muon",
+]
+WITH_MU_DTYPE = ("adamw", "nadamw", "lion", "sgd", "muon")
+"""Optimizers whose first moment may be kept in a type of its own."""
+Schedule = Literal["cosine", "constant", "wsd"]
+
+Entry = TypeVar("Entry")
+
+
+def exhaustive(values: Any, table: dict[str, Entry]) -> dict[str, Entry]:
+    """`table`, which must have an entry for each of `values`, a `Literal`, and no other.
+
+    Raises:
+      TypeError: a value without an entry, or an entry that is no value.
+    """
+    lacking, unknown = set(get_args(values)) - set(table), set(table) - set(get_args(values))
+    if lacking or unknown:
+        raise TypeError(
+            f"A table has no entry for {sorted(lacking)} and entries {sorted(unknown)} that are no "
+            f"value: the values are {', '.join(get_args(values))}."
+        )
+    return table
+
+
+RELATIVE_BUCKETS = 32
+"""Buckets of T5's relative positions (its released configurations)."""
+GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+"""Gated activations, and what the gate goes through (Shazeer 2020)."""
+
+
+class Placement(NamedTuple):
+    """Where norms stand around a layer (`gptjax.layers.residual`)."""
+
+    before: bool = False
+    """A norm of what the layer reads."""
+    after: bool = False
+    """A norm of what the layer adds."""
+    of_sum: bool = False
+    """A norm of the stream with what the layer adds."""
+    parallel: bool = False
+    """Attention and MLP read the same stream, and are added at once."""
+    shared: bool = False
+    """They read the same norm of it."""
+
+    @property
+    def norms(self) -> int:
+        """Norms around a layer."""
+        return self.before + self.after + self.of_sum
+
+
+PLACEMENTS = exhaustive(
+    NormPlacement,
+    {
+        "pre": Placement(before=True),
+        "post": Placement(of_sum=True),
+        "sandwich": Placement(before=True, after=True),
+        "parallel": Placement(before=True, parallel=True),
+        "parallel_shared": Placement(before=True, parallel=True, shared=True),
+    },
+)
+ENCODER_HEADS = exhaustive(
+    EncoderHeads,
+    {
+        "none": (),
+        "pooler": ("pooler",),
+        "masked_lm": ("masked_lm",),
+        "pretraining": ("pooler", "masked_lm", "next_sentence"),
+    },
+)
+"""BERT's heads that a model has (Devlin et al. 2018)."""
