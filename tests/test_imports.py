@@ -26,9 +26,10 @@ ROOMS = {
     "probe": "config layers models runs",
     "certify": "config costs parallel layers models data training decoding runs",
     "compare": "config system costs parallel models data training decoding plots runs",
+    "notebook": "config models data huggingface plots runs probe",
     "preflight": "config costs parallel layers models data training decoding",
     "commands": "config system costs models data distributed training decoding huggingface plots "
-    "runs probe certify compare preflight",
+    "runs probe certify compare notebook preflight",
     "cli": "config system distributed training commands",
     "__main__": "cli",
     # The public face, which nothing of ours below the experiments imports.

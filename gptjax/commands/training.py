@@ -1,6 +1,5 @@
 """Commands that train: one run, or a comparison of many."""
 
-import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -11,47 +10,17 @@ import tyro
 from gptjax.commands.outcomes import outcome
 from gptjax.compare.question import Comparison
 from gptjax.config import (
-    DataConfig,
     ExperimentConfig,
-    OptimizerConfig,
-    TrainConfig,
 )
-from gptjax.config.values import Objective
-from gptjax.models.presets import PRESETS, preset
+from gptjax.models.presets import PRESETS
+from gptjax.runs.defaults import defaults
 from gptjax.runs.run import run
-
-OBJECTIVES: dict[str, Objective] = {
-    "encoder": "masked_lm",
-    "encoder_decoder": "sequence_to_sequence",
-}
-"""What a family is trained for where nothing else is asked; all others predict the next token."""
 
 
 def trainable() -> dict[str, ExperimentConfig]:
     """A run of every preset, its vocabulary the tokenizer's; the first is the default."""
     names = ["quickstart", *(name for name in PRESETS if name != "quickstart")]
-    return {name: _defaults(name) for name in names}
-
-
-def _defaults(name: str) -> ExperimentConfig:
-    model = dataclasses.replace(preset(name), vocab_size=0)
-    objective = OBJECTIVES.get(model.family, "causal")
-    if objective == "masked_lm":
-        # Without the heads for pairs of segments, which `next_sentence` asks for.
-        model = dataclasses.replace(model, token_types=0, encoder_heads="masked_lm")
-    if objective == "causal":
-        data = DataConfig()
-    elif objective == "masked_lm":
-        data = DataConfig(objective=objective, tokenizer="bpe:1000")
-    else:
-        source, target = ("source.txt#documents=line",), ("target.txt#documents=line",)
-        data = DataConfig(objective=objective, tokenizer="bpe:4000", source=source, target=target)
-    return ExperimentConfig(
-        model=model,
-        data=data,
-        optimizer=OptimizerConfig(learning_rate=3e-3 if model.width < 512 else 6e-4),
-        train=TrainConfig(steps=1000, batch_size=16),
-    )
+    return {name: defaults(name) for name in names}
 
 
 def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:

@@ -27,7 +27,6 @@ OptimizerName = Literal[
     "nadamw",
     "adabelief",
     "radam",
-    "yogi",
     "lion",
     "rmsprop",
     "sgd",

@@ -4,6 +4,7 @@ Axes of arrays have the letters of the legend ("LDNH" is the kernel of all layer
 one table says over which axes of the mesh each is parted.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -80,7 +81,8 @@ def configure_cpu(parameters: int) -> None:
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         devices = min(cores or 1, MOST_CPU_DEVICES) if parameters <= MOST_SPLIT_PARAMETERS else 1
-        jax.config.update("jax_num_cpu_devices", devices)
+        with contextlib.suppress(RuntimeError):  # In a notebook JAX may run: its devices stay.
+            jax.config.update("jax_num_cpu_devices", devices)
     gradient_bytes = 4 * parameters
     if sys.platform == "linux" and gradient_bytes > LARGEST_RECYCLED_BLOCK:
         libc = ctypes.CDLL(None)

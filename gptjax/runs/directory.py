@@ -42,6 +42,7 @@ from gptjax.system.disk import DiskError, check_local, is_failure, write_error, 
 from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
+from gptjax.training.metrics import METRICS, read_jsonl
 from gptjax.training.step import State
 
 CONFIG, RESULT = "config.json", "result.json"
@@ -242,6 +243,8 @@ class Run(NamedTuple):
     """Of the checkpoint that the model is from."""
     tokens: DecodingTokens
     """What decoding begins and ends with."""
+    metrics: list[dict[str, Any]]
+    """Scalars of the logged steps; none of an imported model."""
 
     def question(self, text: str) -> Question:
         """The text as what is to be continued, or as the source of an encoder-decoder.
@@ -276,7 +279,7 @@ def load_config(directory: str | Path) -> ExperimentConfig:
 
 
 def load_run(directory: str | Path, step: int | None = None) -> Run:
-    """The model and tokenizer of a run, from its best checkpoint or the one of `step`.
+    """The model, tokenizer and metrics of a run, from its best checkpoint or the one of `step`.
 
     Raises:
       InputError: no run, no checkpoint, or one that does not fit its config.
@@ -284,7 +287,8 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     directory = Path(directory)
     config, model, step = load_model(directory, step)
     tokenizer = load_tokenizer(directory)
-    return Run(config, model, tokenizer, step, decoding_tokens(directory, config, tokenizer))
+    tokens = decoding_tokens(directory, config, tokenizer)
+    return Run(config, model, tokenizer, step, tokens, read_jsonl(directory / METRICS))
 
 
 def decoding_tokens(

@@ -18,15 +18,19 @@ Show = Callable[[Run, Sources, Corpus, Path], str]
 """(the trained run, its text, its rows, its directory) → the names of the files that it wrote."""
 
 
-def finish(out: Path, data: Data, fitted: Fit, *, show: Show) -> None:
+def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
     """Write what the run reached, and what `show` makes of its best checkpoint; print both.
 
-    result.json comes first: a figure that fails is a warning, and the run is finished. Of several
-    processes the first does it.
+    result.json comes first: a figure that fails is a warning, and the run is finished. With None
+    there are no figures. Of several processes the first does it.
     """
     if not distributed.is_first():
         return
     reached = result(data, fitted)
+    if show is None:
+        write_json(out / RESULT, reached)
+        print(summary(reached))
+        return
     (out / SHOWING).touch()
     write_json(out / RESULT, reached)
     try:

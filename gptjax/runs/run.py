@@ -33,7 +33,7 @@ def run(
     out: Path,
     overwrite: bool = False,
     *,
-    show: Show,
+    show: Show | None,
 ) -> bool:
     """Train a model, and write it and what `show` makes of it into a directory.
 
@@ -42,7 +42,7 @@ def run(
       out: the directory; the same one resumes the run.
       overwrite: whether to delete the run that is there and start anew.
       show: writes figures and samples by the best checkpoint, once result.json is there; what
-        fails in it is a warning.
+        fails in it is a warning. None writes none.
 
     Returns:
       Whether a run was trained to its end here: False if a finished one was there, and in all

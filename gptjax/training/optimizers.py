@@ -6,7 +6,6 @@
 | nadamw | the same with Nesterov's momentum | Dozat 2016 |
 | adabelief | the second moment is of the gradient's deviation | Zhuang et al. 2020 |
 | radam | adamw, its early steps rectified | Liu et al. 2020 |
-| yogi | the second moment grows by steps of a bounded size | Zaheer et al. 2018 |
 | lion | the sign of an interpolated momentum | Chen et al. 2023 |
 | rmsprop | the gradient over the root of the second moment | Hinton 2012 |
 | sgd | the gradient's momentum | Sutskever et al. 2013 |
@@ -149,7 +148,6 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
         "nadamw": functools.partial(_adam, nesterov=True),
         "adabelief": lambda c: optax.scale_by_belief(c.beta1, c.beta2, c.epsilon),
         "radam": lambda c: optax.scale_by_radam(c.beta1, c.beta2, c.epsilon),
-        "yogi": lambda c: optax.scale_by_yogi(c.beta1, c.beta2, c.epsilon),
         "lion": lambda c: optax.scale_by_lion(c.beta1, c.beta2, c.mu_dtype),
         "rmsprop": lambda c: optax.scale_by_rms(c.beta2, c.epsilon),
         "sgd": lambda c: optax.trace(c.beta1, accumulator_dtype=c.mu_dtype),

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 import typing
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from gptjax import Decoder, InputError, OptimizerConfig, TransformerConfig, build, split
+from gptjax.config.values import OptimizerName
 from gptjax.training.checkpoint import leaf_names
 from gptjax.training.optimizers import (
     build_optimizer,
@@ -59,8 +61,13 @@ def shapes_of(changes: dict[str, Any]) -> Any:
     return split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))[1]
 
 
-@pytest.mark.parametrize("changes", [{}, *OTHERS.values()], ids=["gpt", *OTHERS])
-@pytest.mark.parametrize("name", typing.get_args(typing.get_type_hints(OptimizerConfig)["name"]))
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in typing.get_args(OptimizerName)),
+        *itertools.product(("adamw", "muon"), OTHERS.values()),
+    ],
+)
 def test_weight_decay_moves_just_the_leaves_that_decay(name, changes):
     """A step of zero gradient, leaf by leaf, whichever optimizer a leaf goes to."""
     rates = {"learning_rate": 0.1, "muon_learning_rate": 0.1}

@@ -1,0 +1,1 @@
+"""One call each for what is done most in a notebook; `gptjax` exports them."""

@@ -1,0 +1,46 @@
+"""Text to a trained model in one call."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from gptjax.runs.defaults import defaults, with_fields
+from gptjax.runs.directory import Run, load_run
+from gptjax.runs.run import run
+
+
+def train(
+    text: str | Path | tuple[str, ...],
+    preset: str = "quickstart",
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **fields: Any,
+) -> Run:
+    """Train a preset on a text, as `gptjax train` does.
+
+        trained = train("file.txt", preset="llama-style", steps=500, learning_rate=1e-3)
+        plots.loss_curve(trained.metrics)
+
+    Args:
+      text: a file or a pattern, or whatever `data.source` takes; several in a tuple.
+      preset: the model, by its name (`PRESETS`).
+      out: the directory of the run, which the same call resumes; None keeps none.
+      overwrite: whether to delete a run that is there and start anew.
+      **fields: of any section of the config (gptjax/config/README.md): steps, batch_size, seed,
+        learning_rate, tokenizer, depth, width …
+
+    Returns:
+      The model of the best checkpoint, its tokenizer and the metrics of the run.
+
+    Raises:
+      InputError: no such preset, field, value or text.
+      Diverged: a loss that is not finite.
+      Interrupted: an interrupt, once the state is saved.
+    """
+    source = text if isinstance(text, tuple) else (str(text),)
+    config = with_fields(defaults(preset), source=source, **fields)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "run" if out is None else Path(out)
+        run(config, directory, overwrite, show=None)
+        return load_run(directory)
