@@ -24,8 +24,8 @@ from gptjax import distributed
 from gptjax.commands import commands, train
 from gptjax.commands.training import trainable
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
-from gptjax.system.disk import is_failure
-from gptjax.system.exits import Exit, Interrupts
+from gptjax.system.disk import CheckpointFailed, is_failure
+from gptjax.system.exits import Diverged, Exit, Interrupted, Interrupts
 from gptjax.system.memory import ran_out
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
@@ -222,8 +222,6 @@ def accept_all_characters() -> None:
 def _with_sentences(command: Callable[[list[str]], None]) -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    from gptjax.training.checkpoint import CheckpointFailed
-    from gptjax.training.loop import Diverged, Interrupted
 
     try:
         command(arguments)

@@ -168,11 +168,19 @@ def params(
       name: A preset's name, or the directory of a run.
       as_json: Print JSON for machines.
     """
-    from gptjax.runs.directory import CONFIG, load_config
-
-    is_run = name not in PRESETS and (Path(name) / CONFIG).exists()
-    counted = ledger(load_config(name).model if is_run else preset(name))
+    counted = ledger(PRESETS[name] if name in PRESETS else _model_of_run(name))
     print(json.dumps(_ledger_json(counted), indent=2) if as_json else _ledger_table(name, counted))
+
+
+def _model_of_run(name: str) -> TransformerConfig:
+    """The config of the model in a run's directory.
+
+    Raises:
+      InputError: there is none, and the name is no preset's either.
+    """
+    from gptjax.runs.directory import CONFIG, load_config  # Which imports JAX.
+
+    return load_config(name).model if (Path(name) / CONFIG).exists() else preset(name)
 
 
 def _ledger_json(counted: Ledger) -> dict:

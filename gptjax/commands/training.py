@@ -8,7 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from gptjax.commands.outcomes import outcome
 from gptjax.compare.question import Comparison
 from gptjax.config import (
     DataConfig,
@@ -18,7 +17,6 @@ from gptjax.config import (
     TrainConfig,
 )
 from gptjax.models.presets import PRESETS, preset
-from gptjax.runs.run import run
 
 OBJECTIVES: dict[str, Objective] = {
     "encoder": "masked_lm",
@@ -59,6 +57,9 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
 
     The directory `--out` holds all that the run makes; the same command resumes it.
     """
+    from gptjax.commands.outcomes import outcome
+    from gptjax.runs.run import run
+
     if not run(config, out, overwrite, show=outcome):
         return
     if config.data.objective == "causal":
