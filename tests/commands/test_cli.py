@@ -463,13 +463,40 @@ def test_the_version_is_the_packages(gptjax):
 
 
 def test_an_unknown_command_lists_the_known_ones(gptjax):
-    _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean train or compare")
-    assert gptjax("sampel").err.endswith(" or preflight or doctor or launch?\n")
-    _assert_one_sentence(
-        gptjax(),
-        "Expected one of {train, compare, sample, params, certify, convert, attention, data, "
-        "build-dataset, preflight, doctor, launch}.",
-    )
+    _assert_one_sentence(gptjax("sampel"), "Unknown command 'sampel': did you mean sample?")
+    _assert_one_sentence(gptjax("--prompt"), "known are attention, build-dataset, certify, ")
+    _assert_one_sentence(gptjax(), "A command is missing: known are train, compare, sample, ")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "--lr", "3e-4"], "--lr: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--learning_rate=1"], "_rate=1: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--batch-size", "8"], "--batch-size: did you mean --train.batch-size?\n"),
+        (["train", "--steps", "9"], "--steps: did you mean --train.steps?\n"),
+        (["train", "--seed", "1"], "--seed: did you mean --train.seed?\n"),
+        (["train", "--train.lr", "1"], "--train.lr: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--n-layer", "6"], "--n-layer: did you mean --model.depth?\n"),
+        (["train", "--model", "gpt2"], "--model: did you mean --preset?\n"),
+        (
+            ["train", "--steps", "9", "--lr", "1"],
+            "--steps, --lr: did you mean --train.steps and --optimizer.learning-rate?\n",
+        ),
+        (["compare", "--variants", "gpt2", "--lr", "1"], "--lr: did you mean --rates?\n"),
+        (["compare", "--variants", "gpt2", "--seed", "3"], "--seed: did you mean --seeds?\n"),
+        (["sample", "run", "--max-tokens", "3"], "--max-tokens: did you mean --max-new-tokens?\n"),
+    ],
+)
+def test_a_flag_by_another_name_is_answered_with_ours(words, hint, gptjax):
+    _assert_one_sentence(gptjax(*words), hint)
+
+
+def test_every_synonym_is_of_a_flag_that_some_command_has(gptjax):
+    helps = "".join(gptjax(name, "--help").out for name in ("train", "compare", "sample"))
+    for names in cli.SYNONYMS.values():
+        for name in names:
+            assert re.search(rf"[-.]{name}\b", helps)
 
 
 def test_a_mistake_is_the_same_sentence_in_a_coloured_terminal(gptjax, monkeypatch):
