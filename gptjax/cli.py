@@ -84,6 +84,24 @@ MOST_MEANT = 3
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
+TYPES = tyro.constructors.ConstructorRegistry()
+
+
+@TYPES.primitive_rule
+def _text(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """What stands for a string in help: TEXT, where tyro has the name of Python's type."""
+    if type_info.type is not str:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
+
 
 def main() -> None:
     """`gptjax COMMAND …`, of those in `gptjax.commands`."""
@@ -233,7 +251,7 @@ def _parse(command: Callable[..., None], arguments: list[str], **options: Any):
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(_deferred(command), args=arguments, **options)
+            return tyro.cli(_deferred(command), args=arguments, registry=TYPES, **options)
     except SystemExit as exit:
         if not exit.code:
             raise  # --help was shown.
@@ -270,7 +288,7 @@ def _colourless(text: str) -> str:
 def _flags(command: Callable[..., None], options: dict[str, Any]) -> list[str]:
     """All flags of a command that its help names, but for those that switch something off."""
     with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
-        tyro.cli(_deferred(command), args=["--help"], **options)
+        tyro.cli(_deferred(command), args=["--help"], registry=TYPES, **options)
     named = dict.fromkeys(re.findall(r"(?<![\w-])--\w[\w.-]*\w", _colourless(help.getvalue())))
     return [flag for flag in named if not re.search(r"[.-]no-", flag)]
 

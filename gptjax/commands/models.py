@@ -23,7 +23,7 @@ TOKEN_BYTES = 8
 
 
 def sample(
-    run: Annotated[str, tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     /,
     prompt: str = "\n",
     max_new_tokens: int = 200,
@@ -36,7 +36,7 @@ def sample(
     seed: int = 0,
     num_samples: int = 1,
     sliding_window: bool = False,
-    step: int | None = None,
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
     """Continue a prompt with a trained run, printing the text as it comes.
 
@@ -158,7 +158,7 @@ def _check_decoding_fits(model: TransformerConfig, rows: int, new_tokens: int) -
 
 
 def params(
-    name: Annotated[str, tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     /,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -232,7 +232,9 @@ def _ledger_table(name: str, counted: Ledger) -> str:
 
 
 def certify(
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[VARIANT ...]")
+    ] = (),
     /,
     every: Annotated[bool, tyro.conf.arg(name="all")] = False,
     markdown: bool = False,
@@ -270,10 +272,10 @@ def certify(
 
 
 def convert(
-    source: Annotated[str, tyro.conf.Positional],
-    destination: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")],
     /,
-    step: int | None = None,
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
     """Write a run as a Hugging Face directory, or a Hugging Face model or a GGUF file as a run.
 

@@ -526,6 +526,28 @@ def test_help_explains_commands_and_their_defaults(arguments, shown, gptjax):
         assert part in ended.out
 
 
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("train", "[OPTIONS]"),
+        ("compare", "[OPTIONS]"),
+        ("sample", "[OPTIONS] RUN"),
+        ("params", "MODEL [--json | --no-json]"),
+        ("certify", "[VARIANT ...] "),
+        ("convert", "MODEL DIRECTORY [--step STEP]"),
+        ("attention", "[OPTIONS] MODEL"),
+        ("data", "[OPTIONS] SOURCE ..."),
+        ("build-dataset", "[OPTIONS] SOURCE"),
+        ("preflight", "[OPTIONS] PRESET"),
+        ("launch", "SCRIPT [ITS FLAGS ...] "),
+    ],
+)
+def test_help_says_what_stands_where_and_no_type_of_pythons(name, usage, gptjax):
+    help = gptjax(name, "--help").out
+    assert help.startswith(f"usage: gptjax {name} [-h] {usage}")
+    assert not re.search(r"\bSTR\b", help)
+
+
 def test_help_of_an_experiment_explains_every_field_with_its_default(quickstart):
     ended = quickstart("--help")
     assert (ended.code, ended.err) == (0, "")
