@@ -2,17 +2,16 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from gptjax.config import InputError, TransformerConfig
+from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.costs.model import Ledger, ledger
 from gptjax.models.presets import PRESETS, preset
 from gptjax.system.memory import ACTIVATION_BYTES, check_fits
@@ -38,7 +37,9 @@ def sample(
     sliding_window: bool = False,
     step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
-    """Continue a prompt with a trained run, printing the text as it comes.
+    """Continue a prompt with a trained run, printing both as one text, as it comes.
+
+    Why it ends is said on standard error.
 
     Args:
       run: Directory of the run, such as runs/quickstart.
@@ -89,9 +90,23 @@ def sample(
     _check_decoding_fits(loaded.config.model, beams or num_samples, max_new_tokens)
     question = loaded.question(prompt)
 
-    def text(tokens: Iterable[int]) -> Iterator[str]:
-        said = itertools.takewhile(lambda token: token not in question.ends, tokens)
-        return stream_text(loaded.tokenizer, said)
+    def say(tokens: Iterable[int]) -> None:
+        """Print the prompt and what continues it, as the tokens arrive, and why they end."""
+        decoded: list[int] = []
+
+        def text_tokens() -> Iterator[int]:
+            for token in tokens:
+                if not decoded and question.source is None:  # The prompt was accepted.
+                    yield from question.prompt
+                decoded.append(token)
+                if token in question.ends:
+                    return
+                yield token
+
+        for piece in stream_text(loaded.tokenizer, text_tokens()):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        print(_why_ended(decoded, question.ends, max_new_tokens, loaded.config), file=sys.stderr)
 
     def repeated(tokens: np.ndarray | None) -> np.ndarray | None:
         return None if tokens is None else np.tile(tokens, (num_samples, 1))
@@ -105,7 +120,7 @@ def sample(
             end_token=question.ends,
             source=repeated(question.source),
         )
-        print("".join(text(best.tokens)))
+        say(best.tokens)
         return
     rows = generate(
         loaded.model,
@@ -118,13 +133,25 @@ def sample(
         source=repeated(question.source),
     )
     if num_samples == 1:
-        for piece in text(row[0] for row in rows):
-            print(piece, end="", flush=True)
-        print()
+        say(int(row[0]) for row in rows)
         return
     for number, column in enumerate(np.stack(list(rows), axis=1)):
         print(f"--- sample {number + 1}")
-        print("".join(text(column)))
+        say(column.tolist())
+
+
+def _why_ended(
+    decoded: Sequence[int], ends: Sequence[int], most: int, config: ExperimentConfig
+) -> str:
+    """Why there are no more tokens; on standard error, so that a file has the text alone."""
+    if decoded[-1] in ends:
+        why = "the model ended the text"
+    elif len(decoded) == most:
+        why = "as many as --max-new-tokens allows"
+    else:
+        length = config.model.context_length
+        why = f"the context of {length:,} is full, past which --sliding-window goes on"
+    return f"{len(decoded):,} new token{'s' if len(decoded) > 1 else ''}: {why}."
 
 
 def _check_unset(**flags: object) -> None:

@@ -27,7 +27,7 @@ from gptjax.config import (
 from gptjax.costs.model import ledger
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.models.presets import preset
-from gptjax.runs.directory import load_run
+from gptjax.runs.directory import Question, Run, load_run
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
@@ -371,9 +371,10 @@ def test_debug_shows_the_traceback_before_the_sentence(gptjax, quickstart, tmp_p
 
 def test_a_sample_continues_the_prompt_within_the_context(gptjax, tiny_run):
     ended = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1)
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err) == (0, "9 new tokens: as many as --max-new-tokens allows.\n")
+    assert ended.out.startswith("7 and ")
     text = ended.out.removesuffix("\n")
-    assert len(text) == 9
+    assert len(text) == len("7 and ") + 9
     assert set(text) <= set(load_run(tiny_run).tokenizer.decode(range(99)))
     same = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1)
     other = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 2)
@@ -385,18 +386,39 @@ def test_greedy_samples_are_all_the_same(gptjax, tiny_run):
     flags = ["--temperature", 0, "--max-new-tokens", 5, "--num-samples", 2]
     ended = gptjax("sample", tiny_run, *flags)
     first, second = re.fullmatch(
-        r"--- sample 1\n(.{5})\n--- sample 2\n(.{5})\n", ended.out, re.DOTALL
+        r"--- sample 1\n(\n.{5})\n--- sample 2\n(\n.{5})\n", ended.out, re.DOTALL
     ).groups()  # pyright: ignore[reportOptionalMemberAccess]
     assert first == second
 
 
 def test_a_sample_ends_with_the_context_unless_the_window_slides(gptjax, tiny_run):
     ended = gptjax("sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40)
-    assert len(ended.out) == 2 + 1 + 1  # Positions 31 and 32, the token after them, a line end.
+    # The prompt, positions 31 and 32, the token after them, a line end.
+    assert len(ended.out) == 30 + 2 + 1 + 1
+    full = "3 new tokens: the context of 32 is full, past which --sliding-window goes on.\n"
+    assert ended.err == full
     slides = gptjax(
         "sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40, "--sliding-window"
     )
-    assert len(slides.out) == 40 + 1
+    assert len(slides.out) == 30 + 40 + 1
+    assert slides.err == "40 new tokens: as many as --max-new-tokens allows.\n"
+
+
+def test_a_sample_ends_where_the_model_ends_the_text(gptjax, tiny_run, monkeypatch):
+    flags = ["--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1]
+    text = gptjax("sample", tiny_run, *flags).out
+    fifth = int(load_run(tiny_run).tokenizer.encode(text)[len("7 and ") + 4])
+    question = Run.question
+
+    def ending(self: Run, text: str) -> Question:
+        return question(self, text)._replace(ends=(fifth,))
+
+    monkeypatch.setattr(Run, "question", ending)
+    ended = gptjax("sample", tiny_run, *flags)
+    said = ended.out.removesuffix("\n")
+    assert text.startswith(said)
+    assert ended.err == f"{len(said) - len('7 and ') + 1} new tokens: the model ended the text.\n"
+    assert len(said) <= len("7 and ") + 4
 
 
 def test_beams_print_the_best_continuation(gptjax, tiny_run):
@@ -408,7 +430,7 @@ def test_beams_print_the_best_continuation(gptjax, tiny_run):
         loaded.model, loaded.tokenizer.encode("7 and ")[None], max_new_tokens=4, beams=3
     )
     ended = gptjax("sample", tiny_run, *flags, "--beams", 3)
-    assert ended == (0, loaded.tokenizer.decode(best.tokens) + "\n", "")
+    assert ended.out == f"7 and {loaded.tokenizer.decode(best.tokens)}\n"
 
 
 def test_min_p_and_the_penalty_reach_the_choice(gptjax, tiny_run):
