@@ -207,7 +207,8 @@ def _model_of_run(name: str) -> TransformerConfig:
     """
     from gptjax.runs.directory import CONFIG, load_config  # Which imports JAX.
 
-    return load_config(name).model if (Path(name) / CONFIG).exists() else preset(name)
+    named = Path(name).name == name and not (Path(name) / CONFIG).exists()
+    return preset(name) if named else load_config(name).model
 
 
 def _ledger_json(counted: Ledger) -> dict:

@@ -30,6 +30,7 @@ from gptjax.config import (
     InputError,
     differences,
     from_dict,
+    near_directories,
     read_sealed,
     sealed,
     to_dict,
@@ -268,6 +269,8 @@ def load_config(directory: str | Path) -> ExperimentConfig:
       InputError: no run, or a `config.json` that does not hold a config.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise InputError(f"{directory} is no run: {near_directories(directory)}")
     if not (directory / CONFIG).exists():
         raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
     return from_dict(ExperimentConfig, _read_config(directory)["config"], str(directory / CONFIG))

@@ -186,7 +186,7 @@ BAD = {
         "layers must be without compressed attention, which looks at groups of tokens: --layers 0.",
     ),
     "step": ("decoder", ["--step", "7"], "has no checkpoint of step 7"),
-    "no run": ("none", [], "is no directory, and no name of a model on the hub either."),
+    "no run": ("none", [], "is no directory, and no OWNER/NAME of the hub's: "),
     "a directory": ("decoder", ["--html", "."], ". is a directory: give the path of a file."),
     "nowhere": ("decoder", ["--html", "none/a.html"], "there is no directory none."),
 }

@@ -343,8 +343,33 @@ def test_a_sample_that_cannot_be_is_one_sentence(flags, sentence, gptjax, tiny_r
 
 def test_no_run_to_sample_from_is_one_sentence(gptjax, tmp_path):
     ended = gptjax("sample", tmp_path / "none")
-    _assert_one_sentence(ended, f"{tmp_path / 'none'} holds no run: it has no config.json.")
+    _assert_one_sentence(ended, f"{tmp_path / 'none'} is no run: {tmp_path} has no directories.")
+    _assert_one_sentence(gptjax("sample", tmp_path), f"{tmp_path} holds no run: it has no config.")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "runs/mien"],
+        ["params", "runs/mien"],
+        ["convert", "runs/mien", "new"],
+        ["attention", "runs/mien", "--text", "a", "--html", "a.html"],
+    ],
+)
+def test_a_mistyped_run_is_answered_by_the_near_ones_and_asked_of_no_network(
+    words, gptjax, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # An import of it fails.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "other").mkdir()
+    _assert_one_sentence(gptjax(*words), "did you mean runs/mine?")
+    words[1] = "runs/zephyr"
+    _assert_one_sentence(gptjax(*words), ": runs has mine, other.")
+    if words[0] != "params":  # Where it may be a preset.
+        words[1] = "zephyr"
+        _assert_one_sentence(gptjax(*words), ": . has runs.")
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(gptjax, tiny_run, tmp_path):

@@ -524,7 +524,7 @@ def test_a_name_on_the_hub_without_a_network_fails_in_one_sentence(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", no_network)
     with pytest.raises(InputError, match=r"a/b is no directory, and the download .* not known\.$"):
         from_huggingface("a/b")
-    with pytest.raises(InputError, match="no name of a model on the hub either"):
+    with pytest.raises(InputError, match="no OWNER/NAME of the hub's: there is no directory /a"):
         from_huggingface("/a/b c")
 
 
