@@ -58,8 +58,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     assert "MFU = tokens/s" in printed
     assert "python -m gptjax sample" in printed
     assert {path.name for path in out.iterdir()} == {
-        "attention.png", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
-        "result.json", "samples.txt", "tensorboard", "tokenizer.json", "tokenizer.model",
+        "attention.png", "bytes.txt", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
+        "result.json", "samples.txt", "tensorboard", "tokenizer_kind.json",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"8", "16", "20"}
     lines = read_jsonl(out / "metrics.jsonl")

@@ -333,14 +333,14 @@ def convert(
 
 def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     """Write it, and say what it is."""
-    from gptjax.data.tokenizers import SubwordTokenizer, load_tokenizer
+    from gptjax.data.tokenizers import DESCRIPTION, SubwordTokenizer, load_tokenizer
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
     from gptjax.runs.directory import decoding_tokens, load_model
 
     config, model, step = load_model(run, step)
-    tokenizer = load_tokenizer(run) if (run / TOKENIZER).exists() else None
+    tokenizer = load_tokenizer(run) if (run / DESCRIPTION).exists() else None
     tokens = decoding_tokens(run, config, tokenizer)
     to_huggingface(model, destination, fields=tokens.fields())
     its = f"without a tokenizer: the run has none that a {TOKENIZER} describes"

@@ -3,7 +3,8 @@
 | file | content |
 |---|---|
 | config.json | everything needed to rebuild the run: the config and the data's fingerprint |
-| tokenizer.json, tokenizer.model | the tokenizer |
+| tokenizer_kind.json | which tokenizer it is, its checksum and special tokens |
+| bytes.txt, characters.json, tokenizer.json, tokenizer.model | one of them, what it learnt |
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
 | metrics.jsonl, tensorboard/ | scalars of the logged steps |
 | result.json | written last: a directory that has it holds a finished run |
@@ -36,7 +37,7 @@ from gptjax.config import (
     to_dict,
 )
 from gptjax.data.objectives.rows import objective_vocabulary
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, build, split
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
@@ -59,8 +60,7 @@ WRITTEN = (
     CONFIG,
     RESULT,
     CHECKPOINTS,
-    "tokenizer.json",
-    "tokenizer.model",
+    *TOKENIZER_FILES,
     "config.tmp",
     "result.tmp",
     "metrics.jsonl",
