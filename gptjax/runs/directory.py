@@ -6,7 +6,8 @@
 | tokenizer_kind.json | which tokenizer it is, its checksum and special tokens |
 | bytes.txt, characters.json, tokenizer.json, tokenizer.model | one of them, what it learnt |
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
-| metrics.jsonl, tensorboard/ | scalars of the logged steps |
+| metrics.jsonl | scalars of the logged steps |
+| train/, validation/ | the same as TensorBoard's event files |
 | result.json | written last: a directory that has it holds a finished run |
 | .lock | while a process writes here: whose the directory is |
 | .begun | while a run begins: what lies here is a half-made start, which the next one begins anew |
@@ -45,6 +46,7 @@ from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.step import State
+from gptjax.training.tensorboard import event_files
 
 CONFIG, RESULT = "config.json", "result.json"
 TOKENS = "tokens"
@@ -65,7 +67,6 @@ WRITTEN = (
     "result.tmp",
     "metrics.jsonl",
     "metrics.tmp",
-    "tensorboard",
     "wandb",
     "loss.png",
     "attention.png",
@@ -73,7 +74,8 @@ WRITTEN = (
     "predictions.txt",
     "translations.txt",
 )
-"""All that a run leaves in its directory, and all that `--overwrite` deletes."""
+"""All that a run leaves in its directory, and all that `--overwrite` deletes; beside it event files
+in `train/` and `validation/`, of which it deletes no others."""
 
 
 @contextlib.contextmanager
@@ -133,6 +135,8 @@ def begin(
         path = directory / name
         if name not in (LOCK, BEGUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in event_files(directory):  # A data set may have files of its own in such folders.
+        path.unlink()
     make()
     write_json(directory / CONFIG, sealed(content))
     (directory / BEGUN).unlink()

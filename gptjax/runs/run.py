@@ -152,8 +152,8 @@ def run(
             print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
         (out / SHOWING).unlink()
         print(
-            f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, tensorboard/, "
-            "checkpoints/."
+            f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, checkpoints/, "
+            "train/ and validation/ for TensorBoard."
         )
         return True
 

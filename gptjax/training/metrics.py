@@ -111,7 +111,7 @@ def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iter
         if project := os.environ.get("WANDB_PROJECT"):
             add(WandbWriter(project, directory))
         add(JsonlWriter(directory / METRICS, resume_step, config.log_every))
-        add(TensorBoardWriter(directory / "tensorboard", read_jsonl(directory / METRICS)))
+        add(TensorBoardWriter(directory, read_jsonl(directory / METRICS)))
         add(ConsoleWriter(config.steps))
         yield writers
 

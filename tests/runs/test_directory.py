@@ -43,6 +43,7 @@ from gptjax.runs.directory import (
 )
 from gptjax.system.disk import DiskError
 from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.tensorboard import event_files
 
 CONFIGURED = ExperimentConfig(model=TransformerConfig(vocab_size=256))
 OTHER = ExperimentConfig(model=TransformerConfig(vocab_size=256, depth=5, bias=False))
@@ -135,10 +136,12 @@ def test_a_directory_with_files_of_others_is_refused(overwrite, tmp_path):
 
 
 def test_overwrite_deletes_all_that_a_run_writes_and_nothing_else(tiny_run, copied_run):
-    assert {path.name for path in tiny_run.iterdir()} <= set(WRITTEN)
+    assert {path.name for path in tiny_run.iterdir()} <= {*WRITTEN, "train", "validation"}
+    assert {path.parent.name for path in event_files(tiny_run)} == {"train", "validation"}
     (copied_run / "notes.txt").write_text("precious")
     (copied_run / "figures").mkdir()
     (copied_run / "figures" / "loss.png").write_text("precious")
+    (copied_run / "train" / "text.txt").write_text("precious")
     assert _open(copied_run, overwrite=True) is False
     assert sorted(_content(copied_run)) == [
         "bytes.txt",
@@ -146,6 +149,7 @@ def test_overwrite_deletes_all_that_a_run_writes_and_nothing_else(tiny_run, copi
         "figures/loss.png",
         "notes.txt",
         "tokenizer_kind.json",
+        "train/text.txt",
     ]
     assert load_config(copied_run) == CONFIGURED
 

@@ -135,8 +135,8 @@ def shown(directory: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("lost", [None, 0, 1, 40, 150, 10_000])
 def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
-    directory, lines = tmp_path / "tensorboard", [json.loads(line) for line in LINES]
-    first = TensorBoardWriter(directory, [])
+    directory, lines = tmp_path / "train", [json.loads(line) for line in LINES]
+    first = TensorBoardWriter(tmp_path, [])
     for line in lines:
         first.write(line["step"], {"loss": line["loss"]})
     if lost is None:  # As at a kill: nothing was closed.
@@ -145,7 +145,7 @@ def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
     (path,) = directory.glob("events*")
     if lost:
         path.write_bytes(path.read_bytes()[:-lost] if lost < 1000 else b"")
-    second = TensorBoardWriter(directory, lines[:4])  # It goes on from step 4.
+    second = TensorBoardWriter(tmp_path, lines[:4])  # It goes on from step 4.
     for step in (5, 6):
         second.write(step, {"loss": step + 0.25})
     second.close()
@@ -168,9 +168,11 @@ def test_tensorboard_has_training_and_validation_in_one_chart(tmp_path):
     again.write(3, {"cross_entropy": 1.5})
     again.write(4, {"cross_entropy": 1.25, "validation_loss": 1.75})
     again.close()
-    assert shown(tmp_path / "validation") == [(2, 2.75), (4, 1.75)]  # The directory is the curve.
-    assert names(tmp_path / "validation") == {"cross_entropy"}  # The name is the chart.
-    assert names(tmp_path) == {"cross_entropy", "validation_loss"}
+    # The directory is the curve, and the name is the chart.
+    assert shown(tmp_path / "validation") == [(2, 2.75)] * 2 + [(4, 1.75)] * 2
+    assert names(tmp_path / "validation") == {"loss", "cross_entropy"}
+    assert names(tmp_path / "train") == {"cross_entropy"}
+    assert {path.parent.name for path in tmp_path.rglob("*tfevents*")} == {"train", "validation"}
 
 
 def names(directory: Path) -> set[str]:
