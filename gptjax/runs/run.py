@@ -258,7 +258,7 @@ def summary(reached: dict[str, Any]) -> str:
     """How far a run came, in a line."""
     bits = reached.get("best_bits_per_byte")
     return (
-        f"Validation loss {reached['best_validation_loss']:.4f} nats per token"
+        f"Best validation loss {reached['best_validation_loss']:.4f} nats per token"
         f"{f', {bits:.3f} bits per byte' if bits else ''}, at step {reached['best_step']}; "
         f"{reached['wall_seconds']:.0f} s."
     )

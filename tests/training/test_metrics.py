@@ -11,6 +11,7 @@ from tensorboardX.proto import event_pb2
 from gptjax.config import InputError, TrainConfig, sealed
 from gptjax.system.disk import DiskError
 from gptjax.training import tensorboard
+from gptjax.training.console import ConsoleWriter
 from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
 
@@ -193,6 +194,19 @@ def whole_records(path: Path) -> int:
             break
         start += 16 + length
     return start
+
+
+def test_the_log_says_a_validation_loss_at_its_step_alone(capsys):
+    writer = ConsoleWriter(steps=3)
+    for step, validation in ((1, {}), (2, {"validation_loss": 2.5}), (3, {})):
+        writer.write(step, {**SCALARS, **validation})
+    writer.close()
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "step 1/3  loss 3.0000  10 tokens/s  MFU 50.0%"
+    assert second.startswith(
+        "step 2/3  loss 3.0000  validation 2.5000  10 tokens/s  MFU 50.0%  0:0"
+    )
+    assert third.startswith("step 3/3  loss 3.0000  10 tokens/s  MFU 50.0%  0:00 left")
 
 
 class FakeRun:
