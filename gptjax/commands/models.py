@@ -276,7 +276,7 @@ def certify(
     """
     import jax
 
-    from gptjax.certify.grid import certify, failures, heading, line, page, variants
+    from gptjax.certify.grid import certify, failures, heading, line, page, variants, verdict
 
     if every == bool(names):
         raise InputError(
@@ -294,7 +294,7 @@ def certify(
     if markdown:
         print(page(rows, f"python -m gptjax certify {' '.join(names) or '--all'} --markdown"))
     else:
-        print(*failed, sep="\n", end="\n" * bool(failed))
+        print(*failed, verdict(rows), sep="\n")
     if failed:
         raise SystemExit(1)
 
