@@ -211,7 +211,13 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
     """Refuse another config; over which devices a run is spread may change while it goes on."""
-    changed = differences(_without_mesh(_read_config(directory)), _without_mesh(wanted))
+    saved = _read_config(directory)
+    if "data" not in saved["config"]:
+        raise InputError(
+            f"{directory} holds a model that was not trained here, which no run resumes: choose "
+            "another --out."
+        )
+    changed = differences(_without_mesh(saved), _without_mesh(wanted))
     if changed:
         raise InputError(
             f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
@@ -376,7 +382,8 @@ def save_model(
     with Checkpoints(directory / CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
-    saved: dict[str, Any] = {"config": to_dict(ExperimentConfig(model=model.config))}
+    # Of its data and its training nothing is known.
+    saved: dict[str, Any] = {"config": {"model": to_dict(model.config)}}
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
     write_json(directory / CONFIG, sealed(saved))
