@@ -4,13 +4,14 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 from tensorboardX.proto import event_pb2
 
 from gptjax.config import InputError, TrainConfig, sealed
 from gptjax.system.disk import DiskError
-from gptjax.training import tensorboard
+from gptjax.training import metrics, tensorboard
 from gptjax.training.console import ConsoleWriter
 from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
@@ -207,6 +208,31 @@ def test_the_log_says_a_validation_loss_at_its_step_alone(capsys):
         "step 2/3  loss 3.0000  validation 2.5000  10 tokens/s  MFU 50.0%  0:0"
     )
     assert third.startswith("step 3/3  loss 3.0000  10 tokens/s  MFU 50.0%  0:00 left")
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (0.05, "float32 product, measured now"),
+        (0.8, "measured now while other programs took 40% of the CPU, so MFU reads too high"),
+    ],
+)
+def test_a_peak_that_a_busy_cpu_measured_is_said_to_be_low(others, said, monkeypatch):
+    # Of 2 CPU seconds of the machine this process takes 1.
+    times = iter([CpuTimes(5.0, 3.0), CpuTimes(6.0 + others, 4.0 - others)])
+    monkeypatch.setattr(metrics, "measured_matmul_flops", lambda: 1e11)
+    monkeypatch.setattr(metrics.time, "process_time", iter([0.0, 1.0]).__next__)
+    monkeypatch.setattr(metrics.psutil, "cpu_times", times.__next__)
+    peak = metrics.peak_flops()
+    assert peak.flops == 1e11
+    assert peak.source.endswith(said)
+
+
+class CpuTimes(NamedTuple):
+    """A part of psutil's."""
+
+    user: float
+    idle: float
 
 
 class FakeRun:
