@@ -5,6 +5,7 @@ that says of which kind it is; `--debug` shows where it was noticed.
 """
 
 import contextlib
+import difflib
 import errno
 import functools
 import importlib.metadata
@@ -13,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +27,81 @@ from gptjax.commands import commands, train
 from gptjax.commands.training import trainable
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
 from gptjax.config.values import Objective
-from gptjax.system.disk import is_failure
-from gptjax.system.exits import Exit, Interrupts
+from gptjax.system.disk import CheckpointFailed, is_failure
+from gptjax.system.exits import Diverged, Exit, Interrupted, Interrupts
 from gptjax.system.memory import ran_out
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
 """What is wrong with a path that no file can be at, or that is not this user's."""
 
+OVERVIEW = """usage: gptjax COMMAND [OPTIONS]
+
+Train models of the GPT family, look inside, compare.
+
+{}
+
+gptjax COMMAND --help lists a command's flags; --debug shows the traceback of a
+mistake, and gptjax --version the version."""
+HELP_WIDTH = 79
+
+SYNONYMS = {
+    "lr": ("rates", "learning-rate"),
+    "max-lr": ("learning-rate",),
+    "wd": ("weight-decay",),
+    "grad-clip": ("clip-norm",),
+    "max-grad-norm": ("clip-norm",),
+    "warmup": ("warmup-steps",),
+    "iters": ("steps",),
+    "max-iters": ("steps",),
+    "max-steps": ("steps",),
+    "epochs": ("steps",),
+    "bs": ("batch-size",),
+    "batch": ("batch-size",),
+    "block-size": ("context-length",),
+    "seq-len": ("context-length",),
+    "seq-length": ("context-length",),
+    "layers": ("depth",),
+    "num-layers": ("depth",),
+    "n-layer": ("depth",),
+    "num-heads": ("heads",),
+    "n-head": ("heads",),
+    "n-embd": ("width",),
+    "d-model": ("width",),
+    "hidden-size": ("width",),
+    "d-ff": ("mlp-dim",),
+    "gradient-accumulation-steps": ("grad-accumulation",),
+    "data": ("source",),
+    "dataset": ("source",),
+    "file": ("source",),
+    "model": ("preset",),
+    "output": ("out",),
+    "output-dir": ("out",),
+    "max-tokens": ("max-new-tokens",),
+}
+"""What flags are called elsewhere → the last part of ours, the first that the command has."""
+
+MOST_MEANT = 3
+"""Flags of which one may have been meant."""
+
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
+
+TYPES = tyro.constructors.ConstructorRegistry()
+
+
+@TYPES.primitive_rule
+def _text(
+    type_info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """What stands for a string in help: TEXT, where tyro has the name of Python's type."""
+    if type_info.type is not str:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    )
 
 
 def main() -> None:
@@ -47,15 +116,32 @@ def main() -> None:
                 arguments[1:]
             )
             return
-        _parse(
-            tyro.extras.subcommand_cli_from_dict,
-            {name: _deferred(command) for name, command in commands(arguments).items()},
-            prog="gptjax",
-            description=__doc__,
-            args=_script_apart(arguments),
-        )()
+        known = commands(arguments)
+        name, *flags = _script_apart(arguments) or [""]
+        if name in ("-h", "--help"):
+            print(_overview(known))
+        elif name in known:
+            _parse(known[name], flags, prog=f"gptjax {name}")()
+        elif name:
+            raise InputError(f"Unknown command {name!r}: {near_names(name, known)}")
+        else:
+            raise InputError(f"A command is missing: known are {', '.join(known)}.")
 
     _guarded(parse_and_run)
+
+
+def _overview(known: dict[str, Callable[..., None]]) -> str:
+    """What `gptjax --help` prints: the first line of each command's docstring."""
+    lines = [
+        textwrap.fill(
+            f"{name:<15}{(command.__doc__ or '').splitlines()[0]}",
+            width=HELP_WIDTH,
+            initial_indent="  ",
+            subsequent_indent=17 * " ",
+        )
+        for name, command in known.items()
+    ]
+    return OVERVIEW.format("\n".join(lines))
 
 
 def run_experiment(
@@ -120,7 +206,7 @@ def _experiment(
                 run(config, out, overwrite)
 
         options = {} if prog is None else {"prog": prog}
-        _parse(tyro.cli, _deferred(experiment), args=arguments, description=help_text, **options)()
+        _parse(experiment, arguments, description=help_text, **options)()
 
     return parse_and_run
 
@@ -130,7 +216,7 @@ def run_command(command: Callable[..., None], description: str | None) -> None:
     help_text = f"{description}\n--debug shows the traceback of a mistake."
 
     def parse_and_run(arguments: list[str]) -> None:
-        _parse(tyro.cli, _deferred(command), args=arguments, description=help_text)()
+        _parse(command, arguments, description=help_text)()
 
     _guarded(parse_and_run)
 
@@ -171,8 +257,8 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return parsed
 
 
-def _parse(parser: Callable[..., Callable[[], None]], *arguments: Any, **options: Any):
-    """What tyro makes of the flags; a mistake in them is a sentence instead of tyro's box.
+def _parse(command: Callable[..., None], arguments: list[str], **options: Any):
+    """The command with its flags read; a mistake in them is a sentence instead of tyro's box.
 
     Raises:
       InputError: an unknown flag, or a value that is not accepted.
@@ -180,35 +266,59 @@ def _parse(parser: Callable[..., Callable[[], None]], *arguments: Any, **options
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return parser(*arguments, **options)
+            return tyro.cli(_deferred(command), args=arguments, registry=TYPES, **options)
     except SystemExit as exit:
         if not exit.code:
             raise  # --help was shown.
         error = exit.__context__
         while error is not None and not isinstance(error, InputError):
             error = error.__context__
-        raise error or InputError(_sentence(box.getvalue())) from None
+        raise error or InputError(_sentence(box.getvalue(), command, options)) from None
 
 
-def _sentence(box: str) -> str:
-    """The message in tyro's box; an unknown flag or command is followed by the near ones.
+def _sentence(box: str, command: Callable[..., None], options: dict[str, Any]) -> str:
+    """The message in tyro's box; an unknown flag is followed by what was probably meant.
 
     The box has parts with rules between them: a title, the message, and what tyro adds to it.
     """
-    colourless = re.sub(r"\x1b\[[\d;]*m", "", box)
-    lines = "\n".join(line.strip(" │╭╮╰╯") for line in colourless.splitlines())
+    lines = "\n".join(line.strip(" │╭╮╰╯") for line in _colourless(box).splitlines())
     parts = re.split(r"^(?:─ .+ )?[─-]{3,}$", lines, flags=re.MULTILINE)
-    message, added = " ".join(parts[1].split()), "".join(parts[2:]).partition("For full help")[0]
+    message = " ".join(parts[1].split())
     kind, _, listed = message.partition("Unrecognized options: ")
     if kind or not listed:
         return message if message.endswith(".") else f"{message}."
     words = listed.split(", ")
     flags = [word for word in words if word.startswith("--")]
-    names = re.findall(r"^--[\w.-]+", added, flags=re.MULTILINE)
-    if listed_commands := re.search(r"Available subcommands: ([\w\s,-]+)", added):
-        names = re.findall(r"[\w-]+", listed_commands[1])  # The list may be on several lines.
-    hint = f"did you mean {' or '.join(names)}?" if names else "see --help."
+    known = _flags(command, options)
+    meant = [" or ".join(near) for flag in flags if (near := _near_flags(flag, known))]
+    hint = f"did you mean {' and '.join(meant)}?" if meant else "see --help."
     return f"Unknown {'flag' if flags else 'argument'} {', '.join(flags or words)}: {hint}"
+
+
+def _colourless(text: str) -> str:
+    """What a terminal shows of it, without the colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
+def _flags(command: Callable[..., None], options: dict[str, Any]) -> list[str]:
+    """All flags of a command that its help names, but for those that switch something off."""
+    with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
+        tyro.cli(_deferred(command), args=["--help"], registry=TYPES, **options)
+    named = dict.fromkeys(re.findall(r"(?<![\w-])--\w[\w.-]*\w", _colourless(help.getvalue())))
+    return [flag for flag in named if not re.search(r"[.-]no-", flag)]
+
+
+def _near_flags(given: str, known: list[str]) -> list[str]:
+    """The flags that `given` may have meant: of that last part or a synonym, or spelled alike."""
+    name = given.lstrip("-").partition("=")[0].replace("_", "-")
+    last = name.rpartition(".")[2]
+    for wanted in (*SYNONYMS.get(last, ()), last):
+        if same := [flag for flag in known if flag[2:].rpartition(".")[2] == wanted]:
+            return same
+    # What is given without the part of the config is compared without it.
+    parts = {flag: flag[2:] if "." in name else flag[2:].rpartition(".")[2] for flag in known}
+    near = difflib.get_close_matches(name, set(parts.values()), cutoff=0.7)
+    return [flag for part in near for flag in known if parts[flag] == part][:MOST_MEANT]
 
 
 def _guarded(command: Callable[[list[str]], None]) -> None:
@@ -237,8 +347,6 @@ def accept_all_characters() -> None:
 def _with_sentences(command: Callable[[list[str]], None]) -> None:
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    from gptjax.training.checkpoint import CheckpointFailed
-    from gptjax.training.loop import Diverged, Interrupted
 
     try:
         command(arguments)

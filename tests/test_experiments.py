@@ -58,8 +58,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     assert "MFU = tokens/s" in printed
     assert "python -m gptjax sample" in printed
     assert {path.name for path in out.iterdir()} == {
-        "attention.png", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
-        "result.json", "samples.txt", "tensorboard", "tokenizer.json", "tokenizer.model",
+        "attention.png", "bytes.txt", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
+        "result.json", "samples.txt", "tokenizer_kind.json", "train", "validation",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"8", "16", "20"}
     lines = read_jsonl(out / "metrics.jsonl")
@@ -77,7 +77,7 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     )
     assert {"jax", "flax", "optax", "python"} <= result["versions"].keys()
     assert result["wall_seconds"] > result["compile_seconds"] > 0
-    assert any((out / "tensorboard").iterdir())
+    assert any((out / "train").iterdir())
 
     assert "finished run" in output_of(quickstart(out, *flags))
 

@@ -63,7 +63,7 @@ def test_a_wheel_trains_samples_and_compares(installed, tmp_path):
     flags = ["--data.source", "text.txt", "--model.context-length", "32", *TINY]
     steps = ["--train.steps", "20", "--optimizer.warmup-steps", "2", "--train.batch-size", "4"]
     printed = gptjax("train", "--preset", "quickstart", *flags, *steps, "--out", "run")
-    assert "Validation loss" in printed
+    assert "Best validation loss" in printed
     assert {"loss.png", "attention.png", "samples.txt"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }

@@ -32,6 +32,9 @@ TINY: dict[str, tuple[Any, ...]] = {
 }
 """Values that mean something in tiny shapes alone, of the axes that have no others."""
 
+NAME_WIDTH, CELL_WIDTH = 30, 5
+"""Characters of the printed table: the longest name and 14 properties fill 100."""
+
 HEAD_WIDTH = 4
 """Of a shrunk preset."""
 
@@ -195,18 +198,43 @@ def failures(rows: Mapping[str, Row]) -> list[str]:
 
 
 def heading() -> str:
-    """The first two lines of the table: the properties, and the errors that pass."""
-    limits = [f"≤ {each.tolerance:g}" for each in PROPERTIES.values()]
-    return f"{_line('', PROPERTIES)}\n{_line('', limits)}"
+    """What stands above the table: the properties, each with its number and the error that passes.
+
+    Columns have the numbers, as the names would not fit into a terminal.
+    """
+    properties = [
+        f"{number:>3} {name:<13}{each.claim:<60}≤ {each.tolerance:g}"
+        for number, (name, each) in enumerate(PROPERTIES.items(), 1)
+    ]
+    numbers = [str(number) for number in range(1, len(PROPERTIES) + 1)]
+    return "\n".join([*properties, "", _line("error of property", numbers)])
 
 
 def line(variant: str, row: Row) -> str:
     """The table's line of one variant; an error that does not pass has a mark."""
-    return _line(variant, [f"{'' if cell.passed else '!'}{cell}" for cell in row.values()])
+    cells = (f"{'' if cell.passed else '!'}{cell}".replace("e-0", "e-") for cell in row.values())
+    return _line(variant, cells)
 
 
 def _line(first: str, cells: Iterable[str]) -> str:
-    return f"{first:<34}" + "".join(f"{cell:>12}" for cell in cells)
+    return f"{first:<{NAME_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
+
+
+def verdict(rows: Mapping[str, Row]) -> str:
+    """The last line: how many variants, how many properties hold, which fail and of what."""
+    checks = sum(cell.applies for row in rows.values() for cell in row.values())
+    failing = {
+        name: [variant for variant, row in rows.items() if not row[name].passed]
+        for name in PROPERTIES
+    }
+    failed = sum(map(len, failing.values()))
+    held = sum(not variants for variants in failing.values())
+    told = [f"{name} of {', '.join(variants)}" for name, variants in failing.items() if variants]
+    return (
+        f"{len(rows)} variant{'s' if len(rows) > 1 else ''}: {held} of {len(PROPERTIES)} "
+        f"properties hold, {checks - failed:,} of {checks:,} checks"
+        f"{'; failed: ' if failed else ''}{'; '.join(told)}."
+    )
 
 
 def page(rows: Mapping[str, Row], command: str) -> str:

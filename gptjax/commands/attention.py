@@ -9,15 +9,15 @@ from gptjax.system.outputs import check_output
 
 
 def attention(
-    model: Annotated[str, tyro.conf.Positional],
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     /,
     text: str,
-    html: Path,
-    target: str | None = None,
+    html: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    target: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
     part: Literal["decoder", "encoder", "cross"] | None = None,
-    layers: tuple[int, ...] = (),
-    heads: tuple[int, ...] = (),
-    step: int | None = None,
+    layers: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (),
+    heads: Annotated[tuple[int, ...], tyro.conf.arg(metavar="INT ...")] = (),
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
     overwrite: bool = False,
 ) -> None:
     """Write a page that shows what each head attends to in a text; it needs no network.

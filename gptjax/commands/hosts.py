@@ -37,8 +37,10 @@ def doctor() -> None:
 
 
 def launch(
-    script: tyro.conf.Positional[Path],
-    arguments: tyro.conf.Positional[tuple[str, ...]] = (),
+    script: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT")],
+    arguments: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[ITS FLAGS ...]")
+    ] = (),
     local: Annotated[int, tyro.conf.arg(help="Processes.")] = 2,
     devices: int = 1,
 ) -> None:

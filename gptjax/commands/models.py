@@ -2,17 +2,16 @@
 
 import dataclasses
 import inspect
-import itertools
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from gptjax.config import InputError, TransformerConfig
+from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.costs.model import Ledger, ledger
 from gptjax.models.presets import PRESETS, preset
 from gptjax.system.memory import ACTIVATION_BYTES, check_fits
@@ -23,7 +22,7 @@ TOKEN_BYTES = 8
 
 
 def sample(
-    run: Annotated[str, tyro.conf.Positional],
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     /,
     prompt: str = "\n",
     max_new_tokens: int = 200,
@@ -36,9 +35,11 @@ def sample(
     seed: int = 0,
     num_samples: int = 1,
     sliding_window: bool = False,
-    step: int | None = None,
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
-    """Continue a prompt with a trained run, printing the text as it comes.
+    """Continue a prompt with a trained run, printing both as one text, as it comes.
+
+    Why it ends is said on standard error.
 
     Args:
       run: Directory of the run, such as runs/quickstart.
@@ -89,9 +90,23 @@ def sample(
     _check_decoding_fits(loaded.config.model, beams or num_samples, max_new_tokens)
     question = loaded.question(prompt)
 
-    def text(tokens: Iterable[int]) -> Iterator[str]:
-        said = itertools.takewhile(lambda token: token not in question.ends, tokens)
-        return stream_text(loaded.tokenizer, said)
+    def say(tokens: Iterable[int]) -> None:
+        """Print the prompt and what continues it, as the tokens arrive, and why they end."""
+        decoded: list[int] = []
+
+        def text_tokens() -> Iterator[int]:
+            for token in tokens:
+                if not decoded and question.source is None:  # The prompt was accepted.
+                    yield from question.prompt
+                decoded.append(token)
+                if token in question.ends:
+                    return
+                yield token
+
+        for piece in stream_text(loaded.tokenizer, text_tokens()):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        print(_why_ended(decoded, question.ends, max_new_tokens, loaded.config), file=sys.stderr)
 
     def repeated(tokens: np.ndarray | None) -> np.ndarray | None:
         return None if tokens is None else np.tile(tokens, (num_samples, 1))
@@ -105,7 +120,7 @@ def sample(
             end_token=question.ends,
             source=repeated(question.source),
         )
-        print("".join(text(best.tokens)))
+        say(best.tokens)
         return
     rows = generate(
         loaded.model,
@@ -118,13 +133,25 @@ def sample(
         source=repeated(question.source),
     )
     if num_samples == 1:
-        for piece in text(row[0] for row in rows):
-            print(piece, end="", flush=True)
-        print()
+        say(int(row[0]) for row in rows)
         return
     for number, column in enumerate(np.stack(list(rows), axis=1)):
         print(f"--- sample {number + 1}")
-        print("".join(text(column)))
+        say(column.tolist())
+
+
+def _why_ended(
+    decoded: Sequence[int], ends: Sequence[int], most: int, config: ExperimentConfig
+) -> str:
+    """Why there are no more tokens; on standard error, so that a file has the text alone."""
+    if decoded[-1] in ends:
+        why = "the model ended the text"
+    elif len(decoded) == most:
+        why = "as many as --max-new-tokens allows"
+    else:
+        length = config.model.context_length
+        why = f"the context of {length:,} is full, past which --sliding-window goes on"
+    return f"{len(decoded):,} new token{'s' if len(decoded) > 1 else ''}: {why}."
 
 
 def _check_unset(**flags: object) -> None:
@@ -158,7 +185,7 @@ def _check_decoding_fits(model: TransformerConfig, rows: int, new_tokens: int) -
 
 
 def params(
-    name: Annotated[str, tyro.conf.Positional],
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     /,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -168,11 +195,20 @@ def params(
       name: A preset's name, or the directory of a run.
       as_json: Print JSON for machines.
     """
-    from gptjax.runs.directory import CONFIG, load_config
-
-    is_run = name not in PRESETS and (Path(name) / CONFIG).exists()
-    counted = ledger(load_config(name).model if is_run else preset(name))
+    counted = ledger(PRESETS[name] if name in PRESETS else _model_of_run(name))
     print(json.dumps(_ledger_json(counted), indent=2) if as_json else _ledger_table(name, counted))
+
+
+def _model_of_run(name: str) -> TransformerConfig:
+    """The config of the model in a run's directory.
+
+    Raises:
+      InputError: there is none, and the name is no preset's either.
+    """
+    from gptjax.runs.directory import CONFIG, load_config  # Which imports JAX.
+
+    named = Path(name).name == name and not (Path(name) / CONFIG).exists()
+    return preset(name) if named else load_config(name).model
 
 
 def _ledger_json(counted: Ledger) -> dict:
@@ -224,7 +260,9 @@ def _ledger_table(name: str, counted: Ledger) -> str:
 
 
 def certify(
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[VARIANT ...]")
+    ] = (),
     /,
     every: Annotated[bool, tyro.conf.arg(name="all")] = False,
     markdown: bool = False,
@@ -238,7 +276,7 @@ def certify(
     """
     import jax
 
-    from gptjax.certify.grid import certify, failures, heading, line, page, variants
+    from gptjax.certify.grid import certify, failures, heading, line, page, variants, verdict
 
     if every == bool(names):
         raise InputError(
@@ -256,16 +294,16 @@ def certify(
     if markdown:
         print(page(rows, f"python -m gptjax certify {' '.join(names) or '--all'} --markdown"))
     else:
-        print(*failed, sep="\n", end="\n" * bool(failed))
+        print(*failed, verdict(rows), sep="\n")
     if failed:
         raise SystemExit(1)
 
 
 def convert(
-    source: Annotated[str, tyro.conf.Positional],
-    destination: Annotated[Path, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")],
     /,
-    step: int | None = None,
+    step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
     """Write a run as a Hugging Face directory, or a Hugging Face model or a GGUF file as a run.
 
@@ -295,14 +333,14 @@ def convert(
 
 def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     """Write it, and say what it is."""
-    from gptjax.data.tokenizers import SubwordTokenizer, load_tokenizer
+    from gptjax.data.tokenizers import DESCRIPTION, SubwordTokenizer, load_tokenizer
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
     from gptjax.runs.directory import decoding_tokens, load_model
 
     config, model, step = load_model(run, step)
-    tokenizer = load_tokenizer(run) if (run / TOKENIZER).exists() else None
+    tokenizer = load_tokenizer(run) if (run / DESCRIPTION).exists() else None
     tokens = decoding_tokens(run, config, tokenizer)
     to_huggingface(model, destination, fields=tokens.fields())
     its = f"without a tokenizer: the run has none that a {TOKENIZER} describes"

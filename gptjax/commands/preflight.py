@@ -18,10 +18,10 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
     defaults = default_config(named)
 
     def preflight(
-        name: Annotated[str, tyro.conf.Positional],
+        name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")],
         /,
-        topology: str,
-        mesh: str = "",
+        topology: Annotated[str, tyro.conf.arg(metavar="TOPOLOGY")],
+        mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=SIZE,...")] = "",
         slices: int = 1,
         batch_per_device: float = 8,
         seq: int = 0,

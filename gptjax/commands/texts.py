@@ -12,15 +12,15 @@ from gptjax.system.memory import check_batch_fits
 
 
 def data(
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional],
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")],
     /,
     tokenizer: str = "bytes",
-    target: tuple[str, ...] = (),
-    weights: tuple[float, ...] = (),
+    target: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE ...")] = (),
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT ...")] = (),
     objective: Objective = "causal",
     packing: Packing = "split",
     whole_words: bool = False,
-    cache: str = "",
+    cache: Annotated[str, tyro.conf.arg(metavar="DIRECTORY")] = "",
     context_length: int = 1024,
     batch_size: int = 64,
 ) -> None:
@@ -37,7 +37,7 @@ def data(
       packing: Rows of documents one after another, or side by side.
       whole_words: Hide words, not tokens.
       cache: Directory that keeps tokenised text.
-      context: Tokens of a row.
+      context_length: Tokens of a row.
       batch_size: Rows of a batch.
     """
     from gptjax.data.corpus import learn_tokenizer, open_corpus, open_sources
@@ -73,12 +73,12 @@ def data(
 
 
 def build_dataset(
-    source: Annotated[str, tyro.conf.Positional],
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
     /,
-    name: str,
+    name: Annotated[str, tyro.conf.arg(metavar="NAME")],
     data_dir: Path,
     version: str = "1.0.0",
-    target: str | None = None,
+    target: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
     validation_fraction: float = 0.0,
 ) -> None:
     """Write text as a TensorFlow dataset, which is read in any order and without TensorFlow.

@@ -7,14 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from gptjax.commands.outcomes import outcome
 from gptjax.compare.question import Comparison
-from gptjax.config import (
-    ExperimentConfig,
-)
+from gptjax.config import ExperimentConfig
 from gptjax.models.presets import PRESETS
 from gptjax.runs.defaults import defaults
-from gptjax.runs.run import run
 
 
 def trainable() -> dict[str, ExperimentConfig]:
@@ -28,6 +24,9 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
 
     The directory `--out` holds all that the run makes; the same command resumes it.
     """
+    from gptjax.commands.outcomes import outcome
+    from gptjax.runs.run import run
+
     if not run(config, out, overwrite, show=outcome):
         return
     if config.data.objective == "causal":

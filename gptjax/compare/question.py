@@ -11,6 +11,7 @@ MEASURES = ("params", "flops", "seconds")
 BUDGETS = ("tokens", "flops", "seconds")
 """Of a run: what it may spend."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+"""Behind a number, as it is written; read in capitals and small letters alike."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Comparison:
     tolerance: float = 0.01
     """How far from it a variant may be."""
     budget: str = "tokens=1M"
-    """What each run may spend: tokens=20M, flops=1e15, seconds=60."""
+    """What each run may spend: tokens=20M, tokens=100k, flops=1e15, seconds=60."""
     seeds: int = 5
     """Runs of each variant that are compared."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
@@ -86,7 +87,8 @@ def quantity(number: float) -> str:
 
 
 def _number(flag: str, text: str, word: str) -> float:
-    factor = SUFFIXES.get(word[-1:], 1.0)
+    factors = {suffix.lower(): factor for suffix, factor in SUFFIXES.items()}
+    factor = factors.get(word[-1:].lower(), 1.0)
     try:
         value = float(word if factor == 1.0 else word[:-1]) * factor
     except ValueError:

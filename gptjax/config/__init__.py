@@ -4,7 +4,13 @@ A wrong value is an `InputError` of one sentence: the field, the value and what 
 classes are the command line (`--model.depth 6`); the text under a field is its `--help`.
 """
 
-from gptjax.config.checks import InputError, near_names, shown, whole_number
+from gptjax.config.checks import (
+    InputError,
+    near_directories,
+    near_names,
+    shown,
+    whole_number,
+)
 from gptjax.config.dictionaries import differences, from_dict, to_dict
 from gptjax.config.experiment import (
     DataConfig,
@@ -37,6 +43,7 @@ __all__ = [
     "TransformerConfig",
     "differences",
     "from_dict",
+    "near_directories",
     "near_names",
     "parse_json",
     "read_json",

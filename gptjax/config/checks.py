@@ -5,10 +5,13 @@ import math
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 LONGEST_SHOWN = 200
 """Characters of a value in an error."""
+MOST_LISTED = 20
+"""Directories in an error."""
 
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -28,6 +31,20 @@ def near_names(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
+
+
+def near_directories(path: Path) -> str:
+    """The sentence's end for a directory that is not there: the near ones beside it, or all."""
+    try:
+        directories = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return f"there is no directory {path.parent}."
+    beside = sorted(name for name in directories if not name.startswith("."))
+    near = difflib.get_close_matches(path.name[:LONGEST_SHOWN], beside, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?"
+    listed = ", ".join(beside[:MOST_LISTED]) + (", …" if len(beside) > MOST_LISTED else "")
+    return f"{path.parent} has {listed or 'no directories'}."
 
 
 def shown(value: Any) -> str:

@@ -17,10 +17,6 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
 from gptjax.config import InputError, to_dict, whole_number
 from gptjax.distributed.cluster import Place, find_place, free_port, has_tpu, interface
 from gptjax.distributed.handshake import CHALLENGE_BYTES
@@ -86,6 +82,8 @@ def joined(config: Any = None) -> Iterator[None]:
     if place is None and not has_tpu(os.environ):
         yield
         return
+    import jax  # Not above: a command on one machine that needs no JAX does not wait for it.
+
     seconds = _start_seconds()
     # Without it each host would have as many as it has cores, and experiments would choose anew.
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -115,6 +113,8 @@ def joined(config: Any = None) -> Iterator[None]:
 def _joining(member: Member) -> Iterator[Member]:
     """Make it this process's; where it stops with a mistake the others are told."""
     global _member
+    import jax
+
     _member = member
     try:
         yield member
@@ -129,6 +129,8 @@ def _joining(member: Member) -> Iterator[Member]:
 
 def _check_hosts(member: Member, config: Any, seconds: int) -> None:
     """Compare what can be compared before JAX is initialised; initialise it; compare devices."""
+    import jax
+
     place, same = member.place, {"code": code_hash()[:12], "versions": versions()}
     if config is not None:
         same["config"] = to_dict(config)
@@ -155,6 +157,8 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
 
 def _tpu_alone(seconds: int) -> bool:
     """Initialise JAX where there are TPUs, which asks the machine; whether its host is alone."""
+    import jax
+
     try:
         jax.distributed.initialize(initialization_timeout=seconds)
     except ValueError:  # The machine knows of no others: a notebook's, say.
@@ -167,6 +171,10 @@ def _tpu_place(stack: contextlib.ExitStack) -> Place:
 
     It draws the secret, too, which the network of the TPUs alone carries.
     """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
     index, count = jax.process_index(), jax.process_count()
     known = np.zeros(ADDRESS_BYTES + CHALLENGE_BYTES, np.uint8)
     if index == 0:
@@ -205,7 +213,8 @@ def leave_at_once(error: BaseException) -> None:
 
     Does nothing on one machine.
     """
-    if not jax.distributed.is_initialized():
+    jax = sys.modules.get("jax")  # What was not imported has joined nothing.
+    if jax is None or not jax.distributed.is_initialized():
         return
     code = error.code if isinstance(error, SystemExit) else 1
     if not isinstance(error, SystemExit):

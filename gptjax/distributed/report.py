@@ -6,8 +6,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gptjax.config import InputError, differences
 
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -32,6 +30,8 @@ def code_hash(directory: Path = CODE) -> str:
 
 def devices() -> str:
     """This process's devices, as `4 × TPU v5 lite`."""
+    import jax
+
     local = jax.local_devices()
     return f"{len(local)} × {local[0].device_kind}"
 

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gptjax.config import InputError, read_json_object, shown
+from gptjax.config import InputError, near_directories, read_json_object, shown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,7 +23,8 @@ TOKENIZER = "tokenizer.json"
 TIMEOUT_SECONDS = 5
 MOST_LISTED = 20
 """Problems in one sentence."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""OWNER/NAME."""
 
 
 class Weights:
@@ -162,7 +163,9 @@ def _no_weights(directory: Path) -> str:
 
 
 def find(source: str | Path) -> Path:
-    """The directory of a model: `source` itself, or what the hub has under this name.
+    """The directory of a model: `source` itself, or what the hub has as this OWNER/NAME.
+
+    Where there is a directory OWNER, `source` is a path, and the hub is not asked.
 
     Raises:
       InputError: neither; or a download that fails.
@@ -173,10 +176,14 @@ def find(source: str | Path) -> Path:
             return path
         if path.exists():
             raise InputError(f"{source} is a file: give the directory that holds it.")
+        local = path.parent.is_dir()
     except OSError as error:
         raise InputError(f"cannot read {shown(str(source))}: {error.strerror}.") from error
     if not _HUB_ID.fullmatch(str(source)):
-        raise InputError(f"{source} is no directory, and no name of a model on the hub either.")
+        near = near_directories(path)
+        raise InputError(f"{source} is no directory, and no OWNER/NAME of the hub's: {near}")
+    if local:  # A run's name with a mistake is asked of no network.
+        raise InputError(f"{source} is no directory: {near_directories(path)}")
     try:
         import huggingface_hub
     except ImportError as error:

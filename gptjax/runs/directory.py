@@ -3,9 +3,11 @@
 | file | content |
 |---|---|
 | config.json | everything needed to rebuild the run: the config and the data's fingerprint |
-| tokenizer.json, tokenizer.model | the tokenizer |
+| tokenizer_kind.json | which tokenizer it is, its checksum and special tokens |
+| bytes.txt, characters.json, tokenizer.json, tokenizer.model | one of them, what it learnt |
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
-| metrics.jsonl, tensorboard/ | scalars of the logged steps |
+| metrics.jsonl | scalars of the logged steps |
+| train/, validation/ | the same as TensorBoard's event files |
 | result.json | written last: a directory that has it holds a finished run |
 | .lock | while a process writes here: whose the directory is |
 | .begun | while a run begins: what lies here is a half-made start, which the next one begins anew |
@@ -30,12 +32,13 @@ from gptjax.config import (
     InputError,
     differences,
     from_dict,
+    near_directories,
     read_sealed,
     sealed,
     to_dict,
 )
 from gptjax.data.objectives.rows import objective_vocabulary
-from gptjax.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
+from gptjax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, abstract, split
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
@@ -44,6 +47,7 @@ from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.metrics import METRICS, read_jsonl
 from gptjax.training.step import State
+from gptjax.training.tensorboard import event_files
 
 CONFIG, RESULT = "config.json", "result.json"
 TOKENS = "tokens"
@@ -59,13 +63,11 @@ WRITTEN = (
     CONFIG,
     RESULT,
     CHECKPOINTS,
-    "tokenizer.json",
-    "tokenizer.model",
+    *TOKENIZER_FILES,
     "config.tmp",
     "result.tmp",
     "metrics.jsonl",
     "metrics.tmp",
-    "tensorboard",
     "wandb",
     "loss.png",
     "attention.png",
@@ -73,7 +75,8 @@ WRITTEN = (
     "predictions.txt",
     "translations.txt",
 )
-"""All that a run leaves in its directory, and all that `--overwrite` deletes."""
+"""All that a run leaves in its directory, and all that `--overwrite` deletes; beside it event files
+in `train/` and `validation/`, of which it deletes no others."""
 
 
 @contextlib.contextmanager
@@ -133,6 +136,8 @@ def begin(
         path = directory / name
         if name not in (LOCK, BEGUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in event_files(directory):  # A data set may have files of its own in such folders.
+        path.unlink()
     make()
     write_json(directory / CONFIG, sealed(content))
     (directory / BEGUN).unlink()
@@ -209,7 +214,13 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
     """Refuse another config; over which devices a run is spread may change while it goes on."""
-    changed = differences(_without_mesh(_read_config(directory)), _without_mesh(wanted))
+    saved = _read_config(directory)
+    if "data" not in saved["config"]:
+        raise InputError(
+            f"{directory} holds a model that was not trained here, which no run resumes: choose "
+            "another --out."
+        )
+    changed = differences(_without_mesh(saved), _without_mesh(wanted))
     if changed:
         raise InputError(
             f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
@@ -273,6 +284,8 @@ def load_config(directory: str | Path) -> ExperimentConfig:
       InputError: no run, or a `config.json` that does not hold a config.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise InputError(f"{directory} is no run: {near_directories(directory)}")
     if not (directory / CONFIG).exists():
         raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
     return from_dict(ExperimentConfig, _read_config(directory)["config"], str(directory / CONFIG))
@@ -375,7 +388,8 @@ def save_model(
     with Checkpoints(directory / CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
-    saved: dict[str, Any] = {"config": to_dict(ExperimentConfig(model=model.config))}
+    # Of its data and its training nothing is known.
+    saved: dict[str, Any] = {"config": {"model": to_dict(model.config)}}
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
     write_json(directory / CONFIG, sealed(saved))

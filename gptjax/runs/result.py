@@ -42,8 +42,8 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
         print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
     (out / SHOWING).unlink()
     print(
-        f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, tensorboard/, "
-        "checkpoints/."
+        f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, checkpoints/, "
+        "train/ and validation/ for TensorBoard."
     )
 
 
@@ -71,7 +71,7 @@ def summary(reached: dict[str, Any]) -> str:
     """The best validation loss and the time taken, in a line."""
     bits = reached.get("best_bits_per_byte")
     return (
-        f"Validation loss {reached['best_validation_loss']:.4f} nats per token"
+        f"Best validation loss {reached['best_validation_loss']:.4f} nats per token"
         f"{f', {bits:.3f} bits per byte' if bits else ''}, at step {reached['best_step']}; "
         f"{reached['wall_seconds']:.0f} s."
     )

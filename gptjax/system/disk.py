@@ -30,6 +30,10 @@ class DiskError(InputError):
     """A disk that is full or fails; the message is one sentence for the user."""
 
 
+class CheckpointFailed(DiskError):
+    """A checkpoint could not be written; threads of Orbax may still be at it."""
+
+
 def check_local(path: Path) -> Path:
     """The path, if a file of this machine may have it and every library can name it.
 

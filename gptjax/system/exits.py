@@ -33,6 +33,19 @@ class Exit(enum.IntEnum):
     INTERRUPTED = 128 + signal.SIGINT
 
 
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite; the message is one sentence for the user."""
+
+
+class Interrupted(RuntimeError):
+    """A signal stopped the run after its state was saved."""
+
+    def __init__(self, step: int, number: int):
+        name = signal.Signals(number).name
+        super().__init__(f"Stopped by {name}; step {step} is saved, the same command goes on.")
+        self.exit_code = 128 + number
+
+
 class Interrupts:
     """A command's handler of Ctrl-C: the first is a KeyboardInterrupt, the second ends it at once.
 

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from gptjax.config import ExperimentConfig, InputError
 from gptjax.config.values import Dtype, exhaustive
 
@@ -24,6 +22,8 @@ def machine_bytes() -> int:
 
 def devices_bytes(devices: Sequence[Any]) -> int:
     """The memory of all these JAX devices; CPU devices share that of their machine."""
+    import jax  # Here, as commands that start no JAX check sizes too.
+
     # A process can ask its own devices alone.
     own = [device for device in devices if device.process_index == jax.process_index()]
     limit = (own[0].memory_stats() or {}).get("bytes_limit", 0)

@@ -30,7 +30,7 @@ from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
 from gptjax import distributed
 from gptjax.config import InputError, read_json_object
-from gptjax.system.disk import DiskError
+from gptjax.system.disk import CheckpointFailed, DiskError
 from gptjax.training import checkpoint_files as files
 from gptjax.training.checkpoint_files import ARRAYS, HAS_LIST, METRICS, PROGRESS, Listed
 from gptjax.training.step import State
@@ -40,10 +40,6 @@ UNFINISHED, DELETED = ocp.path.atomicity.TMP_DIR_SUFFIX, ".deleted"
 """Ends of the names of folders that are not yet, or no longer, checkpoints."""
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 """What TensorStore's errors have of the system's."""
-
-
-class CheckpointFailed(DiskError):
-    """A checkpoint could not be written; threads of Orbax may still be at it."""
 
 
 class Restored(NamedTuple):

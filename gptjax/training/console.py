@@ -34,10 +34,12 @@ class ConsoleWriter:
             f"loss {scalars['loss']:.4f}{self._validation}  "
             f"{scalars['tokens_per_second']:,.0f} tokens/s  MFU {scalars['mfu']:.1%}"
         )
-        if self._bar:
+        if self._bar:  # Which is one line, so that it keeps the last validation loss.
             self._bar.update(self._task, completed=step, description=text)
         else:
-            print(f"step {step}/{self._steps}  {text}  {self._time_left(step)}", flush=True)
+            line = f"step {step}/{self._steps}  {text}  {self._time_left(step)}"
+            print(line.rstrip(), flush=True)
+            self._validation = ""
 
     def _time_left(self, step: int) -> str:
         """From the steps seen so far; rich does the same for the bar."""

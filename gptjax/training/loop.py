@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
-from gptjax.system.exits import Interrupts
+from gptjax.system.exits import Diverged, Interrupted, Interrupts
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.losses import LossFunction
 from gptjax.training.metrics import DurableWriter, Writer
@@ -45,19 +45,6 @@ class Batches(Protocol):
     def __getitem__(self, index: int, /) -> Batch:
         """One of them."""
         ...
-
-
-class Diverged(RuntimeError):
-    """The loss or its gradient is not finite; the message is one sentence for the user."""
-
-
-class Interrupted(RuntimeError):
-    """A signal stopped the run after its state was saved."""
-
-    def __init__(self, step: int, number: int):
-        name = signal.Signals(number).name
-        super().__init__(f"Stopped by {name}; step {step} is saved, the same command goes on.")
-        self.exit_code = 128 + number
 
 
 @dataclass

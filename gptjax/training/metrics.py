@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from gptjax.config import (
     SEAL,
@@ -36,6 +37,12 @@ MFU_FORMULA = "MFU = tokens/s × training FLOPs per token / peak FLOP/s"
 """Model FLOPs utilisation, after PaLM (Chowdhery et al. 2022, appendix B)."""
 
 
+BUSY = 0.1
+"""Share of a machine's CPU time from which on other programs spoil a measurement."""
+CLOCK_TICK = 0.01
+"""Seconds that a system counts CPU time in."""
+
+
 class Peak(NamedTuple):
     """The most that a device could do."""
 
@@ -54,9 +61,24 @@ def peak_flops() -> Peak:
         return Peak(flops, f"{count} × {device.device_kind}, dense bfloat16 data sheet")
     if device.platform == "cpu":
         # Virtual CPU devices share the cores that one product already uses.
-        return Peak(measured_matmul_flops(), "a 2048 × 2048 × 2048 float32 product, measured now")
+        before, others_before = _cpu_seconds()
+        measured = measured_matmul_flops()
+        after, others_after = _cpu_seconds()
+        source = "a 2048 × 2048 × 2048 float32 product, measured now"
+        busy = (others_after - others_before) / max(after - before, CLOCK_TICK)
+        if busy > BUSY:
+            source += f" while other programs took {busy:.0%} of the CPU, so MFU reads too high"
+        return Peak(measured, source)
     measured = count * measured_matmul_flops()
     return Peak(measured, f"{count} × {device.device_kind}, a 2048³ float32 product measured now")
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """CPU time of this machine so far, idle time too, and how much of it other programs took."""
+    times = psutil.cpu_times()
+    guests = getattr(times, "guest", 0) + getattr(times, "guest_nice", 0)  # In user and nice, too.
+    everything, idle = sum(times) - guests, times.idle + getattr(times, "iowait", 0)
+    return everything, everything - idle - time.process_time()
 
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
@@ -111,7 +133,7 @@ def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iter
         if project := os.environ.get("WANDB_PROJECT"):
             add(WandbWriter(project, directory))
         add(JsonlWriter(directory / METRICS, resume_step, config.log_every))
-        add(TensorBoardWriter(directory / "tensorboard", read_jsonl(directory / METRICS)))
+        add(TensorBoardWriter(directory, read_jsonl(directory / METRICS)))
         add(ConsoleWriter(config.steps))
         yield writers
 

@@ -9,8 +9,9 @@ What is missing nevertheless (files that were damaged or deleted, a machine that
 written again when a run goes on: TensorBoard reads the files by name, and a `SessionLog.START` at a
 step takes back all points from that step on.
 
-TensorBoard draws one chart for each name, with a curve for each directory: the validation loss is
-written a second time, in `validation/`, under the name of the training loss that it compares with.
+TensorBoard draws one chart for each name, with a curve for each directory, which is called by its
+path: a run has `train/` and `validation/`, as Keras has them, and the validation loss is in the
+charts of the training loss. Custom layouts would need a plugin's tab to be looked for.
 """
 
 import functools
@@ -25,40 +26,58 @@ from google.protobuf.message import DecodeError
 
 HEAD = struct.Struct("<QI")
 TAIL_BYTES = 4
+TRAIN, VALIDATION = "train", "validation"
+LOSS = "validation_loss"
+"""As metrics.jsonl has it."""
 
 
 class TensorBoardWriter:
-    """A writer of scalars as event files in `directory`, and of validation in a directory there.
+    """A writer of scalars as event files in `train/` and `validation/` of a run's directory.
 
     Args:
-      directory: Of the event files.
+      directory: Of the run.
       lines: Of metrics.jsonl, in order, up to the step from which the run goes on.
     """
 
     def __init__(self, directory: Path, lines: Iterable[dict[str, Any]]):
         lines = list(lines)
-        self._all = _EventFile(directory, lines)
-        validated = [{"step": line["step"], **_validation(line)} for line in lines]
-        self._validation = _EventFile(
-            directory / "validation", [line for line in validated if len(line) > 1]
+        training, validation = (
+            [{"step": line["step"], **scalars} for line in lines if (scalars := part(line))]
+            for part in (_training, _validation)
         )
+        self._train = _EventFile(directory / TRAIN, training)
+        self._validation = _EventFile(directory / VALIDATION, validation)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Add each scalar under its name."""
-        self._all.write(step, scalars)
+        """Add each scalar to its chart."""
+        self._train.write(step, _training(scalars))
         if validation := _validation(scalars):
             self._validation.write(step, validation)
 
     def close(self) -> None:
         """Close the files."""
-        self._all.close()
+        self._train.close()
         self._validation.close()
 
 
+def event_files(directory: Path) -> list[Path]:
+    """Those of a run, in order."""
+    return [path for name in (TRAIN, VALIDATION) for path in _in_order(directory / name)]
+
+
+def _in_order(directory: Path) -> list[Path]:
+    return sorted(directory.glob("events.*tfevents*"))
+
+
+def _training(scalars: dict[str, float]) -> dict[str, float]:
+    """What is of training, under the names of its charts."""
+    return {name: value for name, value in scalars.items() if name not in ("step", LOSS)}
+
+
 def _validation(scalars: dict[str, float]) -> dict[str, float]:
-    """The validation loss, if there is one, under the name of its chart."""
-    loss = scalars.get("validation_loss")
-    return {} if loss is None else {"cross_entropy": loss}
+    """The validation loss, if there is one: a cross-entropy, to which evaluation adds nothing."""
+    loss = scalars.get(LOSS)
+    return {} if loss is None else {"loss": loss, "cross_entropy": loss}
 
 
 class _EventFile:
@@ -68,7 +87,7 @@ class _EventFile:
         from tensorboardX.event_file_writer import EventsWriter
 
         directory.mkdir(exist_ok=True)
-        files = sorted(directory.glob("*tfevents*"))
+        files = _in_order(directory)
         # The name has the second, of which two files may be.
         self._file = EventsWriter(str(directory / "events"), f".{len(files)}")
         there, first = steps_shown(files), 0

@@ -20,6 +20,8 @@ from gptjax.certify.grid import (
     certify,
     checked,
     failures,
+    heading,
+    line,
     page,
     shrunk,
     variants,
@@ -372,11 +374,19 @@ def test_the_command_prints_a_line_a_variant(command):
     code, out, err = command("certify", "gpt2", "position_embedding=alibi")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].split() == ["parameters", "flops"]
-    assert [line.split() for line in lines[2:]] == [
+    assert [line.split()[:2] for line in lines[:2]] == [["1", "parameters"], ["2", "flops"]]
+    assert [line.split() for line in lines[3:-1]] == [
+        ["error", "of", "property", "1", "2"],
         ["gpt2", "0", "0"],
         ["position_embedding=alibi", "0", "0"],
     ]
+    assert lines[-1] == "2 variants: 2 of 2 properties hold, 4 of 4 checks."
+
+
+def test_the_table_fits_into_a_terminal_of_100_columns():
+    row = {name: Cell(1e-7, 0.0) for name in PROPERTIES}  # All fail, and have a mark.
+    lines = [*heading().splitlines(), *(line(name, row) for name in variants())]
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.usefixtures("only_counts")
@@ -392,7 +402,9 @@ def test_the_command_fails_with_a_sentence(command, monkeypatch):
     monkeypatch.setattr(properties, "product_flops", lambda jaxpr: 1)
     code, out, _ = command("certify", "gpt2")
     assert code == 1
-    assert out.splitlines()[-1].startswith("gpt2: the ledger's FLOPs = the traced products': error")
+    *_, sentence, verdict = out.splitlines()
+    assert sentence.startswith("gpt2: the ledger's FLOPs = the traced products': error")
+    assert verdict == "1 variant: 1 of 2 properties hold, 1 of 2 checks; failed: flops of gpt2."
 
 
 @pytest.mark.parametrize("arguments", [(), ("gpt2", "--all")])

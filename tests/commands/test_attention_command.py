@@ -186,7 +186,7 @@ BAD = {
         "layers must be without compressed attention, which looks at groups of tokens: --layers 0.",
     ),
     "step": ("decoder", ["--step", "7"], "has no checkpoint of step 7"),
-    "no run": ("none", [], "is no directory, and no name of a model on the hub either."),
+    "no run": ("none", [], "is no directory, and no OWNER/NAME of the hub's: "),
     "a directory": ("decoder", ["--html", "."], ". is a directory: give the path of a file."),
     "nowhere": ("decoder", ["--html", "none/a.html"], "there is no directory none."),
 }
@@ -205,9 +205,9 @@ def test_what_cannot_be_shown_is_one_sentence(name, flags, sentence, runs, comma
 
 def test_a_run_without_a_tokenizer_is_one_sentence(runs, command, tmp_path):
     run = Path(shutil.copytree(runs / "decoder", tmp_path / "run"))
-    (run / "tokenizer.json").unlink()
+    (run / "tokenizer_kind.json").unlink()
     words = ["attention", run, "--text", "ab", "--html", tmp_path / "a.html"]
-    sentence = f"{run / 'tokenizer.json'}: no tokenizer is saved here.\n"
+    sentence = f"{run / 'tokenizer_kind.json'}: no tokenizer is saved here.\n"
     assert command(*words) == (2, "", sentence)
 
 

@@ -27,7 +27,7 @@ from gptjax.config import (
 from gptjax.costs.model import ledger
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.models.presets import preset
-from gptjax.runs.directory import load_run
+from gptjax.runs.directory import Question, Run, load_run
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
@@ -343,8 +343,33 @@ def test_a_sample_that_cannot_be_is_one_sentence(flags, sentence, gptjax, tiny_r
 
 def test_no_run_to_sample_from_is_one_sentence(gptjax, tmp_path):
     ended = gptjax("sample", tmp_path / "none")
-    _assert_one_sentence(ended, f"{tmp_path / 'none'} holds no run: it has no config.json.")
+    _assert_one_sentence(ended, f"{tmp_path / 'none'} is no run: {tmp_path} has no directories.")
+    _assert_one_sentence(gptjax("sample", tmp_path), f"{tmp_path} holds no run: it has no config.")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "runs/mien"],
+        ["params", "runs/mien"],
+        ["convert", "runs/mien", "new"],
+        ["attention", "runs/mien", "--text", "a", "--html", "a.html"],
+    ],
+)
+def test_a_mistyped_run_is_answered_by_the_near_ones_and_asked_of_no_network(
+    words, gptjax, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # An import of it fails.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "other").mkdir()
+    _assert_one_sentence(gptjax(*words), "did you mean runs/mine?")
+    words[1] = "runs/zephyr"
+    _assert_one_sentence(gptjax(*words), ": runs has mine, other.")
+    if words[0] != "params":  # Where it may be a preset.
+        words[1] = "zephyr"
+        _assert_one_sentence(gptjax(*words), ": . has runs.")
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_sentence(gptjax, tiny_run, tmp_path):
@@ -371,9 +396,10 @@ def test_debug_shows_the_traceback_before_the_sentence(gptjax, quickstart, tmp_p
 
 def test_a_sample_continues_the_prompt_within_the_context(gptjax, tiny_run):
     ended = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1)
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err) == (0, "9 new tokens: as many as --max-new-tokens allows.\n")
+    assert ended.out.startswith("7 and ")
     text = ended.out.removesuffix("\n")
-    assert len(text) == 9
+    assert len(text) == len("7 and ") + 9
     assert set(text) <= set(load_run(tiny_run).tokenizer.decode(range(99)))
     same = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1)
     other = gptjax("sample", tiny_run, "--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 2)
@@ -385,18 +411,39 @@ def test_greedy_samples_are_all_the_same(gptjax, tiny_run):
     flags = ["--temperature", 0, "--max-new-tokens", 5, "--num-samples", 2]
     ended = gptjax("sample", tiny_run, *flags)
     first, second = re.fullmatch(
-        r"--- sample 1\n(.{5})\n--- sample 2\n(.{5})\n", ended.out, re.DOTALL
+        r"--- sample 1\n(\n.{5})\n--- sample 2\n(\n.{5})\n", ended.out, re.DOTALL
     ).groups()  # pyright: ignore[reportOptionalMemberAccess]
     assert first == second
 
 
 def test_a_sample_ends_with_the_context_unless_the_window_slides(gptjax, tiny_run):
     ended = gptjax("sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40)
-    assert len(ended.out) == 2 + 1 + 1  # Positions 31 and 32, the token after them, a line end.
+    # The prompt, positions 31 and 32, the token after them, a line end.
+    assert len(ended.out) == 30 + 2 + 1 + 1
+    full = "3 new tokens: the context of 32 is full, past which --sliding-window goes on.\n"
+    assert ended.err == full
     slides = gptjax(
         "sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40, "--sliding-window"
     )
-    assert len(slides.out) == 40 + 1
+    assert len(slides.out) == 30 + 40 + 1
+    assert slides.err == "40 new tokens: as many as --max-new-tokens allows.\n"
+
+
+def test_a_sample_ends_where_the_model_ends_the_text(gptjax, tiny_run, monkeypatch):
+    flags = ["--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1]
+    text = gptjax("sample", tiny_run, *flags).out
+    fifth = int(load_run(tiny_run).tokenizer.encode(text)[len("7 and ") + 4])
+    question = Run.question
+
+    def ending(self: Run, text: str) -> Question:
+        return question(self, text)._replace(ends=(fifth,))
+
+    monkeypatch.setattr(Run, "question", ending)
+    ended = gptjax("sample", tiny_run, *flags)
+    said = ended.out.removesuffix("\n")
+    assert text.startswith(said)
+    assert ended.err == f"{len(said) - len('7 and ') + 1} new tokens: the model ended the text.\n"
+    assert len(said) <= len("7 and ") + 4
 
 
 def test_beams_print_the_best_continuation(gptjax, tiny_run):
@@ -408,7 +455,7 @@ def test_beams_print_the_best_continuation(gptjax, tiny_run):
         loaded.model, loaded.tokenizer.encode("7 and ")[None], max_new_tokens=4, beams=3
     )
     ended = gptjax("sample", tiny_run, *flags, "--beams", 3)
-    assert ended == (0, loaded.tokenizer.decode(best.tokens) + "\n", "")
+    assert ended.out == f"7 and {loaded.tokenizer.decode(best.tokens)}\n"
 
 
 def test_min_p_and_the_penalty_reach_the_choice(gptjax, tiny_run):
@@ -463,13 +510,40 @@ def test_the_version_is_the_packages(gptjax):
 
 
 def test_an_unknown_command_lists_the_known_ones(gptjax):
-    _assert_one_sentence(gptjax("sampel"), "Unknown argument sampel: did you mean train or compare")
-    assert gptjax("sampel").err.endswith(" or preflight or doctor or launch?\n")
-    _assert_one_sentence(
-        gptjax(),
-        "Expected one of {train, compare, sample, params, certify, convert, attention, data, "
-        "build-dataset, preflight, doctor, launch}.",
-    )
+    _assert_one_sentence(gptjax("sampel"), "Unknown command 'sampel': did you mean sample?")
+    _assert_one_sentence(gptjax("--prompt"), "known are attention, build-dataset, certify, ")
+    _assert_one_sentence(gptjax(), "A command is missing: known are train, compare, sample, ")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "--lr", "3e-4"], "--lr: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--learning_rate=1"], "_rate=1: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--batch-size", "8"], "--batch-size: did you mean --train.batch-size?\n"),
+        (["train", "--steps", "9"], "--steps: did you mean --train.steps?\n"),
+        (["train", "--seed", "1"], "--seed: did you mean --train.seed?\n"),
+        (["train", "--train.lr", "1"], "--train.lr: did you mean --optimizer.learning-rate?\n"),
+        (["train", "--n-layer", "6"], "--n-layer: did you mean --model.depth?\n"),
+        (["train", "--model", "gpt2"], "--model: did you mean --preset?\n"),
+        (
+            ["train", "--steps", "9", "--lr", "1"],
+            "--steps, --lr: did you mean --train.steps and --optimizer.learning-rate?\n",
+        ),
+        (["compare", "--variants", "gpt2", "--lr", "1"], "--lr: did you mean --rates?\n"),
+        (["compare", "--variants", "gpt2", "--seed", "3"], "--seed: did you mean --seeds?\n"),
+        (["sample", "run", "--max-tokens", "3"], "--max-tokens: did you mean --max-new-tokens?\n"),
+    ],
+)
+def test_a_flag_by_another_name_is_answered_with_ours(words, hint, gptjax):
+    _assert_one_sentence(gptjax(*words), hint)
+
+
+def test_every_synonym_is_of_a_flag_that_some_command_has(gptjax):
+    helps = "".join(gptjax(name, "--help").out for name in ("train", "compare", "sample"))
+    for names in cli.SYNONYMS.values():
+        for name in names:
+            assert re.search(rf"[-.]{name}\b", helps)
 
 
 def test_a_mistake_is_the_same_sentence_in_a_coloured_terminal(gptjax, monkeypatch):
@@ -497,6 +571,28 @@ def test_help_explains_commands_and_their_defaults(arguments, shown, gptjax):
     assert (ended.code, ended.err) == (0, "")
     for part in shown:
         assert part in ended.out
+
+
+@pytest.mark.parametrize(
+    ("name", "usage"),
+    [
+        ("train", "[OPTIONS]"),
+        ("compare", "[OPTIONS]"),
+        ("sample", "[OPTIONS] RUN"),
+        ("params", "MODEL [--json | --no-json]"),
+        ("certify", "[VARIANT ...] "),
+        ("convert", "MODEL DIRECTORY [--step STEP]"),
+        ("attention", "[OPTIONS] MODEL"),
+        ("data", "[OPTIONS] SOURCE ..."),
+        ("build-dataset", "[OPTIONS] SOURCE"),
+        ("preflight", "[OPTIONS] PRESET"),
+        ("launch", "SCRIPT [ITS FLAGS ...] "),
+    ],
+)
+def test_help_says_what_stands_where_and_no_type_of_pythons(name, usage, gptjax):
+    help = gptjax(name, "--help").out
+    assert help.startswith(f"usage: gptjax {name} [-h] {usage}")
+    assert not re.search(r"\bSTR\b", help)
 
 
 def test_help_of_an_experiment_explains_every_field_with_its_default(quickstart):

@@ -16,6 +16,7 @@ from gptjax.config import InputError
         ("flops=2P", ("flops", (2e15,))),
         ("seconds=90", ("seconds", (90.0,))),
         ("params=124B", ("params", (124e9,))),
+        ("params=100k,100K,3m,3M,1b,1B,1g,1G", ("params", (1e5, 1e5, 3e6, 3e6, *[1e9] * 4))),
     ],
 )
 def test_a_quantity_is_a_name_and_amounts(text, expected):
@@ -33,7 +34,7 @@ def test_a_quantity_is_a_name_and_amounts(text, expected):
         ("params=M", "'M' must be a number above 0"),
         ("params=nan", "'nan' must be a number above 0"),
         ("params=1e400", "'1e400' must be a number above 0"),
-        ("params=3m", "'3m' must be a number above 0, as 300000, 0.3M or 3e5"),
+        ("params=3x", "'3x' must be a number above 0, as 300000, 0.3M or 3e5"),
     ],
 )
 def test_what_is_no_quantity_is_told(text, sentence):

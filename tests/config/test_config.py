@@ -283,6 +283,12 @@ def test_a_warmup_as_long_as_the_run_is_refused_before_anything_is_written():
     ExperimentConfig(optimizer=OptimizerConfig(warmup_steps=19), train=TrainConfig(steps=20))
 
 
+def test_a_warmup_that_is_not_given_follows_the_length_of_the_run():
+    short = ExperimentConfig(train=TrainConfig(steps=20))
+    assert short.optimizer.warmup(20) == 4
+    assert short.optimizer.warmup(100_000) == 100
+
+
 def test_an_int_is_taken_where_a_float_is_asked():
     assert OptimizerConfig(learning_rate=1).learning_rate == 1
 

@@ -474,7 +474,7 @@ def test_doctor_prints_a_page_for_a_bug_report(command):
         (("--devices", "0", "a.py"), "--devices is 0: it must be at least 1."),
         (("--local", "2", "no/such.py", "--x"), "launch: there is no script no/such.py."),
         (("--local", "two", "a.py"), "two"),
-        (("--local", "2"), "Missing from gptjax launch: PATH An experiment"),
+        (("--local", "2"), "Missing from gptjax launch: SCRIPT An experiment"),
         (("--lokal", "2", "a.py"), "Unknown flag --lokal: did you mean --local?"),
     ],
 )

@@ -173,7 +173,7 @@ def test_two_processes_come_to_the_end_of_a_run(tmp_path, text, whole):
     flags = ["--mesh.tensor=2", "--mesh.data=1"]
     code, printed, errors, _ = launched(out, text, *flags)
     assert code == 0, errors
-    assert printed.count("Validation loss") == 1
+    assert printed.count("Best validation loss") == 1
     assert_same_losses(out, whole)
     result = json.loads((out / "result.json").read_text())
     assert result["device"] == "2 × cpu"

@@ -19,13 +19,14 @@ from safetensors.numpy import load_file, save_file
 from gptjax import InputError, TransformerConfig, build, from_huggingface, split, to_huggingface
 from gptjax.cli import main
 from gptjax.commands import convert
+from gptjax.config import read_sealed
 from gptjax.data.tokenizers import SubwordTokenizer
 from gptjax.decoding.generate import Decoding
 from gptjax.huggingface import config_from_huggingface, config_to_huggingface, configs, files
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.tensors import Row
 from gptjax.models.presets import PRESETS, preset
-from gptjax.runs.directory import load_config, load_model, load_run
+from gptjax.runs.directory import CONFIG, load_config, load_model, load_run
 
 GOLDEN = ROOT / "tests" / "golden"
 VOCABULARY = 17
@@ -524,7 +525,7 @@ def test_a_name_on_the_hub_without_a_network_fails_in_one_sentence(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", no_network)
     with pytest.raises(InputError, match=r"a/b is no directory, and the download .* not known\.$"):
         from_huggingface("a/b")
-    with pytest.raises(InputError, match="no name of a model on the hub either"):
+    with pytest.raises(InputError, match="no OWNER/NAME of the hub's: there is no directory /a"):
         from_huggingface("/a/b c")
 
 
@@ -573,6 +574,19 @@ def test_a_damaged_tokenizer_is_refused_before_anything_is_written(tmp_path, gpt
     with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
         convert(str(gpt2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_imported_model_claims_no_data_and_no_message_offers_to_delete_it(tmp_path, command):
+    run = tmp_path / "run"
+    assert command("convert", GOLDEN / "gpt2", run)[0] == 0
+    assert read_sealed(run / CONFIG)["config"].keys() == {"model"}
+    for flags in ([], ["--data.tokenizer", "characters"]):
+        code, _, sentence = command("train", "--out", run, *flags)
+        assert code == 2
+        assert sentence == (
+            f"{run} holds a model that was not trained here, which no run resumes: choose another "
+            "--out.\n"
+        )
 
 
 def test_a_converted_model_is_a_run_and_comes_back(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """One call from a text to a trained model, and one to its attention."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from gptjax.notebook.attention import attention_view
 from gptjax.notebook.training import train
 from gptjax.runs.defaults import defaults, with_fields
 
-TINY = {"steps": 3, "batch_size": 2, "depth": 1, "width": 16, "heads": 2, "context_length": 16}
+TINY: dict[str, Any] = {
+    "steps": 3,
+    "batch_size": 2,
+    "depth": 1,
+    "width": 16,
+    "heads": 2,
+    "context_length": 16,
+}
 
 
 @pytest.fixture

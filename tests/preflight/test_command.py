@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import os
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gptjax.preflight.settings import default_config
 from gptjax.preflight.topology import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +27,18 @@ GPU = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="needs the CUDA plugin: pip install -e '.[preflight]'",
 )
+
+
+def test_the_command_of_the_readme_is_the_first_row_of_its_table():
+    readme = (ROOT / "gptjax" / "preflight" / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if " preflight gpt2 " in line)
+    table = runpy.run_path(str(ROOT / "experiments" / "benchmarks" / "preflight_table.py"))
+    row = table["ROWS"][0]
+    flags = shlex.split(command.partition(" preflight ")[2])
+    assert {*flags, "--train.loss-chunk", "1024"} == {
+        *shlex.split(row.shape), *shlex.split(row.choices)
+    }  # fmt: skip
+    assert default_config("gpt2").train.loss_chunk == 1024  # So that the command need not say it.
 
 
 def start(words: str, **environment: str) -> subprocess.Popen[str]:

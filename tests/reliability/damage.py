@@ -215,7 +215,7 @@ def _documents(spec: str) -> list[str]:
     return [documents[index] for index in range(len(documents))]
 
 
-FOR_PEOPLE = ("tensorboard", ".png", "samples.txt", "result.json")
+FOR_PEOPLE = ("tfevents", ".png", "samples.txt", "result.json")
 KINDS = {
     "finished run": Kind(finished_run, read_finished_run, True, FOR_PEOPLE),
     "stopped run": Kind(stopped_run, read_stopped_run, True, FOR_PEOPLE),

@@ -137,8 +137,8 @@ def left(out: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found["steps"] = [line["step"] for line in lines]
     found["lines"] = [_without_times(line) for line in lines]
-    found["points"] = tensorboard_points(out / "tensorboard")
-    found["points of validation"] = tensorboard_points(out / "tensorboard" / "validation")
+    found["points"] = tensorboard_points(out / "train")
+    found["points of validation"] = tensorboard_points(out / "validation")
     found["result"] = _without_times(json.loads((out / "result.json").read_text()))
     for name in ("samples.txt", "attention.png", "loss.png"):
         found[name] = hashlib.sha256((out / name).read_bytes()).hexdigest()

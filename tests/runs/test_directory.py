@@ -43,6 +43,7 @@ from gptjax.runs.directory import (
 )
 from gptjax.system.disk import DiskError
 from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.tensorboard import event_files
 
 CONFIGURED = ExperimentConfig(model=TransformerConfig(vocab_size=256))
 OTHER = ExperimentConfig(model=TransformerConfig(vocab_size=256, depth=5, bias=False))
@@ -66,7 +67,7 @@ def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
 def test_a_new_directory_gets_the_config_and_the_tokenizer(tmp_path):
     directory = tmp_path / "deep" / "run"
     assert _open(directory) is False
-    assert sorted(_content(directory)) == ["config.json", "tokenizer.json", "tokenizer.model"]
+    assert sorted(_content(directory)) == ["bytes.txt", "config.json", "tokenizer_kind.json"]
     assert load_config(directory) == CONFIGURED
     assert load_tokenizer(directory).name == "bytes"
 
@@ -135,17 +136,20 @@ def test_a_directory_with_files_of_others_is_refused(overwrite, tmp_path):
 
 
 def test_overwrite_deletes_all_that_a_run_writes_and_nothing_else(tiny_run, copied_run):
-    assert {path.name for path in tiny_run.iterdir()} <= set(WRITTEN)
+    assert {path.name for path in tiny_run.iterdir()} <= {*WRITTEN, "train", "validation"}
+    assert {path.parent.name for path in event_files(tiny_run)} == {"train", "validation"}
     (copied_run / "notes.txt").write_text("precious")
     (copied_run / "figures").mkdir()
     (copied_run / "figures" / "loss.png").write_text("precious")
+    (copied_run / "train" / "text.txt").write_text("precious")
     assert _open(copied_run, overwrite=True) is False
     assert sorted(_content(copied_run)) == [
+        "bytes.txt",
         "config.json",
         "figures/loss.png",
         "notes.txt",
-        "tokenizer.json",
-        "tokenizer.model",
+        "tokenizer_kind.json",
+        "train/text.txt",
     ]
     assert load_config(copied_run) == CONFIGURED
 
@@ -220,7 +224,7 @@ def test_an_overwrite_that_was_killed_anywhere_is_begun_anew(tiny_run, tmp_path,
             if number > 1:
                 assert saved_tokenizer(directory, data, "fingerprint") is None
                 assert _open(directory) is False
-                names = ["config.json", "notes.txt", "tokenizer.json", "tokenizer.model"]
+                names = ["bytes.txt", "config.json", "notes.txt", "tokenizer_kind.json"]
                 assert sorted(_content(directory)) == names
         shutil.rmtree(directory)
         number += 1
@@ -297,7 +301,7 @@ def test_a_run_with_an_unknown_field_is_refused_with_its_file(tmp_path):
 
 
 def test_a_damaged_config_or_tokenizer_is_one_sentence(copied_run):
-    config, tokenizer = copied_run / CONFIG, copied_run / "tokenizer.model"
+    config, tokenizer = copied_run / CONFIG, copied_run / "characters.json"
     written, learnt = config.read_bytes(), tokenizer.read_bytes()
     config.write_bytes(written.replace(b"0.003", b"0.002"))
     for read in (load_config, load_run):
@@ -305,7 +309,7 @@ def test_a_damaged_config_or_tokenizer_is_one_sentence(copied_run):
             read(copied_run)
     config.write_bytes(written)
     tokenizer.write_bytes(learnt.replace(b"a", b"A"))
-    with pytest.raises(InputError, match=r"tokenizer\.model is damaged"):
+    with pytest.raises(InputError, match=r"characters\.json is damaged"):
         load_run(copied_run)
 
 

@@ -10,7 +10,7 @@ from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.runs.ensembles import train_together
 from gptjax.runs.trial import train
-from gptjax.training.loop import Diverged
+from gptjax.system.exits import Diverged
 
 CONFIG = ExperimentConfig(
     model=TransformerConfig(vocab_size=11, context_length=8, depth=1, width=16, heads=2),

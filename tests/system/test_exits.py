@@ -14,8 +14,7 @@ from conftest import ROOT
 from gptjax import cli
 from gptjax.config import InputError
 from gptjax.system.disk import DiskError
-from gptjax.system.exits import Exit
-from gptjax.training.loop import Diverged, Interrupted
+from gptjax.system.exits import Diverged, Exit, Interrupted
 
 README = (ROOT / "gptjax" / "distributed" / "README.md").read_text(encoding="utf-8")
 ENDS = [

@@ -17,9 +17,10 @@ from gptjax.data.objectives.packing import Windows
 from gptjax.data.objectives.rows import Bucket, causal_row
 from gptjax.data.pipeline import EvaluationBatches, training_batches
 from gptjax.parallel.sharding import build_mesh
+from gptjax.system.exits import Diverged, Interrupted
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.loop import Diverged, Fit, Interrupted, fit
+from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 

@@ -4,13 +4,15 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 from tensorboardX.proto import event_pb2
 
 from gptjax.config import InputError, TrainConfig, sealed
 from gptjax.system.disk import DiskError
-from gptjax.training import tensorboard
+from gptjax.training import metrics, tensorboard
+from gptjax.training.console import ConsoleWriter
 from gptjax.training.metrics import JsonlWriter, line_of, open_writers, read_jsonl
 from gptjax.training.tensorboard import TensorBoardWriter
 
@@ -135,8 +137,8 @@ def shown(directory: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("lost", [None, 0, 1, 40, 150, 10_000])
 def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
-    directory, lines = tmp_path / "tensorboard", [json.loads(line) for line in LINES]
-    first = TensorBoardWriter(directory, [])
+    directory, lines = tmp_path / "train", [json.loads(line) for line in LINES]
+    first = TensorBoardWriter(tmp_path, [])
     for line in lines:
         first.write(line["step"], {"loss": line["loss"]})
     if lost is None:  # As at a kill: nothing was closed.
@@ -145,7 +147,7 @@ def test_what_tensorboard_lacks_is_written_again(tmp_path, lost):
     (path,) = directory.glob("events*")
     if lost:
         path.write_bytes(path.read_bytes()[:-lost] if lost < 1000 else b"")
-    second = TensorBoardWriter(directory, lines[:4])  # It goes on from step 4.
+    second = TensorBoardWriter(tmp_path, lines[:4])  # It goes on from step 4.
     for step in (5, 6):
         second.write(step, {"loss": step + 0.25})
     second.close()
@@ -168,9 +170,11 @@ def test_tensorboard_has_training_and_validation_in_one_chart(tmp_path):
     again.write(3, {"cross_entropy": 1.5})
     again.write(4, {"cross_entropy": 1.25, "validation_loss": 1.75})
     again.close()
-    assert shown(tmp_path / "validation") == [(2, 2.75), (4, 1.75)]  # The directory is the curve.
-    assert names(tmp_path / "validation") == {"cross_entropy"}  # The name is the chart.
-    assert names(tmp_path) == {"cross_entropy", "validation_loss"}
+    # The directory is the curve, and the name is the chart.
+    assert shown(tmp_path / "validation") == [(2, 2.75)] * 2 + [(4, 1.75)] * 2
+    assert names(tmp_path / "validation") == {"loss", "cross_entropy"}
+    assert names(tmp_path / "train") == {"cross_entropy"}
+    assert {path.parent.name for path in tmp_path.rglob("*tfevents*")} == {"train", "validation"}
 
 
 def names(directory: Path) -> set[str]:
@@ -191,6 +195,44 @@ def whole_records(path: Path) -> int:
             break
         start += 16 + length
     return start
+
+
+def test_the_log_says_a_validation_loss_at_its_step_alone(capsys):
+    writer = ConsoleWriter(steps=3)
+    for step, validation in ((1, {}), (2, {"validation_loss": 2.5}), (3, {})):
+        writer.write(step, {**SCALARS, **validation})
+    writer.close()
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "step 1/3  loss 3.0000  10 tokens/s  MFU 50.0%"
+    assert second.startswith(
+        "step 2/3  loss 3.0000  validation 2.5000  10 tokens/s  MFU 50.0%  0:0"
+    )
+    assert third.startswith("step 3/3  loss 3.0000  10 tokens/s  MFU 50.0%  0:00 left")
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (0.05, "float32 product, measured now"),
+        (0.8, "measured now while other programs took 40% of the CPU, so MFU reads too high"),
+    ],
+)
+def test_a_peak_that_a_busy_cpu_measured_is_said_to_be_low(others, said, monkeypatch):
+    # Of 2 CPU seconds of the machine this process takes 1.
+    times = iter([CpuTimes(5.0, 3.0), CpuTimes(6.0 + others, 4.0 - others)])
+    monkeypatch.setattr(metrics, "measured_matmul_flops", lambda: 1e11)
+    monkeypatch.setattr(metrics.time, "process_time", iter([0.0, 1.0]).__next__)
+    monkeypatch.setattr(metrics.psutil, "cpu_times", times.__next__)
+    peak = metrics.peak_flops()
+    assert peak.flops == 1e11
+    assert peak.source.endswith(said)
+
+
+class CpuTimes(NamedTuple):
+    """A part of psutil's."""
+
+    user: float
+    idle: float
 
 
 class FakeRun:

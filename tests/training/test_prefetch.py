@@ -22,8 +22,9 @@ from gptjax.data.corpus import open_corpus, open_sources
 from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.parallel.sharding import build_mesh
+from gptjax.system.exits import Interrupted
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.loop import Fit, Interrupted, fit
+from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.prefetch import AHEAD, Feed, own_rows, share_of

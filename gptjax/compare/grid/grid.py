@@ -13,8 +13,8 @@ from gptjax.costs.model import ledger
 from gptjax.runs.ensembles import most_at_once, train_together
 from gptjax.runs.trial import Trial, train
 from gptjax.system.disk import is_failure
+from gptjax.system.exits import Diverged, Interrupted
 from gptjax.system.locks import InUse
-from gptjax.training.loop import Diverged, Interrupted
 
 
 def work(config: ExperimentConfig) -> float:

@@ -37,6 +37,8 @@ from gptjax.data.tokenizers.protocol import Tokenizer, fingerprint_of, stream_te
 from gptjax.data.tokenizers.subwords import SubwordTokenizer
 
 __all__ = [
+    "DESCRIPTION",
+    "TOKENIZER_FILES",
     "ByteTokenizer",
     "CharacterTokenizer",
     "SentencePieceTokenizer",
@@ -65,6 +67,21 @@ LEARNT = {
 
 PLAIN = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
 """Kinds that stand alone."""
+
+DESCRIPTION = "tokenizer_kind.json"
+"""Which tokenizer is saved, the checksum of what it learnt, and its declared special tokens."""
+
+CONTENTS = {
+    "bytes": "bytes.txt",
+    "characters": "characters.json",
+    **dict.fromkeys(MODEL_TYPES, "tokenizer.model"),
+    **dict.fromkeys(("bpe", *FILES), "tokenizer.json"),
+}
+"""What it learnt, by kind, under the name that others know such a file by: a tokenizer.model is
+SentencePiece's, a tokenizer.json one of Hugging Face's."""
+
+TOKENIZER_FILES = (DESCRIPTION, *dict.fromkeys(CONTENTS.values()))
+"""All that `save_tokenizer` may write."""
 
 KINDS = (*PLAIN, *LEARNT, *FILES)
 
@@ -106,14 +123,15 @@ def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `tokenizer.json` (its name and fingerprint) and `tokenizer.model` (what it learnt)."""
+    """Write what the tokenizer is (`DESCRIPTION`) and what it learnt (`CONTENTS`)."""
     description = {
         "tokenizer": tokenizer.name,
         "sha256": tokenizer.fingerprint,
         **({"special": dict(tokenizer.declared)} if tokenizer.declared else {}),
     }
-    (directory / "tokenizer.model").write_bytes(tokenizer.save())
-    (directory / "tokenizer.json").write_text(json.dumps(description, indent=2) + "\n")
+    kind, _, _ = tokenizer.name.partition(":")
+    (directory / CONTENTS[kind]).write_bytes(tokenizer.save())
+    (directory / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -122,21 +140,23 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
       InputError: files that are missing, or that do not belong together.
     """
-    description_path, path = directory / "tokenizer.json", directory / "tokenizer.model"
+    described = directory / DESCRIPTION
     try:
-        description = parse_json(description_path.read_bytes(), str(description_path))
+        description = parse_json(described.read_bytes(), str(described))
         name, fingerprint = description["tokenizer"], description["sha256"]
         declared = dict(description.get("special", {}))
         kind, _, _ = name.partition(":")
+    except OSError as error:
+        raise InputError(f"{described}: no tokenizer is saved here.") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{described} does not name a tokenizer.") from error
+    if kind not in KINDS:
+        raise InputError(f"{described} names the tokenizer {kind!r}: {near_names(kind, KINDS)}")
+    path = directory / CONTENTS[kind]
+    try:
         learnt = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{error.filename}: no tokenizer is saved here.") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{description_path} does not name a tokenizer.") from error
-    if kind not in KINDS:
-        raise InputError(
-            f"{description_path} names the tokenizer {kind!r}: {near_names(kind, KINDS)}"
-        )
+        raise InputError(f"{path}: no tokenizer is saved here.") from error
     if fingerprint_of(learnt, declared) != fingerprint:
         raise InputError(f"{path} is damaged: it is not the file that was saved there.")
     try:

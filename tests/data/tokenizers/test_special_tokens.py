@@ -188,8 +188,8 @@ def test_a_saved_tokenizer_keeps_what_was_declared(directory, tmp_path_factory, 
     loaded = load_tokenizer(run)
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.special == tokenizer.special
-    description = json.loads((run / "tokenizer.json").read_text())
-    (run / "tokenizer.json").write_text(json.dumps({**description, "special": {"end": 3}}))
+    description = json.loads((run / "tokenizer_kind.json").read_text())
+    (run / "tokenizer_kind.json").write_text(json.dumps({**description, "special": {"end": 3}}))
     with pytest.raises(InputError, match="is not the file that was saved there"):
         load_tokenizer(run)
     # What says nothing new changes nothing, and runs of before go on.

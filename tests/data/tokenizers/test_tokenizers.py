@@ -154,12 +154,20 @@ def test_a_spec_of_another_form_is_one_sentence(spec, end):
 
 
 @pytest.mark.parametrize(
-    "spec", ["bytes", "characters", "sentencepiece:360", "unigram:305", "bpe:350"]
+    ("spec", "file"),
+    [
+        ("bytes", "bytes.txt"),
+        ("characters", "characters.json"),
+        ("sentencepiece:360", "tokenizer.model"),
+        ("unigram:305", "tokenizer.model"),
+        ("bpe:350", "tokenizer.json"),
+    ],
 )
-def test_a_saved_tokenizer_gives_the_same_ids(spec, tmp_path):
+def test_a_saved_tokenizer_gives_the_same_ids(spec, file, tmp_path):
     tokenizer = train_tokenizer(spec, TRAINED_ON)
     save_tokenizer(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {file, "tokenizer_kind.json"}
     assert loaded.name == tokenizer.name == spec
     assert loaded.vocab_size == tokenizer.vocab_size
     assert loaded.special == tokenizer.special
@@ -188,6 +196,18 @@ def test_tokenizers_without_learning_have_no_special_tokens():
         assert tokenizer.end_token is None
 
 
+def test_what_a_run_keeps_is_what_others_call_by_that_name(sentencepiece, tmp_path):
+    save_tokenizer(sentencepiece, tmp_path)
+    bpe = train_tokenizer("bpe:350", TRAINED_ON)
+    save_tokenizer(bpe, tmp_path)
+    for spec, tokenizer in (
+        (f"huggingface:{tmp_path}", bpe),
+        (f"sentencepiece:{tmp_path / 'tokenizer.model'}", sentencepiece),
+    ):
+        read = train_tokenizer(spec, "")
+        assert read.encode(TRAINED_ON).tolist() == tokenizer.encode(TRAINED_ON).tolist()
+
+
 def test_a_damaged_tokenizer_is_refused(sentencepiece, tmp_path):
     save_tokenizer(sentencepiece, tmp_path)
     path = tmp_path / "tokenizer.model"
@@ -200,7 +220,7 @@ def test_a_damaged_tokenizer_is_refused(sentencepiece, tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("missing", ["tokenizer_kind.json", "bytes.txt"])
 def test_a_missing_tokenizer_file_is_named(missing, tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path)
     (tmp_path / missing).unlink()
@@ -211,33 +231,33 @@ def test_a_missing_tokenizer_file_is_named(missing, tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"tokenizer": 3}', '{"tokenizer": "bytes"}'])
 def test_a_description_without_a_tokenizer_is_refused(content, tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path)
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=r"tokenizer\.json does not name a tokenizer\.$"):
+    (tmp_path / "tokenizer_kind.json").write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer_kind\.json does not name a tokenizer\.$"):
         load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_refused(tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path)
-    description = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**description, "tokenizer": "gpt5"}))
+    description = json.loads((tmp_path / "tokenizer_kind.json").read_text())
+    (tmp_path / "tokenizer_kind.json").write_text(json.dumps({**description, "tokenizer": "gpt5"}))
     with pytest.raises(InputError, match="names the tokenizer 'gpt5': did you mean gpt2 or gpt1"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "file", "sentence"),
     [
-        ("characters", "does not hold the characters of a tokenizer"),
-        ("unigram:305", "is not a SentencePiece model"),
-        ("gpt2", "is not a tokenizer of the tokenizers library: .+"),
+        ("characters", "characters.json", "does not hold the characters of a tokenizer"),
+        ("unigram:305", "tokenizer.model", "is not a SentencePiece model"),
+        ("gpt2", "tokenizer.json", "is not a tokenizer of the tokenizers library: .+"),
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"\xff\x00", b'{"model": 3}'])
-def test_a_file_of_another_kind_is_refused(tmp_path, name, sentence, content):
-    (tmp_path / "tokenizer.model").write_bytes(content)
+def test_a_file_of_another_kind_is_refused(tmp_path, name, file, sentence, content):
+    (tmp_path / file).write_bytes(content)
     description = {"tokenizer": name, "sha256": hashlib.sha256(content).hexdigest()}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    with pytest.raises(InputError, match=rf"tokenizer\.model {sentence}\.$"):
+    (tmp_path / "tokenizer_kind.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=rf"{file} {sentence}\.$"):
         load_tokenizer(tmp_path)
 
 
