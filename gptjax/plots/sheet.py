@@ -17,7 +17,7 @@ MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
 LARGEST, TITLE = 8.0, 10.0  # Points of the largest text, and of the title.
 NAME = LINE * LARGEST + GAP  # Points that the name of an axis takes.
 BAR = 3 * LINE * LARGEST  # Points that a colour bar takes with its numbers and its label.
-LABEL = 60.0  # Points that the label of a tick may take.
+LABEL = 72.0  # Points that the label of a tick may take: "implementation", whole.
 
 
 class Sheet:
