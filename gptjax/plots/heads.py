@@ -35,9 +35,9 @@ def attention_grid(
     """Attention of heads side by side: a row of the grid is a layer, the first on top.
 
     A column is a head. In a panel, a row is a query's token and a column a key's; each row sums to
-    1, and what a mask hides is hatched. The grid is as wide as a page at most:
-    where a panel has no room for all its tokens, it names one in several and says so, and small
-    panels are called 3.5 for layer 3, head 5.
+    1, and what a mask hides is hatched. The grid is as wide as a page at most: where a panel has no
+    room for all its tokens, it names one in several and says so, and small panels are called 3.5
+    for layer 3, head 5.
 
     Args:
       weights: [L, N, T, S].

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
+from gptjax.plots.inline import InlineFigure
 from gptjax.plots.legible import HATCH, HIDDEN, LINE, SMALLEST, Colours, shorten, widest, wrap
 
 MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
@@ -36,7 +36,7 @@ class Sheet:
         title = wrap(title, TITLE, self.across - 2 * MARGIN)
         above = (title.count("\n") + 1) * LINE * TITLE + GAP if title else 0
         self.tall = self.bottom + height + above + MARGIN
-        self.figure = Figure(figsize=(self.across / 72, self.tall / 72))
+        self.figure = InlineFigure(figsize=(self.across / 72, self.tall / 72))
         self.figure.suptitle(title, y=1 - MARGIN / self.tall, fontsize=TITLE, va="top")
 
     def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
