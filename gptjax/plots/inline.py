@@ -11,6 +11,8 @@ PIXELS = 96
 """Of a browser's, an inch: a point of a figure is a point on its page."""
 DENSITY = 2
 """Pixels of a screen of high density for one of those, each way."""
+COLOUR_BAR = "colour bar"
+"""The label of axes that say what colours mean."""
 
 
 class InlineFigure(Figure):
@@ -37,11 +39,14 @@ def in_words(figure: Figure) -> str:
     """
     if figure.get_label():
         return str(figure.get_label())
+    colours = [axes for axes in figure.axes if axes.get_label() == COLOUR_BAR]
+    panels = [axes for axes in figure.axes if axes not in colours]
     parts = {
-        "": [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)],
-        "down: ": [figure.get_supylabel(), *(axes.get_ylabel() for axes in figure.axes)],
-        "across: ": [figure.get_supxlabel(), *(axes.get_xlabel() for axes in figure.axes)],
+        "": [figure.get_suptitle(), *(axes.get_title() for axes in panels)],
+        "down: ": [figure.get_supylabel(), *(axes.get_ylabel() for axes in panels)],
+        "across: ": [figure.get_supxlabel(), *(axes.get_xlabel() for axes in panels)],
         "lines: ": _legends(figure),
+        "colours: ": [axes.get_xlabel() for axes in colours],
     }
     said = {
         name: "; ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))

@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from gptjax.plots.inline import InlineFigure
+from gptjax.plots.inline import COLOUR_BAR, InlineFigure
 from gptjax.plots.legible import HATCH, HIDDEN, LINE, SMALLEST, Colours, shorten, widest, wrap
 
 MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
@@ -62,6 +62,7 @@ class Sheet:
         begin = min(max(begin, 3 * MARGIN), self.across - long - 3 * MARGIN)
         bar = self._axes(begin, MARGIN + 2 * LINE * LARGEST, long, LARGEST)
         self.figure.colorbar(colours.mappable(), cax=bar, orientation="horizontal")
+        bar.set_label(COLOUR_BAR)
         bar.set_xlabel(label, fontsize=LARGEST, labelpad=1)
         bar.tick_params(labelsize=LARGEST - 1, length=2, pad=1)
         bar.locator_params(nbins=5)

@@ -69,10 +69,11 @@ class ProgressLine:
     def __init__(self, steps: int, *, every: float = 0.2):
         """For so many steps in all; a line is shown for at least `every` seconds."""
         self._steps, self._every = steps, every
-        self._done, self._longest, self._shown = 0, 0, float("-inf")
+        self._done, self._longest, self._shown = 0, 40, float("-inf")
         self._losses = {"loss": "", "validation": ""}
         self._lock = threading.Lock()  # Trainings may share it from threads of their own.
         self._start = time.perf_counter()
+        print(f"step 0 of {steps:,}  compiling", end="", flush=True)
 
     def __call__(self, steps: int) -> None:
         """So many more are made."""

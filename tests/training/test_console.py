@@ -10,6 +10,7 @@ def lines(printed: str) -> list[str]:
 
 def test_a_notebook_has_one_line_that_is_written_over(capsys):
     line = ProgressLine(20, every=0)
+    assert capsys.readouterr().out == "step 0 of 20  compiling"
     line.write(10, {"loss": 2.5, "validation_loss": 3.25, "grad_norm": 1.0})
     line.write(20, {"loss": 1.5})
     printed = capsys.readouterr().out
