@@ -14,7 +14,9 @@ import pytest
 from conftest import EXPERIMENTS, ROOT
 
 from gptjax.commands import sample
-from gptjax.commands.outcomes import first_line
+from gptjax.commands.outcomes import attention_of_words, first_line
+from gptjax.data.objectives.vocabulary import vocabulary
+from gptjax.data.tokenizers import train_tokenizer
 from gptjax.training.metrics import read_jsonl
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
@@ -141,6 +143,36 @@ def test_samples_begin_with_the_first_document_that_says_something():
     assert first_line(["", "short\n  a line that is long enough to show\n"]) == (
         "a line that is long enough to show"
     )
+
+
+def test_samples_begin_at_the_beginning_of_a_line_and_end_with_a_word():
+    parted = "the rest of a line whose beginning is elsewhere\n"
+    assert first_line([parted + "    Here a line begins that has room\n"]) == (
+        "Here a line begins that has room"
+    )
+    assert first_line([parted]) == parted.strip()  # There is no other.
+    assert first_line(["one two three four"], least=8, most=12) == "one two"
+    assert first_line(["one two three four"], least=8, most=13) == "one two three"
+    assert first_line(["必须服从人给予它的命令"], least=8, most=9) == "必须服从人给予它的"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "words"),
+    [
+        ("bytes", "A robot's 人.", ["A", "robot", "'", "s", "人", "."]),
+        ("bytes", "a  b ", ["a", "b", "·"]),
+        ("bpe:270", "the robot obeys the law", ["the", "robot", "obeys", "the", "law"]),
+    ],
+)
+def test_attention_is_shown_between_whole_words(tokenizer, text, words):
+    cut = train_tokenizer(tokenizer, text)
+    tokens = cut.encode_prompt(text)
+    weights = np.tril(np.ones((len(tokens), len(tokens)))) / np.arange(1, len(tokens) + 1)[:, None]
+    figure = attention_of_words(weights[None, None], tokens, cut, vocabulary(cut, ()), text)
+    panel = figure.axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == words
+    assert [label.get_text() for label in panel.get_xticklabels()] == words
+    assert figure.get_suptitle() == text
 
 
 def test_every_experiment_is_run_by_a_test():

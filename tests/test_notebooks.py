@@ -23,12 +23,23 @@ from nbformat.v4 import new_code_cell, new_notebook
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 180
 """All cells of a notebook together."""
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
 INSTALL = f"""\
 import importlib.util
+import os
 
+# Where gptjax is installed, nothing is done. Colab has GPUs, TPUs: Runtime → Change runtime type.
 if importlib.util.find_spec("gptjax") is None:
-    %pip install -q git+{REPOSITORY}"""
+    gpu, tpu = os.path.exists("/dev/nvidia0"), importlib.util.find_spec("libtpu")
+    extra = "cuda" if gpu else "tpu" if tpu else ""
+    # JAX and its plugin for a GPU or TPU must be of one version, so that none of another may stay.
+    %pip uninstall --yes jax-cuda12-plugin jax-cuda12-pjrt jax-cuda13-plugin jax-cuda13-pjrt libtpu
+    %pip install "gptjax[{{extra}}] @ git+{REPOSITORY}"
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("gptjax"), "It could not be installed: the reason stands above."
+    print("The runtime restarts now, to load what was installed: then run the cells from here on.")
+    get_ipython().kernel.do_shutdown(restart=True)"""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -38,7 +49,6 @@ STANDARD = {
     "collections", "concurrent", "dataclasses", "functools", "importlib", "itertools", "math", "os",
     "pathlib", "re", "string", "tempfile", "time", "typing",
 }  # fmt: skip
-PICTURES = {"image/png", "text/html"}
 LINES = 25
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -90,19 +100,25 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def python_of(notebook: NotebookNode) -> ast.Module:
-    """All code but the install cell's; the line that shows figures is the only other magic."""
+    """All code but the install cell's, which alone has magics."""
     sources = [cell.source for cell in code_cells(notebook) if cell.source != INSTALL]
-    lines = "\n".join(sources).splitlines()
-    return ast.parse("\n".join(line for line in lines if line != "%matplotlib inline"))
+    return ast.parse("\n".join(sources))
 
 
 @pytest.mark.slow
 @every_notebook
-def test_a_notebook_runs_and_shows_a_picture(path, tmp_path):
+def test_a_notebook_runs_and_shows_pictures_in_words_too(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     execute(notebook, path.name, tmp_path)
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert any(PICTURES & output.get("data", {}).keys() for output in outputs)
+    data = [output.get("data", {}) for output in outputs]
+    assert not any("image/png" in each for each in data)  # It would have no words.
+    images = re.findall("<img [^>]+>", "".join(each.get("text/html", "") for each in data))
+    assert images
+    assert all(re.search(' alt="[^"]{10,}"', image) for image in images)
+    written = "".join(output.text for output in outputs if output.output_type == "stream")
+    trains = any(name in str(notebook) for name in ("trial.train(", "train_together("))
+    assert not trains or re.search(r"\rstep ([\d,]+) of \1\b", written)  # To the last one.
 
 
 @every_notebook
@@ -157,8 +173,43 @@ def test_code_is_short_asserts_and_imports_nothing_that_a_reader_lacks(path):
     assert {name.split(".")[0] for name in imported} <= IMPORTED | STANDARD
 
 
-def test_the_install_cell_is_python_to_ipython():
-    ast.parse(TransformerManager().transform_cell(INSTALL))
+@pytest.mark.parametrize(
+    ("installed", "gpu", "extra"),
+    [("", True, "cuda"), ("libtpu", False, "tpu"), ("", False, ""), ("gptjax", True, None)],
+)
+def test_the_install_cell_brings_jax_with_the_plugin_of_the_chip(
+    installed, gpu, extra, monkeypatch, capsys
+):
+    done, found = [], {installed}
+
+    class Shell:
+        @property
+        def kernel(self):
+            return self
+
+        def run_line_magic(self, name, line):
+            assert name == "pip"
+            done.append(line.format(**names))
+            if line.startswith("install"):
+                found.add("gptjax")
+
+        def do_shutdown(self, restart):
+            assert restart
+            done.append("restart")
+
+    names = {"get_ipython": Shell}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in found or None)
+    monkeypatch.setattr("os.path.exists", lambda path: gpu and path == "/dev/nvidia0")
+    exec(TransformerManager().transform_cell(INSTALL), names)
+    if extra is None:
+        assert done == []
+        return
+    removed, brought, last = done
+    assert removed.startswith("uninstall --yes jax-cuda12-plugin")
+    assert brought == f'install "gptjax[{extra}] @ git+{REPOSITORY}"'
+    assert last == "restart"
+    assert "restarts" in capsys.readouterr().out
+    assert {"cuda", "tpu"} <= PROJECT["optional-dependencies"].keys()
 
 
 @pytest.fixture

@@ -1,25 +1,129 @@
-"""What the README tells a user to do is what CI does, and what it names is there."""
+"""What the READMEs tell a user to do is done by CI or by these tests, and what they name is there.
 
+Each block of shell commands stands behind a comment that says who runs it:
+
+| comment | its commands |
+|---|---|
+| ci: NAME | .ci/run runs them |
+| run | they run here, in order, as on a fresh clone; training is made tiny |
+| shown: WHY | they need hardware, files or minutes, as the text says: here flags are read |
+"""
+
+import functools
+import itertools
 import re
+import runpy
+import shlex
+import sys
+import tomllib
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
 
+from gptjax import cli
+
 README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()
+# The README first: others go on from what its commands leave.
+DOCUMENTS = sorted(
+    (path for path in ROOT.rglob("README.md") if "." not in path.parts[len(ROOT.parts)][:1]),
+    key=lambda path: (len(path.parts), path),
+)
+MODEL = ["--model.depth", "1", "--model.width", "16", "--model.heads", "2"]
+TINY = [*MODEL, "--train.steps", "4", "--train.batch-size", "2"]
+"""Behind a command that trains; of a flag that is given twice the last one counts."""
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line]
+class Block(NamedTuple):
+    """A block of shell commands."""
+
+    document: str
+    mark: str
+    """Of the comment before it; nothing where there is none."""
+    lines: list[str]
 
 
-def test_the_first_two_commands_are_those_of_ci():
-    install_and_run, install_and_test = commands()[:2]
-    assert install_and_run == "pip install -e . && python experiments/quickstart.py"
-    assert install_and_test == "pip install -e '.[test]' && pytest"
-    assert "readme_command 1" in CI
-    assert "readme_command 2" in CI
+def blocks() -> list[Block]:
+    found = []
+    for path in DOCUMENTS:
+        for mark, text in re.findall(
+            r"^(?:<!-- ([^\n]+) -->\n)?```sh\n(.*?)^```$",
+            path.read_text(),
+            re.DOTALL | re.MULTILINE,
+        ):
+            lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+            found.append(Block(path.relative_to(ROOT).as_posix(), mark, lines))
+    return found
+
+
+def ours(line: str) -> list[str]:
+    """The words of gptjax's command in a line: no launcher before it, nothing behind it."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split, lexer.commenters = True, ""  # A source may have a # within.
+    words = list(lexer)
+    for place, word in enumerate(words):
+        if word == "gptjax" or words[place : place + 3] == ["python", "-m", "gptjax"]:
+            command = ["gptjax", *words[place + (1 if word == "gptjax" else 3) :]]
+        elif word == "python" and words[place + 1].startswith("experiments/"):
+            command = words[place + 1 :]
+        else:
+            continue
+        return list(itertools.takewhile(lambda word: word not in (";", "&&", "#"), command))
+    return []
+
+
+def call(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one of our commands in this process; a mistake ends in SystemExit."""
+    monkeypatch.setattr(sys, "argv", words)
+    if words[0] == "gptjax":
+        cli.main()
+    else:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def test_every_block_of_commands_says_who_runs_it():
+    for block in blocks():
+        assert re.fullmatch(r"run|ci: \w+|shown: .+", block.mark), block
+
+
+def test_ci_runs_the_commands_that_are_marked_for_it():
+    marked = {block.mark.removeprefix("ci: "): block for block in blocks() if "ci: " in block.mark}
+    assert {name: block.document for name, block in marked.items()} == {
+        "train": "README.md",
+        "test": "README.md",
+    }
+    assert marked["train"].lines == ["pip install -e . && python experiments/quickstart.py"]
+    assert marked["test"].lines == ["pip install -e '.[test]' && pytest"]
+    assert all(f"$(readme_command {name})" in CI for name in marked)
+
+
+def test_flags_of_every_command_are_read(monkeypatch, capsys):
+    def only_read(command):  # What it returns would be run.
+        return functools.wraps(command)(lambda *given, **flags: lambda: None)
+
+    monkeypatch.setattr(cli, "_deferred", only_read)
+    read = []
+    for block in blocks():
+        for line in block.lines:
+            if words := ours(line):
+                call(words, monkeypatch)
+                read.append(words)
+    assert len(read) > 20
+
+
+@pytest.mark.slow
+def test_commands_that_are_marked_run_as_on_a_fresh_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gptjax", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for block in blocks():
+        for line in block.lines:
+            trains = "gptjax train " in line or block.mark == "ci: train"
+            if block.mark == "run" or trains:
+                call([*ours(line), *(TINY if trains else [])], monkeypatch)
+    made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert {"runs/quickstart", "runs/mine", "runs/imported", "datasets/my_corpus"} <= made
 
 
 def paths_of(document: str) -> set[str]:
@@ -49,9 +153,6 @@ def test_the_map_names_every_module():
     assert {path for path in modules if not path.rpartition("/")[2].startswith("__")} <= rooms
 
 
-DOCUMENTS = [path for path in ROOT.rglob("README.md") if "." not in path.parts[len(ROOT.parts)][:1]]
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_pictures_and_links_into_the_project_are_there(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)|<img src=\"([^\"]+)\"", path.read_text()):
@@ -62,6 +163,19 @@ def test_pictures_and_links_into_the_project_are_there(path):
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
     assert len(README.split()) < 2000
+
+
+def test_the_address_is_that_of_the_project_and_so_is_the_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address, version = project["urls"]["Repository"], project["version"]
+    assert f"version = {{{version}}}, url = {{{address}}}" in README
+    named = address.removeprefix("https://github.com/")
+    folders = ("gptjax", "experiments", "notebooks", "tests", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    for path in [ROOT / "README.md", *files]:
+        if path.suffix in (".md", ".ipynb", ".py"):
+            for mention in re.findall(r"github(?:\.com)?/([\w-]+/gptjax)\b", path.read_text()):
+                assert mention == named, path
 
 
 def test_every_notebook_is_in_the_table_with_its_badge():

@@ -5,18 +5,21 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from gptjax import plots, probe
 from gptjax.data.corpus import Corpus, Sources
+from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.pipeline import EvaluationBatches
-from gptjax.data.report import labels
+from gptjax.data.report import INVISIBLE, labels
 from gptjax.data.sources import Documents
-from gptjax.data.tokenizers import stream_text
+from gptjax.data.tokenizers import Tokenizer, stream_text
 from gptjax.decoding.beam_search import beam_search
 from gptjax.decoding.generate import Sampling, generate
 from gptjax.runs.directory import Run
 from gptjax.training.metrics import METRICS, read_jsonl
 
+SPACE = INVISIBLE[" "]
 SHOWN = 20
 """Rows in predictions.txt, and sentences in translations.txt."""
 
@@ -38,12 +41,15 @@ def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
 def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the run's attention and samples, by its best checkpoint."""
     line = first_line(sources.validation[0])
-    sentence = run.tokenizer.encode_prompt(line)[: min(40, run.config.model.context_length)]
+    sentence = run.tokenizer.encode_prompt(line)
+    while len(sentence) > run.config.model.context_length and " " in line:
+        line = line.rpartition(" ")[0]
+        sentence = run.tokenizer.encode_prompt(line)
+    sentence = sentence[: run.config.model.context_length]
     if run.config.model.family == "decoder":
         weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
-        said = map(plots.token_label, labels(sentence, run.tokenizer, corpus.vocabulary))
-        title = plots.token_label(line).replace("·", " ")
-        plots.save(plots.attention_grid(weights, list(said), title), out / "attention.png")
+        figure = attention_of_words(weights, sentence, run.tokenizer, corpus.vocabulary, line)
+        plots.save(figure, out / "attention.png")
 
     prompts = np.tile(sentence, (4, 1))
     tokens = generate(
@@ -60,14 +66,37 @@ def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     return "attention.png, samples.txt" if run.config.model.family == "decoder" else "samples.txt"
 
 
-def first_line(documents: Sequence[str] | Documents, least: int = 24, most: int = 40) -> str:
-    """The beginning of the first line of at least `least` characters, or else of the text.
+def attention_of_words(
+    weights: np.ndarray, tokens: np.ndarray, tokenizer: Tokenizer, known: Vocabulary, title: str
+) -> Figure:
+    """Attention [L, N, T, T] among `tokens` [T] as that among their words, however they are cut."""
+    texts = labels(tokens, tokenizer, known)
+    starts = known.word_starts(tokens)
+    # A space belongs to the word behind it, as in GPT-2's tokens.
+    starts[1:] &= np.array([text != SPACE for text in texts[:-1]], bool)
+    words = [
+        tokenizer.decode(tokens[group]).strip() or "".join(texts[place] for place in group)
+        for group in np.split(np.arange(len(tokens)), np.flatnonzero(starts)[1:])
+    ]
+    names = "query: a word, mean over its tokens", "key: a word, sum over its tokens"
+    return plots.attention_grid(
+        probe.by_word(weights, starts),
+        list(map(plots.token_label, words)),
+        plots.token_label(title).replace(SPACE, " "),
+        names=names,
+    )
 
-    Of the first document that is not empty; a source has one.
+
+def first_line(documents: Sequence[str] | Documents, least: int = 24, most: int = 60) -> str:
+    """The first line of at least `least` characters, or else the text, as far as whole words go.
+
+    Of the first document that is not empty; a source has one. Its first line comes last: where a
+    document was parted, the beginning of that line is in the other part.
     """
     text = next(filter(None, map(documents.__getitem__, range(len(documents)))))
-    lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if len(line) >= least), text)[:most]
+    first, *others = (line.strip() for line in text.splitlines())
+    line = next((line for line in [*others, first] if len(line) >= least), text)
+    return line if len(line) <= most else line[: most + 1].rpartition(" ")[0] or line[:most]
 
 
 def predictions(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:

@@ -1,7 +1,7 @@
 """Matplotlib figures of what a run measured and of what a model does: numpy in, a `Figure` out.
 
 Made for paper: no wider than a page, no text under 6 points, colours that the colour-blind tell
-apart and that stay in order in grey. In a notebook they are shown after `%matplotlib inline`.
+apart and that stay in order in grey. A notebook shows them as they are (inline.py).
 
 The first layer is on top, in all of them and in the page of attention. Blue is above 0, orange
 below; attention weights go from 0 to 1, other values from the least to the largest there is.

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from gptjax.plots.curves import FEW, SIZE, line_style, page_axes
+from gptjax.plots.inline import InlineFigure
 from gptjax.plots.legible import LINE, LINES, PAGE, finish, wrap
 from gptjax.plots.names import NAME, legend_below, legend_height, name_label, pitch
 
@@ -161,7 +162,7 @@ def difference_panels(
     titles = [name_label(name, width / columns - 40) for name in curves]
     lines = max(title.count("\n") for title in titles)
     height = 60 + (105 + LINE * SIZE * lines) * rows
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = InlineFigure(figsize=(width / 72, height / 72), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, name, (places, values) in zip(panels, titles, curves.values(), strict=False):
         mean, low, high = values.mean(1), values.min(1), values.max(1)
@@ -208,7 +209,7 @@ def frontier(
     columns = min(int(width // WIDE_PANEL), len(costs))
     rows = -(-len(costs) // columns)
     height = 240 * rows + legend_height(names, width)
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = InlineFigure(figsize=(width / 72, height / 72), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes, (xlabel, cost) in zip(panels, costs.items(), strict=True):
         middle = intervals[:, 0]

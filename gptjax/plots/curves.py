@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gptjax.config import InputError
+from gptjax.plots.inline import InlineFigure
 from gptjax.plots.legible import DASHES, LINES, MARKERS, PAGE, finish, wrap
 
 SIZE = 8.0  # Points of text.
@@ -18,7 +19,7 @@ FEW = 8
 
 def page_axes(height: float, title: str, width: float = PAGE) -> tuple[Figure, Axes]:
     """Axes as wide as a page, `height` points high, with what stands around them."""
-    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+    figure = InlineFigure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.subplots()
     axes.set_title(wrap(title, SIZE + 1, width - 60), fontsize=SIZE + 1)
     axes.tick_params(labelsize=SIZE)

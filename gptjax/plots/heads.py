@@ -30,13 +30,14 @@ def attention_grid(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     hidden: np.ndarray | None = None,
+    names: tuple[str, str] = ("query", "key"),
 ) -> Figure:
     """Attention of heads side by side: a row of the grid is a layer, the first on top.
 
-    A column is a head. In a panel, a row is a token that looks and a column a token that is looked
-    at; each row sums to 1, and what a mask hides is hatched. The grid is as wide as a page at most:
-    where a panel has no room for all its tokens, it names one in several and says so, and small
-    panels are called 3.5 for layer 3, head 5.
+    A column is a head. In a panel, a row is a query's token and a column a key's; each row sums to
+    1, and what a mask hides is hatched. The grid is as wide as a page at most: where a panel has no
+    room for all its tokens, it names one in several and says so, and small panels are called 3.5
+    for layer 3, head 5.
 
     Args:
       weights: [L, N, T, S].
@@ -46,6 +47,7 @@ def attention_grid(
       layers, heads: the L and N numbers that the panels have, if not all are shown.
       hidden: bool, whose last axes are [T, S], as far as they are not all alike; where a mask hides
         the weights. None takes what a causal mask hides, if nothing there has any weight.
+      names: what the rows are, and the columns.
 
     Raises:
       InputError: labels or numbers are not as many as the weights have.
@@ -87,6 +89,6 @@ def attention_grid(
             along.put(axes.xaxis)
         if head == 0:
             down.put(axes.yaxis)
-    sheet.name_axes(along.named("key"), down.named("query"))
+    sheet.name_axes(along.named(names[1]), down.named(names[0]))
     sheet.colour_bar(colours, weight_label(hidden))
     return finish(sheet.figure)

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
+from gptjax.plots.inline import COLOUR_BAR, InlineFigure
 from gptjax.plots.legible import HATCH, HIDDEN, LINE, SMALLEST, Colours, shorten, widest, wrap
 
 MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
 LARGEST, TITLE = 8.0, 10.0  # Points of the largest text, and of the title.
 NAME = LINE * LARGEST + GAP  # Points that the name of an axis takes.
 BAR = 3 * LINE * LARGEST  # Points that a colour bar takes with its numbers and its label.
-LABEL = 60.0  # Points that the label of a tick may take.
+LABEL = 72.0  # Points that the label of a tick may take: "implementation", whole.
 
 
 class Sheet:
@@ -36,7 +36,7 @@ class Sheet:
         title = wrap(title, TITLE, self.across - 2 * MARGIN)
         above = (title.count("\n") + 1) * LINE * TITLE + GAP if title else 0
         self.tall = self.bottom + height + above + MARGIN
-        self.figure = Figure(figsize=(self.across / 72, self.tall / 72))
+        self.figure = InlineFigure(figsize=(self.across / 72, self.tall / 72))
         self.figure.suptitle(title, y=1 - MARGIN / self.tall, fontsize=TITLE, va="top")
 
     def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -62,6 +62,7 @@ class Sheet:
         begin = min(max(begin, 3 * MARGIN), self.across - long - 3 * MARGIN)
         bar = self._axes(begin, MARGIN + 2 * LINE * LARGEST, long, LARGEST)
         self.figure.colorbar(colours.mappable(), cax=bar, orientation="horizontal")
+        bar.set_label(COLOUR_BAR)
         bar.set_xlabel(label, fontsize=LARGEST, labelpad=1)
         bar.tick_params(labelsize=LARGEST - 1, length=2, pad=1)
         bar.locator_params(nbins=5)

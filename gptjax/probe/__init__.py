@@ -31,7 +31,7 @@ from gptjax.probe.interventions import (
 from gptjax.probe.logits import Attribution, attribution, logit_lens, token_loss
 from gptjax.probe.observation import Activations, observe
 from gptjax.probe.over_training import history
-from gptjax.probe.weights import TopAttention, attention
+from gptjax.probe.weights import TopAttention, attention, by_word
 
 __all__ = [
     "Activations",
@@ -44,6 +44,7 @@ __all__ = [
     "add",
     "attention",
     "attribution",
+    "by_word",
     "entropy",
     "head_scores",
     "history",

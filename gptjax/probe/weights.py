@@ -112,6 +112,22 @@ def attention(
     return whole if rows is None else jax.tree.map(lambda leaf: leaf[..., np.array(rows), :], whole)
 
 
+def by_word(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Attention between words, of that between their tokens: [..., T, T] → [..., W, W].
+
+    The weights on the tokens of a word are summed, and the mean is taken over the tokens that
+    attend, so that rows sum to 1 as before (Clark et al. 2019, section 4.1).
+
+    Args:
+      weights: of one sequence to itself.
+      starts: [T], bool: the token begins a word (`Vocabulary.word_starts`); the first one does.
+    """
+    begins = np.flatnonzero(starts)
+    lengths = np.diff(begins, append=len(starts))
+    onto = np.add.reduceat(weights, begins, axis=-1)
+    return np.add.reduceat(onto, begins, axis=-2) / lengths[:, None]
+
+
 def _hashable(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(numbers)
 

@@ -1,6 +1,10 @@
-"""The run as a person sees it: a progress bar in a terminal, plain lines anywhere else."""
+"""The run as a person sees it: a progress bar in a terminal, plain lines anywhere else.
+
+In a notebook, whose output is no terminal's but obeys a carriage return: one line that updates.
+"""
 
 import sys
+import threading
 import time
 
 from rich.console import Console
@@ -55,3 +59,47 @@ class ConsoleWriter:
         """Take the bar down."""
         if self._bar:
             self._bar.stop()
+
+
+class ProgressLine:
+    """One line for all steps of a notebook's training, written over as they are made.
+
+    A writer of scalars for `trial.train`, and `progress` of `train_together`; several trainings may
+    share one, which then counts the steps of all.
+    """
+
+    def __init__(self, steps: int, *, every: float = 0.2):
+        """For so many steps in all; a line is shown for at least `every` seconds."""
+        self._steps, self._every = steps, every
+        self._done, self._longest, self._shown = 0, 40, float("-inf")
+        self._losses = {"loss": "", "validation": ""}
+        self._lock = threading.Lock()  # Trainings may share it from threads of their own.
+        self._start = time.perf_counter()
+        print(f"step 0 of {steps:,}  compiling", end="", flush=True)
+
+    def __call__(self, steps: int) -> None:
+        """So many more are made."""
+        with self._lock:
+            self._show(self._done + steps)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Show the newest scalars."""
+        for name, key in (("loss", "loss"), ("validation", "validation_loss")):
+            if key in scalars:
+                self._losses[name] = f"  {name} {scalars[key]:.3f}"
+        self._show(step)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _show(self, done: int) -> None:
+        self._done = done
+        now = time.perf_counter()
+        if done < self._steps and now - self._shown < self._every:
+            return
+        self._shown = now
+        losses = "".join(self._losses.values())
+        text = f"step {done:,} of {self._steps:,}{losses}  {now - self._start:.0f} s"
+        self._longest = max(self._longest, len(text))
+        end = "\n" if done >= self._steps else ""
+        print(f"\r{text:{self._longest}}", end=end, flush=True)

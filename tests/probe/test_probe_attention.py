@@ -131,3 +131,13 @@ def test_what_is_not_there_is_refused():
     assert "only a decoder" in refused("encoder_decoder", block=4, source=SOURCE)
     with pytest.raises(InputError, match="sequences have 8 tokens: twice length, 6, or one more"):
         probe.head_scores(model("decoder"), TOKENS, 3)
+
+
+def test_attention_between_words_sums_over_keys_and_means_over_queries():
+    weights = np.array([[1, 0, 0], [0.25, 0.75, 0], [0.5, 0.1, 0.4]])
+    by_hand = [[1, 0], [0.6, 0.4]]  # The words are the first two tokens, and the third.
+    np.testing.assert_allclose(probe.by_word(weights, np.array([True, False, True])), by_hand)
+    random = np.random.default_rng(0).dirichlet(np.ones(7), size=(2, 3, 7))
+    starts = np.array([True, False, False, True, True, False, True])
+    np.testing.assert_allclose(probe.by_word(random, starts).sum(axis=-1), 1)
+    np.testing.assert_array_equal(probe.by_word(random, np.ones(7, bool)), random)
