@@ -16,7 +16,7 @@ import runpy
 import shlex
 import sys
 import tomllib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT
@@ -124,6 +124,17 @@ def test_commands_that_are_marked_run_as_on_a_fresh_clone(tmp_path, monkeypatch,
                 call([*ours(line), *(TINY if trains else [])], monkeypatch)
     made = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
     assert {"runs/quickstart", "runs/mine", "runs/imported", "datasets/my_corpus"} <= made
+
+
+def test_the_code_of_the_readme_runs():
+    for code in re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
+        if "import gptjax" in code:  # Else it shows lines of a module.
+            names: dict[str, Any] = {}
+            exec(code, names)
+            assert names["logits"].shape == (1, 16, names["model"].config.vocab_size)
+            assert names["weights"].shape == (4, 1, 4, 16, 16)
+            return
+    raise AssertionError("there is none")
 
 
 def paths_of(document: str) -> set[str]:
