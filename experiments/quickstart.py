@@ -17,7 +17,7 @@ from gptjax import distributed, preset
 from gptjax.cli import run_experiment
 from gptjax.commands.outcomes import outcome
 from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.runs.assembly import assemble
 from gptjax.runs.data import open_data
 from gptjax.runs.directory import CHECKPOINTS, hold, open_run
@@ -55,7 +55,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     with hold(out, finished=overwrite):
         if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return
-        print(f"{ledger(config.model).parameters:,} parameters; training on {data.size}.")
+        print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
         print(*model.lines, sep="\n")
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,

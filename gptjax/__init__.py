@@ -29,7 +29,7 @@ MODULES = {
     "from_gguf": "gptjax.huggingface",
     "from_huggingface": "gptjax.huggingface",
     "generate": "gptjax.decoding.generate",
-    "ledger": "gptjax.costs.model",
+    "model_cost": "gptjax.costs.model",
     "load_run": "gptjax.runs.directory",
     "plots": "gptjax.plots",
     "preset": "gptjax.models.presets",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # The same names again, since type checkers and editors read 
     from gptjax.config import OptimizerConfig as OptimizerConfig
     from gptjax.config import TrainConfig as TrainConfig
     from gptjax.config import TransformerConfig as TransformerConfig
-    from gptjax.costs.model import ledger as ledger
+    from gptjax.costs.model import model_cost as model_cost
     from gptjax.decoding.beam_search import Hypothesis as Hypothesis
     from gptjax.decoding.beam_search import beam_search as beam_search
     from gptjax.decoding.generate import Sampling as Sampling

@@ -175,7 +175,7 @@ def test_no_module_is_called_utils():
     "code",
     [
         "import gptjax",
-        "from gptjax import TransformerConfig, ledger, preset",
+        "from gptjax import TransformerConfig, model_cost, preset",
         COMMAND.format(["--help"]),
         COMMAND.format(["params", "gpt2"]),
         COMMAND.format(["compare", "--help"]),

@@ -34,7 +34,15 @@ import numpy as np
 from flax import nnx
 from steps_and_tokens import random_batch
 
-from gptjax import Decoder, OptimizerConfig, Sampling, TransformerConfig, generate, ledger, preset
+from gptjax import (
+    Decoder,
+    OptimizerConfig,
+    Sampling,
+    TransformerConfig,
+    generate,
+    model_cost,
+    preset,
+)
 from gptjax.cli import accept_all_characters
 from gptjax.config import MeshConfig
 from gptjax.data.batch import Batch
@@ -235,7 +243,7 @@ def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) ->
         batch = jax.device_put(random_batch(config, rows))
         seconds, loss, _ = timed(step, first_state(config, optimizer), batch, steps)
         speed = rows * config.context_length / seconds
-        share = speed * ledger(config).training_flops / peak.flops
+        share = speed * model_cost(config).training_flops / peak.flops
         plan = step.memory_analysis().peak_memory_in_bytes / 2**30
         cells = f"{speed:,.0f}", f"{share:.1%}", f"{plan:.2f}", f"{loss:.3f}"
         row(name, f"{1e3 * seconds:.2f}", *cells)

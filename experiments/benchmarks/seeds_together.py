@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from gptjax.config import ExperimentConfig, OptimizerConfig, TrainConfig, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.parallel.sharding import configure_cpu
@@ -46,11 +46,11 @@ def config(width: int, steps: int) -> ExperimentConfig:
 
 def run(width: int, steps: int, seeds: int, together: bool) -> tuple[float, list[float]]:
     """Seconds of all runs, and their losses."""
-    from gptjax.runs.ensembles import train_together
+    from gptjax.runs.ensembles import train_ensemble
     from gptjax.runs.trial import train
 
     common = config(width, steps)
-    configure_cpu(ledger(common.model).parameters)
+    configure_cpu(model_cost(common.model).parameters)
     configs = [
         dataclasses.replace(common, train=dataclasses.replace(common.train, seed=seed))
         for seed in range(seeds)
@@ -59,7 +59,7 @@ def run(width: int, steps: int, seeds: int, together: bool) -> tuple[float, list
     batches = [made_batches(made, seed=seed) for seed in range(seeds)]
     start = time.perf_counter()
     if together:
-        trials = train_together(configs, batches, [validation] * seeds)
+        trials = train_ensemble(configs, batches, [validation] * seeds)
     else:
         trials = [
             train(each, of_seed, validation) for each, of_seed in zip(configs, batches, strict=True)
@@ -92,7 +92,7 @@ def main() -> None:
                 taken, losses[together] = pool.apply(measure)
             seconds[together].append(taken)
     apart = max(abs(a / b - 1) for a, b in zip(losses[True], losses[False], strict=True))
-    parameters = ledger(config(asked.width, asked.steps).model).parameters
+    parameters = model_cost(config(asked.width, asked.steps).model).parameters
     print(f"{asked.seeds} runs of {asked.steps} steps, {parameters:,} parameters")
     for together, name in ((True, "together"), (False, "one after another")):
         each = ", ".join(f"{taken:.1f}" for taken in seconds[together])

@@ -5,7 +5,7 @@
     python experiments/benchmarks/steps_and_tokens.py --decode --against torch
 
 For each configuration: milliseconds per step, tokens/s, achieved GFLOP/s (exact model FLOPs of
-`gptjax.ledger` over time) and their share of the machine's matrix-product peak, measured in the
+`gptjax.model_cost` over time) and their share of the machine's matrix-product peak, measured in the
 same run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape
 with PyTorch's fused AdamW in turn with ours, A B A B, and prints our median over its median; the
 machine's speed drifts, so the ratio is the figure to quote. `--against lean-torch` does the same
@@ -52,7 +52,7 @@ from gptjax import (
     TransformerConfig,
     build,
     generate,
-    ledger,
+    model_cost,
     preset,
     split,
 )
@@ -178,7 +178,7 @@ def decoding_bytes(config: TransformerConfig) -> int:
     """Bytes of the float32 weights that a decoded token reads, looked-up tables left out."""
     looked_up = config.context_length if config.position_embedding == "learned" else 0
     looked_up += 0 if config.tie_embeddings else config.vocab_size
-    return 4 * (ledger(config).parameters - looked_up * config.width)
+    return 4 * (model_cost(config).parameters - looked_up * config.width)
 
 
 BOUNDS = {"reading": memory_reads, "copying": memory_copies}
@@ -232,7 +232,7 @@ def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
         runner: functools.partial(DECODERS[runner], config)
         for runner in ("gptjax", *BOUNDS, *against)
     }
-    parameters = ledger(config).parameters
+    parameters = model_cost(config).parameters
     times = timed_rounds(runners, parameters, TOKENS_A_ROUND, rounds)
     bounds = {name: statistics.median(times[name]) for name in BOUNDS}
     figures: dict = {"preset": name, "weight_bytes": decoding_bytes(config)}
@@ -272,12 +272,12 @@ def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
     runners = {
         runner: functools.partial(RUNNERS[runner], config, batch) for runner in ("gptjax", *against)
     }
-    times = timed_rounds(runners, ledger(config).parameters, steps, rounds)
+    times = timed_rounds(runners, model_cost(config).parameters, steps, rounds)
     figures: dict = {"configuration": name}
     for runner, seconds in times.items():
         median = statistics.median(seconds)
         tokens_per_second = batch_size * config.context_length / median
-        flops = tokens_per_second * ledger(config).training_flops
+        flops = tokens_per_second * model_cost(config).training_flops
         figures[runner] = {
             "milliseconds": 1000 * median,
             "fastest": 1000 * min(seconds),

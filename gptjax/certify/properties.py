@@ -24,7 +24,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
 from gptjax.config import MeshConfig, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Decoding
 from gptjax.layers.attention import module
@@ -361,11 +361,11 @@ def _parameters(case: Case) -> float:
     """Of the variant in its own size, of which only the shapes are made."""
     _, params = abstract(case.real)
     built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return abs(built - ledger(case.real).parameters) / built
+    return abs(built - model_cost(case.real).parameters) / built
 
 
 def _flops(case: Case) -> float:
-    counted, tokens = ledger(case.config), case.batch.tokens.size
+    counted, tokens = model_cost(case.config), case.batch.tokens.size
     graphdef, inputs = case.graphdef(), case.batch.inputs()
 
     def total(params: Any) -> jax.Array:
@@ -419,7 +419,7 @@ PROPERTIES = {
     ),
     "bfloat16": Property("bfloat16 activations ≈ float32", BFLOAT16_ROUNDING, _bfloat16),
     "restored": Property("a checkpoint's state = the state saved", 0.0, _restored),
-    "parameters": Property("the ledger's parameters = the model's", 0.0, _parameters),
-    "flops": Property("the ledger's FLOPs = the traced products'", 0.0, _flops),
+    "parameters": Property("the model cost's parameters = the model's", 0.0, _parameters),
+    "flops": Property("the model cost's FLOPs = the traced products'", 0.0, _flops),
 }
 """The columns, in order."""

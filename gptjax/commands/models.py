@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
-from gptjax.costs.model import Ledger, ledger
+from gptjax.costs.model import ModelCost, model_cost
 from gptjax.models.presets import PRESETS, preset
 from gptjax.system.memory import ACTIVATION_BYTES, check_fits
 from gptjax.system.outputs import whole_directory
@@ -195,8 +195,8 @@ def params(
       name: A preset's name, or the directory of a run.
       as_json: Print JSON for machines.
     """
-    counted = ledger(PRESETS[name] if name in PRESETS else _model_of_run(name))
-    print(json.dumps(_ledger_json(counted), indent=2) if as_json else _ledger_table(name, counted))
+    counted = model_cost(PRESETS[name] if name in PRESETS else _model_of_run(name))
+    print(json.dumps(_cost_json(counted), indent=2) if as_json else _cost_table(name, counted))
 
 
 def _model_of_run(name: str) -> TransformerConfig:
@@ -211,7 +211,7 @@ def _model_of_run(name: str) -> TransformerConfig:
     return preset(name) if named else load_config(name).model
 
 
-def _ledger_json(counted: Ledger) -> dict:
+def _cost_json(counted: ModelCost) -> dict:
     return {
         "parts": [dataclasses.asdict(part) for part in counted.parts],
         "parameters": counted.parameters,
@@ -224,7 +224,7 @@ def _ledger_json(counted: Ledger) -> dict:
     }
 
 
-def _ledger_table(name: str, counted: Ledger) -> str:
+def _cost_table(name: str, counted: ModelCost) -> str:
     columns = f"{'matrices':>10}{'parameters':>18}{'share':>8}{'FLOPs per token':>18}"
     lines = [name, f"  {'part':<20}{columns}"]
     for part in counted.parts:

@@ -22,7 +22,7 @@ from gptjax.compare.report.files import write_report
 from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.compare.versioned_files import read_saved, write_saved
 from gptjax.config import InputError, to_dict
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.runs.directory import environment, hold
 from gptjax.system.disk import write_error
 from gptjax.system.locks import LOCK
@@ -102,7 +102,7 @@ def describe(comparison: Comparison, out: Path) -> str:
     seconds = costs.estimated_seconds(configs, next(plan.material.batches(0)))
     left, done, total = 0.0, 0, 0
     for each, takes in zip(plan.planned, seconds, strict=True):
-        model, cost = each.model, ledger(each.model)
+        model, cost = each.model, model_cost(each.model)
         cells = [*plan.search(each), *plan.finals(each, rate)]
         missing = [cell for cell in cells if finished(cell, out, plan.material) is None]
         total, done = total + len(cells), done + len(cells) - len(missing)
@@ -224,7 +224,7 @@ def _entry(
     finals: Sequence[Outcome],
     taken: Costs | None,
 ) -> Entry:
-    counted = ledger(planned.model)
+    counted = model_cost(planned.model)
     optimizer = dataclasses.replace(
         planned.variant.optimizer, learning_rate=finals[0].learning_rate
     )

@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class ModelCost:
     """What a model is made of and what a token costs.
 
     A multiply-add counts as two operations; norms, activations and softmax are left out, as in
@@ -85,7 +85,7 @@ class Ledger:
         return [part for part in self.parts if part.name.startswith("expert ")]
 
 
-def ledger(config: TransformerConfig) -> Ledger:
+def model_cost(config: TransformerConfig) -> ModelCost:
     """Count a model from its config alone; the tests hold it against the leaves built."""
     counts: dict[str, list[int]] = {}
     for name, matrices, parameters, flops in _parts(config):
@@ -95,7 +95,7 @@ def ledger(config: TransformerConfig) -> Ledger:
     # What is spread over the whole model comes after what has a place in it.
     names = sorted(counts, key=lambda name: name in ("biases", "norms"))
     parts = tuple(Part(name, *counts[name]) for name in names if counts[name][0])
-    return Ledger(parts, 2 * config.vocab_size * config.width, _attention_flops(config))
+    return ModelCost(parts, 2 * config.vocab_size * config.width, _attention_flops(config))
 
 
 Count = tuple[str, int, int, int]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gptjax.config import ExperimentConfig, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.preflight.collectives import Collective, Expected, Shapes, Weight, expected
 from gptjax.preflight.compilation import Compilation, compile_step
 from gptjax.preflight.memory import Memory
@@ -81,7 +81,7 @@ def preflight(
     """
     compiled = compile_step(config, topology, decode=decode)
     mesh = dict(compiled.lowered.mesh.shape)
-    cost = ledger(config.model)
+    cost = model_cost(config.model)
     rows = config.train.batch_size
     if decode:
         useful = repeated = rows * cost.forward_flops
@@ -115,7 +115,7 @@ def preflight(
 
 def _recomputed(model: TransformerConfig) -> int:
     """Operations a token that the backward pass repeats of the blocks' forward pass, at most."""
-    cost = ledger(model)
+    cost = model_cost(model)
     everything = cost.forward_flops - cost.unembedding_flops
     return {"none": 0, "dots": cost.attention_flops}.get(model.remat, everything)
 

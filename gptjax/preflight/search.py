@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gptjax.config import ExperimentConfig, InputError
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.preflight.report import GIB, Report, milliseconds, preflight
 from gptjax.preflight.topology import Topology
 
@@ -167,7 +167,7 @@ def _candidates(
     """Configs with their place in the order in which they are tried."""
     devices = len(topology.devices)
     others = config.mesh.sequence * config.mesh.expert * config.mesh.pipeline
-    held = sum(ledger(config.model).state_bytes.values()) if not decode else 0
+    held = sum(model_cost(config.model).state_bytes.values()) if not decode else 0
     remats = (config.model.remat,) if decode else ("none", "dots", "full")
     batch = config.train.batch_size
     for data, fsdp, tensor in meshes(config, devices // others):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, build_mesh
@@ -56,7 +56,7 @@ def most_at_once(parameters: int) -> int:
     return len(devices) * int(memory // (BYTES_PER_PARAMETER * parameters)) or 1
 
 
-def train_together(
+def train_ensemble(
     configs: Sequence[ExperimentConfig],
     batches: Sequence[grain.DatasetIterator],
     validation: Sequence[Batches],
@@ -93,7 +93,7 @@ def train_together(
             "all validations the same number of batches."
         )
     common = _common(configs)
-    at_once = at_once or most_at_once(ledger(common.model).parameters)
+    at_once = at_once or most_at_once(model_cost(common.model).parameters)
     size = min(at_once, len(configs))
     program = _program(common, mup_base, build_mesh(MeshConfig(), size))
     trials = []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import distributed
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.pipeline import bits_per_byte
 from gptjax.runs.data import Data
@@ -54,7 +54,7 @@ def result(data: Data, fitted: Fit) -> dict[str, Any]:
         "final_validation_loss": progress.last_loss,
         "best_validation_loss": progress.best_loss,
         "best_step": progress.best_step,
-        "parameters": ledger(data.config.model).parameters,
+        "parameters": model_cost(data.config.model).parameters,
         "tokens_seen": progress.tokens,
         "wall_seconds": progress.seconds,
         "compile_seconds": fitted.compile_seconds,

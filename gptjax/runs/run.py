@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gptjax import distributed
 from gptjax.config import ExperimentConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.parallel.pipeline import bubble, microbatches
 from gptjax.parallel.sharding import build_mesh, configure_cpu, mesh_name
 from gptjax.runs.assembly import assemble
@@ -62,7 +62,7 @@ def run(
     with hold(out, finished=overwrite):
         if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return False
-        print(f"{ledger(config.model).parameters:,} parameters; training on {data.size}.")
+        print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
         print(*about_devices, *assembly.lines, sep="\n")
         batches, validation = data.batches(mesh)
         with (
@@ -93,7 +93,7 @@ def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
     Raises:
       InputError: devices that the mesh does not match, or a run that memory cannot hold.
     """
-    cost = ledger(config.model)
+    cost = model_cost(config.model)
     configure_cpu(cost.parameters)
     rows = config.train.batch_size // config.train.grad_accumulation
     mesh = build_mesh(config.mesh, rows)
@@ -109,7 +109,7 @@ def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
 
 def rate_and_mfu(config: ExperimentConfig) -> Callable[[int, float], dict[str, float]]:
     """(step, tokens per second) → learning rate and model FLOPs utilisation; prints how."""
-    peak, flops = peak_flops(), ledger(config.model).training_flops
+    peak, flops = peak_flops(), model_cost(config.model).training_flops
     print(f"{MFU_FORMULA}; {flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
     schedule = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps

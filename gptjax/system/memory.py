@@ -65,7 +65,7 @@ def check_training_fits(config: ExperimentConfig, state: int, devices: Sequence[
 
     Args:
       config: of the run.
-      state: bytes of its parameters, gradients and moments (`Ledger.state_bytes`).
+      state: bytes of its parameters, gradients and moments (`ModelCost.state_bytes`).
       devices: that share them.
 
     Raises:

@@ -64,7 +64,7 @@ class ConsoleWriter:
 class ProgressLine:
     """One line for all steps of a notebook's training, written over as they are made.
 
-    A writer of scalars for `trial.train`, and `progress` of `train_together`; several trainings may
+    A writer of scalars for `trial.train`, and `progress` of `train_ensemble`; several trainings may
     share one, which then counts the steps of all.
     """
 

@@ -22,7 +22,7 @@ from gptjax.system.exits import Diverged, Interrupted, Interrupts
 from gptjax.training.checkpoint import Checkpoints, leaf_names
 from gptjax.training.losses import LossFunction
 from gptjax.training.metrics import DurableWriter, Writer
-from gptjax.training.prefetch import Feed
+from gptjax.training.prefetch import DevicePrefetch
 from gptjax.training.step import (
     CompiledByShape,
     EvalStep,
@@ -116,7 +116,7 @@ def fit(
       InputError: a checkpoint that does not fit.
     """
     start = time.perf_counter()
-    feed = Feed(batches, mesh)
+    feed = DevicePrefetch(batches, mesh)
     if checkpoints.last_step is None:
         state, progress = init_state(init, optimizer, mesh, axes), Progress()
     else:
@@ -182,7 +182,7 @@ def fit(
     return Fit(state.params, progress, compile_seconds)
 
 
-def _evaluator(step: EvalStep, batches: Batches, feed: Feed) -> Callable[[Any], float]:
+def _evaluator(step: EvalStep, batches: Batches, feed: DevicePrefetch) -> Callable[[Any], float]:
     def evaluate(params: Any) -> float:
         """Mean cross-entropy over all of `batches`, nats per token.
 
@@ -210,7 +210,7 @@ class _Logger:
         writers: Sequence[Writer],
         describe: Callable[[int, float], dict[str, float]],
         checkpoints: Checkpoints,
-        feed: Feed,
+        feed: DevicePrefetch,
         params: Any,
     ):
         self._config = config

@@ -19,7 +19,7 @@ AHEAD = 2
 """Batches on the devices beside the one that is in use."""
 
 
-class Feed:
+class DevicePrefetch:
     """The batches of an iterator, each split over the devices of a mesh.
 
     Every process gives its own rows, and together they are the batch. The place that `get_state`

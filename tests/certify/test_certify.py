@@ -225,16 +225,16 @@ FAULTS = {
     "a parameter too many": Broken(
         "parameters",
         properties,
-        "ledger",
-        lambda ledger: lambda config: ledger(dataclasses.replace(config, vocab_size=8)),
+        "model_cost",
+        lambda model_cost: lambda config: model_cost(dataclasses.replace(config, vocab_size=8)),
     ),
     "a FLOP too many": Broken(
         "flops",
         properties,
-        "ledger",
-        lambda ledger: (
+        "model_cost",
+        lambda model_cost: (
             lambda config: dataclasses.replace(
-                ledger(config), attention_flops=ledger(config).attention_flops + 1
+                model_cost(config), attention_flops=model_cost(config).attention_flops + 1
             )
         ),
     ),
@@ -272,7 +272,7 @@ def test_a_check_that_breaks_is_a_cell_that_fails(monkeypatch):
     def none_there(config):
         raise KeyError(config.family)
 
-    monkeypatch.setattr(properties, "ledger", none_there)
+    monkeypatch.setattr(properties, "model_cost", none_there)
     row = checked(Case(BASE, BASE), ["parameters"])
     assert not row["parameters"].passed
     (sentence,) = failures({"base": row})
@@ -403,7 +403,7 @@ def test_the_command_fails_with_a_sentence(command, monkeypatch):
     code, out, _ = command("certify", "gpt2")
     assert code == 1
     *_, sentence, verdict = out.splitlines()
-    assert sentence.startswith("gpt2: the ledger's FLOPs = the traced products': error")
+    assert sentence.startswith("gpt2: the model cost's FLOPs = the traced products': error")
     assert verdict == "1 variant: 1 of 2 properties hold, 1 of 2 checks; failed: flops of gpt2."
 
 

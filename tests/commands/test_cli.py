@@ -24,7 +24,7 @@ from gptjax.config import (
     sealed,
     to_dict,
 )
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.models.presets import preset
 from gptjax.runs.directory import Question, Run, load_run
@@ -470,7 +470,7 @@ def test_min_p_and_the_penalty_reach_the_choice(gptjax, tiny_run):
 def test_params_prints_a_table_that_adds_up(gptjax):
     ended = gptjax("params", "quickstart")
     assert (ended.code, ended.err) == (0, "")
-    counted = ledger(preset("quickstart"))
+    counted = model_cost(preset("quickstart"))
     total = re.search(r"^  total +([\d,]+)$", ended.out, re.MULTILINE)
     assert total is not None
     assert total[1] == f"{counted.parameters:,}"
@@ -484,7 +484,7 @@ def test_params_prints_a_table_that_adds_up(gptjax):
 
 def test_params_prints_json_for_machines(gptjax):
     content = json.loads(gptjax("params", "gpt2", "--json").out)
-    counted = ledger(preset("gpt2"))
+    counted = model_cost(preset("gpt2"))
     assert content["parameters"] == 124_439_808
     assert sum(part["parameters"] for part in content["parts"]) == 124_439_808
     assert content["forward_flops_per_token"] == counted.forward_flops

@@ -19,7 +19,7 @@ from gptjax.compare.plan import costs
 from gptjax.compare.plan.plan import SEARCH_SEED, make_plan
 from gptjax.compare.question import BUDGETS, parse_quantity, quantity
 from gptjax.config import InputError, to_dict
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 
 SILU = f"{TINY},activation=silu"
 FILES = ("report.html", "report.md", "results.csv", "results.jsonl")
@@ -73,7 +73,7 @@ def test_a_budget_of_tokens_or_flops_gives_the_steps(tmp_path):
     plan = planned(tmp_path, TINY, wide, budget="tokens=2600")
     assert [each.steps for each in plan.planned] == [2600 // 64] * 2
     plan = planned(tmp_path, TINY, wide, budget="flops=100M")
-    costs_ = [64 * ledger(each.model).training_flops for each in plan.planned]
+    costs_ = [64 * model_cost(each.model).training_flops for each in plan.planned]
     assert [each.steps for each in plan.planned] == [int(1e8 / cost) for cost in costs_]
     assert plan.planned[0].steps > 2 * plan.planned[1].steps
 
@@ -95,26 +95,26 @@ def test_a_budget_of_seconds_is_measured_once(tmp_path, monkeypatch):
 def test_parameters_are_matched_to_the_baselines_or_to_a_number(tmp_path):
     wide = "quickstart:depth=1,width=32,heads=2,activation=swiglu"
     plan = planned(tmp_path, "quickstart:depth=1,width=24,heads=2", wide, match="params")
-    first, second = (ledger(each.model).parameters for each in plan.planned)
+    first, second = (model_cost(each.model).parameters for each in plan.planned)
     assert second == pytest.approx(first, rel=0.01)
     assert plan.planned[1].reached == second
     plan = planned(tmp_path, "quickstart:depth=1", "llama-style:depth=1", scale="params=30k,60k")
     assert plan.sizes == ("params=30k", "params=60k")
     assert [each.size for each in plan.planned] == ["params=30k"] * 2 + ["params=60k"] * 2
     for each, target in zip(plan.planned, (3e4, 3e4, 6e4, 6e4), strict=True):
-        assert ledger(each.model).parameters == pytest.approx(target, rel=0.01)
+        assert model_cost(each.model).parameters == pytest.approx(target, rel=0.01)
 
 
 def test_seconds_are_matched_by_the_clock(tmp_path, monkeypatch):
     def measure(configs, batch):
-        flops = [float(ledger(config.model).training_flops) for config in configs]
+        flops = [float(model_cost(config.model).training_flops) for config in configs]
         return [flops[0], *(1.5 * each for each in flops[1:])]  # All but the first are slower.
 
     monkeypatch.setattr(costs, "seconds_per_step", measure)
     variants = "quickstart:depth=2", "quickstart:depth=2,norm=rmsnorm"
     for _ in range(2):
         plan = planned(tmp_path, *variants, match="seconds", tolerance=0.02)
-        first, second = (ledger(each.model).training_flops for each in plan.planned)
+        first, second = (model_cost(each.model).training_flops for each in plan.planned)
         assert 1.5 * second == pytest.approx(first, rel=0.021)
         assert plan.planned[1].reached == pytest.approx(1.5 * second / first)
         monkeypatch.setattr(costs, "seconds_per_step", None)  # The second call measures nothing.
@@ -199,7 +199,7 @@ def test_the_second_call_trains_nothing_and_says_the_same(answered, monkeypatch)
     def refuse(*arguments, **options):
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr(grid, "train_together", refuse)
+    monkeypatch.setattr(grid, "train_ensemble", refuse)
     monkeypatch.setattr(costs, "measure", refuse)
     study.compare(comparison, out, "it")
     assert contents(out) == before
@@ -208,10 +208,10 @@ def test_the_second_call_trains_nothing_and_says_the_same(answered, monkeypatch)
 def test_a_larger_question_trains_what_is_missing(answered, monkeypatch, tmp_path):
     comparison, out, answer = answered
     trained = []
-    real = grid.train_together
+    real = grid.train_ensemble
     monkeypatch.setattr(
         grid,
-        "train_together",
+        "train_ensemble",
         lambda configs, *more, **how: trained.extend(configs) or real(configs, *more, **how),
     )
     larger = study.compare(dataclasses.replace(comparison, variants=(TINY,), seeds=4), out, "it")

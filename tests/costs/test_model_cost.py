@@ -9,7 +9,7 @@ from flax import nnx
 
 from gptjax.certify.properties import product_flops
 from gptjax.config import TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.models.build import build, split
 from gptjax.models.presets import PRESETS, preset
 from gptjax.training.checkpoint import leaf_names
@@ -74,7 +74,7 @@ def _leaves(config: TransformerConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _part(name: str, config: TransformerConfig) -> str:
-    """The ledger's name for the leaf called `name`."""
+    """The model cost's name for the leaf called `name`."""
     if name == "bias":
         return "head bias"
     *modules, kind = name.split(".")
@@ -127,12 +127,12 @@ def _matrices(name: str, leaf: jax.ShapeDtypeStruct) -> int:
     ],
 )
 def test_a_preset_has_the_published_number_of_parameters(name, parameters):
-    assert ledger(preset(name)).parameters == parameters
+    assert model_cost(preset(name)).parameters == parameters
 
 
 def test_bert_base_with_its_pooler_alone_has_the_published_number():
     pooled = dataclasses.replace(preset("bert-base"), encoder_heads="pooler", head_bias=False)
-    assert ledger(pooled).parameters == 109_482_240
+    assert model_cost(pooled).parameters == 109_482_240
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_bert_base_with_its_pooler_alone_has_the_published_number():
 )
 def test_gpt3_has_the_papers_sizes(name, billions):
     # Table 2.1 rounds to two or three digits.
-    assert ledger(preset(name)).parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    assert model_cost(preset(name)).parameters / 1e9 == pytest.approx(billions, rel=0.02)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_the_parameters_that_are_built(name):
     built = sum(math.prod(leaf.shape) for leaf in _leaves(preset(name)).values())
-    assert ledger(preset(name)).parameters == built
+    assert model_cost(preset(name)).parameters == built
 
 
 def test_active_parameters_of_a_mixture_are_those_of_the_chosen_experts():
@@ -165,9 +165,9 @@ def test_active_parameters_of_a_mixture_are_those_of_the_chosen_experts():
     router = config.depth * config.width * config.num_experts
     biases = config.depth * (2 * config.actual_mlp_dim + config.width)
     expert = config.depth * 3 * config.width * config.actual_mlp_dim
-    counted = ledger(config)
-    assert counted.active_parameters == ledger(one).parameters - biases + router + expert
-    assert ledger(one).active_parameters == ledger(one).parameters
+    counted = model_cost(config)
+    assert counted.active_parameters == model_cost(one).parameters - biases + router + expert
+    assert model_cost(one).active_parameters == model_cost(one).parameters
 
 
 @EVERY_CONFIG
@@ -176,8 +176,8 @@ def test_parameters_by_part_are_the_leaves_of_the_model(config):
     for name, leaf in _leaves(config).items():
         part = _part(name, config)
         counted[part] = counted.get(part, 0) + math.prod(leaf.shape)
-    assert {part.name: part.parameters for part in ledger(config).parts} == counted
-    assert ledger(config).parameters == sum(counted.values())
+    assert {part.name: part.parameters for part in model_cost(config).parts} == counted
+    assert model_cost(config).parameters == sum(counted.values())
 
 
 @EVERY_CONFIG
@@ -186,7 +186,7 @@ def test_matrices_by_part_are_the_leaves_of_the_model(config):
     for name, leaf in _leaves(config).items():
         part = _part(name, config)
         counted[part] = counted.get(part, 0) + _matrices(name, leaf)
-    assert {part.name: part.matrices for part in ledger(config).parts} == counted
+    assert {part.name: part.matrices for part in model_cost(config).parts} == counted
 
 
 def test_products_are_counted_within_batches_scans_and_custom_derivatives():
@@ -215,7 +215,7 @@ def test_forward_flops_are_those_of_every_product_at_full_context(config):
         return nnx.merge(graphdef, params)(tokens, **_inputs(config, tokens))
 
     products = product_flops(jax.make_jaxpr(forward)(params, tokens).jaxpr)
-    assert products == tokens.size * ledger(config).forward_flops
+    assert products == tokens.size * model_cost(config).forward_flops
 
 
 @EVERY_CONFIG
@@ -229,13 +229,13 @@ def test_training_flops_are_those_of_every_product_and_leave_recomputation_out(c
 
     gradient = jax.make_jaxpr(jax.grad(summed))
     products = product_flops(gradient(params, tokens).jaxpr)
-    assert products == tokens.size * ledger(config).training_flops
+    assert products == tokens.size * model_cost(config).training_flops
 
 
 @EVERY_CONFIG
 def test_the_attention_term_is_what_grows_with_the_context(config):
     once, twice, thrice = (
-        ledger(dataclasses.replace(config, context_length=times * config.context_length))
+        model_cost(dataclasses.replace(config, context_length=times * config.context_length))
         for times in (1, 2, 3)
     )
     growth = twice.attention_flops - once.attention_flops
@@ -251,7 +251,7 @@ def test_bytes_are_those_of_the_training_state(config):
     adamw = jax.tree.leaves(jax.eval_shape(optax.adamw(1e-3).init, params))
     moments = [leaf for leaf in adamw if leaf.ndim]  # The other is the count of steps.
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert ledger(config).state_bytes == {
+    assert model_cost(config).state_bytes == {
         "parameters": size,
         "gradients": size,
         "optimizer (AdamW)": sum(leaf.size * leaf.dtype.itemsize for leaf in moments),

@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gptjax.config import DataConfig, InputError, MeshConfig
 from gptjax.costs.chips import known_chips
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.models.build import build, parameter_axes, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.preflight.collectives import Collective
@@ -81,7 +81,7 @@ def test_parameters_and_optimizer_are_exact_and_all_kinds_add_up(report):
     lowered = lower_training(report.config, report.topology.devices)
     assert kinds["parameters"] == bytes_held(lowered.params)
     assert kinds["optimizer"] == bytes_held(lowered.optimizer)
-    parameters = ledger(report.config.model).parameters
+    parameters = model_cost(report.config.model).parameters
     # A quarter a device, and whole what is parted by no rule.
     assert parameters <= kinds["parameters"] <= 1.1 * parameters
     assert report.memory.largest
@@ -94,8 +94,8 @@ def test_a_report_says_what_is_gathered_and_how_much_is_computed(report):
     assert all(one.axes == ("fsdp",) for one in gathered)
     assert {row.axis for row in report.expected} == {"fsdp"}
     model = report.config.model
-    assert report.model_flops == 8 * 16 * ledger(model).training_flops
-    recomputed = ledger(model).forward_flops - ledger(model).unembedding_flops
+    assert report.model_flops == 8 * 16 * model_cost(model).training_flops
+    recomputed = model_cost(model).forward_flops - model_cost(model).unembedding_flops
     assert report.roofline.flops == (report.model_flops + 8 * 16 * recomputed) / 4
     shortest, longest = report.roofline.seconds
     assert 0 < shortest < longest

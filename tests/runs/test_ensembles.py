@@ -8,7 +8,7 @@ import pytest
 from gptjax import ExperimentConfig, InputError, OptimizerConfig, TrainConfig, TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
-from gptjax.runs.ensembles import train_together
+from gptjax.runs.ensembles import train_ensemble
 from gptjax.runs.trial import train
 from gptjax.system.exits import Diverged
 
@@ -37,7 +37,7 @@ def changed(seed: int, learning_rate: float = 3e-3) -> ExperimentConfig:
 
 def trained(configs, seeds, **how):
     batches = [made_batches(made, seed=seed) for seed in seeds]
-    return train_together(configs, batches, [held_out(seed) for seed in seeds], **how)
+    return train_ensemble(configs, batches, [held_out(seed) for seed in seeds], **how)
 
 
 @pytest.mark.parametrize("at_once", [0, 3, 16])

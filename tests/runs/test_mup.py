@@ -25,7 +25,7 @@ from gptjax.data.pipeline import made_batches
 from gptjax.decoding.generate import Decoding
 from gptjax.models.presets import PRESETS
 from gptjax.runs.directory import load_config, load_model
-from gptjax.runs.ensembles import train_together
+from gptjax.runs.ensembles import train_ensemble
 from gptjax.runs.mup import factors, scaled
 from gptjax.runs.trial import train
 from gptjax.training.checkpoint import leaf_names
@@ -285,7 +285,7 @@ def experiment(model: TransformerConfig, seed: int, rate: float, steps: int) -> 
 
 def together(configs, base=None):
     batches = [made_batches(text, seed=config.train.seed) for config in configs]
-    return train_together(configs, batches, [HELD_OUT] * len(configs), mup_base=base)
+    return train_ensemble(configs, batches, [HELD_OUT] * len(configs), mup_base=base)
 
 
 WIDE = dataclasses.replace(SMALL, width=32)

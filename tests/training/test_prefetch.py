@@ -27,7 +27,7 @@ from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
-from gptjax.training.prefetch import AHEAD, Feed, own_rows, share_of
+from gptjax.training.prefetch import AHEAD, DevicePrefetch, own_rows, share_of
 
 CONTEXT, BATCH_SIZE, RUN_BATCH, STEPS = 16, 8, 1, 7
 MIXED = {"packing": "first_fit", "weights": (1.0, 2.0)}
@@ -61,7 +61,7 @@ def number(batch: Batch) -> int:
 
 def test_the_place_is_that_of_the_next_batch_whatever_lies_ahead():
     batches = Counting()
-    feed = Feed(batches, build_mesh(MeshConfig(), BATCH_SIZE))
+    feed = DevicePrefetch(batches, build_mesh(MeshConfig(), BATCH_SIZE))
     assert feed.get_state() == {"made": 0}
     for step in range(1, 5):
         assert number(feed.peek()) == number(feed.peek()) == step
@@ -76,7 +76,7 @@ def test_the_place_is_that_of_the_next_batch_whatever_lies_ahead():
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_each_device_has_its_rows_and_nothing_else(devices):
     mesh = build_mesh(MeshConfig(), devices)
-    batch = next(Feed(Counting(), mesh))
+    batch = next(DevicePrefetch(Counting(), mesh))
     assert mesh.size == devices
     for array in (batch.tokens, batch.loss_weights):
         assert isinstance(array, jax.Array)
@@ -91,7 +91,7 @@ def test_each_device_has_its_rows_and_nothing_else(devices):
 
 
 def test_the_time_spent_in_waiting_is_counted():
-    feed = Feed(Counting(), build_mesh(MeshConfig(), BATCH_SIZE))
+    feed = DevicePrefetch(Counting(), build_mesh(MeshConfig(), BATCH_SIZE))
     assert feed.waited == 0
     next(feed)
     first = feed.waited
@@ -144,13 +144,13 @@ def opened(texts: list[str], kind: dict, *, streaming: bool = False):
 @pytest.mark.parametrize("kind", [MIXED, PAIRS], ids=["mixed", "pairs"])
 def test_a_place_that_was_kept_while_others_were_made_is_still_that_place(texts, kind, streaming):
     _, _, batches = opened(texts, kind, streaming=streaming)
-    feed = Feed(batches(), build_mesh(MeshConfig(), RUN_BATCH))
+    feed = DevicePrefetch(batches(), build_mesh(MeshConfig(), RUN_BATCH))
     places, expected = [], []
     for _ in range(12):
         places.append(feed.get_state())
         expected.append(next(feed))
     for step in (0, 1, 5, 11):
-        resumed = Feed(batches(), build_mesh(MeshConfig(), RUN_BATCH))
+        resumed = DevicePrefetch(batches(), build_mesh(MeshConfig(), RUN_BATCH))
         resumed.set_state(json.loads(json.dumps(places[step])))
         for one, other in zip(next(resumed), expected[step], strict=True):
             assert (one is None) == (other is None)

@@ -9,8 +9,8 @@ from gptjax.compare.plan.data import Material
 from gptjax.compare.plan.runs import RUNS, Cell, failed, finished, keep, keep_diverged
 from gptjax.compare.results import Outcome
 from gptjax.config import ExperimentConfig, TransformerConfig
-from gptjax.costs.model import ledger
-from gptjax.runs.ensembles import most_at_once, train_together
+from gptjax.costs.model import model_cost
+from gptjax.runs.ensembles import most_at_once, train_ensemble
 from gptjax.runs.trial import Trial, train
 from gptjax.system.disk import is_failure
 from gptjax.system.exits import Diverged, Interrupted
@@ -20,7 +20,7 @@ from gptjax.system.locks import InUse
 def work(config: ExperimentConfig) -> float:
     """FLOPs of a run's training."""
     tokens = config.train.steps * config.train.batch_size * config.model.context_length
-    return float(tokens * ledger(config.model).training_flops)
+    return float(tokens * model_cost(config.model).training_flops)
 
 
 def run_cells(
@@ -56,7 +56,7 @@ def _rounds(cells: Iterable[Cell], material: Material) -> list[list[Cell]]:
     rounds = []
     for _, group in itertools.groupby(cells, alike):
         together = list(group)
-        parameters = ledger(together[0].config.model).parameters
+        parameters = model_cost(together[0].config.model).parameters
         size = most_at_once(parameters) if material.one_shape else 1
         rounds += [together[first : first + size] for first in range(0, len(together), size)]
     return rounds
@@ -98,8 +98,8 @@ def _trials(
     cells: Sequence[Cell], out: Path, material: Material, progress: GridProgress
 ) -> list[Trial]:
     each = work(cells[0].config) / cells[0].config.train.steps
-    if most_at_once(ledger(cells[0].config.model).parameters) > 1 and material.one_shape:
-        trials = train_together(
+    if most_at_once(model_cost(cells[0].config.model).parameters) > 1 and material.one_shape:
+        trials = train_ensemble(
             [cell.config for cell in cells],
             [material.batches(cell.config.train.seed) for cell in cells],
             [material.validation] * len(cells),

@@ -17,7 +17,7 @@ from flax import nnx
 
 from gptjax.compare.results import Costs
 from gptjax.config import ExperimentConfig, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Sampling, generate
 from gptjax.models.build import abstract, build, split
@@ -190,5 +190,5 @@ def _flags(model: TransformerConfig) -> list[str]:
 def estimated_seconds(configs: Sequence[ExperimentConfig], batch: Batch) -> list[float]:
     """Of a step of each, from the measured speed of the first and everyone's FLOPs."""
     (seconds,) = seconds_in_turn([compiled_step(configs[0], batch).run], rounds=2)
-    first = ledger(configs[0].model).training_flops
-    return [seconds * ledger(config.model).training_flops / first for config in configs]
+    first = model_cost(configs[0].model).training_flops
+    return [seconds * model_cost(config.model).training_flops / first for config in configs]

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gptjax.config import InputError, TransformerConfig
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 
 Measure = Callable[[TransformerConfig], float]
 
 MEASURE: dict[str, Measure] = {
-    "params": lambda model: ledger(model).parameters,
-    "flops": lambda model: ledger(model).training_flops,
+    "params": lambda model: model_cost(model).parameters,
+    "flops": lambda model: model_cost(model).training_flops,
 }
 """What can be matched by counting: parameters, and training FLOPs per token."""
 

@@ -20,7 +20,7 @@ from gptjax.config import (
     from_dict,
     to_dict,
 )
-from gptjax.costs.model import ledger
+from gptjax.costs.model import model_cost
 from gptjax.parallel.sharding import configure_cpu
 from gptjax.system.memory import check_batch_fits, check_fits
 
@@ -149,10 +149,10 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
             for variant in variants:
                 _check_reachable(variant.model, measure, target)
         planned += _matched(variants, sizes[-1], measure, target, comparison)
-    states = (sum(ledger(each.model).state_bytes.values()) for each in planned)
+    states = (sum(model_cost(each.model).state_bytes.values()) for each in planned)
     check_fits("The training state of the largest variant", max(states))
     # From here on JAX is asked; before, nothing has touched it.
-    configure_cpu(max(ledger(each.model).parameters for each in planned))
+    configure_cpu(max(model_cost(each.model).parameters for each in planned))
     plan = Plan(comparison, material, tuple(sizes), planned, Measured(out / MEASURED))
     if measure == "seconds":
         plan = plan._replace(planned=_matched_seconds(plan))
@@ -171,7 +171,7 @@ def _check_reachable(model: TransformerConfig, measure: str, target: float) -> N
       InputError: it is beyond.
     """
     while MEASURE[measure](model) < target:
-        state = sum(ledger(model).state_bytes.values())
+        state = sum(model_cost(model).state_bytes.values())
         check_fits(f"A model whose {measure} are {target:.3g}", state)
         model = resized(model, 2 * model.width)
 
@@ -266,7 +266,7 @@ def _steps(plan: Plan, budget: str, amount: float) -> list[int]:
             lambda: costs.seconds_per_step(configs, batch),
         )
     elif budget == "flops":
-        each_takes = [tokens * ledger(each.model).training_flops for each in planned]
+        each_takes = [tokens * model_cost(each.model).training_flops for each in planned]
     else:
         each_takes = [tokens] * len(planned)
     steps = [int(amount / taken) for taken in each_takes]

@@ -98,7 +98,7 @@ def test_a_run_that_is_compared_can_be_looked_into(kept, material):
 
 def test_what_is_there_is_not_trained_again(kept, material, monkeypatch):
     out, cells, outcomes, _ = kept
-    monkeypatch.setattr(grid, "train_together", refuse)
+    monkeypatch.setattr(grid, "train_ensemble", refuse)
     assert trained(cells, out, material) == outcomes
     # The same run under another name.
     (renamed,) = trained([cell(material, 1, variant="b")], out, material)
@@ -117,7 +117,7 @@ def test_what_is_missing_comes_out_the_same(kept, material, tmp_path):
 
 def test_one_after_another_gives_the_same(kept, material, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "most_at_once", lambda parameters: 1)
-    monkeypatch.setattr(grid, "train_together", refuse)
+    monkeypatch.setattr(grid, "train_ensemble", refuse)
     _, cells, outcomes, _ = kept
     (alone,) = trained(cells[1:2], tmp_path, material)
     assert alone.curve_steps == outcomes[1].curve_steps
@@ -133,7 +133,7 @@ def test_a_run_that_diverges_is_an_outcome_and_stays_one(at_once, material, tmp_
     assert diverged.validation_loss is None
     assert diverged.error.startswith("Step 3: the loss ")
     assert other.validation_loss
-    monkeypatch.setattr(grid, "train_together", refuse)
+    monkeypatch.setattr(grid, "train_ensemble", refuse)
     monkeypatch.setattr(grid, "train", refuse)
     assert trained(cells, tmp_path, material) == [diverged, other]
 
@@ -145,7 +145,7 @@ def test_a_run_that_breaks_is_tried_again(kept, material, tmp_path, monkeypatch,
         raise MemoryError("out\nof memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid, "train_together", full)
+        patch.setattr(grid, "train_ensemble", full)
         failed = trained(cells, tmp_path, material)
     assert [outcome.error for outcome in failed] == ["MemoryError: out of memory"] * 3
     assert "MemoryError: out of memory" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tyro
 
-from gptjax import ExperimentConfig, TrainConfig, TransformerConfig, ledger
+from gptjax import ExperimentConfig, TrainConfig, TransformerConfig, model_cost
 from gptjax.commands.preflight import preflight_for
 from gptjax.compare.plan import costs
 from gptjax.data.batch import Batch
@@ -35,7 +35,7 @@ def test_every_variant_has_its_costs():
         assert each.decode_tokens_per_second > 0
     # Parameters, two moments, gradients, and the logits of the share of a batch, at the least.
     many = config(vocab_size=4096)
-    step, parameters = costs.compiled_step(many, BATCH), ledger(many.model).parameters
+    step, parameters = costs.compiled_step(many, BATCH), model_cost(many.model).parameters
     logits = 4 * BATCH.tokens.size * 4096 // jax.device_count()
     assert 16 * parameters + logits < step.peak_bytes < 20 * parameters + 8 * logits
 
