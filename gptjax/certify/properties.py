@@ -305,8 +305,8 @@ def _attention(case: Case) -> float:
 def reference_attention() -> Iterator[None]:
     """Attention of reference.py, left to autodiff, in place of `attend`."""
 
-    def reference(query, key, value, mask, bias, scale, softcap, normalizer):
-        how = {"scale": scale, "softcap": softcap, "normalizer": normalizer}
+    def reference(query, key, value, mask, bias, scale, softcap, normalize):
+        how = {"scale": scale, "softcap": softcap, "normalize": normalize}
         return weighted_values(attention_weights(query, key, mask, bias, **how), value)
 
     fast, module.attend = module.attend, reference

@@ -134,15 +134,16 @@ class Attention(nnx.Module):
         keys, values = self._compress(kv) if self.compressed else kv
         scale = config.actual_head_dim**-0.5 if config.attention_scaled else 1.0
         softcap, kernel = config.attention_softcap, config.attention_kernel
+        normalize = NORMALIZERS[config.attention_normalizer]
         if hook.need("scores", "attention"):
             scores = biased(attention_scores(query, keys, scale), inputs.bias, softcap)
             scores = self._hooked("scores", scores, kv, hook)
-            weights = NORMALIZERS[config.attention_normalizer](scores, mask.array)
+            weights = normalize(scores, mask.array)
             weights = hook.dropped("attention", self._hooked("attention", weights, kv, hook))
             return checkpoint_name(weighted_values(weights, values), "attention")
         if mask.rule is not None and kv_length is None and flash.takes(kernel, query, keys):
             return flash.attend_by(kernel, query, keys, values, mask.rule, scale, softcap)
-        how = inputs.bias, scale, softcap, config.attention_normalizer
+        how = inputs.bias, scale, softcap, normalize
         if kv_length is None or self.compressed or mask.array is None:
             return attend(query, keys, values, mask.array, *how)
         return attend_to_prefix(kv_length, query, kv, mask.array, *how)

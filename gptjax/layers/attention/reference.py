@@ -6,6 +6,7 @@ tests/layers/attention.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +47,13 @@ def masked_sigmoid(scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask[:, None], weights, 0)
 
 
-NORMALIZERS = exhaustive(
+Normalizer = Callable[[jax.Array, jax.Array | None], jax.Array]
+"""(scores [B, N, T, S], mask [B or 1, T, S] or None) → weights [B, N, T, S]."""
+
+NORMALIZERS: dict[str, Normalizer] = exhaustive(
     AttentionNormalizer, {"softmax": masked_softmax, "sigmoid": masked_sigmoid}
 )
-"""What makes weights of scores: (scores [B, N, T, S], mask [B or 1, T, S] or None) → weights."""
+"""What makes weights of scores."""
 
 
 def attention_weights(
@@ -60,7 +64,7 @@ def attention_weights(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    normalizer: AttentionNormalizer = "softmax",
+    normalize: Normalizer = masked_softmax,
 ) -> jax.Array:
     """softmax(Q Kᵀ / √H): equation 1 without its last product.
 
@@ -71,13 +75,13 @@ def attention_weights(
       bias: [B or 1, N, T, S], added to the scores.
       scale: of the scores; None is 1 / √H.
       softcap: scores become softcap · tanh(score / softcap); 0 leaves them.
-      normalizer: what stands for the softmax, of `NORMALIZERS`.
+      normalize: what makes weights of scores, of `NORMALIZERS`.
 
     Returns:
       [B, N, T, S], float32.
     """
     scores = attention_scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
-    return NORMALIZERS[normalizer](biased(scores, bias, softcap), mask)
+    return normalize(biased(scores, bias, softcap), mask)
 
 
 def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:

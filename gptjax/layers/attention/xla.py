@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.config.values import AttentionNormalizer
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.reference import (
+    Normalizer,
     attention_scores,
     attention_weights,
     biased,
@@ -25,18 +25,17 @@ def attend(
     bias: jax.Array | None,
     scale: float,
     softcap: float,
-    normalizer: AttentionNormalizer = "softmax",
+    normalize: Normalizer = masked_softmax,
 ) -> jax.Array:
     """`weighted_values(attention_weights(…), value)` [B, T, N, H].
 
     The arguments are those of `attention_weights`. The softmax's backward pass is written out; that
     of any other normalizer is autodiff's.
     """
-    if normalizer == "softmax":
+    if normalize is masked_softmax:
         return attend_by_softmax(query, key, value, mask, bias, scale, softcap)
-    weights = attention_weights(
-        query, key, mask, bias, scale=scale, softcap=softcap, normalizer=normalizer
-    )
+    how = {"scale": scale, "softcap": softcap, "normalize": normalize}
+    weights = attention_weights(query, key, mask, bias, **how)
     return checkpoint_name(weighted_values(weights, value), "attention")
 
 
@@ -112,7 +111,7 @@ def attend_to_prefix(
     bias: jax.Array | None,
     scale: float,
     softcap: float,
-    normalizer: AttentionNormalizer,
+    normalize: Normalizer,
 ) -> jax.Array:
     """`attend` to a cache of which the first `kv_length` slots are filled, [B, T, N, H].
 
@@ -129,7 +128,7 @@ def attend_to_prefix(
         prefix = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
         own_bias = None if bias is None else bias[..., :size]
         own_mask = mask[..., :size]
-        return attend(query, *prefix, own_mask, own_bias, scale, softcap, normalizer)
+        return attend(query, *prefix, own_mask, own_bias, scale, softcap, normalize)
 
     case = (kv_length > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])
