@@ -42,7 +42,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     # The data: a text's tokens in rows, which Grain shuffles by the seed and batches.
     data = open_data(config, out, overwrite=overwrite)
     config = data.config  # With the size of the vocabulary.
-    mesh, _ = devices(config)
+    mesh, about_mesh = devices(config)
     batches, validation = data.batches(mesh)
 
     # The model: a Flax module, used as a function of its parameters (`init` draws them, `loss` is
@@ -56,7 +56,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
         if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return
         print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
-        print(*model.lines, sep="\n")
+        print(*about_mesh, *model.lines, sep="\n")
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
             open_writers(out, config.train, checkpoints.last_step or 0) as writers,
