@@ -111,7 +111,7 @@ def attend_to_prefix(
     bias: jax.Array | None,
     scale: float,
     softcap: float,
-    normalize: Normalizer,
+    normalize: Normalizer = masked_softmax,
 ) -> jax.Array:
     """`attend` to a cache of which the first `kv_length` slots are filled, [B, T, N, H].
 
