@@ -179,7 +179,7 @@ BAD_FLAGS = {
     ),
     "tokenizer of very many tokens": (
         ["--data.tokenizer", f"bpe:{'9' * 5000}"],
-        "9': a size belongs behind it, as in bpe:4096.\n",
+        "9': it needs a size, as in bpe:4096.\n",
     ),
     "validation part too short": (
         ["--data.validation-fraction", "0.00001"],
