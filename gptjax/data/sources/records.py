@@ -10,7 +10,7 @@ import numpy as np
 from gptjax.config import InputError, parse_json
 from gptjax.data.sources.files import File, check_unpacked, chunks, sha256
 from gptjax.data.sources.protocol import Spec, check_index, first_line, refuse
-from gptjax.data.sources.text import IndexedFiles, Place, filled_starts, fingerprint_of
+from gptjax.data.sources.text import IndexedFiles, Location, filled_starts, fingerprint_of
 
 SHOWN_FIELDS = 20
 """Fields listed in the error for a missing one."""
@@ -29,12 +29,12 @@ class JsonLines(IndexedFiles):
         super().__init__(spec, paths, options, filled_starts, errors)
         self[0]
 
-    def _document(self, data: bytes, place: Place) -> str:
-        line = self._decoded(data, place)
+    def _document(self, data: bytes, location: Location) -> str:
+        line = self._decoded(data, location)
         try:
             return self._text(line, "")
         except InputError:  # Count the lines before it only for an error.
-            return self._text(line, f"line {_line_number(place)} of {place.file.path}")
+            return self._text(line, f"line {_line_number(location)} of {location.file.path}")
 
     def _text(self, line: str, where: str) -> str:
         """The text of a record; `where` names it in an error."""
@@ -49,9 +49,9 @@ class JsonLines(IndexedFiles):
         return text_of(record[self._field], where, self._field)
 
 
-def _line_number(place: Place) -> int:
-    before = ((start, data) for start, data in chunks(place.file) if start < place.start)
-    return 1 + sum(data[: place.start - start].count(b"\n") for start, data in before)
+def _line_number(location: Location) -> int:
+    before = ((start, data) for start, data in chunks(location.file) if start < location.start)
+    return 1 + sum(data[: location.start - start].count(b"\n") for start, data in before)
 
 
 class Parquet:

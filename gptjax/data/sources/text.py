@@ -27,7 +27,7 @@ _IS_TEXT = ~np.isin(np.arange(256), list(_BLANKS))
 Chunks = Iterable[tuple[int, bytes]]
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a document is, for errors."""
 
     file: Readable
@@ -84,22 +84,22 @@ class IndexedFiles:
         start = int(starts[within])
         end = int(starts[within + 1]) if within + 1 < len(starts) else file.size
         data = file.read(start, end - start)
-        return self._document(data, Place(file, within + 1, start))
+        return self._document(data, Location(file, within + 1, start))
 
     def __reduce__(self):
         from gptjax.data.sources import reopen
 
         return reopen, (self.name, self.fingerprint)
 
-    def _document(self, data: bytes, place: Place) -> str:
+    def _document(self, data: bytes, location: Location) -> str:
         """The document in these bytes, which end where the next one begins."""
-        return self._decoded(data, place)
+        return self._decoded(data, location)
 
-    def _decoded(self, data: bytes, place: Place) -> str:
+    def _decoded(self, data: bytes, location: Location) -> str:
         try:
             return data.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
-            _not_utf8(place.file, place.start, error)
+            _not_utf8(location.file, location.start, error)
 
     def _checked(
         self, file: Readable, update: Callable[[bytes], object], starts: Sequence[int]
@@ -143,8 +143,8 @@ class Lines(IndexedFiles):
         options = {"documents": "line", "errors": errors}
         super().__init__(spec, paths, options, line_starts, errors)
 
-    def _document(self, data: bytes, place: Place) -> str:
-        return self._decoded(without_end(data), place)
+    def _document(self, data: bytes, location: Location) -> str:
+        return self._decoded(without_end(data), location)
 
 
 class Column(IndexedFiles):
@@ -160,15 +160,15 @@ class Column(IndexedFiles):
         super().__init__(spec, paths, options, line_starts, errors)
         self[0]
 
-    def _document(self, data: bytes, place: Place) -> str:
+    def _document(self, data: bytes, location: Location) -> str:
         columns = without_end(data).split(b"\t")
         if self._column > len(columns):
             refuse(
-                f"line {place.number} of {place.file.path} has {len(columns)} columns, and column "
-                f"{self._column} is asked for"
+                f"line {location.number} of {location.file.path} has {len(columns)} columns, and "
+                f"column {self._column} is asked for"
             )
-        start = place.start + sum(len(column) + 1 for column in columns[: self._column - 1])
-        return self._decoded(columns[self._column - 1], place._replace(start=start))
+        start = location.start + sum(len(column) + 1 for column in columns[: self._column - 1])
+        return self._decoded(columns[self._column - 1], location._replace(start=start))
 
 
 class Blocks(IndexedFiles):
@@ -181,9 +181,10 @@ class Blocks(IndexedFiles):
         options = {"documents": "block", "errors": errors}
         super().__init__(spec, paths, options, _block_starts, errors)
 
-    def _document(self, data: bytes, place: Place) -> str:
+    def _document(self, data: bytes, location: Location) -> str:
         last_line = data.find(b"\n", len(data.rstrip(_BLANKS)))
-        return self._decoded(data if last_line < 0 else without_end(data[: last_line + 1]), place)
+        text = data if last_line < 0 else without_end(data[: last_line + 1])
+        return self._decoded(text, location)
 
 
 def fingerprint_of(digests: list[str], options: dict[str, str]) -> str:

@@ -63,20 +63,20 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
         "dtype": dtype.name,
     }
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    place = directory / fingerprint[:20]
-    with _sentence_on_failure(place):
-        if not _finished(place, wanted):
+    cache_dir = directory / fingerprint[:20]
+    with _sentence_on_failure(cache_dir):
+        if not _finished(cache_dir, wanted):
             check_local(directory).mkdir(parents=True, exist_ok=True)
-            lock = directory / f"{place.name}.lock"
-            waiting = f"Another process builds {place}; waiting for it."
-            with locked(lock, place, waiting=waiting):
-                if not _finished(place, wanted):
-                    if place.exists():
-                        print(f"{place} is damaged: it is built anew.", file=sys.stderr)
-                        shutil.rmtree(place)
-                    _build(documents, tokenizer, place, wanted)
-        tokens, offsets = Mapped(place / TOKENS, dtype), Mapped(place / OFFSETS, OFFSET)
-    return TokenStore(tokens, offsets, place, tokenizer.end_token is not None)
+            lock = directory / f"{cache_dir.name}.lock"
+            waiting = f"Another process builds {cache_dir}; waiting for it."
+            with locked(lock, cache_dir, waiting=waiting):
+                if not _finished(cache_dir, wanted):
+                    if cache_dir.exists():
+                        print(f"{cache_dir} is damaged: it is rebuilt.", file=sys.stderr)
+                        shutil.rmtree(cache_dir)
+                    _build(documents, tokenizer, cache_dir, wanted)
+        tokens, offsets = Mapped(cache_dir / TOKENS, dtype), Mapped(cache_dir / OFFSETS, OFFSET)
+    return TokenStore(tokens, offsets, cache_dir, tokenizer.end_token is not None)
 
 
 def kept(
@@ -99,39 +99,42 @@ def kept(
 
 
 @contextlib.contextmanager
-def _sentence_on_failure(place: Path) -> Iterator[None]:
+def _sentence_on_failure(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         kind = DiskError if is_failure(error) else InputError
         raise kind(
-            f"data.cache: cannot write {place}: {error.strerror}; nothing half-written is used."
+            f"data.cache: cannot write {cache_dir}: {error.strerror}; nothing half-written is used."
         ) from error
 
 
-def _finished(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the cache is in its place, undamaged.
+def _finished(cache_dir: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `cache_dir` holds a complete, intact cache.
 
     Raises:
-      InputError: a cache of something else is there.
+      InputError: it holds a cache of another text or tokenizer.
     """
-    meta = _read_note(place / META)
+    meta = _read_note(cache_dir / META)
     if meta is None:
         return False
     for name in ("data_sha256", "tokenizer_sha256"):
         if meta.get(name) != wanted[name]:
             what = "text" if name.startswith("data") else "tokenizer"
+            other = str(meta.get(name))[:12]
             raise InputError(
-                f"data.cache: {place} was made with another {what} ({str(meta.get(name))[:12]}, "
+                f"data.cache: {cache_dir} was made with another {what} ({other}, "
                 f"this one is {wanted[name][:12]}): choose another directory."
             )
     same = all(meta.get(name) == value for name, value in wanted.items())
-    return same and _intact(place / META, meta)
+    return same and _intact(cache_dir / META, meta)
 
 
-def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict[str, Any]) -> None:
-    """Encode all documents and move the finished cache to `place`."""
-    partial = place.with_suffix(".partial")
+def _build(
+    documents: Documents, tokenizer: Tokenizer, cache_dir: Path, wanted: dict[str, Any]
+) -> None:
+    """Encode all documents and move the finished cache to `cache_dir`."""
+    partial = cache_dir.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     dtype = np.dtype(wanted["dtype"])
     end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], np.int32)
@@ -153,7 +156,7 @@ def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict
     }
     (partial / PROGRESS).unlink(missing_ok=True)
     _write_note(partial / META, {**wanted, "tokens": writer.tokens, "files": files})
-    partial.rename(place)
+    partial.rename(cache_dir)
 
 
 def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> None:

@@ -152,25 +152,25 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(f"{described} names the tokenizer {kind!r}: {near_names(kind, KINDS)}")
     path = directory / CONTENTS[kind]
     try:
-        learnt = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: no tokenizer is saved here.") from error
-    if fingerprint_of(learnt, declared) != fingerprint:
+    if fingerprint_of(content, declared) != fingerprint:
         raise InputError(f"{path} is damaged: it is not the file that was saved there.")
     try:
-        return _restored(name, kind, learnt, declared)
+        return _restored(name, kind, content, declared)
     except ValueError as error:
         raise InputError(f"{path} {error}.") from error
 
 
-def _restored(name: str, kind: str, learnt: bytes, declared: dict[str, int]) -> Tokenizer:
+def _restored(name: str, kind: str, content: bytes, declared: dict[str, int]) -> Tokenizer:
     """The tokenizer with this name, saved content and declared special tokens.
 
     Raises:
       ValueError: content that is not its own.
     """
     if kind in PLAIN:
-        return PLAIN[kind].from_saved(learnt)
+        return PLAIN[kind].from_saved(content)
     if kind in MODEL_TYPES:
-        return SentencePieceTokenizer(learnt, kind)
-    return SubwordTokenizer(learnt, name, declared)
+        return SentencePieceTokenizer(content, kind)
+    return SubwordTokenizer(content, name, declared)

@@ -37,7 +37,7 @@ class Description(NamedTuple):
     """The library's tokenizer."""
     before: list[int]
     """Ids that its template puts before a text."""
-    behind: list[int]
+    after: list[int]
     """Ids that its template puts after a text."""
 
 
@@ -56,7 +56,7 @@ def open_description(text: str) -> Description:
             library = tokenizers.Tokenizer.from_str(text)
             library.no_truncation()
             library.no_padding()
-            before, behind = _template(library)
+            before, after = _template(library)
     except (InputError, LibraryError) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"is not a tokenizer of the tokenizers library: {reason}") from error
@@ -64,7 +64,7 @@ def open_description(text: str) -> Description:
         if getattr(library.model, name, None) is not None:
             setattr(library.model, name, None)
     library.encode_special_tokens = True  # Special tokens in a text are text.
-    opened = Description(content, library, before, behind)
+    opened = Description(content, library, before, after)
     _check_ids(opened)
     return opened
 
@@ -165,7 +165,7 @@ def _check_ids(opened: Description) -> None:
         text, found = token["content"], vocabulary.get(token["content"])
         if found != token["id"]:
             raise ValueError(f"gives {text!r} the id {token['id']}, and in its vocabulary {found}")
-    around = max([*opened.before, *opened.behind], default=-1)
+    around = max([*opened.before, *opened.after], default=-1)
     if around > most:
         raise ValueError(f"puts the id {around} around a text, which its vocabulary lacks")
     if decodes_bytes(opened.content):

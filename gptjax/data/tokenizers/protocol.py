@@ -96,10 +96,10 @@ class Tokenizer(Protocol):
         ...
 
 
-def fingerprint_of(learnt: bytes, declared: Mapping[str, int]) -> str:
+def fingerprint_of(content: bytes, declared: Mapping[str, int]) -> str:
     """The fingerprint of a tokenizer with this `save()` and `declared`."""
-    beside = json.dumps(dict(declared), sort_keys=True).encode() if declared else b""
-    return hashlib.sha256(learnt + beside).hexdigest()
+    other = json.dumps(dict(declared), sort_keys=True).encode() if declared else b""
+    return hashlib.sha256(content + other).hexdigest()
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

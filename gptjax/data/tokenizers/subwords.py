@@ -89,7 +89,7 @@ class SubwordTokenizer(Tokenizer):
         self._cuttable = _is_cuttable(opened.content)
         self._byte_level = _mentions(opened.content, "ByteLevel")
         self._before = np.array(opened.before, np.int32)
-        self._behind = np.array(opened.behind, np.int32)
+        self._after = np.array(opened.after, np.int32)
         self.vocabulary = opened.library.get_vocab()
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         for meaning, token in declared.items():
@@ -130,14 +130,14 @@ class SubwordTokenizer(Tokenizer):
     def ended(self) -> bytes:
         """The tokenizer.json, with the end token after every text if it puts none there."""
         end = self.special_texts().get("end")
-        if self._behind.size or end is None:
+        if self._after.size or end is None:
             return self._content
-        places = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        texts = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
         mark = {"SpecialToken": {"id": end, "type_id": 0}}
         template = {
             "type": "TemplateProcessing",
-            "single": [places[0], mark],
-            "pair": [*places, mark],
+            "single": [texts[0], mark],
+            "pair": [*texts, mark],
             "special_tokens": {end: {"id": end, "ids": [self.end_token], "tokens": [end]}},
         }
         content = {**json.loads(self._content), "post_processor": template}
@@ -173,14 +173,14 @@ class SubwordTokenizer(Tokenizer):
         )
         library = Tokenizer.from_str(empty)
         library.train_from_iterator(pieces_of(text), trainer)
-        learnt = library.get_vocab_size()
-        if learnt < vocab_size:
-            raise InputError(f"{spec}: for this text the size must be at most {learnt}.")
+        learned = library.get_vocab_size()
+        if learned < vocab_size:
+            raise InputError(f"{spec}: for this text the size must be at most {learned}.")
         return cls(library.to_str().encode("utf-8"), f"bpe:{vocab_size}")
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32, with the template's tokens around them."""
-        return np.concatenate([self.encode_prompt(text), self._behind])
+        return np.concatenate([self.encode_prompt(text), self._after])
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """Token ids [T], int32, with the template's tokens before them."""
