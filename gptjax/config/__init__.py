@@ -1,7 +1,7 @@
-"""Every choice of an experiment, as frozen dataclasses that are validated when made.
+"""Every choice of an experiment, as frozen dataclasses validated on construction.
 
 A wrong value is an `InputError` of one sentence: the field, the value and what is accepted. These
-classes are the command line (`--model.depth 6`); the text under a field is its `--help`.
+classes define the command line (`--model.depth 6`); a field's docstring is its `--help`.
 """
 
 from gptjax.config.checks import (

@@ -1,7 +1,7 @@
 """The axes along which variants differ, and the values of each.
 
-They are read from the annotations of `TransformerConfig`, so that a new value of an axis is
-certified and can be compared without another line.
+They are read from the annotations of `TransformerConfig`: a new value of an axis is certified and
+can be compared without further code.
 """
 
 import types
@@ -18,7 +18,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "num_experts": (4,),
     "token_types": (2,),
 }
-"""Values of the axes whose annotation does not list them; those that suit any size."""
+"""Values for axes whose annotation lists none; they are valid at any model size."""
 
 OUTSIDE = {
     "vocab_size": "a size",
@@ -28,23 +28,23 @@ OUTSIDE = {
     "heads": "a size",
     "norm_epsilon": "a constant of a formula",
     "rope_theta": "a constant of a formula",
-    "window": "comes with local attention",
-    "attention_kernel": "the platform's own are no CPU's: tests/layers/attention/test_flash.py",
-    "compression": "comes with compressed attention",
-    "experts_per_token": "comes with experts",
-    "dropout": "0: what is dropped depends on how a batch is divided",
+    "window": "set together with local attention",
+    "attention_kernel": "the others do not run on CPUs: tests/layers/attention/test_flash.py",
+    "compression": "set together with compressed attention",
+    "experts_per_token": "set together with experts",
+    "dropout": "0: what is dropped depends on how a batch is split",
     "capacity_factor": "0: which tokens a full expert drops depends on the others of the batch, so "
     "that parts of a batch, devices and cached decoding rightly differ from the whole",
     "dtype": "a column: every variant runs in both types",
     "scan_layers": "a column: every variant runs both ways",
     "remat": "a column: every variant runs both ways",
-    "remat_layers": "of scanned layers: tests/layers/test_stack.py",
-    "microbatches": "of a pipeline: tests/training/test_partitioned_step.py",
+    "remat_layers": "for scanned layers: tests/layers/test_stack.py",
+    "microbatches": "for pipelines: tests/training/test_partitioned_step.py",
 }
-"""Fields that are no axis of the grid of `gptjax.certify`, and why."""
+"""Fields that are not axes of the grid of `gptjax.certify`, and why."""
 
 Companion = Callable[[TransformerConfig], Any]
-"""A config → what another of its fields must hold: what it holds already, where that will do."""
+"""A config → the value another of its fields needs: its present value where that is valid."""
 
 
 def _only(value: Any) -> Companion:
@@ -86,11 +86,11 @@ COMPANIONS: dict[str, dict[str, Companion]] = {
     "encoder_heads": {"family": _only("encoder")},
     "encoder_depth": {"family": _only("encoder_decoder")},
 }
-"""What an axis, or one value of it, is refused or has no effect without."""
+"""Fields that an axis, or one value of it, needs to be valid and to have an effect."""
 
 
 def listed(hint: Any) -> tuple[Any, ...]:
-    """The values that an annotation lists: a Literal's, both of a bool; none of another type's."""
+    """The values that an annotation lists: a Literal's, both of a bool, else none."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
     union = isinstance(hint, types.UnionType) and bool in typing.get_args(hint)
@@ -102,10 +102,10 @@ AXES: dict[str, tuple[Any, ...]] = {
     for name, hint in typing.get_type_hints(TransformerConfig).items()
     if name not in OUTSIDE and (name in SETTINGS or listed(hint))
 }
-"""Every axis that can be varied in any size, with its values."""
+"""Every axis that can be varied at any model size, with its values."""
 
 
 def companions(axis: str, value: Any, config: TransformerConfig) -> dict[str, Any]:
-    """What other fields of `config` are to hold for `axis` to mean something with `value`."""
+    """Values that other fields of `config` need for `axis` to take effect at `value`."""
     needed = COMPANIONS.get(axis, {}) | COMPANIONS.get(f"{axis}={value}", {})
     return {name: companion(config) for name, companion in needed.items()}

@@ -1,4 +1,4 @@
-"""What a wrong value is answered with: one sentence that names the field, the value, what fits."""
+"""Validation of configs: an error is one sentence with field, value and what is accepted."""
 
 import difflib
 import math
@@ -9,32 +9,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 LONGEST_SHOWN = 200
-"""Characters of a value in an error."""
+"""Characters of a value shown in an error."""
 MOST_LISTED = 20
-"""Directories in an error."""
-
+"""Directories listed in an error."""
 
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""Of float32, without the subnormal numbers, which a device may take for 0."""
+"""Normal float32 magnitudes; a device may flush subnormal numbers to 0."""
 WHOLE = 1 << 32
-"""Above all whole numbers: a device counts in 32 bits."""
+"""Upper bound of whole numbers, exclusive: devices use 32-bit integers."""
 MOST_DIGITS = 18
-"""Of a whole number in a text: more would not fit into 64 bits."""
+"""Digits of a whole number in a text: more would not fit into 64 bits."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave; its message is one sentence for the user."""
+    """A mistake in the user's input; its message is one sentence for the user."""
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """The sentence's end for an unknown `name`: its near ones among `known`, or all of them."""
+    """End of the error for an unknown `name`: close matches among `known`, or all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(name[:LONGEST_SHOWN], known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}."
 
 
 def near_directories(path: Path) -> str:
-    """The sentence's end for a directory that is not there: the near ones beside it, or all."""
+    """End of the error for a missing directory: close matches beside it, or all."""
     try:
         directories = [each.name for each in path.parent.iterdir() if each.is_dir()]
     except OSError:
@@ -48,34 +47,34 @@ def near_directories(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: its repr, cut where it is long."""
+    """The repr of a value for an error, truncated to `LONGEST_SHOWN`."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def check(config: Any, name: str, accepted: bool, what: str) -> None:
-    """Refuse the field `name` of a config unless `accepted`; `what` says what would be."""
+    """Raise an `InputError` for field `name` unless `accepted`; `what` says what would be."""
     if not accepted:
         value = getattr(config, name)
         raise InputError(f"{type(config).__name__}.{name} is {shown(value)}: it must be {what}.")
 
 
 def whole_number(text: str) -> int | None:
-    """The number that ASCII digits stand for; None of any other text, or of too many of them."""
+    """The number written in ASCII digits; None for other text or more than `MOST_DIGITS`."""
     fits = text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
     return int(text) if fits else None
 
 
 def check_minimum(config: Any, least: int, *names: str) -> None:
-    """The fields `names` are at least `least`."""
+    """Raise an `InputError` unless each of the fields `names` is at least `least`."""
     for name in names:
         check(config, name, getattr(config, name) >= least, f"at least {least}")
 
 
 def check_types(config: Any) -> None:
-    """Each field holds a value of its annotated type; an int is taken where a float is asked.
+    """Raise an `InputError` unless each field has its annotated type; an int passes for a float.
 
-    Numbers are those of the device: of 32 bits, finite, and not so small that they are 0 there.
+    Numbers must suit the device: 32 bits, finite, and not so small that they are 0 there.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)

@@ -16,7 +16,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: dict[str, Any], where: str = "config.json") -> Config:
-    """A config of class `kind` from nested dicts.
+    """A config of class `kind` from nested dicts; `where` names them in an error.
 
     Raises:
       InputError: a field that `kind` lacks, or a value that it does not accept.

@@ -1,4 +1,4 @@
-"""A training run: its data, its optimizer, its length, and the model."""
+"""The config of a training run: model, data, optimizer, length, mesh."""
 
 import dataclasses
 import math
@@ -19,41 +19,42 @@ from gptjax.config.values import (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it becomes tokens."""
+    """Sources, tokenizer, and what the model is trained to predict."""
 
     source: tuple[str, ...] = ("embedded",)
     """embedded (the language reference that every Python carries), files, globs, tfds:NAME;
     gptjax/data/README.md has the options behind #."""
     target: tuple[str, ...] = ()
-    """sequence_to_sequence: what each source is to become, document by document."""
+    """sequence_to_sequence: the target of each source, document by document."""
     weights: tuple[float, ...] = ()
-    """Share of the rows that comes from each source; none takes all rows of all equally."""
+    """Share of the rows drawn from each source; none takes every row of all sources equally."""
     validation: tuple[str, ...] = ()
-    """Sources that are never trained on; none takes the last part of each source."""
+    """Sources held out for validation; none holds out the last part of each source."""
     validation_target: tuple[str, ...] = ()
-    """sequence_to_sequence: what each of these is to become."""
+    """sequence_to_sequence: the target of each validation source."""
     validation_fraction: float = 0.1
-    """The last part of each source, never trained on."""
+    """Last part of each source, held out for validation."""
     tokenizer: str = "bytes"
-    """bytes or characters; learnt from the text: sentencepiece:SIZE, unigram:SIZE, bpe:SIZE; read:
-    gpt2:PATH, gpt1:PATH, wordpiece:PATH, huggingface:PATH, sentencepiece:FILE.model."""
+    """bytes or characters; trained on the text: sentencepiece:SIZE, unigram:SIZE, bpe:SIZE; read
+    from files: gpt2:PATH, gpt1:PATH, wordpiece:PATH, huggingface:PATH,
+    sentencepiece:FILE.model."""
     objective: Objective = "causal"
-    """What is predicted: the next token; masked ones, for next_sentence in pairs of segments; the
-    target; or, of the same text, what follows a beginning or fills what was taken out."""
+    """What is predicted: the next token (causal); masked tokens, with next_sentence in pairs of
+    segments; the target of a source; the rest of a text (prefix), or spans removed from it."""
     packing: Packing = "split"
-    """Rows of documents one after another, or side by side and unseen by each other."""
+    """Rows cut from concatenated documents, or documents side by side, masked from each other."""
     mask_rate: float = 0.15
-    """masked_lm, next_sentence, span_corruption: share of the tokens that is hidden."""
+    """masked_lm, next_sentence, span_corruption: share of tokens that are masked or removed."""
     whole_words: bool = False
-    """masked_lm, next_sentence: hide words, not tokens."""
+    """masked_lm, next_sentence: mask whole words instead of single tokens."""
     mean_span: float = 3.0
-    """span_corruption: mean length of what is taken out, in tokens."""
+    """span_corruption: mean length of a removed span, in tokens."""
     buckets: int = 4
-    """sequence_to_sequence: lengths that pairs are sorted into and padded to."""
+    """sequence_to_sequence: number of lengths that pairs are bucketed by and padded to."""
     cache: str = ""
     """Directory that keeps tokenised text for later runs; empty keeps it for this run only."""
     streaming: bool = False
-    """Tokenise while training and not before: nothing is kept, and documents are shuffled."""
+    """Tokenise on the fly during training: nothing is stored, and documents are shuffled."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -85,32 +86,32 @@ class OptimizerConfig:
     """How gradients become updates."""
 
     name: OptimizerName = "adamw"
-    """How gradients become updates; all decay weights apart from that, as AdamW does. muon
-    orthogonalises the matrices of the blocks and leaves all else to AdamW."""
+    """How gradients become updates; weight decay is decoupled in all, as in AdamW. muon
+    orthogonalises the updates of the blocks' matrices and leaves all else to AdamW."""
     learning_rate: float = 1e-3
     """Peak learning rate; with muon, that of AdamW."""
     muon_learning_rate: float = 0.02
     """Peak learning rate of the matrices that Muon takes."""
     schedule: Schedule = "cosine"
-    """After the warm-up: cosine decay, constant, or stable and then a linear decay (wsd)."""
+    """After warmup: cosine decay, constant, or stable and then linear decay (wsd)."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up from zero; None is 100, of short runs a fifth."""
+    """Steps of linear warmup from zero; None is 100, or a fifth of a shorter run."""
     decay_fraction: float = 0.2
-    """wsd: the last part of the run, in which the rate decays."""
+    """wsd: last part of the run, over which the learning rate decays."""
     min_lr_ratio: float = 0.1
-    """The learning rate at the end over its peak."""
+    """Final learning rate as a fraction of the peak."""
     beta1: float = 0.9
-    """Decay of the first moment; sgd: of its momentum."""
+    """Decay rate of the first moment; sgd: momentum."""
     beta2: float = 0.99
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     mu_dtype: Dtype = "float32"
-    """Type of the first moment, which is kept beside each parameter; the second stays float32."""
+    """Dtype of the first moment, one value per parameter; the second stays float32."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases never decay."""
     clip_norm: float = 1.0
-    """The largest global norm of the gradient; 0 does not clip."""
+    """Maximum global norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -127,20 +128,20 @@ class OptimizerConfig:
             check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of so many, the default resolved."""
+        """Warmup steps of a run of `steps`, the default resolved."""
         return min(100, steps // 5) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, on how much, and how often to look."""
+    """Steps, batch size, loss terms, and how often to log, evaluate and save."""
 
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Sequences a step (B)."""
+    """Sequences per step (B)."""
     grad_accumulation: int = 1
-    """Parts that a batch is computed in, one after another (gradient accumulation)."""
+    """Parts that a batch is split into, computed one after another (gradient accumulation)."""
     seed: int = 0
     """Seed of the parameters, the data order and the dropout."""
     label_smoothing: float = 0.0
@@ -148,19 +149,19 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the squared log-partition function, which keeps logits small."""
     balance_loss: float = 0.01
-    """Weight of the loss that balances a mixture of experts (the Switch Transformer's value)."""
+    """Weight of a mixture of experts' load-balancing loss (the Switch Transformer's value)."""
     router_z_loss: float = 0.001
-    """Weight of the squared log-partition of its router (ST-MoE's value)."""
+    """Weight of the router's squared log-partition function (ST-MoE's value)."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at a time; 0 takes all at once."""
+    """Tokens whose logits are in memory at a time; 0 takes all at once."""
     log_every: int = 10
-    """Steps between two logged lines."""
+    """Steps between logged lines."""
     eval_every: int = 250
-    """Steps between two evaluations on the validation part."""
+    """Steps between evaluations on the validation part."""
     checkpoint_every: int = 250
-    """Steps between two checkpoints; the last and the best are kept."""
+    """Steps between checkpoints; the last and the best are kept."""
     keep_every: int = 0
-    """Steps between two checkpoints that are kept beside them, to look back; 0 keeps none."""
+    """Steps between checkpoints that are kept as well, for later analysis; 0 keeps none."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -181,7 +182,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """One training run, wholly: `config.json` holds it, and rebuilds the run."""
+    """The whole config of a training run; `config.json` stores it and rebuilds the run."""
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -196,7 +197,7 @@ class ExperimentConfig:
 
 
 def with_vocabulary(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:
-    """The config with the tokenizer's vocabulary, where the model leaves it open.
+    """The config with the tokenizer's vocabulary size, where the model leaves it open.
 
     Raises:
       InputError: a model with fewer tokens than the tokenizer.

@@ -1,8 +1,8 @@
-"""JSON, read with limits: whatever is wrong with it is one sentence.
+"""JSON read with limits; any fault is an error of one sentence.
 
-Python's own reader ends in a RecursionError in brackets a thousand deep, makes an integer of any
-number of digits (from 4,301 on another error), waits for ever at a pipe and takes a file of any
-size into memory. None of that occurs in a config, an index or a tokenizer.
+Python's own reader raises a RecursionError at a thousand nested brackets, parses integers of any
+length (another error from 4,301 digits on), blocks for ever on a pipe and reads a file of any size
+into memory. None of that occurs in a valid config, index or tokenizer.
 """
 
 import functools
@@ -15,27 +15,26 @@ from typing import Any
 from gptjax.config.checks import InputError
 
 MOST_BYTES = 1 << 26
-"""Of a file; the largest that are published, tokenizers of 260,000 tokens, take 35 MB."""
+"""Size limit of a file; the largest published tokenizers (260,000 tokens) take 35 MB."""
 MOST_DEPTH = 100
-"""Of objects and lists in each other; a tokenizer's have about ten."""
+"""Nesting limit of objects and lists; a tokenizer's have about ten levels."""
 MOST_DIGITS = 300
-"""Of an integer, so that each fits into a float too; tokenizer_config.json has some of 31."""
-
+"""Digit limit of an integer, so that it fits a float; tokenizer_config.json has some of 31."""
 
 SEAL = "crc32"
-"""The field with the checksum of the others, in JSON that gptjax writes and reads again."""
+"""The checksum field of JSON that gptjax writes and reads back."""
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with its checksum, which `unsealed` looks at."""
+    """`content` with its checksum, which `unsealed` verifies."""
     return {**content, SEAL: zlib.crc32(json.dumps(content).encode())}
 
 
 def unsealed(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """What `sealed` was given, of what was read from `where`.
+    """The content that `sealed` was given, checked; `where` names the file in an error.
 
     Raises:
-      InputError: it is not what was written.
+      InputError: a checksum that does not match.
     """
     inner = {name: value for name, value in content.items() if name != SEAL}
     if sealed(inner) != content:
@@ -46,10 +45,10 @@ def unsealed(content: dict[str, Any], where: str) -> dict[str, Any]:
 def read_sealed(path: Path) -> dict[str, Any]:
     """The object in a file that was written `sealed`, without its checksum.
 
-    A file that has none, as older versions wrote it, is read with a line on standard error.
+    A file without one, from an older version, is read with a warning on standard error.
 
     Raises:
-      InputError: as `read_json_object`, or a file that is not what was written.
+      InputError: as `read_json_object`, or a checksum that does not match.
     """
     content = read_json_object(path)
     if SEAL in content:
@@ -73,7 +72,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_limited(path: Path) -> bytes:
-    """The content of a file that others wrote.
+    """The bytes of a file from elsewhere, at most `MOST_BYTES`.
 
     Raises:
       InputError: a file that is missing, no regular file, or larger than `MOST_BYTES`.
@@ -94,7 +93,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a file of JSON.
 
     Raises:
-      InputError: as `read_json`, or another value than an object.
+      InputError: as `read_json`, or a value that is not an object.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -103,10 +102,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of `text`, JSON (bytes in UTF-8), which `where` names in an error.
+    """The value of JSON `text` (bytes in UTF-8); `where` names it in an error.
 
     Raises:
-      InputError: something else than JSON; deeper than `MOST_DEPTH`; an integer of more than
+      InputError: not JSON; deeper than `MOST_DEPTH`; an integer of more than
         `MOST_DIGITS` digits.
     """
 
@@ -129,7 +128,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    """Whether more than `depth` objects and lists lie in each other, level by level."""
+    """Whether objects and lists are nested more than `depth` deep, level by level."""
     level = [value]
     for _ in range(depth + 1):
         containers = [inner for inner in level if isinstance(inner, (dict, list))]

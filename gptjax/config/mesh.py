@@ -1,4 +1,4 @@
-"""How devices share the work."""
+"""The device mesh: how many devices each kind of parallelism takes."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ class MeshConfig:
     """Devices along each axis of the mesh; their product is the number of devices."""
 
     data: int = 0
-    """Parts of a batch, each with the parameters whole; 0 takes what the other axes leave."""
+    """Parts of a batch, with parameters replicated; 0 takes what the other axes leave."""
     fsdp: int = 1
-    """Parts of a batch and of every parameter, which is put together where it is used (FSDP)."""
+    """Parts of a batch and of every parameter, gathered where it is used (FSDP)."""
     tensor: int = 1
-    """Parts of heads, feed-forward layer and vocabulary (tensor parallelism)."""
+    """Parts of heads, MLP and vocabulary (tensor parallelism)."""
     sequence: int = 1
-    """Parts of a sequence, each looking at the keys and values of all (context parallelism)."""
+    """Parts of a sequence, each attending to the keys and values of all (context parallelism)."""
     expert: int = 1
-    """Parts of a batch and of a mixture's experts."""
+    """Parts of a batch and of the experts (expert parallelism)."""
     pipeline: int = 1
-    """Stages of consecutive layers, which a batch passes in parts (model.microbatches)."""
+    """Stages of consecutive layers, fed with microbatches (model.microbatches)."""
     slices: int = 1
-    """TPU slices, each with its share of the axis data: only that crosses their slow network."""
+    """TPU slices that the axis data spans; no other axis crosses their slow network."""
     pmap: bool = False
-    """Compile by jax.pmap; for data parallelism alone."""
+    """Compile with jax.pmap; for data parallelism alone."""
 
     def __post_init__(self) -> None:
         check_types(self)

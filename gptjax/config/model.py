@@ -26,18 +26,18 @@ MOST_BLOCKS = 1 << 16
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a model. The letters are the axes of every docstring in gptjax."""
+    """The shape of a model. The letters are the axis names of every docstring in gptjax."""
 
     family: Family = "decoder"
     """GPT, BERT, the original Transformer, or the LSTM that it displaced."""
     vocab_size: int = 0
     """Tokens in the vocabulary (V); 0 takes the tokenizer's."""
     context_length: int = 128
-    """The most tokens that a sequence may have (T)."""
+    """Maximum sequence length in tokens (T)."""
     depth: int = 4
-    """Blocks (L); an encoder-decoder has as many in its decoder."""
+    """Number of blocks (L); of an encoder-decoder, in its decoder."""
     encoder_depth: int = 0
-    """Blocks in the encoder of an encoder-decoder; 0 takes depth."""
+    """Number of blocks in the encoder of an encoder-decoder; 0 takes depth."""
     width: int = 128
     """Width of the residual stream (D)."""
     heads: int = 4
@@ -45,21 +45,22 @@ class TransformerConfig:
     kv_heads: int = 0
     """Key and value heads (K), each shared by heads / kv_heads queries; 0 takes heads."""
     head_dim: int = 0
-    """Width of one head (H); 0 takes width / heads."""
+    """Dimension of one head (H); 0 takes width / heads."""
     mlp_dim: int = 0
-    """Width of the feed-forward layer (F); 0 takes 4 x width."""
+    """Hidden dimension of the MLP (F); 0 takes 4 x width."""
     position_embedding: PositionEmbedding = "learned"
-    """How a token knows where it stands."""
+    """How positions are encoded."""
     pairing: Pairing = "half"
-    """Which two channels share an angle (rotary, sinusoidal): i and i + H/2, or 2i and 2i + 1."""
+    """Channels that share an angle (rotary, sinusoidal): i and i + H/2, or 2i and 2i + 1."""
     rotary_fraction: float = 1.0
-    """rotary: the share of a head's channels that turn."""
+    """rotary: fraction of a head's channels that are rotated."""
     rope_theta: float = 10_000.0
-    """rotary: the longest wavelength over 2 pi, about."""
+    """rotary: base of the frequencies; the longest wavelength is about 2 pi times it."""
     norm: NormName = "layernorm"
     """The normalisation of the residual stream."""
     norm_placement: NormPlacement = "pre"
-    """Before a layer, after its sum, both sides of it, or attention and feed-forward at once."""
+    """A norm before each layer (pre), after the residual sum (post), on both sides of the layer
+    (sandwich), or before attention and MLP in parallel, one each or shared."""
     norm_epsilon: float = 1e-5
     """Added to the variance."""
     embedding_norm: bool = False
@@ -67,29 +68,29 @@ class TransformerConfig:
     final_norm: bool = True
     """Normalise after the last block."""
     attention: str = "full"
-    """full, local (window), compressed, or a pattern repeated over the blocks: full,local."""
+    """full, local (window), compressed, or a pattern repeated over the blocks, as in full,local."""
     window: int = 0
-    """local: how many tokens a query sees, its own included."""
+    """local: how many tokens each query attends to, its own included."""
     compression: int = 3
-    """compressed: keys and values that a strided convolution joins into one."""
+    """compressed: how many keys and values a strided convolution merges into one."""
     attention_scaled: bool = True
-    """Divide the scores by the root of the head width."""
+    """Divide the scores by the root of the head dim."""
     attention_kernel: AttentionKernel = "auto"
-    """auto: the fastest that the platform has for this config; splash is a TPU's, cudnn a GPU's."""
+    """auto: the platform's fastest for this config; splash runs on TPUs, cudnn on GPUs."""
     attention_normalizer: AttentionNormalizer = "softmax"
-    """What makes weights of scores: softmax over the keys, or sigmoid of each."""
+    """How scores become weights: softmax over the keys, or a sigmoid of each score."""
     attention_softcap: float = 0.0
-    """Scores bounded softly by cap tanh(score / cap); 0 does not."""
+    """Soft cap of the attention scores, cap tanh(score / cap); 0 is none."""
     qk_norm: bool = False
-    """RMS-normalise each query and key."""
+    """RMSNorm of each query and key."""
     activation: Activation = "gelu_tanh"
     """The MLP's activation, the last three gated; gelu_tanh is GPT-2's."""
     num_experts: int = 0
-    """Feed-forward layers that each token chooses among (E); 0 is one for all."""
+    """Expert MLPs that tokens are routed among (E); 0 is a single MLP for all."""
     experts_per_token: int = 2
-    """Experts that a token goes to."""
+    """Experts that each token is routed to."""
     capacity_factor: float = 0.0
-    """Tokens that an expert takes over its even share, the rest dropped in training; 0 is all."""
+    """Tokens per expert over an even share; training drops those above it; 0 drops none."""
     bias: bool = True
     """Biases in the linear layers and the layer norms."""
     query_bias: bool | None = None
@@ -101,33 +102,33 @@ class TransformerConfig:
     head_bias: bool = False
     """A bias per token in the head."""
     logit_softcap: float = 0.0
-    """Logits bounded softly by cap tanh(logit / cap); 0 does not."""
+    """Soft cap of the logits, cap tanh(logit / cap); 0 is none."""
     logit_scale: float = 1.0
-    """What the head reads is multiplied by it (Cohere's name; muP's way of a wider model)."""
+    """Factor of the head's input (Cohere's name; how muP scales a wider model)."""
     embedding_scaled: bool = False
     """Multiply token embeddings by the root of the width."""
     token_types: int = 0
-    """encoder: kinds of segments that have an embedding (BERT: 2)."""
+    """encoder: number of token types, each with an embedding (BERT's segments: 2)."""
     encoder_heads: EncoderHeads = "none"
-    """encoder: BERT's pooler, its masked-LM transformation, or both and next sentence."""
+    """encoder: BERT's pooler, its masked-LM transform, or both and the next-sentence head."""
     dropout: float = 0.0
-    """Share of activations dropped in training: after the embedding, in attention, in residuals."""
+    """Dropout rate in training: after the embedding, in attention, before residual sums."""
     dtype: Dtype = "float32"
-    """Type of the activations; parameters, softmax, norms and loss stay float32."""
+    """Compute dtype (activations); parameters, softmax, norms and loss stay float32."""
     scan_layers: bool = False
-    """Run the blocks as one scanned loop (compiles faster when deep), not one after another."""
+    """Run the blocks as one scanned loop (compiles faster when deep) instead of unrolled."""
     remat: Remat = "none"
-    """What of a block is recomputed in the backward pass: nothing; all; all but products with
-    weights, or but what attention read and the feed-forward layer's first products; or all, the
-    block's input waiting in the host's memory."""
+    """What the backward pass recomputes of a block: nothing; everything (full); everything but
+    products with weights (dots), or but attention's inputs and the MLP's first products (names);
+    or everything, with the block's input kept in host memory (offload)."""
     remat_layers: int = 1
-    """Blocks that are recomputed together, of which only the first one's input is kept."""
+    """Consecutive blocks recomputed together; only the input of the first is kept."""
     microbatches: int = 0
-    """Parts in which a batch passes the stages of a pipeline; 0 takes about 4 a stage."""
+    """Microbatches that a batch is split into for a pipeline; 0 takes about 4 per stage."""
 
     @property
     def actual_head_dim(self) -> int:
-        """Width of one head (H), the default resolved."""
+        """Dimension of one head (H), the default resolved."""
         return self.head_dim or self.width // self.heads
 
     @property
@@ -137,17 +138,17 @@ class TransformerConfig:
 
     @property
     def actual_mlp_dim(self) -> int:
-        """Width of the feed-forward layer (F), the default resolved."""
+        """Hidden dimension of the MLP (F), the default resolved."""
         return self.mlp_dim or 4 * self.width
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that turn, an even number."""
+        """Channels of a head that are rotated, an even number."""
         return int(self.rotary_fraction * self.actual_head_dim) // 2 * 2
 
     @property
     def attention_pattern(self) -> tuple[AttentionKind, ...]:
-        """The kinds of attention of consecutive blocks, over which the stack repeats."""
+        """The kinds of attention of consecutive blocks, repeated over the stack."""
         return cast(tuple[AttentionKind, ...], tuple(self.attention.split(",")))
 
     def __post_init__(self) -> None:
@@ -168,8 +169,11 @@ class TransformerConfig:
         check(self, "heads", divides, f"a divisor of width {self.width}")
         divides = self.heads % self.actual_kv_heads == 0
         check(self, "kv_heads", divides, f"a divisor of heads {self.heads}")
-        turns = self.remat_layers == 1 or self._groups_divide()
-        check(self, "remat_layers", turns, "1, or with scan_layers a divisor of depth in turns")
+        grouped = self.remat_layers == 1 or self._groups_divide()
+        accepted = (
+            "1, or with scan_layers a divisor of depth and a multiple of the pattern's length"
+        )
+        check(self, "remat_layers", grouped, accepted)
         self._check_attention()
         self._check_positions()
         self._check_family()
@@ -177,7 +181,7 @@ class TransformerConfig:
         check(self, "experts_per_token", among, f"between 1 and num_experts {self.num_experts}")
 
     def _groups_divide(self) -> bool:
-        """Whether layers are scanned, in whole groups of whole turns of the kinds of attention."""
+        """Whether layers are scanned in whole groups of whole repeats of the attention pattern."""
         whole = self.remat_layers % len(self.attention_pattern) == 0
         depths = self.depth, self.encoder_depth or self.depth
         return whole and self.scan_layers and all(d % self.remat_layers == 0 for d in depths)
@@ -199,9 +203,7 @@ class TransformerConfig:
         if self.position_embedding == "rotary":
             check(self, "rotary_fraction", 0 < self.rotary_fraction <= 1, "above 0 and at most 1")
             even = self.rotary_fraction < 1 or self.actual_head_dim % 2 == 0
-            accepted = (
-                f"a number that leaves an even head width (rotary), not {self.actual_head_dim}"
-            )
+            accepted = f"a number that leaves an even head dim (rotary), not {self.actual_head_dim}"
             check(self, "heads", even and self.rotary_dim > 0, accepted)
         if self.position_embedding == "sinusoidal":
             check(self, "width", self.width % 2 == 0, "even with sinusoidal positions")

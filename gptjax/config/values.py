@@ -1,7 +1,8 @@
-"""The values of what is chosen by name, and the facts that go with a value.
+"""The named values of config fields, and the facts that go with a value.
 
-A value is listed here and implemented in a table or a `match` elsewhere: `exhaustive` tables refuse
-at import a value that they lack, and a `match` that ends with `assert_never` does not type-check.
+A value is listed here and implemented in a table or a `match` elsewhere. A missing implementation
+is an error: `exhaustive` tables raise at import, and a `match` that ends with `assert_never` fails
+type checking.
 """
 
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
@@ -33,17 +34,17 @@ OptimizerName = Literal[
     "muon",
 ]
 WITH_MU_DTYPE = ("adamw", "nadamw", "lion", "sgd", "muon")
-"""Optimizers whose first moment may be kept in a type of its own."""
+"""Optimizers whose first moment may have a dtype of its own."""
 Schedule = Literal["cosine", "constant", "wsd"]
 
 Entry = TypeVar("Entry")
 
 
 def exhaustive(values: Any, table: dict[str, Entry]) -> dict[str, Entry]:
-    """`table`, which must have an entry for each of `values`, a `Literal`, and no other.
+    """Returns `table` after checking that its keys are exactly the values of a `Literal`.
 
     Raises:
-      TypeError: a value without an entry, or an entry that is no value.
+      TypeError: a value without an entry, or an entry that is not a value.
     """
     lacking, unknown = set(get_args(values)) - set(table), set(table) - set(get_args(values))
     if lacking or unknown:
@@ -57,26 +58,26 @@ def exhaustive(values: Any, table: dict[str, Entry]) -> dict[str, Entry]:
 RELATIVE_BUCKETS = 32
 """Buckets of T5's relative positions (its released configurations)."""
 GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-"""Gated activations, and what the gate goes through (Shazeer 2020)."""
+"""Gated activations, and the function applied to the gate (Shazeer 2020)."""
 
 
 class Placement(NamedTuple):
     """Where norms stand around a layer (`gptjax.layers.residual`)."""
 
     before: bool = False
-    """A norm of what the layer reads."""
+    """A norm of the layer's input."""
     after: bool = False
-    """A norm of what the layer adds."""
+    """A norm of the layer's output, before it is added."""
     of_sum: bool = False
-    """A norm of the stream with what the layer adds."""
+    """A norm of the residual sum."""
     parallel: bool = False
-    """Attention and MLP read the same stream, and are added at once."""
+    """Attention and MLP read the same stream and are added together."""
     shared: bool = False
-    """They read the same norm of it."""
+    """Attention and MLP share one norm."""
 
     @property
     def norms(self) -> int:
-        """Norms around a layer."""
+        """Number of norms around a layer."""
         return self.before + self.after + self.of_sum
 
 
@@ -99,4 +100,4 @@ ENCODER_HEADS = exhaustive(
         "pretraining": ("pooler", "masked_lm", "next_sentence"),
     },
 )
-"""BERT's heads that a model has (Devlin et al. 2018)."""
+"""Which of BERT's heads a model has (Devlin et al. 2018)."""

@@ -1,4 +1,4 @@
-"""A run's data, opened: from the config to rows that train and rows that validate."""
+"""From a data config to training and validation rows."""
 
 import contextlib
 import hashlib
@@ -29,13 +29,13 @@ from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
 
 LEARNING_CHARACTERS = 1 << 26
-"""Of a larger text a tokenizer learns from documents at even distances, about as many as that."""
+"""About the most characters a tokenizer is trained on: evenly spaced documents of a larger text."""
 SAMPLED_DOCUMENTS = 1000
-"""Whose mean length tells how many documents that is."""
+"""Documents whose mean length estimates how many that is."""
 
 
 class Sources(NamedTuple):
-    """What is read, opened; of pairs the documents, and what they are to become."""
+    """The opened sources of a run, and the targets of pairs."""
 
     train: list[Documents]
     train_targets: list[Documents]
@@ -44,58 +44,58 @@ class Sources(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all of it."""
+        """Hex SHA-256 of all sources and targets."""
         each = [[documents.fingerprint for documents in part] for part in self]
         return hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
     @property
     def several(self) -> bool:
-        """Whether there are documents that follow others; the pieces of a long file are one."""
+        """Whether a part has more than one document; the pieces of a long file count as one."""
         counts = (sum(map(_texts, part)) for part in (self.train, self.validation))
         return max(counts) > 1
 
 
 class Predicted(NamedTuple):
-    """What of a text is predicted in an evaluation, for bits per byte."""
+    """Size of the text that an evaluation predicts, for bits per byte."""
 
     tokens: int
     bytes: int
-    """Of these tokens' text in UTF-8."""
+    """UTF-8 bytes of these tokens' text."""
 
 
 class Corpus(NamedTuple):
     """A run's data."""
 
     train: list[Bucket]
-    """Rows, by shape; none where text is tokenised on the fly."""
+    """Training rows, one bucket per shape; empty where text is tokenised on the fly."""
     validation: list[Bucket]
-    """Rows that are never trained on."""
+    """Held-out rows."""
     vocabulary: Vocabulary
-    """The tokenizer's, and what the objective needs beside it."""
+    """The tokenizer's, extended by what the objective needs."""
     stores: list[TokenStore]
-    """The tokens that train, of each source and then of each target."""
+    """Training tokens, one store per source and then per target."""
     predicted: Predicted | None
-    """Of the validation part; None where the objective does not predict a text from end to end."""
+    """For the validation part; None unless the objective predicts whole texts (causal)."""
 
     @property
     def train_tokens(self) -> int:
-        """How many tokens there are to train on; 0 where nobody knows yet."""
+        """Number of training tokens; 0 where text is tokenised on the fly."""
         return sum(len(store.tokens) for store in self.stores)
 
 
 def open_sources(data: DataConfig) -> Sources:
-    """Open what is read, and keep the last part of each source for validation.
+    """Open the sources, and hold out the last part of each for validation.
 
-    A source of several documents is parted between two of them, a single document by characters.
+    A source of several documents is split between documents, a single document between characters.
 
     Raises:
-      InputError: what `open_source` raises, texts of different lengths that should be pairs, or one
-        that cannot be parted.
+      InputError: what `open_source` raises, pairs with different numbers of documents, or a source
+        that cannot be split.
     """
     train, targets = _opened(data.source), _opened(data.target)
     validation, validation_targets = _opened(data.validation), _opened(data.validation_target)
-    for sources, becoming in (train, targets), (validation, validation_targets):
-        for source, target in zip(sources, becoming, strict=False):
+    for sources, its_targets in (train, targets), (validation, validation_targets):
+        for source, target in zip(sources, its_targets, strict=False):
             if len(source) != len(target):
                 raise InputError(
                     f"data.target: {target.name} has {len(target)} documents where {source.name} "
@@ -109,15 +109,15 @@ def open_sources(data: DataConfig) -> Sources:
                 f"data.source: {documents.name} is a single document, and {data.objective} trains "
                 "on some pairs and validates on others; see #documents=line."
             )
-    parted = [_parted(documents, data) for documents in train]
-    parted_targets = [_parted(documents, data) for documents in targets]
-    first, last = ([pair[half] for pair in parted] for half in (0, 1))
-    first_targets, last_targets = ([pair[half] for pair in parted_targets] for half in (0, 1))
+    split = [_split(documents, data) for documents in train]
+    split_targets = [_split(documents, data) for documents in targets]
+    first, last = ([pair[half] for pair in split] for half in (0, 1))
+    first_targets, last_targets = ([pair[half] for pair in split_targets] for half in (0, 1))
     return Sources(first, first_targets, last, last_targets)
 
 
 def learn_tokenizer(data: DataConfig, sources: Sources) -> Tokenizer:
-    """The tokenizer that the config names, learnt from the sources if it is one that learns.
+    """The tokenizer that the config names, trained on the sources where it needs training.
 
     Bytes and characters get an end token where several documents are read one after another, or
     where their ends are predicted.
@@ -146,10 +146,10 @@ def open_corpus(
     """Tokenise what is not in the cache yet, and cut it into rows.
 
     Raises:
-      InputError: an objective that the model cannot be asked, a part that fills no row, and what
+      InputError: an objective the model cannot be trained on, a part that fills no row, and what
         `open_store` raises.
     """
-    words = objective_vocabulary(data, model, tokenizer)
+    vocabulary = objective_vocabulary(data, model, tokenizer)
     if sources.several and joins_documents(data) and tokenizer.end_token is None:
         print(
             f"data.tokenizer: {tokenizer.name} has no end token, so that documents run together, "
@@ -172,12 +172,14 @@ def open_corpus(
                 edges = bucket_lengths(
                     np.concatenate(list(lengths)), data.buckets, model.context_length
                 )
-            train_rows = pair_rows(train, targets, edges, words)
+            train_rows = pair_rows(train, targets, edges, vocabulary)
             validation_targets = stores(sources.validation_targets)
-            validation_rows = pair_rows(validation, validation_targets, edges, words)
+            validation_rows = pair_rows(validation, validation_targets, edges, vocabulary)
         else:
-            train_rows = [text_rows(train, data, model.context_length, words)]
-            validation_rows = [text_rows(validation, data, model.context_length, words, rest=True)]
+            train_rows = [text_rows(train, data, model.context_length, vocabulary)]
+            validation_rows = [
+                text_rows(validation, data, model.context_length, vocabulary, rest=True)
+            ]
     _check_rows(train_rows, sources.train, train, "training", data, model.context_length)
     _check_rows(
         validation_rows, sources.validation, validation, "validation", data, model.context_length
@@ -185,11 +187,11 @@ def open_corpus(
     predicted = None
     if data.objective == "causal":
         predicted = _predicted(validation, tokenizer, whole=data.packing == "split")
-    return Corpus(train_rows, validation_rows, words, [*train, *targets], predicted)
+    return Corpus(train_rows, validation_rows, vocabulary, [*train, *targets], predicted)
 
 
 class Text:
-    """A piece of text as a single document."""
+    """A text as a single document."""
 
     def __init__(self, text: str, name: str):
         self.name = name
@@ -204,7 +206,7 @@ class Text:
 
 
 class Part:
-    """Consecutive documents of others."""
+    """A range of consecutive documents."""
 
     def __init__(self, documents: Documents, first: int, last: int):
         self.name = documents.name
@@ -221,7 +223,7 @@ class Part:
 
 
 def _texts(documents: Documents) -> int:
-    """How many texts they are; the pieces of a long file are one."""
+    """Number of texts; the pieces of a long file count as one."""
     whole = documents.whole if isinstance(documents, Part) else documents
     return 1 if isinstance(whole, Whole) and whole.is_one_file else len(documents)
 
@@ -230,8 +232,8 @@ def _opened(specs: Sequence[str]) -> list[Documents]:
     return [open_source(spec) for spec in specs]
 
 
-def _parted(documents: Documents, data: DataConfig) -> tuple[Documents, Documents]:
-    """What trains, and what validates."""
+def _split(documents: Documents, data: DataConfig) -> tuple[Documents, Documents]:
+    """The training and the validation part."""
     if len(documents) == 1:
         text = documents[0]
         border = int(len(text) * (1 - data.validation_fraction))
@@ -242,7 +244,7 @@ def _parted(documents: Documents, data: DataConfig) -> tuple[Documents, Document
 
 
 def _sample(documents: Documents, sources: int) -> Iterator[str]:
-    """Documents at even distances, one of so many sources' share of what is learnt from."""
+    """Evenly spaced documents: the share of one of `sources` in what a tokenizer is trained on."""
     few = np.linspace(0, len(documents) - 1, min(len(documents), SAMPLED_DOCUMENTS)).astype(int)
     mean = sum(len(documents[int(number)]) for number in few) / len(few)
     count = min(len(documents), int(LEARNING_CHARACTERS / sources / max(mean, 1)) + 1)
@@ -252,7 +254,7 @@ def _sample(documents: Documents, sources: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _cache_directory(cache: str) -> Iterator[Path]:
-    """Where tokens are kept: for good, or as long as a process has them open."""
+    """Directory of the token stores: permanent, or temporary if `cache` is empty."""
     if cache:
         yield Path(cache)
         return
@@ -268,7 +270,7 @@ def _check_rows(
     data: DataConfig,
     context_length: int,
 ) -> None:
-    """Every source fills a row at least.
+    """Check that every source fills at least one row.
 
     Raises:
       InputError: one does not.
@@ -277,16 +279,16 @@ def _check_rows(
         if not any(len(bucket.sources[number]) for bucket in buckets):
             lacks = f"has no pair that fits a context of {context_length} tokens"
             if data.objective != "sequence_to_sequence":
-                least = _least(data, context_length, rest=part == "validation")
+                fewest = _fewest_tokens(data, context_length, rest=part == "validation")
                 lacks = (
                     f"has {len(store.tokens)} tokens and fills no row; a context of "
-                    f"{context_length} needs at least {least}"
+                    f"{context_length} needs at least {fewest}"
                 )
             raise InputError(f"data.source: the {part} part of {documents[number].name} {lacks}.")
 
 
-def _least(data: DataConfig, context_length: int, *, rest: bool) -> str:
-    """Tokens that make a row."""
+def _fewest_tokens(data: DataConfig, context_length: int, *, rest: bool) -> str:
+    """The fewest tokens that make a row, in words."""
     length, overlap = window(data, context_length)
     if data.packing == "first_fit":
         return f"{overlap + 1} in a document"
@@ -294,7 +296,7 @@ def _least(data: DataConfig, context_length: int, *, rest: bool) -> str:
 
 
 def _predicted(stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: bool) -> Predicted:
-    """What an evaluation predicts: all but the first token, of each source or of each document."""
+    """What an evaluation predicts: all but the first token of each source or each document."""
     tokens = size = 0
     for store in stores:
         counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -311,6 +313,6 @@ def _predicted(stores: Sequence[TokenStore], tokenizer: Tokenizer, *, whole: boo
 
 
 def _bytes_of(token: int, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of a token's text; a part of a character counts as one."""
+    """UTF-8 bytes of a token's text; part of a character counts as one."""
     text = tokenizer.decode([token])
     return 1 if REPLACEMENT in text else len(text.encode("utf-8"))

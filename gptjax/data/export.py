@@ -1,8 +1,8 @@
 """Any text as a TensorFlow dataset of ArrayRecord files, which any user of TFDS can load.
 
-Examples stand in the source's order, one a document. They are written shard by shard, and not
-through TFDS's GeneratorBasedBuilder: that one shuffles, holds up to 1 GB while it does, and beyond
-that writes temporary files with TensorFlow.
+Examples keep the source's order, one per document. They are written shard by shard, not through
+TFDS's GeneratorBasedBuilder, which shuffles, holds up to 1 GB to do so, and beyond that writes
+temporary files with TensorFlow.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from gptjax.data.sources import Documents
 from gptjax.system.disk import check_local
 
 SHARD_BYTES = 128 << 20
-"""Bytes after which a shard ends, in memory, where TFDS holds a shard while it writes it."""
+"""Size of a shard in bytes of memory, where TFDS holds it while writing."""
 
 OVERHEAD = 400
-"""Bytes that a document takes there beside its text."""
+"""Bytes of memory per document in addition to its text."""
 
 Columns = dict[str, Documents]
 Examples = Iterator[tuple[int, dict[str, str]]]
@@ -38,19 +38,19 @@ def build_dataset(
     validation_fraction: float = 0.0,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write documents as a dataset, and give its directory, `data_dir/name/version`.
+    """Write documents as a dataset; returns its directory, `data_dir/name/version`.
 
     Args:
       columns: The documents of each field: `text`, or `source` and `target`.
-      data_dir: Where datasets lie.
+      data_dir: Directory of datasets.
       name: Of the dataset: lower case letters, digits and underscores.
-      version: Three numbers; one that is there is never overwritten.
-      validation_fraction: Share of the documents, the last ones, that are the split validation.
+      version: Three numbers; an existing one is never overwritten.
+      validation_fraction: Share of the documents, from the end, in the split validation.
       shard_bytes: Bytes of memory after which a shard ends.
 
     Raises:
-      InputError: a name or version of another form, or that is taken; documents that cannot be
-        read, or are too few for two splits, or not as many in every field; a disk that is full.
+      InputError: an invalid or existing name or version; documents that cannot be read, are too
+        few for two splits, or differ in number between fields; a full disk.
     """
     from tensorflow_datasets.core import registered
 
@@ -66,11 +66,11 @@ def build_dataset(
     generators = {
         split: [_generator(columns, shard) for shard in parts] for split, parts in shards.items()
     }
-    with registered.skip_registration():  # TFDS would know the name as long as the process runs.
+    with registered.skip_registration():  # Else TFDS keeps the name for the life of the process.
         builder_class = _builder_class(name, version, list(columns))
     builder = builder_class(data_dir=data_dir, shards=generators, fingerprints=fingerprints)
     try:
-        # TFDS speaks of downloads, and has a directory for them.
+        # TFDS prints about downloads and wants a directory for them.
         with (
             tempfile.TemporaryDirectory() as downloads,
             contextlib.redirect_stdout(io.StringIO()),
@@ -96,10 +96,10 @@ def _check_name(name: str, version: str) -> None:
 
 
 def _splits(columns: Columns, validation_fraction: float) -> dict[str, range]:
-    """Which documents each split has.
+    """The documents of each split.
 
     Raises:
-      InputError: fields of different lengths, a wrong share, or a split without documents.
+      InputError: fields of different lengths, an invalid fraction, or an empty split.
     """
     lengths = {documents.name: len(documents) for documents in columns.values()}
     if len({*lengths.values()}) > 1:
@@ -121,9 +121,9 @@ def _splits(columns: Columns, validation_fraction: float) -> dict[str, range]:
 
 
 def _shards(columns: Columns, documents: range, shard_bytes: int) -> list[range]:
-    """Consecutive documents of about `shard_bytes` each.
+    """Ranges of consecutive documents of about `shard_bytes` each.
 
-    It reads them all, and so finds a document that cannot be read before anything is written.
+    Reads them all, so that an unreadable document is found before anything is written.
     """
     borders, size = [documents.start], 0
     for index in documents:
@@ -144,12 +144,12 @@ def _generator(columns: Columns, documents: range) -> Callable[[], Examples]:
 
 
 def _builder_class(name: str, version: str, fields: list[str]) -> Any:
-    """A builder of TFDS; what it writes is read without it."""
+    """A TFDS builder class; its output is readable without it."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
     class Corpus(ShardBasedBuilder):
-        """Text from a source of gptjax's."""
+        """Text from a source of gptjax."""
 
         VERSION = tfds.core.Version(version)
         # Otherwise TFDS looks for checksums beside this module.

@@ -1,8 +1,8 @@
-"""Rows to batches: the batch at step n follows from the rows, the batch size, the seed and n alone.
+"""Rows to batches: batch n is a function of the rows, the batch size, the seed and n.
 
-Grain shuffles by computing where each row goes, so that nothing is read to find the place of step
-n, and the place is all there is to save. The hosts of a run part each batch among them: how many
-they are changes neither the batches nor their order.
+Grain shuffles by an index permutation, so that step n is found without reading what precedes it,
+and the iterator's state is small. The hosts of a run split each batch among them: their number
+changes neither the batches nor their order.
 """
 
 import functools
@@ -29,14 +29,13 @@ from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer
 
 ENDLESS = 1 << 48
-"""Rows, no more of which are asked for: Grain's own endlessness is too long a length for batches of
-one."""
+"""Rows of an endless dataset: Grain's own infinite length is too large for batches of one."""
 READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-"""A thread that makes the next batches: on two cores more of them are slower."""
+"""One thread prefetches batches: on two cores, more are slower."""
 
 
 def bits_per_byte(predicted: Predicted, loss: float) -> float:
-    """A validation loss in nats per token as bits per byte, which no tokenizer can flatter."""
+    """A validation loss in nats per token as bits per byte, comparable across tokenizers."""
     return loss * predicted.tokens / predicted.bytes / math.log(2)
 
 
@@ -49,24 +48,24 @@ def training_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.DatasetIterator:
-    """Batches without end, shuffled anew each epoch; of each the rows of one host.
+    """An endless iterator of one host's part of each batch, reshuffled each epoch.
 
-    Sources with weights are drawn from in these shares, evenly spread, each in epochs of its own;
-    without, all their rows are one epoch. A batch has the rows of one bucket; the buckets take
-    turns by their sizes. Grain keeps shares to a hundredth of the smallest.
+    With weights, sources are interleaved evenly in these shares, each in epochs of its own;
+    without, all their rows make one epoch. A batch has rows of one bucket; buckets alternate in
+    proportion to their sizes. Grain keeps shares to a hundredth of the smallest.
 
-    The iterator's `get_state()` is its place among the batches, and `set_state()` goes there.
+    The iterator's `get_state()` is its position among the batches; `set_state()` restores it.
 
     Args:
       buckets: from a `Corpus`.
       weights: share of each source.
-      batch_size: rows of a batch, of all hosts together.
-      seed: of the order, and of what the objective draws.
-      host: the number of this one.
-      hosts: how many there are; a divisor of `batch_size`.
+      batch_size: rows per batch, over all hosts.
+      seed: of the order and of the objective's randomness.
+      host: the index of this host.
+      hosts: number of hosts; a divisor of `batch_size`.
 
     Raises:
-      InputError: hosts among whom the rows cannot be parted.
+      InputError: hosts that do not divide the batch.
     """
     _check_hosts(batch_size, hosts)
     batched, shares = [], _shares(buckets, weights)
@@ -75,7 +74,7 @@ def training_batches(
         numbers = _endless(list(ranges), of_sources if weights else (), seed)
         if bucket.random:
             rows = numbers.seed(seed).random_map(bucket.row).batch(batch_size // hosts)
-        else:  # Grain takes longer over a row than the row itself does.
+        else:  # Grain's overhead per row exceeds the row's own time.
             rows = numbers.batch(batch_size // hosts).map(functools.partial(_made, bucket))
         batched.append(rows[host::hosts])
     turns = [sum(of_sources) for of_sources in shares]
@@ -86,7 +85,7 @@ def training_batches(
 def made_batches(
     make: Callable[[np.random.Generator], Batch], *, seed: int
 ) -> grain.DatasetIterator:
-    """Batches without end, each made by `make` of random numbers that are its own."""
+    """An endless iterator of batches, each made by `make` from a random generator of its own."""
     numbers = grain.MapDataset.range(ENDLESS).seed(seed)
     made = numbers.random_map(lambda _, generator: make(generator))
     return iter(made.to_iter_dataset(READ_OPTIONS))
@@ -95,7 +94,7 @@ def made_batches(
 def streamed_batches(
     sources: Sources,
     tokenizer: Tokenizer,
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     data: DataConfig,
     context_length: int,
     *,
@@ -104,15 +103,15 @@ def streamed_batches(
     host: int = 0,
     hosts: int = 1,
 ) -> grain.DatasetIterator:
-    """The same, tokenised on the fly: documents are shuffled, encoded and packed as they come.
+    """Like `training_batches`, tokenised on the fly: documents are shuffled, encoded and packed.
 
-    Every host encodes all of them and keeps its rows, so that here too the batches do not depend on
-    how many there are. Weights are shares of the documents. Pairs that are longer than `context`
-    are left out, and the others padded to it.
+    Every host encodes all documents and keeps its rows, so that here too the batches do not depend
+    on the number of hosts. Weights are shares of the documents. Pairs longer than `context_length`
+    are left out, the others padded to it.
     """
     _check_hosts(batch_size, hosts)
     rows = batch_size // hosts
-    # Two epochs of the source that is drawn from least.
+    # Two epochs of the source with the smallest share.
     shares = [weight / sum(data.weights) for weight in data.weights]
     patience = 2 * sum(map(len, sources.train)) / min(shares, default=1)
 
@@ -133,16 +132,16 @@ def streamed_batches(
         each = (_Encoded(tokenizer, documents, end) for documents in sources.train)
         encoded = [grain.MapDataset.source(documents) for documents in each]
         dataset = _endless(encoded, data.weights, seed)
-        least = 2 if data.objective == "causal" and data.packing == "first_fit" else 1
-        fitting = dataset.filter(_Fitting(lambda tokens: len(tokens) >= least, patience))
-        streamed = _packed(fitting, data, context_length, words)
-    finish = finisher(data, context_length, words)
+        fewest = 2 if data.objective == "causal" and data.packing == "first_fit" else 1
+        fitting = dataset.filter(_Fitting(lambda tokens: len(tokens) >= fewest, patience))
+        streamed = _packed(fitting, data, context_length, vocabulary)
+    finish = finisher(data, context_length, vocabulary)
     batches = streamed.seed(seed).random_map(finish).batch(batch_size).map(of_host)
     return _Streamed(iter(batches))
 
 
 class _Fitting:
-    """Whether an element is of use; of so many in a row that none is, one would wait for ever."""
+    """Whether an element is usable; raises after `most` unusable ones, instead of searching on."""
 
     def __init__(self, fits: Callable[[Any], bool], most: float):
         self._fits = fits
@@ -153,12 +152,12 @@ class _Fitting:
         fits = self._fits(element)
         self._missed = 0 if fits else self._missed + 1
         if self._missed > self._most:
-            raise InputError("data.source: none of the documents that train is of use for a row.")
+            raise InputError("data.source: no training document is usable for a row.")
         return fits
 
 
 class _Streamed(grain.DatasetIterator[Batch]):
-    """Takes a place that went through JSON, which makes lists of the tuples that Grain asks for."""
+    """Accepts a state that went through JSON, which turns the tuples Grain needs into lists."""
 
     def __init__(self, batches: grain.DatasetIterator):
         super().__init__(batches)
@@ -194,7 +193,7 @@ def _check_hosts(batch_size: int, hosts: int) -> None:
 def _endless(
     sources: Sequence[grain.MapDataset], weights: Sequence[float], seed: int
 ) -> grain.MapDataset:
-    """What the sources have, in random order, again and again."""
+    """The elements of the sources, shuffled and repeated without end."""
     if weights:
         known = [pair for pair in zip(sources, weights, strict=True) if len(pair[0])]
         each = [_repeated(source.seed(seed).shuffle()) for source, _ in known]
@@ -207,7 +206,7 @@ def _repeated(dataset: grain.MapDataset) -> grain.MapDataset:
 
 
 def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[list[float]]:
-    """How much comes from each bucket's sources: as much as they have of it, or of their weight."""
+    """[buckets][sources]: shares of rows, by size or, within each source, of its weight."""
     sizes = np.array([[len(source) for source in bucket.sources] for bucket in buckets], float)
     if weights:
         sizes = sizes / sizes.sum(axis=0) * weights
@@ -215,7 +214,7 @@ def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[list[fl
 
 
 class _Encoded:
-    """The tokens of documents, encoded when they are asked for."""
+    """The tokens of documents, encoded on access."""
 
     def __init__(self, tokenizer: Tokenizer, documents: Documents, end: int | None):
         self._tokenizer = tokenizer
@@ -232,7 +231,7 @@ class _Encoded:
 
 
 class _EncodedPairs:
-    """The tokens of documents and of what they are to become."""
+    """The tokens of documents and their targets, encoded on access."""
 
     def __init__(self, tokenizer: Tokenizer, source: Documents, target: Documents):
         self._tokenizer = tokenizer
@@ -249,15 +248,19 @@ class _EncodedPairs:
 
 
 def _packed(
-    documents: grain.MapDataset, data: DataConfig, context_length: int, words: Vocabulary
+    documents: grain.MapDataset, data: DataConfig, context_length: int, vocabulary: Vocabulary
 ) -> grain.IterDataset:
-    """What `finisher` takes, of documents as they come."""
+    """Windows or packed rows of streamed documents, as `finisher` takes them."""
     length, overlap = window(data, context_length)
     if data.packing == "split":
         whole = documents.map(lambda tokens: {"tokens": tokens}).to_iter_dataset(READ_OPTIONS)
         parts = ConcatThenSplitIterDataset(whole, length_struct={"tokens": length - overlap})
         return _Overlapping(parts.map(lambda row: row["tokens"]), overlap)
-    frame = None if data.objective == "causal" else (words.needed("begin"), words.needed("end"))
+    frame = (
+        None
+        if data.objective == "causal"
+        else (vocabulary.needed("begin"), vocabulary.needed("end"))
+    )
     pieces = FlatMapIterDataset(
         documents.to_iter_dataset(READ_OPTIONS), _Pieces(length, overlap, frame)
     )
@@ -271,7 +274,7 @@ def _packed(
 
 
 class _Overlapping(grain.IterDataset[np.ndarray]):
-    """Each part of a text with the first `overlap` tokens of the next one behind it."""
+    """Each part of a text, followed by the first `overlap` tokens of the next."""
 
     def __init__(self, parts: grain.IterDataset[np.ndarray], overlap: int):
         super().__init__(parts)
@@ -282,30 +285,30 @@ class _Overlapping(grain.IterDataset[np.ndarray]):
 
 
 class _OverlappingIterator(grain.DatasetIterator[np.ndarray]):
-    """Reads one part ahead; its place is where it read the part that it gives next."""
+    """Reads one part ahead; its state is the position of the part it returns next."""
 
     def __init__(self, parts: grain.DatasetIterator[np.ndarray], overlap: int):
         super().__init__(parts)
         self._overlap = overlap
-        self._place = parts.get_state()
+        self._position = parts.get_state()
         self._part: np.ndarray | None = None
 
     def __next__(self) -> np.ndarray:
         part = next(self._parent) if self._part is None else self._part
-        self._place = self._parent.get_state()
+        self._position = self._parent.get_state()
         self._part = following = next(self._parent)
         return np.concatenate([part, following[: self._overlap]])
 
     def get_state(self) -> dict[str, Any]:
-        return self._place
+        return self._position
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state)
-        self._place, self._part = state, None
+        self._position, self._part = state, None
 
 
 class _Pieces(FlatMapTransform):
-    """A document in pieces that fit a row, as `packing.PackedRows` makes them."""
+    """Cuts a document into pieces that fit a row, as `packing.PackedRows` does."""
 
     def __init__(self, length: int, overlap: int, frame: tuple[int, int] | None):
         self._length = length
@@ -328,12 +331,12 @@ class _Pieces(FlatMapTransform):
 
 
 class EvaluationBatches:
-    """All rows once, in order; what the last batch of each shape lacks are rows of weight 0.
+    """All rows once, in order; the last batch of each shape is filled up with rows of weight 0.
 
-    Of each batch the rows of one of the `hosts`, which are a divisor of `batch_size`.
+    Each batch has the rows of one of the `hosts`, which must divide `batch_size`.
 
     Raises:
-      InputError: hosts among whom the rows cannot be parted.
+      InputError: hosts that do not divide the batch.
     """
 
     def __init__(self, buckets: Sequence[Bucket], batch_size: int, host: int = 0, hosts: int = 1):

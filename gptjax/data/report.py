@@ -1,4 +1,4 @@
-"""What a run will see of its data, for a person: `python -m gptjax data`."""
+"""Lines that describe the data of a run: `python -m gptjax data`."""
 
 import itertools
 import resource
@@ -17,16 +17,16 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.protocol import REPLACEMENT
 
 SECONDS = 1.0
-"""How long batches are made to see how fast that goes."""
+"""How long batches are made to measure their speed."""
 SHOWN_BATCHES, SHOWN_ROWS = 3, 2
-SHOWN_PLACES = 96
-"""Of a row; the rest is counted."""
+SHOWN_TOKENS = 96
+"""Tokens shown per row; the rest is counted."""
 WIDTH = 96
-"""Columns of a drawn row, before it goes on below."""
+"""Columns of a drawn row, before it wraps."""
 BAR = 40
-"""The longest bar of the histogram."""
+"""Length of the histogram's longest bar."""
 Marks = dict[str, list[str]]
-"""What stands under each token, by the name of the line."""
+"""The marks below each token, by the name of their line."""
 INVISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -38,7 +38,7 @@ def report(
     *,
     opening_seconds: float,
 ) -> Iterator[str]:
-    """Lines about the training part: sizes, lengths, batches as they come, speed."""
+    """Lines about the training part: sizes, lengths, the first batches, speed."""
     yield from _sizes(sources, corpus)
     if tokenizer.end_token is not None:
         yield f"each document ends with the token {tokenizer.end_token}, drawn as [end]"
@@ -82,7 +82,7 @@ def _sizes(sources: Sources, corpus: Corpus) -> Iterator[str]:
 
 
 def _rows(sources: Sources, corpus: Corpus, batch: Batch) -> Iterator[str]:
-    """How many rows there are, and of which lengths."""
+    """Numbers of rows and their lengths."""
     for bucket in corpus.train:
         if len(bucket):
             row = bucket.row(0, np.random.default_rng(0))
@@ -99,16 +99,16 @@ def _rows(sources: Sources, corpus: Corpus, batch: Batch) -> Iterator[str]:
 
 def _speed(batches: Iterator[Batch]) -> Iterator[str]:
     start = time.perf_counter()
-    places = used = predicted = 0
+    positions = used = predicted = 0
     while time.perf_counter() - start < SECONDS:
         batch = next(batches)
         for filled in _filled(batch):
-            places, used = places + filled.size, used + int(filled.sum())
+            positions, used = positions + filled.size, used + int(filled.sum())
         predicted += int((batch.loss_weights > 0).sum())
     seconds = time.perf_counter() - start
     yield (
-        f"{used / places:.1%} of the places hold tokens, {predicted / places:.1%} are predicted; "
-        f"{places / seconds:,.0f} places/s from {seconds:.1f} s of batches"
+        f"{used / positions:.1%} of the positions hold tokens, {predicted / positions:.1%} are "
+        f"predicted; {positions / seconds:,.0f} positions/s from {seconds:.1f} s of batches"
     )
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -116,7 +116,7 @@ def _speed(batches: Iterator[Batch]) -> Iterator[str]:
 
 
 def _filled(batch: Batch) -> list[np.ndarray]:
-    """Where there are tokens, in the arrays that have places for them."""
+    """Masks of the positions that hold tokens, one per array of tokens."""
     if batch.source_mask is not None:
         return [np.asarray(batch.source_mask), np.asarray(batch.loss_weights) > 0]
     if batch.segment_ids is not None:
@@ -125,17 +125,17 @@ def _filled(batch: Batch) -> list[np.ndarray]:
     return [np.asarray(valid) > 0]
 
 
-def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> Iterator[str]:
-    """A row of a batch: its tokens, and below each what else is known of it.
+def drawn(batch: Batch, row: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterator[str]:
+    """Lines that draw a row of a batch: its tokens, with marks below each.
 
-    A `^` is under a token whose target counts in the loss; documents and segments are numbers, of
-    which the last digit is shown; padding is not drawn.
+    A `^` marks a token whose target counts in the loss; documents and segments are shown by the
+    last digit of their numbers; padding is not drawn.
     """
     one = batch.apply(lambda array: array[row])
     filled = _filled(one)
     if one.source is not None:
-        yield from _lines(labels(one.source[filled[0]], tokenizer, words), {}, name="source")
-    row_labels = labels(one.tokens[filled[-1]], tokenizer, words)
+        yield from _lines(labels(one.source[filled[0]], tokenizer, vocabulary), {}, name="source")
+    row_labels = labels(one.tokens[filled[-1]], tokenizer, vocabulary)
     marks: Marks = {"predicted": ["^" if weight else " " for weight in one.loss_weights]}
     for name, values in (("documents", one.segment_ids), ("segments", one.token_types)):
         if values is not None:
@@ -143,15 +143,15 @@ def drawn(batch: Batch, row: int, tokenizer: Tokenizer, words: Vocabulary) -> It
     yield from _lines(row_labels, marks, name="tokens")
     predicted = np.asarray(one.loss_weights) > 0
     if one.source is None and not np.array_equal(predicted, filled[-1]):
-        targets = labels(one.targets[predicted], tokenizer, words)
+        targets = labels(one.targets[predicted], tokenizer, vocabulary)
         yield from _lines([f"{label} " for label in targets], {}, name="targets")
     if one.next_sentence is not None:
         yield f"  {'next':<10}{'another text' if one.next_sentence else 'it follows'}"
 
 
 def _lines(labels: Sequence[str], marks: Marks, *, name: str) -> Iterator[str]:
-    """Tokens side by side, wrapped, with their marks below them."""
-    left, labels = len(labels) - SHOWN_PLACES, labels[:SHOWN_PLACES]
+    """Tokens on wrapped lines, with their marks below."""
+    left, labels = len(labels) - SHOWN_TOKENS, labels[:SHOWN_TOKENS]
     widths = [cell_len(label) for label in labels]
     starts, filled = [0], 0
     for index, width in enumerate(widths):
@@ -171,35 +171,35 @@ def _lines(labels: Sequence[str], marks: Marks, *, name: str) -> Iterator[str]:
         yield f"  {'':<10}and {left} more"
 
 
-def labels(tokens: Any, tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
-    """Each token's text on one line; of a special token its meaning."""
+def labels(tokens: Any, tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[str]:
+    """Each token's text, without line breaks; for a special token its meaning."""
     found, before = [], []
     for token in np.asarray(tokens).tolist():
-        if words.special[token]:
-            found.append(_meaning(token, tokenizer, words))
+        if vocabulary.special[token]:
+            found.append(_meaning(token, tokenizer, vocabulary))
             before = []
             continue
         text = tokenizer.decode([token])
         if REPLACEMENT not in text:
-            # What it adds to the one before it: some tokenizers put a space between them.
+            # What it adds after the one before it: some tokenizers put a space between them.
             text = tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
-        elif token < tokenizer.vocab_size:  # A part of a character is its bytes, as \xe6\x9c.
+        elif token < tokenizer.vocab_size:  # Part of a character is shown as bytes: \xe6\x9c.
             text = tokenizer.token_bytes(token).decode("utf-8", "backslashreplace") or text
-        found.append("".join(map(_visible, text)) or REPLACEMENT)  # A mark needs a place.
+        found.append("".join(map(_visible, text)) or REPLACEMENT)  # Marks need a column.
         before = [token]
     return found
 
 
 def _visible(character: str) -> str:
-    """A character, or what stands for one that is not seen."""
+    """A character, or a visible stand-in for an invisible one."""
     shown = INVISIBLE.get(character, character)
     return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 
 
-def _meaning(token: int, tokenizer: Tokenizer, words: Vocabulary) -> str:
-    """A special token's meaning."""
-    if token in words.sentinels:
-        return f"[{words.sentinels.index(token)}]"
-    added = {"begin": words.begin, "end": words.end, "mask": words.mask}
+def _meaning(token: int, tokenizer: Tokenizer, vocabulary: Vocabulary) -> str:
+    """The meaning of a special token, in brackets."""
+    if token in vocabulary.sentinels:
+        return f"[{vocabulary.sentinels.index(token)}]"
+    added = {"begin": vocabulary.begin, "end": vocabulary.end, "mask": vocabulary.mask}
     meanings = [*tokenizer.special.items(), *added.items()]
     return next((f"[{name}]" for name, of in meanings if of == token), f"[{token}]")

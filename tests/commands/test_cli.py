@@ -179,7 +179,7 @@ BAD_FLAGS = {
     ),
     "tokenizer of very many tokens": (
         ["--data.tokenizer", f"bpe:{'9' * 5000}"],
-        "9': a size belongs behind it, as in bpe:4096.\n",
+        "9': it needs a size, as in bpe:4096.\n",
     ),
     "validation part too short": (
         ["--data.validation-fraction", "0.00001"],
@@ -604,7 +604,7 @@ def test_help_of_an_experiment_explains_every_field_with_its_default(quickstart)
             assert f"--{part}.{name.replace('_', '-')}" in words
     assert words.count("(default: ") == sum(map(len, to_dict(ExperimentConfig()).values())) + 2
     assert "Optimizer steps. (default: 1000)" in words
-    assert "Peak learning rate of AdamW. (default: 0.003)" in words
+    assert "Peak learning rate; with muon, that of AdamW. (default: 0.003)" in words
     assert "--out PATH Directory for all that the run writes" in words
     assert "(default: runs/quickstart)" in words
     assert "--debug shows the traceback" in words

@@ -38,7 +38,7 @@ REFUSED = [
     (
         TransformerConfig,
         {"heads": 128, "position_embedding": "rotary"},
-        "even head width (rotary), not 1",
+        "even head dim (rotary), not 1",
     ),
     (TransformerConfig, {"mlp_dim": -1}, "at least 0"),
     (TransformerConfig, {"dropout": 1.0}, "at least 0 and below 1"),

@@ -321,7 +321,7 @@ def test_documents_none_of_which_is_of_use_are_one_sentence(tmp_path):
     corpus = open_corpus(sources, tokenizer, data, TransformerConfig(context_length=LONG))
     rest = {"batch_size": 4, "seed": 0}
     words = corpus.vocabulary
-    with pytest.raises(InputError, match=r"^data.source: none of the documents that train is of "):
+    with pytest.raises(InputError, match=r"^data.source: no training document is usable "):
         next(streamed_batches(sources, tokenizer, words, data, LONG, **rest))
     # One after another they are a text.
     split = dataclasses.replace(data, packing="split")

@@ -57,7 +57,9 @@ def test_documents_side_by_side(show):
         assert set(predicted) == {"^"}
         assert "".join(sorted(documents)) == documents
     assert re.search(
-        r"^[\d.]+% of the places hold tokens, [\d.]+% are predicted; [\d,]+ places/s", out, re.M
+        r"^[\d.]+% of the positions hold tokens, [\d.]+% are predicted; [\d,]+ positions/s",
+        out,
+        re.M,
     )
     assert re.search(r"^peak memory [\d,]+ MiB$", out, re.MULTILINE)
 

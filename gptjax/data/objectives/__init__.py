@@ -1,1 +1,1 @@
-"""What a model is trained to predict: causal, masked, sequence to sequence; rows and packing."""
+"""Training objectives: causal, masked, sequence to sequence; rows and packing."""

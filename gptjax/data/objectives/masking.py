@@ -1,7 +1,7 @@
-"""What BERT is asked: which tokens were hidden, and whether one sentence follows another.
+"""BERT's objectives: masked language modelling and next-sentence prediction.
 
 Devlin et al. 2018, section 3.1 and appendix A.1 and A.2. Each function makes one row, the arrays of
-a `Batch` without their axis B, and follows from its arguments and the state of `rng` alone.
+a `Batch` without their axis B, and is deterministic given its arguments and the state of `rng`.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from gptjax.data.batch import Batch
 from gptjax.data.objectives.vocabulary import Vocabulary
 
 MASKED, RANDOM = 0.8, 0.1
-"""How many of the chosen tokens are hidden, and how many become any token; the rest stay."""
+"""Fractions of the chosen tokens that become `mask` and a random token; the rest stay."""
 
 FRAME = 3
-"""The tokens around a pair: begin, and an end behind each of the two."""
+"""Special tokens of a pair: begin, and an end after each segment."""
 
 
 def masked_lm(
@@ -26,31 +26,31 @@ def masked_lm(
     rate: float = 0.15,
     frozen: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Choose `rate` of the tokens, and hide 80% of these, change 10% and leave 10%, to find them.
+    """Choose `rate` of the tokens as targets; mask 80% of them, replace 10% at random, keep 10%.
 
-    Of n tokens that may be chosen round(rate · n) are, and at least one where there is one; the
-    released code (google-research/bert, create_pretraining_data.py) counts the special tokens into
-    n too, and may draw one of them for a change.
+    Of n eligible tokens round(rate · n) are chosen, and at least one if there is one; the released
+    code (google-research/bert, create_pretraining_data.py) counts the special tokens in n too, and
+    may draw one of them as a replacement.
 
-    Whole words are taken as that code does with do_whole_word_mask: in random order, each unless it
-    would exceed the number, until the number is reached. Where every word is too long, that code
-    chooses none, and we the first.
+    Whole words are chosen as that code does with do_whole_word_mask: in random order, skipping each
+    that would exceed the number, until it is reached. Where every word is too long, that code
+    chooses none; we choose the first.
 
     Args:
       tokens: [T].
-      rng: where the choice comes from.
+      rng: source of randomness.
       vocabulary: with `mask`; its special tokens are never chosen.
-      starts: [T], bool, where words begin, as `vocabulary.word_starts` finds them: words are chosen
-        as wholes. None chooses each token by itself.
-      rate: how many of the tokens are chosen.
-      frozen: [T], bool: further tokens never to be chosen, such as padding.
+      starts: [T], bool, where words begin, from `vocabulary.word_starts`: whole words are chosen.
+        None chooses single tokens.
+      rate: fraction of the tokens that are chosen.
+      frozen: [T], bool: further tokens that are never chosen, such as padding.
 
     Returns:
-      inputs [T], int32; targets [T], int32: the tokens as they were; weights [T], float32: 1 at
-      what was chosen.
+      inputs [T], int32; targets [T], int32: the original tokens; weights [T], float32: 1 at the
+      chosen ones.
 
     Raises:
-      InputError: a rate out of 0 to 1, or a vocabulary without `mask`.
+      InputError: a rate outside (0, 1], or a vocabulary without `mask`.
     """
     if not 0 < rate <= 1:
         raise InputError(f"rate is {rate}; it must be above 0 and at most 1.")
@@ -58,16 +58,16 @@ def masked_lm(
     free = ~vocabulary.special[tokens]
     if frozen is not None:
         free &= ~frozen
-    places = np.flatnonzero(free)
+    positions = np.flatnonzero(free)
     inputs, targets = tokens.astype(np.int32), tokens.astype(np.int32)
     weights = np.zeros(len(tokens), np.float32)
-    if places.size == 0:
+    if positions.size == 0:
         return inputs, targets, weights
-    number = max(1, round(rate * places.size))
+    number = max(1, round(rate * positions.size))
     if starts is None:
-        chosen = rng.permutation(places)[:number]
+        chosen = rng.permutation(positions)[:number]
     else:
-        chosen = _whole_words(np.cumsum(starts)[places], places, number, rng)
+        chosen = _whole_words(np.cumsum(starts)[positions], positions, number, rng)
     weights[chosen] = 1
     lot = rng.random(chosen.size)
     inputs[chosen[lot < MASKED]] = mask
@@ -77,15 +77,15 @@ def masked_lm(
 
 
 def _whole_words(
-    words: np.ndarray, places: np.ndarray, number: int, rng: np.random.Generator
+    words: np.ndarray, positions: np.ndarray, number: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The places of random words, at most `number` of them, or those of one longer word.
+    """Positions of random whole words, at most `number` of them, or those of one longer word.
 
     Args:
-      words: [n], the number of the word that the token at each place is of, ascending.
-      places: [n].
-      number: how many places are wanted.
-      rng: where the order of the words comes from.
+      words: [n], the index of the word at each position, ascending.
+      positions: [n].
+      number: how many positions are wanted.
+      rng: source of randomness.
     """
     first = np.flatnonzero(np.diff(words, prepend=words[0] - 1))
     lengths = np.diff(first, append=len(words))
@@ -99,7 +99,7 @@ def _whole_words(
                 break
     chosen = np.zeros(len(first), bool)
     chosen[taken or order[:1]] = True
-    return places[np.repeat(chosen, lengths)]
+    return positions[np.repeat(chosen, lengths)]
 
 
 def next_sentence(
@@ -112,22 +112,22 @@ def next_sentence(
     rate: float = 0.15,
     whole_words: bool = False,
 ) -> Batch:
-    """A row of [begin] A [end] B [end], some of its tokens hidden: does B follow A in the text?
+    """A row [begin] A [end] B [end] with masked tokens, and whether B follows A in the text.
 
-    A sentence is any stretch of text (section 3). A is `document` up to a random place. In half of
+    A sentence is any span of text (section 3). A is `document` up to a random position. In half of
     the rows B is what follows it there, and `next_sentence` is 0; in the others it is a random
-    stretch of `other`, and `next_sentence` is 1. That stretch is as long as what it replaces where
-    `other` is long enough, so that lengths do not tell.
+    span of `other`, and `next_sentence` is 1. That span is as long as what it replaces where
+    `other` is long enough, so that lengths do not give the answer away.
 
     Args:
       document: [n], n at least 2: a piece of a document.
       other: [m], m at least 1: a piece of another document.
-      rng: where the choices come from.
+      rng: source of randomness.
       vocabulary: with `begin`, `end` and `mask`.
-      context: T, the tokens of a row. What is too long is cut by `shortened`; behind what is
-        shorter `valid` is False.
+      context_length: T, the tokens of a row. Longer pairs are cut by `shortened`, shorter ones
+        padded.
       rate: see `masked_lm`.
-      whole_words: whether words are chosen as wholes.
+      whole_words: whether whole words are chosen.
 
     Raises:
       InputError: texts or a context that are too short, or a vocabulary that lacks a token.
@@ -139,7 +139,7 @@ def next_sentence(
         )
     if context_length < FRAME + 2:
         raise InputError(
-            f"context is {context_length}; a pair of sentences needs at least {FRAME + 2}."
+            f"context_length is {context_length}; a pair of sentences needs at least {FRAME + 2}."
         )
     begin, end = vocabulary.needed("begin"), vocabulary.needed("end")
     cut = rng.integers(1, len(document))
@@ -178,14 +178,14 @@ def next_sentence(
 def shortened(
     first: np.ndarray, second: np.ndarray, room: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two texts [n] and [m] cut so that both together have at most `room` tokens.
+    """Two texts [n] and [m], truncated to at most `room` tokens in total.
 
-    As the released code's truncate_seq_pair: the longer one, or the second of two equal ones, loses
-    a token at either end with even chances, again and again. What that leads to is known at once.
+    Like the released code's truncate_seq_pair, in which the longer one, or the second of two equal
+    ones, repeatedly loses a token at either end with equal probability; computed in closed form.
     """
     if len(first) + len(second) <= room:
         return first, second
-    # The shorter one stays whole unless it is longer than half of the room.
+    # The shorter one stays whole unless it is longer than half of `room`.
     first_length = min(len(first), max((room + 1) // 2, room - len(second)))
     parts = []
     for text, length in ((first, first_length), (second, room - first_length)):

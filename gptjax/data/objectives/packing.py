@@ -1,12 +1,12 @@
-"""Documents to rows of one length.
+"""Packing: documents to rows of one length.
 
 | `data.packing` | a row is | what it costs |
 |---|---|---|
-| split | a window of the documents one after another, whatever it cuts | text runs on across them |
-| first_fit | documents side by side, each unseen by the others; long ones are cut | some padding |
+| split | a window of the concatenated documents, cut anywhere | attention across documents |
+| first_fit | documents side by side, masked from each other; long ones are cut | some padding |
 
 The second is first-fit bin packing over a bounded number of open rows, as Krell et al. 2021 pack
-BERT; the row that is closed for a new one is the fullest.
+for BERT; when none has room, the fullest is closed and a new one opened.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,13 @@ import numpy as np
 from gptjax.data.storage.store import BLOCK, Mapped
 
 OPEN_ROWS = 128
-"""Rows that a document may go into; more would pack a little closer, and plan for longer."""
+"""Open rows a document may go into; more pack slightly tighter but take longer to plan."""
 
 
 class Windows:
     """Windows of `length` tokens, each `step` after the one before; `step` at most `length`.
 
-    A rest that fills no window is left out, or with `rest` is a shorter window.
+    An incomplete last window is dropped, or with `rest` kept, shorter.
     """
 
     def __init__(self, tokens: np.ndarray | Mapped, length: int, step: int, *, rest: bool = False):
@@ -44,23 +44,23 @@ class Windows:
 
 
 class Pieces(NamedTuple):
-    """Where the pieces of documents lie, each to be one run of tokens in a row."""
+    """Spans of documents in a store, each to be one run of tokens in a row."""
 
     starts: np.ndarray
-    """[P], int64: places in the store's tokens."""
+    """[P], int64: index of the first token in the store."""
     lengths: np.ndarray
-    """[P], int64."""
+    """[P], int64, in tokens."""
 
 
 def cut(starts: np.ndarray, lengths: np.ndarray, most: int, *, overlap: int = 0) -> Pieces:
-    """Documents as pieces of at most `most` tokens, all but a document's last of that length.
+    """Cut documents into pieces of `most` tokens; a document's last piece may be shorter.
 
     Args:
-      starts: [N], the place of each document's first token.
-      lengths: [N], its tokens.
-      most: tokens of a piece.
-      overlap: tokens that a piece has in common with the one before it, and more than which it
-        needs: 1 where a token is read to predict the next, so that the last one is only predicted.
+      starts: [N], the index of each document's first token.
+      lengths: [N], in tokens.
+      most: tokens per piece.
+      overlap: tokens that a piece shares with the one before it; a piece needs more than that. 1
+        for next-token prediction, where the last token is only a target.
     """
     step = most - overlap
     counts = np.maximum(-(-(lengths - overlap) // step), 0)
@@ -69,18 +69,18 @@ def cut(starts: np.ndarray, lengths: np.ndarray, most: int, *, overlap: int = 0)
     return Pieces(starts[document] + before, np.minimum(lengths[document] - before, most))
 
 
-def first_fit(places: np.ndarray, room: int) -> np.ndarray:
-    """The row of each piece [P], int64: of the open rows the first that has room for it.
+def first_fit(sizes: np.ndarray, room: int) -> np.ndarray:
+    """The row of each piece [P], int64: the first open row that has room for it.
 
     Args:
-      places: [P], what each piece takes of a row, at most `room`.
-      room: places in a row.
+      sizes: [P], positions that each piece takes in a row, at most `room`.
+      room: positions per row.
     """
     free = np.full(OPEN_ROWS, room)
     rows = list(range(OPEN_ROWS))
     opened = OPEN_ROWS
-    row_of = np.empty(len(places), np.int32)
-    for piece, length in enumerate(places.tolist()):
+    row_of = np.empty(len(sizes), np.int32)
+    for piece, length in enumerate(sizes.tolist()):
         fits = free >= length
         slot = int(fits.argmax())
         if not fits[slot]:
@@ -89,18 +89,18 @@ def first_fit(places: np.ndarray, room: int) -> np.ndarray:
             opened += 1
         free[slot] -= length
         row_of[piece] = rows[slot]
-    # Open rows that were never used have numbers of no row.
+    # Renumber: open rows that were never used are no rows.
     return np.unique(row_of, return_inverse=True)[1]
 
 
 PIECE = np.dtype([("start", np.int64), ("length", np.int32), ("row", np.int32)])
-"""Of a piece in a row: its first token's place, its tokens, and the row."""
+"""A piece in a row: the index of its first token, its length in tokens, and its row."""
 
 
 def plan(blocks: Iterable[Pieces], room: int, extra: int) -> Iterator[np.ndarray]:
-    """Which pieces make a row: `PIECE`s in the order of the rows, those of each block in its own.
+    """Assign pieces to rows: yields `PIECE`s sorted by row; each block has rows of its own.
 
-    A piece takes `extra` places more than it has tokens.
+    A piece takes `extra` positions more than it has tokens.
     """
     rows = 0
     for found in blocks:
@@ -112,20 +112,20 @@ def plan(blocks: Iterable[Pieces], room: int, extra: int) -> Iterator[np.ndarray
 
 
 class PackedTokens(NamedTuple):
-    """A row of several pieces, with padding behind them."""
+    """A row of several pieces, padded at the end."""
 
     tokens: np.ndarray
     """[T], int32."""
     targets: np.ndarray
-    """[T], int32: each token's successor in its document; where pieces are framed, the token."""
+    """[T], int32: the next token in the document; for framed pieces, the token itself."""
     segment_ids: np.ndarray
-    """[T], int32: the number of each token's piece, from 1 on; 0 at padding."""
+    """[T], int32: the number of each token's piece, from 1; 0 at padding."""
     positions: np.ndarray
-    """[T], int32: its place in the piece."""
+    """[T], int32: the position of each token in its piece."""
 
 
 class PackedRows:
-    """The rows of a `plan`."""
+    """Packed rows, assembled from a `plan`."""
 
     def __init__(
         self,
@@ -134,9 +134,9 @@ class PackedRows:
         room: int,
         frame: tuple[int, int] | None = None,
     ):
-        """Take `tokens` of a store, the plan, T, and the tokens before and behind each piece.
+        """Take `tokens` of a store, the plan, T, and the tokens before and after each piece.
 
-        Without a frame a piece's last token is only predicted and takes no place.
+        Without a frame a piece's last token is only a target and takes no position.
         """
         self._tokens = tokens
         self._planned = planned
@@ -157,12 +157,12 @@ class PackedRows:
         lengths = mine["length"] + (-1 if self._frame is None else 2)
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        places = np.repeat(mine["start"], lengths) + positions
+        indices = np.repeat(mine["start"], lengths) + positions
         documents = np.repeat(np.arange(1, len(mine) + 1), lengths)
         if self._frame is None:
-            tokens, targets = self._tokens[places], self._tokens[places + 1]
+            tokens, targets = self._tokens[indices], self._tokens[indices + 1]
         else:
-            inside = np.clip(places - 1, 0, len(self._tokens) - 1)
+            inside = np.clip(indices - 1, 0, len(self._tokens) - 1)
             tokens = self._tokens[inside].astype(np.int32)
             tokens[ends - lengths], tokens[ends - 1] = self._frame
             targets = tokens

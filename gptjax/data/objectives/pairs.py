@@ -1,4 +1,4 @@
-"""Pairs of documents, one to become the other, in buckets of lengths that they are padded to."""
+"""Pairs of source and target documents, bucketed by length and padded to it."""
 
 import functools
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.storage.store import TokenStore
 
 LENGTH_STEP = 8
-"""Pairs are padded to multiples of it, which accelerators multiply fast."""
+"""Pairs are padded to multiples of it, which suit accelerators."""
 
 
 class Pairs:
-    """Documents and what they are to become, by number."""
+    """Tokens of source and target documents, by number."""
 
     def __init__(self, source: TokenStore, target: TokenStore, numbers: np.ndarray):
         self._source = source
@@ -31,7 +31,7 @@ class Pairs:
 
 
 def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
-    """[N]: places that each pair needs, the end counted; 0 where one of the two is empty."""
+    """[N]: tokens that each pair needs, the end included; 0 where source or target is empty."""
     first, second = (
         np.concatenate([lengths for _, lengths in store.blocks(ends=False)])
         for store in (source, target)
@@ -40,7 +40,7 @@ def pair_lengths(source: TokenStore, target: TokenStore) -> np.ndarray:
 
 
 def bucket_lengths(lengths: np.ndarray, buckets: int, context_length: int) -> list[int]:
-    """The lengths that pairs are padded to, each for about as many of them.
+    """The lengths that pairs are padded to, each for about the same number of pairs.
 
     Raises:
       InputError: no pair fits the context.
@@ -57,9 +57,9 @@ def pair_rows(
     sources: Sequence[TokenStore],
     targets: Sequence[TokenStore],
     edges: Sequence[int],
-    words: Vocabulary,
+    vocabulary: Vocabulary,
 ) -> list[Bucket]:
-    """The rows of sequence_to_sequence, a bucket for each of the lengths `edges`."""
+    """The rows of sequence_to_sequence, one bucket per length in `edges`."""
     buckets = []
     for shorter, length in zip([0, *edges], edges, strict=False):
         pairs = []
@@ -67,6 +67,6 @@ def pair_rows(
             lengths = pair_lengths(source, target)
             numbers = np.flatnonzero((lengths > shorter) & (lengths <= length))
             pairs.append(Pairs(source, target, numbers))
-        finish = functools.partial(translated_row, words=words, length=length)
+        finish = functools.partial(translated_row, vocabulary=vocabulary, length=length)
         buckets.append(Bucket(pairs, finish, random=False))
     return buckets

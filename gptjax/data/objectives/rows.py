@@ -1,13 +1,13 @@
-"""What a row of a batch is made of, for each objective.
+"""Rows of a batch, for each objective.
 
 | `data.objective` | a row reads | family |
 |---|---|---|
-| causal | T + 1 tokens, the last one of which is only predicted | decoder, recurrent |
+| causal | T + 1 tokens; the last is only a target | decoder, recurrent |
 | masked_lm | T - 2 tokens between `begin` and `end` | encoder |
-| next_sentence | a piece of a document, half of the time with one of another | encoder |
-| prefix | T tokens, parted in two | encoder_decoder |
-| span_corruption | as many tokens as leave a source of T | encoder_decoder |
-| sequence_to_sequence | a document and what it is to become | encoder_decoder |
+| next_sentence | a piece of a document, half of the time with one from another | encoder |
+| prefix | T tokens, split in two | encoder_decoder |
+| span_corruption | as many tokens as make a source of at most T | encoder_decoder |
+| sequence_to_sequence | a document and its target | encoder_decoder |
 """
 
 import bisect
@@ -55,44 +55,44 @@ FAMILIES: dict[str, tuple[Family, ...]] = exhaustive(
         "sequence_to_sequence": ("encoder_decoder",),
     },
 )
-"""Which models can be asked what."""
+"""The families that can be trained on each objective."""
 
 Finish = Callable[..., Batch]
-"""(what is read, randomness where it draws any) → a row of a batch: its arrays without axis B."""
+"""(tokens read, rng if the objective is random) → a row of a batch: its arrays without axis B."""
 
 
 class Bucket:
-    """Rows of the same shape, numbered through one source after the other."""
+    """Rows of one shape, numbered consecutively over all sources."""
 
     def __init__(self, sources: Sequence[Any], finish: Finish, *, random: bool):
-        """Take what `finish` is given, by number of each source, and whether it draws anything."""
+        """Take the sources' elements, `finish` to make a row of one, and whether it is random."""
         self.sources = sources
         self.random = random
         self._finish = finish
         self.bounds = [0, *itertools.accumulate(map(len, sources))]
-        """Of each source the number of its first row, and behind the last one's last."""
+        """The number of each source's first row, then the total."""
 
     def __len__(self) -> int:
         return self.bounds[-1]
 
     def row(self, number: int, rng: np.random.Generator | None = None) -> Batch:
-        """A row: the arrays of a batch without their axis B."""
+        """Row `number`: the arrays of a batch without their axis B."""
         source = bisect.bisect_right(self.bounds, number) - 1
         element = self.sources[source][number - self.bounds[source]]
         return self._finish(element, rng) if self.random else self._finish(element)
 
 
 class Window(NamedTuple):
-    """What a row reads of documents that stand one after another."""
+    """The window of concatenated documents that a row reads."""
 
     length: int
     """Tokens."""
     overlap: int
-    """Tokens that the next row reads once more."""
+    """Tokens that the next row reads again."""
 
 
 def check_objective(data: DataConfig, model: TransformerConfig) -> None:
-    """Refuse a model that cannot be asked `data.objective`.
+    """Check that the model can be trained on `data.objective`.
 
     Raises:
       InputError: it cannot.
@@ -114,7 +114,7 @@ def check_objective(data: DataConfig, model: TransformerConfig) -> None:
 
 
 def joins_documents(data: DataConfig) -> bool:
-    """Whether a row may run on from one document into the next."""
+    """Whether a row may span several documents."""
     apart = data.objective in ("next_sentence", "sequence_to_sequence")
     return data.packing == "split" and not apart
 
@@ -122,10 +122,10 @@ def joins_documents(data: DataConfig) -> bool:
 def objective_vocabulary(
     data: DataConfig, model: TransformerConfig, tokenizer: Tokenizer
 ) -> Vocabulary:
-    """The tokenizer's tokens, and those that the objective needs beside them.
+    """The tokenizer's vocabulary, extended by the special tokens that the objective needs.
 
     Raises:
-      InputError: a model that cannot be asked `data.objective`.
+      InputError: a model that cannot be trained on `data.objective`.
     """
     check_objective(data, model)
     match data.objective:
@@ -144,7 +144,7 @@ def objective_vocabulary(
 
 
 def window(data: DataConfig, context_length: int) -> Window:
-    """What a row reads.
+    """The window that a row reads.
 
     Raises:
       InputError: a context too short for the objective.
@@ -171,10 +171,10 @@ def window(data: DataConfig, context_length: int) -> Window:
     return Window(length, overlap)
 
 
-def finisher(data: DataConfig, context_length: int, words: Vocabulary) -> Finish:
-    """What makes a row of what was read."""
+def finisher(data: DataConfig, context_length: int, vocabulary: Vocabulary) -> Finish:
+    """The function that makes a row from the tokens read."""
     masking = {"rate": data.mask_rate, "whole_words": data.whole_words}
-    framed = {"words": words, "context_length": context_length}
+    framed = {"vocabulary": vocabulary, "context_length": context_length}
     lengths = {"source_length": context_length, "target_length": context_length}
     match data.objective:
         case "causal":
@@ -184,15 +184,15 @@ def finisher(data: DataConfig, context_length: int, words: Vocabulary) -> Finish
         case "next_sentence":
             return functools.partial(pair_row, **framed, **masking)
         case "sequence_to_sequence":
-            return functools.partial(translated_row, words=words, length=context_length)
+            return functools.partial(translated_row, vocabulary=vocabulary, length=context_length)
         case "prefix":
-            return functools.partial(parted_row, words=words, part=prefix, **lengths)
+            return functools.partial(split_row, vocabulary=vocabulary, split=prefix, **lengths)
         case "span_corruption":
             spans = {"rate": data.mask_rate, "mean_span": data.mean_span}
             read = window(data, context_length).length
             lengths["target_length"] = 1 + span_lengths(read, **spans)[1]
-            part = functools.partial(span_corruption, vocabulary=words, **spans)
-            return functools.partial(parted_row, words=words, part=part, **lengths)
+            split = functools.partial(span_corruption, vocabulary=vocabulary, **spans)
+            return functools.partial(split_row, vocabulary=vocabulary, split=split, **lengths)
         case unknown:
             assert_never(unknown)
 
@@ -200,7 +200,7 @@ def finisher(data: DataConfig, context_length: int, words: Vocabulary) -> Finish
 def causal_row(
     read: np.ndarray | PackedTokens, rng: np.random.Generator | None = None, *, context_length: int
 ) -> Batch:
-    """Each token predicts the next one: of a window [T + 1 or less], or within packed documents."""
+    """Next-token prediction in a window [T + 1 or less] or within packed documents."""
     if isinstance(read, PackedTokens):
         weights = (read.segment_ids > 0).astype(np.float32)
         return Batch(
@@ -221,18 +221,18 @@ def masked_row(
     read: np.ndarray | PackedTokens,
     rng: np.random.Generator,
     *,
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     context_length: int,
     rate: float,
     whole_words: bool,
 ) -> Batch:
-    """Masked tokens are to be found: of a window [T - 2 or less], or in packed documents."""
-    packed = read if isinstance(read, PackedTokens) else framed(read, words, context_length)
+    """Masked language modelling of a window [T - 2 or less] or of packed documents."""
+    packed = read if isinstance(read, PackedTokens) else framed(read, vocabulary, context_length)
     inputs, targets, weights = masked_lm(
         packed.tokens,
         rng,
-        vocabulary=words,
-        starts=words.word_starts(packed.tokens) if whole_words else None,
+        vocabulary=vocabulary,
+        starts=vocabulary.word_starts(packed.tokens) if whole_words else None,
         rate=rate,
         frozen=packed.segment_ids == 0,
     )
@@ -245,55 +245,55 @@ def pair_row(
     read: "tuple[int, DocumentPieces]",
     rng: np.random.Generator,
     *,
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     context_length: int,
     rate: float,
     whole_words: bool,
 ) -> Batch:
-    """A piece of a document in two, or its beginning and a piece of another document."""
+    """Next-sentence prediction: two parts of a piece, or its start and another document's piece."""
     number, pieces = read
     return next_sentence(
         pieces.tokens(number),
         pieces.tokens(pieces.of_another_document(number, rng)),
         rng,
-        vocabulary=words,
+        vocabulary=vocabulary,
         context_length=context_length,
         rate=rate,
         whole_words=whole_words,
     )
 
 
-def parted_row(
+def split_row(
     read: np.ndarray,
     rng: np.random.Generator,
     *,
-    words: Vocabulary,
-    part: Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]],
+    vocabulary: Vocabulary,
+    split: Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]],
     source_length: int,
     target_length: int,
 ) -> Batch:
-    """A text that `part` makes a source and a target of."""
-    source, target = part(read, rng)
+    """A text that `split` turns into source and target, for teacher forcing."""
+    source, target = split(read, rng)
     lengths = {"source_length": source_length, "target_length": target_length}
-    return teacher_forcing(source, target, vocabulary=words, **lengths)
+    return teacher_forcing(source, target, vocabulary=vocabulary, **lengths)
 
 
 def translated_row(
     read: tuple[np.ndarray, np.ndarray],
     rng: np.random.Generator | None = None,
     *,
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     length: int,
 ) -> Batch:
-    """A document and what it is to become, both padded to `length`."""
+    """A document and its target, both padded to `length`, for teacher forcing."""
     source, target = read
     lengths = {"source_length": length, "target_length": length}
-    return teacher_forcing(source, target, vocabulary=words, **lengths)
+    return teacher_forcing(source, target, vocabulary=vocabulary, **lengths)
 
 
-def framed(tokens: np.ndarray, words: Vocabulary, context_length: int) -> PackedTokens:
-    """A row of one piece, framed."""
-    frame = words.needed("begin"), words.needed("end")
+def framed(tokens: np.ndarray, vocabulary: Vocabulary, context_length: int) -> PackedTokens:
+    """A row of one piece between `begin` and `end`."""
+    frame = vocabulary.needed("begin"), vocabulary.needed("end")
     return PackedRows(tokens, np.array([(0, len(tokens), 0)], PIECE), context_length, frame)[0]
 
 
@@ -301,7 +301,7 @@ def text_rows(
     stores: Sequence[TokenStore],
     data: DataConfig,
     context_length: int,
-    words: Vocabulary,
+    vocabulary: Vocabulary,
     *,
     rest: bool = False,
 ) -> Bucket:
@@ -310,19 +310,21 @@ def text_rows(
     Args:
       stores: one for each source.
       data: says which rows.
-      context: T.
-      words: from `objective_vocabulary`.
-      rest: whether what fills no row is a row with padding, where the objective allows it.
+      context_length: T.
+      vocabulary: from `objective_vocabulary`.
+      rest: whether an incomplete last row is kept, padded, where the objective allows it.
     """
     match data.packing:
         case "split":
             make = _document_pieces if data.objective == "next_sentence" else _windows
         case "first_fit":
-            make = functools.partial(_packed, words=words)
+            make = functools.partial(_packed, vocabulary=vocabulary)
         case unknown:
             assert_never(unknown)
     sources = [make(store, data, context_length, rest=rest) for store in stores]
-    return Bucket(sources, finisher(data, context_length, words), random=data.objective != "causal")
+    return Bucket(
+        sources, finisher(data, context_length, vocabulary), random=data.objective != "causal"
+    )
 
 
 def _windows(store: TokenStore, data: DataConfig, context_length: int, *, rest: bool) -> Windows:
@@ -332,15 +334,15 @@ def _windows(store: TokenStore, data: DataConfig, context_length: int, *, rest: 
 
 
 def _packed(
-    store: TokenStore, data: DataConfig, context_length: int, *, words: Vocabulary, rest: bool
+    store: TokenStore, data: DataConfig, context_length: int, *, vocabulary: Vocabulary, rest: bool
 ) -> PackedRows:
-    """Rows of whole documents; there is no rest, as padding is part of the rows."""
+    """Rows of whole documents; `rest` has no effect, as any row may have padding."""
     length, overlap = window(data, context_length)
     causal = data.objective == "causal"
-    frame = None if causal else (words.needed("begin"), words.needed("end"))
+    frame = None if causal else (vocabulary.needed("begin"), vocabulary.needed("end"))
 
     def make() -> Iterator[np.ndarray]:
-        # A causal model is to predict a document's end; a frame has an end of its own.
+        # A causal model must predict a document's end; a frame has an end of its own.
         blocks = store.blocks(ends=causal)
         pieces = (cut(starts, lengths, length, overlap=overlap) for starts, lengths in blocks)
         return plan(pieces, context_length, context_length - length)
@@ -350,7 +352,7 @@ def _packed(
 
 
 class DocumentPieces:
-    """Pieces of documents, each of at least two tokens, of which pairs are made."""
+    """Pieces of documents, each of at least two tokens, for pairs of segments."""
 
     def __init__(self, tokens: Mapped, pieces: Pieces, document: np.ndarray):
         self._tokens = tokens
@@ -369,7 +371,7 @@ class DocumentPieces:
         return self._tokens[start : start + length].astype(np.int32)
 
     def of_another_document(self, number: int, rng: np.random.Generator) -> int:
-        """The number of a piece of another document than that of piece `number`."""
+        """The number of a random piece from another document than piece `number`."""
         own = self._document[number]
         first, last = (np.searchsorted(self._document, own, side) for side in ("left", "right"))
         drawn = rng.integers(len(self) - (last - first))

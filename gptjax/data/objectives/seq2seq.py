@@ -1,8 +1,8 @@
-"""What an encoder-decoder is asked: a source is read, a target written, token by token.
+"""Sequence-to-sequence objectives: the encoder reads a source, the decoder predicts a target.
 
-Besides translation, T5's ways to make both of one text (Raffel et al. 2020, sections 3.1.4, 3.3.1
-and 3.3.4): spans that were taken out, and the rest of what was begun. Each function makes one
-example, and follows from its arguments and the state of `rng` alone.
+Besides translation, T5's ways to make both from one text (Raffel et al. 2020, sections 3.1.4, 3.3.1
+and 3.3.4): span corruption, and prefix language modelling. Each function makes one example and is
+deterministic given its arguments and the state of `rng`.
 """
 
 import bisect
@@ -14,7 +14,7 @@ from gptjax.data.batch import Batch
 from gptjax.data.objectives.vocabulary import Vocabulary
 
 FEWEST = 2
-"""The tokens of a text that can be parted in two."""
+"""Fewest tokens of a text that can be split in two."""
 
 
 def span_corruption(
@@ -25,81 +25,81 @@ def span_corruption(
     rate: float = 0.15,
     mean_span: float = 3.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Take spans out of a text: the source has a sentinel for each, the target what it stands for.
+    """Replace spans of a text by sentinels in the source; the target lists sentinels and spans.
 
-    As in figure 2 of Raffel et al. 2020, without `end`, which `teacher_forcing` puts behind both:
+    As in figure 2 of Raffel et al. 2020, without `end`, which `teacher_forcing` appends to both:
 
         Thank you for inviting me to your party last week
         source: Thank you <X> me to your party <Y> week
         target: <X> for inviting <Y> last <Z>
 
-    As in their code (random_spans_noise_mask), how many tokens are taken, and in how many spans,
-    follows from n alone; which, from two random partitions of what is kept and what is taken into
-    as many parts, none of them empty, that take turns. So the first token is always kept and the
-    last one always taken. Their code writes no last sentinel; their figure does.
+    As in their code (random_spans_noise_mask), the number of removed tokens and of spans follows
+    from n alone; which tokens, from random partitions of the kept and of the removed tokens into as
+    many non-empty parts, which alternate. So the first token is always kept and the last always
+    removed. Their code writes no last sentinel; their figure does.
 
     Args:
       tokens: [n], n at least 2, none of them a sentinel.
-      rng: where the choice comes from.
+      rng: source of randomness.
       vocabulary: with as many `sentinels` as `span_sentinels` says.
-      rate: how many of the tokens are taken.
+      rate: fraction of the tokens that are removed.
       mean_span: the mean length of a span, in tokens.
 
     Returns:
       source and target, int32, as long as `span_lengths` says.
 
     Raises:
-      InputError: fewer tokens or sentinels, or a rate or a mean that cannot be.
+      InputError: fewer tokens or sentinels, or an invalid rate or mean.
     """
-    taken, spans = _taken_and_spans(len(tokens), rate, mean_span)
+    removed, spans = _removed_and_spans(len(tokens), rate, mean_span)
     if len(vocabulary.sentinels) <= spans:
         raise InputError(
             f"The vocabulary has {len(vocabulary.sentinels)} sentinels; {spans} spans of "
             f"{len(tokens)} tokens need {spans + 1}."
         )
     sentinels = np.array(vocabulary.sentinels[: spans + 1], np.int32)
-    kept_lengths = _random_parts(len(tokens) - taken, spans, rng)
-    taken_lengths = _random_parts(taken, spans, rng)
-    lengths = np.stack([kept_lengths, taken_lengths], axis=1).ravel()
-    is_taken = np.repeat(np.tile([False, True], spans), lengths)
-    # A sentinel stands behind each part that is kept, and before each that is taken.
-    source = np.insert(tokens[~is_taken], np.cumsum(kept_lengths), sentinels[:-1])
-    before = np.cumsum(taken_lengths) - taken_lengths
-    target = np.insert(tokens[is_taken], np.append(before, taken), sentinels)
+    kept_lengths = _random_parts(len(tokens) - removed, spans, rng)
+    removed_lengths = _random_parts(removed, spans, rng)
+    lengths = np.stack([kept_lengths, removed_lengths], axis=1).ravel()
+    is_removed = np.repeat(np.tile([False, True], spans), lengths)
+    # A sentinel follows each kept part, and precedes each removed one.
+    source = np.insert(tokens[~is_removed], np.cumsum(kept_lengths), sentinels[:-1])
+    before = np.cumsum(removed_lengths) - removed_lengths
+    target = np.insert(tokens[is_removed], np.append(before, removed), sentinels)
     return source.astype(np.int32), target.astype(np.int32)
 
 
 def span_lengths(n: int, rate: float = 0.15, mean_span: float = 3.0) -> tuple[int, int]:
-    """The tokens of source and target that `span_corruption` makes of `n`.
+    """Lengths of source and target that `span_corruption` makes from `n` tokens.
 
     The target has all the sentinels: one more than there are spans.
 
     Raises:
-      InputError: fewer than 2 tokens, or a rate or a mean that cannot be.
+      InputError: fewer than 2 tokens, or an invalid rate or mean.
     """
-    taken, spans = _taken_and_spans(n, rate, mean_span)
-    return n - taken + spans, taken + spans + 1
+    removed, spans = _removed_and_spans(n, rate, mean_span)
+    return n - removed + spans, removed + spans + 1
 
 
 def span_sentinels(n: int, rate: float = 0.15, mean_span: float = 3.0) -> int:
-    """The sentinels that `span_corruption` needs for texts of up to `n` tokens.
+    """Number of sentinels that `span_corruption` needs for texts of up to `n` tokens.
 
     Raises:
-      InputError: fewer than 2 tokens, or a rate or a mean that cannot be.
+      InputError: fewer than 2 tokens, or an invalid rate or mean.
     """
-    _, spans = _taken_and_spans(n, rate, mean_span)
+    _, spans = _removed_and_spans(n, rate, mean_span)
     return spans + 1
 
 
 def span_input(
     source_length: int, target_length: int, rate: float = 0.15, mean_span: float = 3.0
 ) -> int:
-    """The largest n of which `span_corruption` makes no longer source and target than these.
+    """The largest n whose source and target from `span_corruption` fit these lengths.
 
-    What `teacher_forcing` adds is not counted: for its lengths ask with one less of each.
+    The tokens that `teacher_forcing` adds are not counted: for its lengths pass one less of each.
 
     Raises:
-      InputError: no text is as short, or a rate or a mean that cannot be.
+      InputError: lengths too short for any text, or an invalid rate or mean.
     """
 
     def exceeds(n: int) -> bool:
@@ -112,22 +112,22 @@ def span_input(
             f"A source of {source_length} and a target of {target_length} tokens are too short: "
             f"{FEWEST} tokens make {source} and {target}."
         )
-    # Both lengths grow with n, and together they have all of its tokens.
+    # Both lengths grow with n, and their sum is at least n.
     every = range(FEWEST, source_length + target_length + 1)
     return FEWEST + bisect.bisect_left(every, True, key=exceeds) - 1
 
 
-def _taken_and_spans(n: int, rate: float, mean_span: float) -> tuple[int, int]:
-    """How many of n tokens are taken, and in how many spans, at least one of each."""
+def _removed_and_spans(n: int, rate: float, mean_span: float) -> tuple[int, int]:
+    """Numbers of removed tokens and of spans for n tokens, each at least 1."""
     if n < FEWEST:
         raise InputError(f"The text has {n} tokens; span corruption needs at least {FEWEST}.")
     if not 0 < rate < 1:
         raise InputError(f"rate is {rate}; it must be above 0 and below 1.")
     if mean_span < 1:
         raise InputError(f"mean_span is {mean_span}; it must be at least 1.")
-    taken = min(max(round(n * rate), 1), n - 1)
-    spans = min(max(round(taken / mean_span), 1), n - taken)
-    return taken, spans
+    removed = min(max(round(n * rate), 1), n - 1)
+    spans = min(max(round(removed / mean_span), 1), n - removed)
+    return removed, spans
 
 
 def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -137,7 +137,7 @@ def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarra
 
 
 def prefix(tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A text [n] parted at a random place: source and target, neither of them empty.
+    """Split a text [n] at a random position into source and target, both non-empty.
 
     Prefix language modelling (Raffel et al. 2020, section 3.3.1; Liu et al. 2018).
 
@@ -158,12 +158,12 @@ def teacher_forcing(
     source_length: int,
     target_length: int,
 ) -> Batch:
-    """A row in which each token of `target`, and its end, is predicted from the true ones before.
+    """A teacher-forcing row: each token of `target`, and `end`, predicted from the true prefix.
 
-    The decoder is given `begin` and the target, and is to write the target and `end`. The source
-    too ends in `end`, as Marian's and T5's do: the encoder sees that the text is over and not cut,
-    and a source of no tokens still has one to be looked at. The target's padding lies behind all
-    that is predicted, where a causal decoder cannot look, so that there is no `valid`.
+    The decoder's input is `begin` and the target; it predicts the target and `end`. The source too
+    ends in `end`, as Marian's and T5's do: the encoder can tell that the text is complete, and an
+    empty source still has one key. The target's padding comes after all that is predicted, which
+    a causal decoder cannot attend to, so that no `padding_mask` is needed.
 
     Args:
       source: [n].
@@ -173,7 +173,7 @@ def teacher_forcing(
       target_length: T, at least m + 1.
 
     Raises:
-      InputError: a source or a target that is too long, or a vocabulary that lacks a token.
+      InputError: a source or target that is too long, or a vocabulary that lacks a token.
     """
     begin, end = vocabulary.needed("begin"), vocabulary.needed("end")
     for name, text, length in (

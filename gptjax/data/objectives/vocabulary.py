@@ -1,11 +1,11 @@
-"""The tokens that a model needs beside those of its tokenizer.
+"""A model's vocabulary: the tokenizer's tokens and the special tokens that an objective adds.
 
-Bytes, characters, GPT-1's vocabulary and GPT-2's have no token that begins a text, none that hides
-one, and no sentinels; an objective that asks for them gets ids from the tokenizer's `vocab_size`
-on, so that the model has more rows than the tokenizer has tokens.
+Bytes, characters, GPT-1's vocabulary and GPT-2's have no begin token, no mask token and no
+sentinels; an objective that needs them gets ids from the tokenizer's `vocab_size` on, so that the
+model has more rows than the tokenizer has tokens.
 
-Padding needs no id: a place with `valid` False is not looked at and one with weight 0 not
-predicted, so that 0 stands there, whichever token that is.
+Padding needs no id: it is never attended to (`padding_mask` False) nor predicted (loss weight 0),
+so that it holds 0, whichever token that is.
 """
 
 from collections.abc import Collection
@@ -18,38 +18,38 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.data.tokenizers.words import WordEdges
 
 NAMES = ("begin", "end", "mask")
-"""What may be needed, in the order in which the missing ones get their ids; sentinels follow."""
+"""Tokens that may be added, in the order of their new ids; sentinels follow."""
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer's tokens and those that were added to them: V in all."""
+    """A tokenizer's tokens and the added ones: V in all."""
 
     size: int
-    """V, the rows that a model needs."""
+    """V, the rows of a model's embedding."""
     begin: int | None
-    """Before a text, or what an encoder-decoder writes first; None where it was not asked for."""
+    """Before a text, or an encoder-decoder's first input token; None unless requested."""
     end: int | None
-    """Behind a text; None likewise, as is the next one."""
+    """After a text; None unless requested."""
     mask: int | None
-    """In the place of a token that is to be found."""
+    """Replaces a token that is to be predicted; None unless requested."""
     sentinels: tuple[int, ...]
-    """In the place of the first span that is to be found, the second, and so on."""
+    """Replace the first span that is to be predicted, the second, and so on."""
     special: np.ndarray
-    """[V], bool: the token stands for no text. The unknown token does: for text that it hides."""
+    """[V], bool: the token stands for no text. The unknown token does, and is not special."""
     ordinary: np.ndarray
-    """int32, ids in order: the tokens that stand for text."""
+    """int32, ascending ids of the tokens that stand for text."""
     edges: WordEdges
-    """Which tokens join which in a word; a special one joins none."""
+    """Which tokens join into words; special ones join none."""
 
     def word_starts(self, tokens: np.ndarray) -> np.ndarray:
-        """[T] → [T], bool: whether each token begins a word (tokenizers/words.py)."""
+        """[T] → [T], bool: whether each token starts a word (tokenizers/words.py)."""
         return self.edges.starts(tokens)
 
     def needed(self, name: str) -> int:
         """The id of `name`, one of `NAMES`.
 
         Raises:
-          InputError: a vocabulary that was made without.
+          InputError: a vocabulary made without it.
         """
         token = getattr(self, name)
         if token is None:
@@ -58,13 +58,13 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(tokenizer: Tokenizer, needed: Collection[str], sentinels: int = 0) -> Vocabulary:
-    """The tokens of `tokenizer` and those that it lacks of `needed`, which are among `NAMES`.
+    """The vocabulary of `tokenizer`, extended by what it lacks of `needed` (names in `NAMES`).
 
     T5 has its sentinels at the end of its tokenizer's vocabulary, the first one last; here they
-    come after it, in order, whether or not the tokenizer has some of its own.
+    follow the vocabulary, in order, whether or not the tokenizer has some of its own.
 
     Raises:
-      InputError: an unknown name, or fewer than no sentinels.
+      InputError: an unknown name, or a negative number of sentinels.
     """
     for name in needed:
         if name not in NAMES:
@@ -82,7 +82,7 @@ def vocabulary(tokenizer: Tokenizer, needed: Collection[str], sentinels: int = 0
     first, size = size, size + sentinels
     special = np.arange(size) >= tokenizer.vocab_size
     special[[token for name, token in tokenizer.special.items() if name != "unknown"]] = True
-    # Only now, as a padding of the tables by False is what the added tokens need.
+    # The added tokens join no word: their entries are False.
     added = (0, size - tokenizer.vocab_size)
     edges = WordEdges(*(np.pad(table, added) & ~special for table in tokenizer.word_edges()))
     return Vocabulary(

@@ -1,20 +1,20 @@
-"""Where text comes from: any text behind one small protocol (protocol.py).
+"""Sources of text, behind one small protocol (protocol.py).
 
 | `data.source` | documents |
 |---|---|
 | embedded | Python's language reference, one document |
 | PATH, or a pattern such as DIR/**/*.txt | each file of text, in sorted order |
 | PATH#documents=line | every line, empty ones too |
-| PATH#documents=block | what stands between blank lines |
+| PATH#documents=block | text between blank lines |
 | PATH#column=2 | the second column of every line of tab-separated text |
-| PATH.jsonl#field=text | a field of every line that is not blank |
+| PATH.jsonl#field=text | a field of every non-blank line |
 | PATH.parquet#field=text | a field of every row |
 | tfds:NAME#split=train&field=text&data_dir=DIR | a split of a TensorFlow dataset |
 
 Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
-Options are joined by `&`; field is text, and split is train, where none is given. Line ends within
-documents are kept as they are, a byte order mark before a text is not. A pattern reads each file
-once, however many links lead to it. Memory is an index of 8 bytes per document, not the text.
+Options are joined by `&`; field defaults to text, split to train. Line ends within documents are
+kept, a byte order mark is dropped. A pattern reads each file once, however many links lead to it.
+Memory use is an index of 8 bytes per document, not the text.
 """
 
 import os
@@ -29,17 +29,17 @@ from gptjax.data.sources.text import Blocks, Column, Lines, Whole
 __all__ = ["Documents", "embedded_corpus", "open_source", "reopen"]
 
 TFDS = "tfds:"
-"""How a spec of a TensorFlow dataset begins."""
+"""Prefix of a TensorFlow dataset's spec."""
 
 COMPRESSED = (".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar", ".tgz")
-"""Suffixes of what is packed in a way that is not read here."""
+"""Suffixes of compressed formats that are not supported."""
 
 
 def open_source(spec: str) -> Documents:
     """The documents that `spec` (see the module's table) names.
 
     Raises:
-      InputError: a spec of another form, or a text that is missing, damaged or not what it says.
+      InputError: an invalid spec, or a text that is missing, damaged or of another format.
     """
     parsed = parse_spec(spec)
     if spec.startswith(TFDS):
@@ -53,10 +53,10 @@ def open_source(spec: str) -> Documents:
 
 
 def reopen(spec: str, fingerprint: str) -> Documents:
-    """What `open_source(spec)` gave elsewhere.
+    """Open `spec` again and check that its fingerprint is the same.
 
     Raises:
-      InputError: another text than that one, or one that cannot be opened.
+      InputError: another fingerprint, or a text that cannot be opened.
     """
     documents = open_source(spec)
     if documents.fingerprint != fingerprint:
@@ -101,16 +101,16 @@ def _open_text(spec: Spec, paths: list[str]) -> Documents:
 
 
 KINDS = {"Parquet": _open_parquet, "JSON lines": _open_json_lines, "text": _open_text}
-"""What files hold, and what opens them."""
+"""Formats of files, and the functions that open them."""
 SUFFIXES = {".parquet": "Parquet", ".jsonl": "JSON lines"}
-"""How files of another kind than text end."""
+"""Suffixes of formats other than text."""
 
 
 def _kind(path: str) -> str:
-    """What is in a file, by its suffix.
+    """The format of a file, by its suffix.
 
     Raises:
-      InputError: something that is not read.
+      InputError: an unsupported format.
     """
     name = path.lower().removesuffix(".gz")
     for suffix in COMPRESSED:

@@ -1,4 +1,4 @@
-"""The text that needs no download: what every Python installation carries."""
+"""The embedded text, which needs no download: Python's own language reference."""
 
 import hashlib
 
@@ -8,8 +8,8 @@ from gptjax.data.sources.protocol import check_index
 def embedded_corpus() -> str:
     """Python's language reference, as `help()` shows it: about 465,000 characters of English.
 
-    It lies in the standard library (`pydoc_data.topics`), so it needs no download; its wording
-    follows the Python version.
+    It is part of the standard library (`pydoc_data.topics`), so it needs no download; its wording
+    depends on the Python version.
     """
     from pydoc_data.topics import topics
 

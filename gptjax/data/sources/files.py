@@ -1,7 +1,7 @@
-"""Files whose bytes are read where they are wanted: never mapped, never whole.
+"""Random access to the bytes of files, neither memory-mapped nor read whole.
 
-A page of a mapped file counts as this process's memory, and one that is no longer there ends the
-process; `pread` does neither, and threads share it.
+Pages of a mapped file count as this process's memory, and a page that is gone kills the process;
+`pread` has neither problem and is thread-safe.
 """
 
 import codecs
@@ -21,19 +21,19 @@ from gptjax.config import InputError
 from gptjax.data.sources.protocol import refuse
 
 CHUNK = 16 << 20
-"""Bytes that are read at a time where a whole file is read."""
+"""Bytes read at a time when reading a whole file."""
 UNPACKED, RATIO = 1 << 28, 200
-"""A packed file may have so many bytes, and more if they are at most so many times the packed ones:
-text is packed to a twentieth at best, and a file that is made to fill memories to a thousandth."""
+"""A packed file may unpack to this many bytes, or to this multiple of its size: text compresses
+to a twentieth at best, a decompression bomb to a thousandth."""
 
 _ANY_DIRECTORIES = re.compile(r"(?:(?<=/)|^)\*\*(?:/+|$)")
 
 
 def find_files(pattern: str) -> list[str]:
-    """The file at this path, or all files that fit the pattern, sorted; `**` is any directories.
+    """The file at this path, or all files that match the pattern, sorted; `**` is any directories.
 
-    Of several paths that lead to one file, as links do, the first is taken: its text is not read
-    twice, nor validated on after it was trained on.
+    Of several paths to one file, as with links, the first is taken, so that a text is neither read
+    twice nor used in both training and validation.
 
     Raises:
       InputError: no such file; a directory; a pattern that no file fits.
@@ -44,7 +44,7 @@ def find_files(pattern: str) -> list[str]:
     for path in sorted({*_fitting(pattern)}):
         try:
             found = os.stat(path)
-        except OSError:  # A link that leads nowhere: who opens it says so.
+        except OSError:  # A dangling link: opening it raises the error.
             paths[path] = path
             continue
         if not stat.S_ISDIR(found.st_mode):
@@ -55,20 +55,20 @@ def find_files(pattern: str) -> list[str]:
 
 
 def is_gzip(path: str) -> bool:
-    """Whether a file is named as one that gzip packed."""
+    """Whether a file's name is that of a gzip file."""
     return path.lower().endswith(".gz")
 
 
 def unreadable(path: str, error: OSError) -> InputError:
-    """The mistake of a file that the system does not give."""
+    """The error for a file that the system cannot read."""
     return InputError(f"data.source: cannot read {path}: {error.strerror or error}.")
 
 
 def check_unpacked(path: str, packed: int, unpacked: int) -> None:
-    """Find out whether so many bytes may come of so many packed ones.
+    """Check that `packed` bytes may unpack to `unpacked` bytes.
 
     Raises:
-      InputError: far more than text gives, as of a file that was made to fill memories.
+      InputError: far more than text gives, as from a decompression bomb.
     """
     if unpacked > max(UNPACKED, RATIO * packed):
         refuse(
@@ -78,18 +78,18 @@ def check_unpacked(path: str, packed: int, unpacked: int) -> None:
 
 
 class File:
-    """A file of a known size; a read finds out whether it is still what was opened.
+    """A file of known size; each read checks that it has not changed since it was opened.
 
-    A byte order mark before the text is no part of it.
+    A byte order mark is skipped.
 
     Raises:
-      InputError: a file that is missing, unreadable or no regular file.
+      InputError: a file that is missing, unreadable or not regular.
     """
 
     def __init__(self, path: str):
         self.path = path
         try:
-            # Before it is opened: a pipe waits for who writes into it.
+            # Before it is opened: opening a pipe blocks until something writes to it.
             _check_regular(path, os.stat(path))
             with open(path, "rb", buffering=0) as opened:
                 found = os.fstat(opened.fileno())
@@ -101,13 +101,13 @@ class File:
         self.size = found.st_size - self.skipped
 
     def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`; both lie in the file as it was opened.
+        """`length` bytes from `start`, within the file as it was opened.
 
         Raises:
           InputError: a file that is gone, or has changed since.
         """
-        # Opened anew each time: a pattern may fit more files than a process may hold open. It may
-        # be a pipe by now, which is not to be waited for.
+        # Opened for each read: a pattern may match more files than a process may hold open.
+        # Non-blocking, as it may have become a pipe.
         try:
             opened = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
             try:
@@ -122,7 +122,7 @@ class File:
         return data
 
     def check_unchanged(self) -> None:
-        """Find out whether the file is still the one that was opened.
+        """Check that the file has not changed since it was opened.
 
         Raises:
           InputError: a file that is gone, or has changed since.
@@ -144,10 +144,10 @@ class File:
 
 
 class Store:
-    """A temporary file without a name, closed with the last reference to it.
+    """An anonymous temporary file, closed with the last reference to it.
 
     Raises:
-      InputError: no place for temporary files.
+      InputError: no directory for temporary files.
     """
 
     def __init__(self):
@@ -160,10 +160,10 @@ class Store:
         self._size = 0
 
     def append(self, path: str, parts: Iterable[bytes]) -> tuple[int, int]:
-        """Write what is unpacked from `path`; where it begins, and its bytes.
+        """Append what is unpacked from `path`; returns its offset and its size in bytes.
 
         Raises:
-          InputError: a disk that is full, or another reason why it cannot be written.
+          InputError: a full disk, or another failure to write.
         """
         start = self._size
         for part in parts:
@@ -185,15 +185,15 @@ class Store:
 
 
 class Unpacked:
-    """What a gzip file held when it was opened.
+    """The unpacked content of a gzip file, as of when it was opened.
 
     Args:
       path: The gzip file.
-      store: Where it is unpacked to; several may share one.
+      store: The temporary file it is unpacked to; several may share one.
 
     Raises:
-      InputError: a file that is missing, unreadable or damaged, that unpacks to far more than text
-        does, or no space to unpack it.
+      InputError: a file that is missing, unreadable, damaged or a decompression bomb, or no space
+        to unpack it.
     """
 
     def __init__(self, path: str, store: Store):
@@ -206,7 +206,7 @@ class Unpacked:
         self.size = size - self.skipped
 
     def read(self, start: int, length: int) -> bytes:
-        """`length` bytes from `start`, of what is unpacked."""
+        """`length` bytes from `start` of the unpacked content."""
         return self._store.read(self._start + self.skipped + start, length)
 
 
@@ -214,7 +214,7 @@ Readable = File | Unpacked
 
 
 def open_files(paths: list[str]) -> list[Readable]:
-    """The files, those that end in .gz unpacked into one temporary file.
+    """Open the files; those that end in .gz are unpacked into one temporary file.
 
     Raises:
       InputError: see `File` and `Unpacked`.
@@ -226,9 +226,9 @@ def open_files(paths: list[str]) -> list[Readable]:
 
 
 def chunks(file: Readable) -> Iterator[tuple[int, bytes]]:
-    """All of a file in order, as offsets and at most `CHUNK` bytes each.
+    """Yields a file in order, as (offset, at most `CHUNK` bytes).
 
-    A chunk ends where a line ends, or if a line is longer, where a UTF-8 character ends.
+    A chunk ends at a line end, or if a line is longer, at the end of a UTF-8 character.
     """
     start = 0
     while start < file.size:
@@ -248,7 +248,7 @@ def sha256(file: Readable) -> str:
 
 
 def _whole_characters(data: bytes) -> int:
-    """The length of `data` without a character that its end cuts; UTF-8's have up to 4 bytes."""
+    """The length of `data` without an incomplete last character; UTF-8's have up to 4 bytes."""
     for end in range(len(data) - 1, len(data) - 4, -1):
         if data[end] < 0x80 or data[end] >= 0xC0:
             return end if data[end] >= 0xC0 else len(data)
@@ -270,7 +270,7 @@ def _gunzip(file: File) -> Iterator[bytes]:
 
 
 def _fitting(pattern: str) -> Iterator[str]:
-    """Paths that fit the pattern; a directory that links lead to in a circle is entered once."""
+    """Paths that match the pattern; a directory in a cycle of links is entered once."""
     before, *behind = _ANY_DIRECTORIES.split(pattern, maxsplit=1)
     if not behind:
         yield from glob.iglob(pattern)
@@ -281,12 +281,12 @@ def _fitting(pattern: str) -> Iterator[str]:
 
 
 def _directories(top: str) -> Iterator[str]:
-    """A directory ("" is the working one) and all below it, but for hidden ones, each once."""
+    """A directory ("" is the working one) and all non-hidden ones below it, each once."""
     entered = set()
     for directory, below, _ in os.walk(top or os.curdir, followlinks=True):
         try:
             found = os.stat(directory)
-        except OSError:  # It is gone; what is in it is found no more.
+        except OSError:  # It is gone, with its content.
             continue
         if (found.st_dev, found.st_ino) in entered:
             below.clear()
@@ -304,12 +304,12 @@ def _check_regular(path: str, found: os.stat_result) -> None:
 
 
 def _mark(begin: bytes) -> int:
-    """The bytes of a byte order mark, where `begin` is one."""
+    """The length of the byte order mark that `begin` may be, else 0."""
     return len(codecs.BOM_UTF8) if begin.startswith(codecs.BOM_UTF8) else 0
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:
-    """The bytes, fewer at the file's end; the system gives at most 2 GiB at a time."""
+    """Up to `length` bytes, fewer at the file's end; one call returns at most 2 GiB."""
     data = os.pread(descriptor, length, start)
     if len(data) == length or not data:
         return data

@@ -1,4 +1,4 @@
-"""What a source of text is, and how the user's description of one is taken apart."""
+"""The protocol of text sources, and the parsing of their specs."""
 
 import re
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from gptjax.config import InputError, near_names
 
 
 class Documents(Protocol):
-    """Random access to the documents of a text; reading from several threads is safe.
+    """Random access to the documents of a text; reading is thread-safe.
 
-    Pickled, it is its spec and its fingerprint: it is opened again where it is unpickled, and
-    refused if it is another text there.
+    A pickle holds the spec and the fingerprint: unpickling opens the source again, and fails if the
+    text differs.
     """
 
     name: str
     """The spec, for messages and reports."""
     fingerprint: str
-    """Hex SHA-256 of what is read: other content or another way of reading it is another one."""
+    """Hex SHA-256 of the content and of how it is read."""
 
     def __len__(self) -> int: ...
 
@@ -32,19 +32,19 @@ class Documents(Protocol):
 
 
 class Spec(NamedTuple):
-    """A spec in its two parts, `address#option=value&option=value`."""
+    """A parsed spec, `address#option=value&option=value`."""
 
     text: str
     """As the user wrote it."""
     address: str
-    """What stands before the options: a name, a path or a pattern."""
+    """A name, a path or a pattern, before the options."""
     options: Mapping[str, str]
 
     def choose(self, kind: str, **defaults: str | None) -> dict[str, str | None]:
-        """The options of a source of this kind, which knows those in `defaults`.
+        """The options of a source of this kind, with `defaults` for those not given.
 
         Raises:
-          InputError: an option that it does not know.
+          InputError: an option that is not in `defaults`.
         """
         for name in self.options:
             if name not in defaults:
@@ -54,17 +54,16 @@ class Spec(NamedTuple):
 
 
 OPTIONS = ("documents", "column", "errors", "field", "split", "data_dir")
-"""Every option of any kind of source."""
+"""All options of all kinds of sources."""
 
 _BEGIN = re.compile(rf"#(?=({'|'.join(OPTIONS)})=)")
 
 
 def parse_spec(text: str) -> Spec:
-    """Take a spec apart; a `#` before anything but a known `option=` belongs to the address.
+    """Parse a spec; a `#` before anything but a known `option=` belongs to the address.
 
     Raises:
-      InputError: an option that does not exist, has no value or stands twice; no address, or one
-        that cannot be.
+      InputError: an option that is unknown, empty or given twice; a missing or invalid address.
     """
     found = _BEGIN.search(text)
     address, rest = (text[: found.start()], text[found.end() :]) if found else (text, "")
@@ -86,7 +85,7 @@ def parse_spec(text: str) -> Spec:
 
 
 def check_no_option(spec: Spec) -> None:
-    """An address that is not there does not end in what looks like an option.
+    """Check that a missing address does not end in what looks like an option.
 
     Raises:
       InputError: one that ends in `#name=value`.
@@ -98,7 +97,7 @@ def check_no_option(spec: Spec) -> None:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raise the mistake in the source that `what` says, without its full stop.
+    """Raise an error about the source; `what` is its sentence without the full stop.
 
     Raises:
       InputError: always.
@@ -107,13 +106,13 @@ def refuse(what: str) -> NoReturn:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, short enough for a sentence."""
+    """The first line of a library's error, short enough for a sentence."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")[:300]
     return said if said.isprintable() else repr(said)
 
 
 def check_index(index: int, length: int) -> None:
-    """Raise what Python's iteration over a sequence waits for at its end.
+    """Check an index; the IndexError is what ends Python's iteration over a sequence.
 
     Raises:
       IndexError: an index that is not below the length, or is negative.

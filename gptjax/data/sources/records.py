@@ -1,4 +1,4 @@
-"""Documents that are a field of a record: JSON lines and Parquet."""
+"""Documents from a field of records: JSON lines and Parquet."""
 
 import contextlib
 import threading
@@ -10,17 +10,17 @@ import numpy as np
 from gptjax.config import InputError, parse_json
 from gptjax.data.sources.files import File, check_unpacked, chunks, sha256
 from gptjax.data.sources.protocol import Spec, check_index, first_line, refuse
-from gptjax.data.sources.text import IndexedFiles, Place, filled_starts, fingerprint_of
+from gptjax.data.sources.text import IndexedFiles, Location, filled_starts, fingerprint_of
 
 SHOWN_FIELDS = 20
-"""Named where another one is asked for."""
+"""Fields listed in the error for a missing one."""
 
 
 class JsonLines(IndexedFiles):
-    """A field of every line, each of which is a JSON object or blank; blank ones are no documents.
+    """A field of each line that is a JSON object; blank lines are skipped.
 
     Raises:
-      InputError: a first line that lacks the field, or is something else.
+      InputError: a first line that lacks the field, or is not an object.
     """
 
     def __init__(self, spec: Spec, paths: list[str], errors: str, field: str):
@@ -29,15 +29,15 @@ class JsonLines(IndexedFiles):
         super().__init__(spec, paths, options, filled_starts, errors)
         self[0]
 
-    def _document(self, data: bytes, place: Place) -> str:
-        line = self._decoded(data, place)
+    def _document(self, data: bytes, location: Location) -> str:
+        line = self._decoded(data, location)
         try:
             return self._text(line, "")
-        except InputError:  # Only now is it worth while to count the lines before it.
-            return self._text(line, f"line {_line_number(place)} of {place.file.path}")
+        except InputError:  # Count the lines before it only for an error.
+            return self._text(line, f"line {_line_number(location)} of {location.file.path}")
 
     def _text(self, line: str, where: str) -> str:
-        """The text of a record, which `where` names in an error."""
+        """The text of a record; `where` names it in an error."""
         try:
             record = parse_json(line, where)
         except InputError as error:
@@ -49,17 +49,17 @@ class JsonLines(IndexedFiles):
         return text_of(record[self._field], where, self._field)
 
 
-def _line_number(place: Place) -> int:
-    before = ((start, data) for start, data in chunks(place.file) if start < place.start)
-    return 1 + sum(data[: place.start - start].count(b"\n") for start, data in before)
+def _line_number(location: Location) -> int:
+    before = ((start, data) for start, data in chunks(location.file) if start < location.start)
+    return 1 + sum(data[: location.start - start].count(b"\n") for start, data in before)
 
 
 class Parquet:
-    """A column of Parquet files. What is held is the last row group that was read, and no more.
+    """A column of Parquet files; only the last row group that was read is in memory.
 
-    Reading in order decodes a row group once; reading in random order decodes one a document,
-    unless it is small. (`build-dataset` writes what is quick to read in any order.) Where pages
-    have checksums, they are checked.
+    Reading in order decodes each row group once; reading in random order decodes one per document,
+    unless there is only one. (`build-dataset` writes files that are quick to read in any order.)
+    Checksums of pages are verified where present.
 
     Raises:
       InputError: files that are missing, damaged or have no such column of strings.
@@ -97,7 +97,7 @@ class Parquet:
             value = column[within].as_py()
         except UnicodeDecodeError:
             refuse(f"the field {self._field} in {where} is not UTF-8")
-        except Exception as error:  # An index into a dictionary that is damaged.
+        except Exception as error:  # A damaged dictionary index.
             _damaged(file, first_line(error))
         return text_of(value, where, self._field)
 
@@ -107,7 +107,7 @@ class Parquet:
         return reopen, (self.name, self.fingerprint)
 
     def _rows_of_groups(self, file: File) -> list[int]:
-        """The lengths of the row groups.
+        """The number of rows of each row group.
 
         Raises:
           InputError: see the class.
@@ -129,23 +129,23 @@ class Parquet:
         if not any(is_kind(kind) for is_kind in is_text):
             refuse(f"the field {self._field} of {file.path} holds {kind}, not strings")
         if min(rows, default=0) < 0:
-            _damaged(file, "it has less than no rows")
-        # PyArrow ends the process where it is asked for a damaged column's sizes.
+            _damaged(file, "it has a negative number of rows")
+        # PyArrow aborts the process when asked for a damaged column's sizes.
         check_unpacked(
             file.path, file.size, max((group.total_byte_size for group in groups), default=0)
         )
         return rows
 
     def _column(self, number: int) -> Any:
-        """The column in the row group of this number, counted through all files."""
+        """The column in row group `number`, counted over all files."""
         file, group = self._groups[number]
         rows = int(self._ends[number]) - (int(self._ends[number - 1]) if number else 0)
-        with self._lock:  # Two threads would hold two row groups.
+        with self._lock:  # Else two threads would hold two row groups.
             if self._last and self._last[0] == number:
                 return self._last[1]
-            self._last = None  # Its memory is free before the next one takes some.
+            self._last = None  # Free its memory before the next one is read.
             file.check_unchanged()
-            # So a string that is repeated takes its memory once, as it does in the file.
+            # With dictionaries, a repeated string takes memory once, as in the file.
             with self._opened(file, read_dictionary=[self._field]) as opened:
                 column = opened.read_row_group(group, columns=[self._field]).column(self._field)
             if len(column) != rows:
@@ -164,13 +164,13 @@ class Parquet:
                 yield opened
         except InputError:
             raise
-        # Of damage PyArrow raises its own errors, and OSError, IndexError, UnicodeDecodeError.
+        # For damage, PyArrow raises its own errors, OSError, IndexError and UnicodeDecodeError.
         except Exception as error:
             _damaged(file, first_line(error))
 
 
 def no_field(where: str, field: str, fields: Collection[str]) -> NoReturn:
-    """Refuse a record or table that lacks a field.
+    """Raise the error for a record or table that lacks a field.
 
     Raises:
       InputError: always.
@@ -182,10 +182,10 @@ def no_field(where: str, field: str, fields: Collection[str]) -> NoReturn:
 
 
 def text_of(value: object, where: str, field: str) -> str:
-    """The value of a field, if it is text.
+    """The value of a field, checked to be text.
 
     Raises:
-      InputError: a value that is no string, or one that UTF-8 cannot hold.
+      InputError: a value that is not a string, or cannot be encoded in UTF-8.
     """
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__

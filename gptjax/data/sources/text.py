@@ -1,7 +1,7 @@
-"""Documents of text files: an index of where each begins, and a read where one is asked for.
+"""Documents of text files: an index of their offsets, and a read per access.
 
-The index takes 8 bytes per document. A file is read once to make it; UTF-8 and the fingerprint are
-checked and computed on the way, so that a bad byte is found before the training and not within it.
+The index takes 8 bytes per document. Building it reads each file once, which also validates UTF-8
+and computes the fingerprint, so that a bad byte is found before training.
 """
 
 import array
@@ -18,37 +18,37 @@ from gptjax.data.sources.files import File, Readable, chunks, open_files
 from gptjax.data.sources.protocol import Spec, check_index, refuse
 
 LONGEST = 1 << 28
-"""Bytes of a document."""
+"""Most bytes of a document."""
 
-# As the blank lines of block documents have them.
+# Characters of the blank lines between blocks.
 _BLANKS = b" \t\r\n"
 _IS_TEXT = ~np.isin(np.arange(256), list(_BLANKS))
 
 Chunks = Iterable[tuple[int, bytes]]
 
 
-class Place(NamedTuple):
-    """Where a document is."""
+class Location(NamedTuple):
+    """Where a document is, for errors."""
 
     file: Readable
     number: int
-    """Of the document in its file, from 1: in a file of lines, the line's."""
+    """The document's number in its file, from 1; for lines, the line number."""
     start: int
-    """Its first byte's offset in what is read of the file."""
+    """Offset of its first byte, after a byte order mark and unpacking."""
 
 
 class IndexedFiles:
-    """Documents that follow each other in files.
+    """Consecutive documents of files.
 
     Args:
-      spec: What was asked for; names the object.
+      spec: The parsed spec, which names the source.
       paths: The files, in order.
-      options: What the fingerprint holds beside the content.
-      split: Yields arrays of the offsets at which the documents of a file's chunks begin.
-      errors: `strict` or `replace`: what is done about bytes that are not UTF-8.
+      options: How the content is read, for the fingerprint.
+      split: Yields arrays of the offsets at which documents begin, from a file's chunks.
+      errors: `strict` or `replace`, for bytes that are not UTF-8.
 
     Raises:
-      InputError: files that cannot be read or hold no document; bytes that are not UTF-8.
+      InputError: files that cannot be read or have no document; bytes that are not UTF-8.
     """
 
     def __init__(
@@ -84,27 +84,27 @@ class IndexedFiles:
         start = int(starts[within])
         end = int(starts[within + 1]) if within + 1 < len(starts) else file.size
         data = file.read(start, end - start)
-        return self._document(data, Place(file, within + 1, start))
+        return self._document(data, Location(file, within + 1, start))
 
     def __reduce__(self):
         from gptjax.data.sources import reopen
 
         return reopen, (self.name, self.fingerprint)
 
-    def _document(self, data: bytes, place: Place) -> str:
-        """The document in these bytes, which reach to where the next one begins."""
-        return self._decoded(data, place)
+    def _document(self, data: bytes, location: Location) -> str:
+        """The document in these bytes, which end where the next one begins."""
+        return self._decoded(data, location)
 
-    def _decoded(self, data: bytes, place: Place) -> str:
+    def _decoded(self, data: bytes, location: Location) -> str:
         try:
             return data.decode("utf-8", self._errors)
         except UnicodeDecodeError as error:
-            _not_utf8(place.file, place.start, error)
+            _not_utf8(location.file, location.start, error)
 
     def _checked(
         self, file: Readable, update: Callable[[bytes], object], starts: Sequence[int]
     ) -> Chunks:
-        """The file's chunks; `update` gets each, and `starts` grows by what is found in it."""
+        """Yields a file's chunks, validated; `update` gets each, `starts` grows meanwhile."""
         for start, data in chunks(file):
             update(data)
             if self._errors == "strict":
@@ -121,10 +121,10 @@ class IndexedFiles:
 
 
 class Whole(IndexedFiles):
-    """A document a file, as it is; a file above `files.CHUNK` bytes (16 MiB) is several.
+    """One document per file; a file above `files.CHUNK` bytes (16 MiB) is several.
 
-    It is cut at line ends, so that no document is larger; joined, they are the file. An empty file
-    beside others is an empty document.
+    It is cut at line ends, so that no document is larger; concatenated, they are the file. An empty
+    file among others is an empty document.
     """
 
     def __init__(self, spec: Spec, paths: list[str], errors: str):
@@ -134,21 +134,21 @@ class Whole(IndexedFiles):
 
 
 class Lines(IndexedFiles):
-    r"""Every line is a document, empty ones too, without the `\n` or `\r\n` that ends it.
+    r"""One document per line, empty ones included, without its `\n` or `\r\n`.
 
-    The end of the last line may be missing. A lone `\r` ends no line.
+    The last line need not end in one. A lone `\r` ends no line.
     """
 
     def __init__(self, spec: Spec, paths: list[str], errors: str):
         options = {"documents": "line", "errors": errors}
         super().__init__(spec, paths, options, line_starts, errors)
 
-    def _document(self, data: bytes, place: Place) -> str:
-        return self._decoded(without_end(data), place)
+    def _document(self, data: bytes, location: Location) -> str:
+        return self._decoded(without_end(data), location)
 
 
 class Column(IndexedFiles):
-    """A column of every line of tab-separated text; nothing is quoted in it.
+    """A column of each line of tab-separated text, without quoting.
 
     Raises:
       InputError: a first line that lacks the column.
@@ -160,34 +160,35 @@ class Column(IndexedFiles):
         super().__init__(spec, paths, options, line_starts, errors)
         self[0]
 
-    def _document(self, data: bytes, place: Place) -> str:
+    def _document(self, data: bytes, location: Location) -> str:
         columns = without_end(data).split(b"\t")
         if self._column > len(columns):
             refuse(
-                f"line {place.number} of {place.file.path} has {len(columns)} columns, and column "
-                f"{self._column} is asked for"
+                f"line {location.number} of {location.file.path} has {len(columns)} columns, and "
+                f"column {self._column} is asked for"
             )
-        start = place.start + sum(len(column) + 1 for column in columns[: self._column - 1])
-        return self._decoded(columns[self._column - 1], place._replace(start=start))
+        start = location.start + sum(len(column) + 1 for column in columns[: self._column - 1])
+        return self._decoded(columns[self._column - 1], location._replace(start=start))
 
 
 class Blocks(IndexedFiles):
-    """Documents between blank lines, which may hold spaces and tabs; without their last line end.
+    """Documents between blank lines (which may hold spaces and tabs), without the final newline.
 
-    Their lines, the first one's indentation included, are as they are.
+    Their lines, including the first one's indentation, are unchanged.
     """
 
     def __init__(self, spec: Spec, paths: list[str], errors: str):
         options = {"documents": "block", "errors": errors}
         super().__init__(spec, paths, options, _block_starts, errors)
 
-    def _document(self, data: bytes, place: Place) -> str:
+    def _document(self, data: bytes, location: Location) -> str:
         last_line = data.find(b"\n", len(data.rstrip(_BLANKS)))
-        return self._decoded(data if last_line < 0 else without_end(data[: last_line + 1]), place)
+        text = data if last_line < 0 else without_end(data[: last_line + 1])
+        return self._decoded(text, location)
 
 
 def fingerprint_of(digests: list[str], options: dict[str, str]) -> str:
-    """The fingerprint of files with these digests, in order, read with these options."""
+    """The fingerprint of files with these digests, in order, and these options."""
     read = json.dumps({"files": digests, "options": options}, sort_keys=True)
     return hashlib.sha256(read.encode("utf-8")).hexdigest()
 
@@ -200,7 +201,7 @@ def without_end(line: bytes) -> bytes:
 
 
 def _check_not_empty(files: Sequence[Readable], documents: int) -> None:
-    """There is a document, and something to read in one."""
+    """Check that there is a document, and a non-empty file."""
     filled = next((file for file in files if file.size), None)
     if filled is None:
         refuse(f"{files[0].path} {'is empty' if isinstance(files[0], File) else 'holds nothing'}")
@@ -226,7 +227,7 @@ def _chunk_starts(chunks: Chunks) -> Iterator[np.ndarray]:
 
 
 def line_starts(chunks: Chunks) -> Iterator[np.ndarray]:
-    """Where lines begin."""
+    """Yields the offsets at which lines begin."""
     ended = True
     for start, data in chunks:
         begins = start + _after_ends(data)
@@ -237,7 +238,7 @@ def line_starts(chunks: Chunks) -> Iterator[np.ndarray]:
 
 
 def filled_starts(chunks: Chunks) -> Iterator[np.ndarray]:
-    """Where lines begin that hold more than blanks."""
+    """Yields the offsets at which non-blank lines begin."""
     for lines, filled in _lines(chunks):
         yield lines[filled]
 
@@ -251,8 +252,8 @@ def _block_starts(chunks: Chunks) -> Iterator[np.ndarray]:
 
 
 def _lines(chunks: Chunks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Where lines begin, and whether each holds more than blanks."""
-    # A line that is longer than a chunk goes on in the next one.
+    """Yields the offsets at which lines begin, and whether each is non-blank."""
+    # A line longer than a chunk continues in the next one.
     first, first_filled, ended = 0, False, True
     for start, data in chunks:
         begins = np.concatenate([[0], _after_ends(data)])
@@ -270,5 +271,5 @@ def _lines(chunks: Chunks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _after_ends(data: bytes) -> np.ndarray:
-    """Where lines begin in `data`, but for the first one."""
+    """Offsets in `data` at which lines begin, except the first."""
     return np.flatnonzero(np.frombuffer(data, np.uint8) == 0x0A) + 1

@@ -1,8 +1,8 @@
 """Splits of TensorFlow datasets, read from ArrayRecord files without TensorFlow.
 
-A dataset that is prepared in the data directory is read whatever made it. Otherwise TFDS downloads
-and prepares it, if its sources can be reached: that is asked first, because TFDS asks ten times and
-waits in between. Many builders of TFDS need TensorFlow to prepare, though not to be read.
+A dataset prepared in the data directory is read, whatever prepared it. Otherwise TFDS downloads and
+prepares it, if its hosts can be reached: this is checked first, because TFDS retries ten times with
+pauses. Many builders of TFDS need TensorFlow for preparation, though not for reading.
 """
 
 import contextlib
@@ -29,27 +29,27 @@ from gptjax.data.sources.records import no_field, text_of
 ARRAY_RECORD = "array_record"
 
 FEATURES = "tensorflow_datasets.core.features."
-"""Where the classes of TFDS's own features are."""
+"""Module of TFDS's own feature classes."""
 _BUILDING = threading.RLock()
 
 DESCRIPTION = 1 << 26
-"""Bytes of a file that describes a dataset, at most."""
+"""Most bytes of a file that describes a dataset."""
 
 PROBE_SECONDS = 4.0
-"""How long the hosts that a dataset comes from have to answer."""
+"""Timeout for the hosts that a dataset comes from."""
 
 INSTEAD = (
     "prepare it where there is a network and give its directory (#data_dir=DIR), or read a file or "
     "the embedded text"
 )
-"""What to do about a dataset that cannot be had."""
+"""What to do about a dataset that is not available."""
 
 
 class Dataset:
     """A text field of a split.
 
     Raises:
-      InputError: a split or a field that is not there, or files that are missing.
+      InputError: a missing split, field or file.
     """
 
     def __init__(self, spec: Spec, builder: Any, split: str, field: str):
@@ -67,7 +67,7 @@ class Dataset:
         where = f"example {index} of {self.name}"
         try:
             value = self._examples[index]
-        except Exception as error:  # What ArrayRecord's C++ raises, it does not say.
+        except Exception as error:  # ArrayRecord's C++ does not document what it raises.
             raise InputError(f"data.source: cannot read {where}: {first_line(error)}.") from error
         for name in self._field.split("/"):
             value = value[name]
@@ -88,10 +88,10 @@ class Dataset:
 
 
 def open_dataset(spec: Spec) -> Dataset:
-    """The dataset that `tfds:NAME` names as TFDS does, with its config and version.
+    """The dataset of `tfds:NAME`, where NAME is TFDS's, with config and version.
 
     Raises:
-      InputError: one that does not exist, is damaged, or cannot be prepared.
+      InputError: a dataset that does not exist, is damaged, or cannot be prepared.
     """
     options = spec.choose("tfds", split="train", field="text", data_dir=None)
     with _known_features():
@@ -102,16 +102,16 @@ def open_dataset(spec: Spec) -> Dataset:
             return Dataset(spec, builder, str(options["split"]), str(options["field"]))
         except InputError:
             raise
-        except Exception as error:  # Whatever TFDS raises of what it has not expected in its files.
+        except Exception as error:  # TFDS may raise anything for unexpected files.
             refuse(f"TFDS cannot read {builder.data_path}: {first_line(error)}")
 
 
 @contextlib.contextmanager
 def _known_features() -> Iterator[None]:
-    """Build no features but TFDS's own.
+    """Within it, TFDS builds only its own features.
 
     A prepared dataset names the class of each of its features, and TFDS imports that class's
-    module, whichever it is: a dataset of a stranger's could so run what lies beside it.
+    module, whichever it is: an untrusted dataset could so run code that lies beside it.
     """
     from tensorflow_datasets.core.features.feature import FeatureConnector
 
@@ -132,16 +132,16 @@ def _known_features() -> Iterator[None]:
 
 
 def _directory(data_dir: str | None) -> str | None:
-    """Where TFDS is to look; it joins relative paths wrongly. None is TFDS's own directory."""
+    """Absolute data directory, as TFDS mishandles relative ones; None is TFDS's default."""
     named = data_dir or os.environ.get("TFDS_DATA_DIR")
     return named if not named or "://" in named else os.path.abspath(os.path.expanduser(named))
 
 
 def _check_files(directory: Path) -> None:
-    """What TFDS reads at once and whole is neither a pipe nor larger than any description.
+    """Check the files that TFDS reads whole: regular, and at most `DESCRIPTION` bytes.
 
     Raises:
-      InputError: it is.
+      InputError: one is not.
     """
     for path in directory.rglob("*"):
         if (
@@ -155,14 +155,14 @@ def _check_files(directory: Path) -> None:
 
 
 def _builder(spec: Spec, data_dir: str | None) -> Any:
-    """What TFDS has of this name: prepared files, or code that prepares them."""
+    """TFDS's builder of this name: from prepared files, or code that prepares them."""
     import tensorflow_datasets as tfds
 
     check_no_option(spec)
     name = spec.address.removeprefix("tfds:")
     dataset, colon, version = name.partition(":")
     if not dataset or (colon and not version[:1].isdigit()):
-        # Another's namespace, which TFDS would look up in the network.
+        # A community namespace, which TFDS would look up online.
         refuse(f"{spec.text} is no name of TFDS: it must be tfds:NAME, NAME/CONFIG or NAME:1.0.0")
     if data_dir and "://" not in data_dir:
         try:
@@ -174,7 +174,7 @@ def _builder(spec: Spec, data_dir: str | None) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         known = {*tfds.list_builders(with_community_datasets=False)}
         near = near_names(dataset.partition("/")[0], known)
-        if len(near) > 200:  # All of them, as none is near.
+        if len(near) > 200:  # The whole list, as none is close.
             near = "tfds.list_builders() names those that it knows."
         where = data_dir or "TFDS's directory"
         raise InputError(
@@ -189,8 +189,8 @@ def prepare(spec: Spec, builder: Any) -> None:
     """Download a dataset and write it as ArrayRecord files.
 
     Raises:
-      InputError: hosts none of which answers within `PROBE_SECONDS`; a builder that needs
-        TensorFlow where there is none; anything else that goes wrong within TFDS.
+      InputError: no host answers within `PROBE_SECONDS`; a builder needs TensorFlow, which is
+        not installed; any other failure within TFDS.
     """
     import tensorflow_datasets as tfds
 
@@ -220,7 +220,7 @@ def prepare(spec: Spec, builder: Any) -> None:
 
 
 def any_answers(hosts: Iterable[tuple[str, int]]) -> bool:
-    """Whether any of these hosts and ports takes a connection within `PROBE_SECONDS`."""
+    """Whether any of these (host, port) accepts a connection within `PROBE_SECONDS`."""
     ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def probe(host: tuple[str, int]) -> None:
@@ -231,7 +231,7 @@ def any_answers(hosts: Iterable[tuple[str, int]]) -> bool:
         else:
             ended.put(True)
 
-    # To look up a name knows no time limit; a thread that still does so is left behind.
+    # A DNS lookup has no timeout; a thread still in one is abandoned.
     threads = [threading.Thread(target=probe, args=(host,), daemon=True) for host in {*hosts}]
     for thread in threads:
         thread.start()
@@ -246,7 +246,7 @@ def any_answers(hosts: Iterable[tuple[str, int]]) -> bool:
 
 
 def _host(url: str) -> tuple[str, int] | None:
-    """The host and port that an address is asked of: the proxy's, where there is one."""
+    """The host and port that requests for a URL go to: the proxy's, if there is one."""
     parts = urllib.parse.urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and parts.hostname and not urllib.request.proxy_bypass(parts.hostname):
@@ -257,13 +257,13 @@ def _host(url: str) -> tuple[str, int] | None:
 
 
 def _uses_tensorflow(builder: Any) -> bool:
-    """Whether the builder's module imports TensorFlow, which TFDS's modules do lazily."""
+    """Whether the builder's module imports TensorFlow (lazily, as TFDS's modules do)."""
     module = sys.modules.get(type(builder).__module__)
     return bool({"tf", "tensorflow"} & vars(module).keys()) if module else False
 
 
 def _examples(spec: Spec, builder: Any, split: str) -> Any:
-    """The split as TFDS's data source."""
+    """The split as a TFDS data source."""
     info = builder.info
     named = split.replace("+", "[").split("[")[0].strip()
     if named not in (*info.splits, "all"):
@@ -292,7 +292,7 @@ def _examples(spec: Spec, builder: Any, split: str) -> Any:
 
 
 def _check_field(spec: Spec, features: Any, field: str) -> None:
-    """The field is there and a string; `/` leads into a nested one."""
+    """Check that the field exists and holds strings; `/` separates nested names."""
     import numpy as np
     import tensorflow_datasets as tfds
 
@@ -307,7 +307,7 @@ def _check_field(spec: Spec, features: Any, field: str) -> None:
 
 
 def _fingerprint(info: Any, split: str, field: str) -> str:
-    """Of all that the dataset says about its content, and nothing about its place."""
+    """Hex SHA-256 of all that the dataset declares about its content, but not its location."""
     splits = {
         name: [list(map(int, known.shard_lengths)), int(known.num_bytes)]
         for name, known in info.splits.items()

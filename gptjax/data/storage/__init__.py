@@ -1,1 +1,1 @@
-"""Tokens on disk: encoded once, memory-mapped."""
+"""Tokens on disk: tokenised once, memory-mapped."""

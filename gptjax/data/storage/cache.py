@@ -1,19 +1,18 @@
-"""Tokenised text on disk: encoded once, memory-mapped ever after.
+"""A cache of tokenised text on disk: encoded once, then memory-mapped.
 
-A cache is a directory whose name follows from the fingerprints of the text and of the tokenizer:
+A cache is a directory named by the fingerprints of the text and of the tokenizer:
 
 | file | content |
 |---|---|
 | tokens.bin | the ids of all documents, one after another, in the smallest type that fits |
 | offsets.bin | [documents + 1], two int64: tokens and UTF-8 bytes before each document |
 | meta.json | the fingerprints, the counts, a checksum and the time of each file; written last |
-| rows-*.bin, rows-*.json | what `kept` made of them, and the same of it |
+| rows-*.bin, rows-*.json | arrays that `kept` derived from them, with the same metadata |
 
-It is built in a directory beside its place and then renamed, so that it is there whole or not at
-all. A build that was interrupted goes on where `progress.json` says; of two processes that want the
-same cache one builds it and the other waits. Files that were touched since they were written are
-checked, and a damaged cache is built anew; what changes without a trace in a file's size or time
-is not seen.
+It is built in a directory beside its own and then renamed, so that it is complete or absent. An
+interrupted build resumes from `progress.json`; of two processes that want the same cache, one
+builds it and the other waits. Files touched since they were written are verified, and a damaged
+cache is rebuilt; a change that leaves size and time of a file as they were is not noticed.
 """
 
 import contextlib
@@ -38,22 +37,22 @@ from gptjax.system.locks import locked
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
 VERSION = 1
-"""Of this layout; another one is another cache."""
+"""Version of this layout, part of a cache's name."""
 BATCH_CHARACTERS = 1 << 21
-"""Characters that are encoded at a time: what of the text is in memory, about."""
+"""Characters encoded at a time: about as much of the text is in memory."""
 CHECKPOINT_TOKENS = 1 << 24
-"""Tokens after which a build notes how far it is."""
+"""Tokens between two records of a build's progress."""
 CHECKED_BYTES = 1 << 24
 """Bytes read at a time for a checksum."""
 
 
 def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> TokenStore:
-    """The tokens of `documents`, from the cache below `directory`, where they are put if need be.
+    """The tokens of `documents`, from the cache below `directory`, which is built if missing.
 
     Raises:
-      InputError: a directory that cannot be written, a full disk, a cache of other text or of
-        another tokenizer in its place, a tokenizer that gives ids beyond its vocabulary; and what
-        the documents raise.
+      InputError: a directory that cannot be written, a full disk, a cache of another text or
+        tokenizer under its name, a tokenizer with ids beyond its vocabulary; and what the
+        documents raise.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     wanted = {
@@ -64,28 +63,28 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
         "dtype": dtype.name,
     }
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    place = directory / fingerprint[:20]
-    with _sentence_on_failure(place):
-        if not _finished(place, wanted):
+    cache_dir = directory / fingerprint[:20]
+    with _sentence_on_failure(cache_dir):
+        if not _finished(cache_dir, wanted):
             check_local(directory).mkdir(parents=True, exist_ok=True)
-            lock = directory / f"{place.name}.lock"
-            waiting = f"Another process builds {place}; waiting for it."
-            with locked(lock, place, waiting=waiting):
-                if not _finished(place, wanted):
-                    if place.exists():
-                        print(f"{place} is damaged: it is built anew.", file=sys.stderr)
-                        shutil.rmtree(place)
-                    _build(documents, tokenizer, place, wanted)
-        tokens, offsets = Mapped(place / TOKENS, dtype), Mapped(place / OFFSETS, OFFSET)
-    return TokenStore(tokens, offsets, place, tokenizer.end_token is not None)
+            lock = directory / f"{cache_dir.name}.lock"
+            waiting = f"Another process builds {cache_dir}; waiting for it."
+            with locked(lock, cache_dir, waiting=waiting):
+                if not _finished(cache_dir, wanted):
+                    if cache_dir.exists():
+                        print(f"{cache_dir} is damaged: it is rebuilt.", file=sys.stderr)
+                        shutil.rmtree(cache_dir)
+                    _build(documents, tokenizer, cache_dir, wanted)
+        tokens, offsets = Mapped(cache_dir / TOKENS, dtype), Mapped(cache_dir / OFFSETS, OFFSET)
+    return TokenStore(tokens, offsets, cache_dir, tokenizer.end_token is not None)
 
 
 def kept(
     store: TokenStore, name: str, dtype: np.dtype, make: Callable[[], Iterable[np.ndarray]]
 ) -> Mapped:
-    """An array that follows from a store, made once, in parts, and kept beside its tokens.
+    """An array derived from a store, made once, in parts, and saved beside its tokens.
 
-    Two processes may both make it, and then each puts the same there, whole.
+    Two processes may both make it; each then writes the same file, atomically.
     """
     path = store.directory / f"{name}.bin"
     note = path.with_suffix(".json")
@@ -100,39 +99,42 @@ def kept(
 
 
 @contextlib.contextmanager
-def _sentence_on_failure(place: Path) -> Iterator[None]:
+def _sentence_on_failure(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         kind = DiskError if is_failure(error) else InputError
         raise kind(
-            f"data.cache: cannot write {place}: {error.strerror}; nothing half-written is used."
+            f"data.cache: cannot write {cache_dir}: {error.strerror}; nothing half-written is used."
         ) from error
 
 
-def _finished(place: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the cache is in its place, undamaged.
+def _finished(cache_dir: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `cache_dir` holds a complete, intact cache.
 
     Raises:
-      InputError: a cache of something else is there.
+      InputError: it holds a cache of another text or tokenizer.
     """
-    meta = _read_note(place / META)
+    meta = _read_note(cache_dir / META)
     if meta is None:
         return False
     for name in ("data_sha256", "tokenizer_sha256"):
         if meta.get(name) != wanted[name]:
             what = "text" if name.startswith("data") else "tokenizer"
+            other = str(meta.get(name))[:12]
             raise InputError(
-                f"data.cache: {place} was made with another {what} ({str(meta.get(name))[:12]}, "
+                f"data.cache: {cache_dir} was made with another {what} ({other}, "
                 f"this one is {wanted[name][:12]}): choose another directory."
             )
     same = all(meta.get(name) == value for name, value in wanted.items())
-    return same and _intact(place / META, meta)
+    return same and _intact(cache_dir / META, meta)
 
 
-def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict[str, Any]) -> None:
-    """Encode all documents and put them in their place."""
-    partial = place.with_suffix(".partial")
+def _build(
+    documents: Documents, tokenizer: Tokenizer, cache_dir: Path, wanted: dict[str, Any]
+) -> None:
+    """Encode all documents and move the finished cache to `cache_dir`."""
+    partial = cache_dir.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     dtype = np.dtype(wanted["dtype"])
     end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], np.int32)
@@ -154,14 +156,14 @@ def _build(documents: Documents, tokenizer: Tokenizer, place: Path, wanted: dict
     }
     (partial / PROGRESS).unlink(missing_ok=True)
     _write_note(partial / META, {**wanted, "tokens": writer.tokens, "files": files})
-    partial.rename(place)
+    partial.rename(cache_dir)
 
 
 def _check_ids(tokens: np.ndarray, tokenizer: Tokenizer) -> None:
-    """What is stored in few bits must fit them.
+    """Check that ids lie in the vocabulary, and so fit the stored dtype.
 
     Raises:
-      InputError: an id that is no row of a model.
+      InputError: one does not.
     """
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < tokenizer.vocab_size)
@@ -208,7 +210,7 @@ class _Writer:
                     file.close()
 
     def add(self, documents: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
-        """More documents, of so many bytes of UTF-8."""
+        """Append documents, whose texts have `sizes` bytes of UTF-8."""
         self._append(0, np.concatenate(documents).astype(self._dtype))
         offsets = np.empty(len(documents), OFFSET)
         offsets["tokens"] = self.tokens + np.cumsum([len(tokens) for tokens in documents])
@@ -218,7 +220,7 @@ class _Writer:
         self.tokens, self._bytes = offsets[-1].item()
 
     def note_progress(self) -> None:
-        """Now and then, make sure that what is there stays there, and note it."""
+        """Every `CHECKPOINT_TOKENS`, flush the files to disk and record the progress."""
         if self.tokens - self._noted < CHECKPOINT_TOKENS:
             return
         self._to_disk()
@@ -228,7 +230,7 @@ class _Writer:
         self._noted = self.tokens
 
     def _is_there(self, noted: dict[str, Any]) -> bool:
-        """Whether the files still begin with what they had when that was noted."""
+        """Whether the files still begin with the content recorded in `noted`."""
         *_, checksums = noted["state"]
         try:
             return checksums == [
@@ -264,7 +266,7 @@ def _batches(documents: Documents, first: int) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A function to be told how many documents of `total` are encoded; it shows a person."""
+    """A function that shows how many of `total` documents are encoded, on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -285,13 +287,13 @@ def _checksum(path: Path, size: int = sys.maxsize) -> int:
 
 
 def _state(path: Path, checksum: int) -> dict[str, int]:
-    """What is noted of a file."""
+    """The recorded metadata of a file."""
     state = path.stat()
     return {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": checksum}
 
 
 def _intact(note: Path, noted: dict[str, Any]) -> bool:
-    """Whether the files beside `note` are as it has them; one that was touched is read."""
+    """Whether the files beside `note` match it; a touched one is verified by its checksum."""
     touched = False
     try:
         for name, before in noted["files"].items():
@@ -304,13 +306,13 @@ def _intact(note: Path, noted: dict[str, Any]) -> bool:
     except OSError:
         return False
     if touched:
-        with contextlib.suppress(OSError):  # Others' caches can be read, if not written.
+        with contextlib.suppress(OSError):  # A cache of another user may be read-only.
             _write_note(note, noted)
     return True
 
 
 def _read_note(path: Path) -> dict[str, Any] | None:
-    """What `_write_note` wrote; None where there is nothing, or something else."""
+    """What `_write_note` wrote; None if missing or invalid."""
     try:
         note = read_json(path)
         content, checksum = note["content"], note["crc32"]

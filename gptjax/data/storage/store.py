@@ -1,4 +1,4 @@
-"""Tokens on disk, of which only what was read lately is in memory."""
+"""Tokens on disk, memory-mapped: only what was read recently is in memory."""
 
 import mmap
 from collections.abc import Iterator
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 OFFSET = np.dtype([("tokens", np.int64), ("bytes", np.int64)])
-"""What stands before a document."""
+"""Tokens and UTF-8 bytes before a document."""
 BLOCK = 1 << 20
-"""Documents that are looked at together."""
+"""Documents processed at a time."""
 READS = 128
-"""Parts of a file in memory at most; Linux maps about half a MiB around each."""
+"""Reads before mapped pages are released; Linux maps about half a MiB around each."""
 
 
 class Mapped:
-    """An array in a file, read in parts.
+    """A memory-mapped array, read in parts.
 
-    Pages that were read stay mapped, and so count as the process's memory, until the system needs
-    them: on a machine that has enough, never. So they are given back now and then, to the system's
-    own cache of the file, from where they come again at little cost.
+    Pages that were read stay mapped, and count as the process's memory, until the system needs
+    them: with enough memory, never. So they are released every `READS` reads to the system's page
+    cache, from where reading them again is cheap.
     """
 
     def __init__(self, path: Path, dtype: np.dtype):
         with path.open("rb") as file:
-            empty = path.stat().st_size == 0  # Which no system maps.
+            empty = path.stat().st_size == 0  # No system maps an empty file.
             self._map = None if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._array = np.frombuffer(self._map or b"", dtype)
         self._reads = 0
@@ -35,12 +35,12 @@ class Mapped:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the elements."""
+        """The dtype of the elements."""
         return self._array.dtype
 
-    def __getitem__(self, places: Any) -> Any:
-        """A number's element, or a copy of what a slice or an array of places holds."""
-        found = self._array[places].copy()
+    def __getitem__(self, indices: Any) -> Any:
+        """The element at an index, or a copy of the elements of a slice or index array."""
+        found = self._array[indices].copy()
         self._reads += 1 if np.size(found) < BLOCK else READS
         if self._reads >= READS and self._map is not None:
             self._reads = 0
@@ -49,17 +49,17 @@ class Mapped:
 
 
 class TokenStore(NamedTuple):
-    """Documents as token ids, one after another.
+    """Concatenated documents as token ids.
 
-    Where the tokenizer has an end token, each document ends with it; an empty one has no tokens.
+    If the tokenizer has an end token, each document ends with it; an empty one has no tokens.
     """
 
     tokens: Mapped
-    """[M], unsigned; of all documents."""
+    """[M], unsigned: the ids of all documents."""
     offsets: Mapped
-    """[N + 1], `OFFSET`, of each of these N documents and of what would follow the last."""
+    """[N + 1], `OFFSET`: the start of each of N documents, and the end of the last."""
     directory: Path
-    """Where it lies."""
+    """The cache directory."""
     ends: bool
     """Whether each document ends with an end token."""
 
@@ -69,10 +69,10 @@ class TokenStore(NamedTuple):
         return self.tokens[first : max(first, last - self.ends)]
 
     def blocks(self, *, ends: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of consecutive documents the place of the first token and the tokens, [n] each.
+        """Yields starts and lengths [n] of consecutive documents, in tokens.
 
         Args:
-          ends: whether the end tokens are counted.
+          ends: whether lengths include the end tokens.
         """
         for first in range(0, len(self.offsets) - 1, BLOCK):
             bounds = self.offsets[first : first + BLOCK + 1]["tokens"]
@@ -81,10 +81,10 @@ class TokenStore(NamedTuple):
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
         return len(self.offsets) - 1
 
     @property
     def bytes(self) -> int:
-        """UTF-8 bytes of its text."""
+        """UTF-8 bytes of the text."""
         return int(self.offsets[-1]["bytes"])

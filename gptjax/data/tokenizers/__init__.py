@@ -1,10 +1,10 @@
-"""Text to token ids and back, behind one small protocol (protocol.py).
+"""Tokenizers: text to token ids and back, behind one small protocol (protocol.py).
 
 | `data.tokenizer` | a token is | vocabulary | lossless |
 |---|---|---|---|
 | bytes | a byte of UTF-8 | 256, and an end token | yes |
 | characters | a character of the training text | those, and an end token | yes, no others |
-| sentencepiece:SIZE | a piece learnt by BPE, or a byte where no piece fits | SIZE | yes |
+| sentencepiece:SIZE | a piece learned by BPE, or a byte where no piece fits | SIZE | yes |
 | unigram:SIZE | a piece of SentencePiece's unigram model, or a byte | SIZE | yes |
 | bpe:SIZE | bytes joined by BPE within GPT-2's words | SIZE | yes |
 | sentencepiece:FILE.model | a piece of that SentencePiece model | the model's | as the model |
@@ -13,10 +13,10 @@
 | wordpiece:PATH | uncased BERT's, of vocab.txt | 30,522 | no |
 | huggingface:PATH | what the tokenizer.json there describes | the file's | as the file |
 
-GPT-1's and BERT's keep neither capital letters, accents nor the spaces between words; what they
-decode, they encode to the same tokens, but for unknown ones. A size learns from the training text.
-Bytes and characters have an end token only where the text is several documents.
-What `save_tokenizer` writes is the whole tokenizer: `load_tokenizer` reads none of these paths.
+GPT-1's and BERT's drop capital letters, accents and the spaces between words; what they decode,
+they encode to the same tokens, except unknown ones. Those with a SIZE are trained on the training
+text. Bytes and characters have an end token only if the text is several documents.
+`save_tokenizer` writes the whole tokenizer: `load_tokenizer` reads none of these paths.
 """
 
 import functools
@@ -57,19 +57,19 @@ FILES = {
     "wordpiece": read_wordpiece,
     "huggingface": read_huggingface,
 }
-"""Kinds that are read, from the path behind their colon."""
+"""Kinds that are read from the path after their colon."""
 
 LEARNT = {
     "bpe": SubwordTokenizer.train,
     **{kind: functools.partial(SentencePieceTokenizer.train, kind=kind) for kind in MODEL_TYPES},
 }
-"""Kinds that are learnt from the text, with the size behind their colon."""
+"""Kinds that are trained on the text, with the size after their colon."""
 
 PLAIN = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
-"""Kinds that stand alone."""
+"""Kinds without an argument."""
 
 DESCRIPTION = "tokenizer_kind.json"
-"""Which tokenizer is saved, the checksum of what it learnt, and its declared special tokens."""
+"""The file with a tokenizer's name, checksum and declared special tokens."""
 
 CONTENTS = {
     "bytes": "bytes.txt",
@@ -77,33 +77,31 @@ CONTENTS = {
     **dict.fromkeys(MODEL_TYPES, "tokenizer.model"),
     **dict.fromkeys(("bpe", *FILES), "tokenizer.json"),
 }
-"""What it learnt, by kind, under the name that others know such a file by: a tokenizer.model is
-SentencePiece's, a tokenizer.json one of Hugging Face's."""
+"""The file with the tokenizer's content, by kind, under its usual name: tokenizer.model is
+SentencePiece's, tokenizer.json Hugging Face's."""
 
 TOKENIZER_FILES = (DESCRIPTION, *dict.fromkeys(CONTENTS.values()))
-"""All that `save_tokenizer` may write."""
+"""All files that `save_tokenizer` may write."""
 
 KINDS = (*PLAIN, *LEARNT, *FILES)
 
 MODEL_FILE = ".model"
-"""How the path of a SentencePiece model ends, which tells it from a size."""
+"""Suffix of a SentencePiece model's path, which distinguishes it from a size."""
 
 
 def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
-    """The tokenizer that `spec` (see the module's table) describes, learnt from `text` or read.
+    """The tokenizer that `spec` (see the module's table) describes, trained on `text` or read.
 
-    With `ends`, bytes and characters have an end token; the others have what they have.
+    With `ends`, bytes and characters get an end token; the others are unaffected.
 
     Raises:
-      InputError: a spec of another form, one that the text cannot satisfy, or files that are
+      InputError: an invalid spec, one that the text cannot satisfy, or files that are
         missing or damaged.
     """
     kind, colon, argument = spec.partition(":")
     if kind in FILES:
         if not argument:
-            raise InputError(
-                f"data.tokenizer is {spec!r}: a path belongs behind it, as in {kind}:PATH."
-            )
+            raise InputError(f"data.tokenizer is {spec!r}: it needs a path, as in {kind}:PATH.")
         return FILES[kind](Path(argument))
     if kind == "sentencepiece" and argument.endswith(MODEL_FILE):
         return read_sentencepiece(Path(argument))
@@ -112,18 +110,18 @@ def train_tokenizer(spec: str, text: str, *, ends: bool = False) -> Tokenizer:
         if not size:
             file = f" or {kind}:FILE{MODEL_FILE}" if kind == "sentencepiece" else ""
             raise InputError(
-                f"data.tokenizer is {spec!r}: a size belongs behind it, as in {kind}:4096{file}."
+                f"data.tokenizer is {spec!r}: it needs a size, as in {kind}:4096{file}."
             )
         return LEARNT[kind](text, size)
     if kind not in KINDS:
         raise InputError(f"data.tokenizer is {spec!r}: {near_names(kind, KINDS)}")
     if colon:
-        raise InputError(f"data.tokenizer is {spec!r}: {kind} stands alone.")
+        raise InputError(f"data.tokenizer is {spec!r}: {kind} takes no argument.")
     return PLAIN[kind].train(text, ends=ends)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write what the tokenizer is (`DESCRIPTION`) and what it learnt (`CONTENTS`)."""
+    """Write the tokenizer's description (`DESCRIPTION`) and content (`CONTENTS`)."""
     description = {
         "tokenizer": tokenizer.name,
         "sha256": tokenizer.fingerprint,
@@ -154,25 +152,25 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(f"{described} names the tokenizer {kind!r}: {near_names(kind, KINDS)}")
     path = directory / CONTENTS[kind]
     try:
-        learnt = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: no tokenizer is saved here.") from error
-    if fingerprint_of(learnt, declared) != fingerprint:
+    if fingerprint_of(content, declared) != fingerprint:
         raise InputError(f"{path} is damaged: it is not the file that was saved there.")
     try:
-        return _restored(name, kind, learnt, declared)
+        return _restored(name, kind, content, declared)
     except ValueError as error:
         raise InputError(f"{path} {error}.") from error
 
 
-def _restored(name: str, kind: str, learnt: bytes, declared: dict[str, int]) -> Tokenizer:
-    """The tokenizer of a name, of what its `save` gave and of what was declared of it.
+def _restored(name: str, kind: str, content: bytes, declared: dict[str, int]) -> Tokenizer:
+    """The tokenizer with this name, saved content and declared special tokens.
 
     Raises:
-      ValueError: it does not save that.
+      ValueError: content that is not its own.
     """
     if kind in PLAIN:
-        return PLAIN[kind].from_saved(learnt)
+        return PLAIN[kind].from_saved(content)
     if kind in MODEL_TYPES:
-        return SentencePieceTokenizer(learnt, kind)
-    return SubwordTokenizer(learnt, name, declared)
+        return SentencePieceTokenizer(content, kind)
+    return SubwordTokenizer(content, name, declared)

@@ -1,6 +1,6 @@
-"""How byte-level BPE (Radford et al. 2019) writes bytes as characters, none of them blank.
+"""The byte-to-character map of byte-level BPE (Radford et al. 2019), without whitespace.
 
-A byte that Latin-1 prints is that character; the others are those from U+0100 on, in order.
+A byte that is printable in Latin-1 maps to that character, the others to U+0100 on, in order.
 """
 
 
@@ -16,10 +16,10 @@ _CHARACTERS = {byte: character for character, byte in _BYTES.items()}
 
 
 def bytes_of(piece: str) -> bytes:
-    """The bytes that a piece stands for; characters that stand for none are left out."""
+    """The bytes of a piece; characters that map to no byte are dropped."""
     return bytes(_BYTES[character] for character in piece if character in _BYTES)
 
 
 def written_in_bytes(text: str) -> str:
-    """The piece that stands for the bytes of `text`."""
+    """The piece of the UTF-8 bytes of `text`."""
     return "".join(_CHARACTERS[byte] for byte in text.encode("utf-8"))

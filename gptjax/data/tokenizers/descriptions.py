@@ -1,7 +1,7 @@
-"""A tokenizer.json, opened in the `tokenizers` library and checked.
+"""Opens a tokenizer.json in the `tokenizers` library and checks it.
 
-What in it draws at random, or cuts and pads a text, is switched off, so that equal texts have equal
-tokens: BPE dropout (Provilkov et al. 2020), unigram sampling (Kudo 2018), a length, padding.
+Randomness, truncation and padding are switched off, so that equal texts have equal tokens: BPE
+dropout (Provilkov et al. 2020), unigram sampling (Kudo 2018), a maximum length, padding.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 MOST_TOKENS = 1 << 22
-"""Above every id; the largest published vocabularies have 260,000 tokens."""
+"""Exclusive bound of ids; the largest published vocabularies have 260,000 tokens."""
 PROBES = 8
-"""Texts that are tried to see what stands around each."""
+"""Texts that are tried, to find the template's tokens around them."""
 _RANDOM = ("dropout", "alpha", "nbest_size")
-"""What models of the library draw by."""
+"""Parameters of the library's models that make them random."""
 
 
 class LibraryError(Exception):
@@ -29,23 +29,23 @@ class LibraryError(Exception):
 
 
 class Description(NamedTuple):
-    """A tokenizer.json that was opened."""
+    """An opened tokenizer.json."""
 
     content: Mapping[str, Any]
-    """The file."""
+    """The parsed file."""
     library: "tokenizers.Tokenizer"
-    """What encodes and decodes by it."""
+    """The library's tokenizer."""
     before: list[int]
     """Ids that its template puts before a text."""
-    behind: list[int]
-    """Ids that it puts behind one."""
+    after: list[int]
+    """Ids that its template puts after a text."""
 
 
 def open_description(text: str) -> Description:
     """The tokenizer that a tokenizer.json describes.
 
     Raises:
-      ValueError: another content; ids that are no rows of a table, or that two tokens share.
+      ValueError: invalid content; ids out of range or shared by two tokens.
     """
     import tokenizers
 
@@ -56,22 +56,22 @@ def open_description(text: str) -> Description:
             library = tokenizers.Tokenizer.from_str(text)
             library.no_truncation()
             library.no_padding()
-            before, behind = _template(library)
+            before, after = _template(library)
     except (InputError, LibraryError) as error:
         reason = str(error).rstrip(".")
         raise ValueError(f"is not a tokenizer of the tokenizers library: {reason}") from error
     for name in _RANDOM:
         if getattr(library.model, name, None) is not None:
             setattr(library.model, name, None)
-    library.encode_special_tokens = True  # The name of a special token in a text is text.
-    opened = Description(content, library, before, behind)
+    library.encode_special_tokens = True  # Special tokens in a text are text.
+    opened = Description(content, library, before, after)
     _check_ids(opened)
     return opened
 
 
 @contextlib.contextmanager
 def library_errors() -> Iterator[None]:
-    """Turn all that the library raises into a `LibraryError`: its panics are no `Exception`."""
+    """Turn whatever the library raises into a `LibraryError`; its panics are no `Exception`."""
     try:
         yield
     except BaseException as error:
@@ -82,24 +82,24 @@ def library_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Drop what goes to file descriptor 2, where the library prints its panics itself."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+    """Discard output to file descriptor 2, where the library itself prints its panics."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _check_merges(content: Any) -> None:
-    """What BPE joins on the right begins as what continues a word does.
+    """Check that the right side of each BPE merge starts with the continuation prefix.
 
-    The library cuts that beginning off unseen, also within a character, and then ends the process.
+    The library cuts the prefix off unchecked, even within a character, and then aborts the process.
 
     Raises:
-      InputError: it is not so.
+      InputError: one does not.
     """
     model = content.get("model") if isinstance(content, dict) else None
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
@@ -119,37 +119,37 @@ def _check_merges(content: Any) -> None:
 
 
 def _template(library: "tokenizers.Tokenizer") -> tuple[list[int], list[int]]:
-    """The ids before and behind a text: any that the vocabulary can write."""
+    """The template's ids before and after a text, found by encoding one."""
     vocabulary = library.get_vocab()
     for text in ("a", *itertools.islice(vocabulary, PROBES)):
         try:
             framed = library.encode(text)
-        except Exception:  # There is no unknown token for what it lacks.
+        except Exception:  # The text has a character without a token.
             continue
-        places = [place for place, added in enumerate(framed.special_tokens_mask) if not added]
-        if places:
-            return framed.ids[: places[0]], framed.ids[places[-1] + 1 :]
+        inside = [index for index, added in enumerate(framed.special_tokens_mask) if not added]
+        if inside:
+            return framed.ids[: inside[0]], framed.ids[inside[-1] + 1 :]
     return [], []
 
 
 def unknown_token(content: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int | None:
-    """The id that the model of a tokenizer.json gives for what it lacks."""
+    """The unknown token's id in the model of a tokenizer.json."""
     model = content["model"]
     return model.get("unk_id", vocabulary.get(model.get("unk_token") or ""))
 
 
 def decodes_bytes(content: Mapping[str, Any]) -> bool:
-    """Whether what a tokenizer.json decodes is written in the characters of byte-level BPE."""
+    """Whether the decoder of a tokenizer.json maps byte-level BPE's characters to bytes."""
     decoder = content.get("decoder") or {}
     steps = [decoder, *(decoder.get("decoders") or ())]
     return any(step.get("type") == "ByteLevel" for step in steps)
 
 
 def _check_ids(opened: Description) -> None:
-    """Each token has an id of its own, a row of a table that fits into memory.
+    """Check that ids are unique, in range and consistent.
 
     Raises:
-      ValueError: it is not so.
+      ValueError: they are not.
     """
     vocabulary, added = opened.library.get_vocab(), opened.content.get("added_tokens") or []
     largest = max(vocabulary, key=lambda text: vocabulary[text], default="")
@@ -165,7 +165,7 @@ def _check_ids(opened: Description) -> None:
         text, found = token["content"], vocabulary.get(token["content"])
         if found != token["id"]:
             raise ValueError(f"gives {text!r} the id {token['id']}, and in its vocabulary {found}")
-    around = max([*opened.before, *opened.behind], default=-1)
+    around = max([*opened.before, *opened.after], default=-1)
     if around > most:
         raise ValueError(f"puts the id {around} around a text, which its vocabulary lacks")
     if decodes_bytes(opened.content):
@@ -173,7 +173,7 @@ def _check_ids(opened: Description) -> None:
 
 
 def _check_pieces(pieces: Mapping[str, int], added: Sequence[Mapping[str, Any]]) -> None:
-    """No added token is also a piece, which stands for other bytes than the token's.
+    """Check that no added token is also a piece, which would decode to other bytes.
 
     Raises:
       ValueError: one is.
@@ -182,6 +182,6 @@ def _check_pieces(pieces: Mapping[str, int], added: Sequence[Mapping[str, Any]])
         text = token["content"]
         if not token["special"] and text in pieces and written_in_bytes(text) != text:
             raise ValueError(
-                f"has the added token {text!r}, which is the piece of other bytes too: what its "
-                "id stands for cannot be told"
+                f"has the added token {text!r}, which is also a piece of other bytes: its id is "
+                "ambiguous"
             )

@@ -1,7 +1,7 @@
-"""Published vocabularies: the files of GPT-2, GPT-1 and BERT as they were released, and others'.
+"""Readers of published vocabularies: GPT-2's, GPT-1's and BERT's released files, and others.
 
-Where a tokenizer was released in other code, its tokenizer.json is written here; it does not depend
-on the version of any library, and so neither does the tokenizer's fingerprint.
+For tokenizers released with other code, the tokenizer.json is written here; it does not depend on
+the version of any library, and so neither does the tokenizer's fingerprint.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from gptjax.data.tokenizers.subwords import BYTE_LEVEL, SubwordTokenizer, descri
 
 SPECIAL_NAMES = {name for names in NAMES.values() for name in names}
 
-# BERT's words: lower case without accents, each Chinese character and each sign by itself.
+# BERT's words: lower case without accents, each Chinese character and punctuation mark separate.
 BERT_WORDS = {
     "normalizer": {
         "type": "BertNormalizer",
@@ -76,13 +76,13 @@ def read_wordpiece(path: Path) -> SubwordTokenizer:
 
     (google-research/bert, tokenization.py; a word of more than 100 characters is unknown, as in
     Hugging Face's, where the original takes 200.) `encode` puts [CLS] before the text and [SEP]
-    behind it, as BERT is given every text.
+    after it, as in all of BERT's inputs.
 
     Raises:
       InputError: a file that is missing or damaged.
     """
     path = path / "vocab.txt" if path.is_dir() else path
-    # A line's number is its id, of an empty line too; of a token on several lines the last.
+    # A line's number is its token's id, empty lines included; of duplicates the last counts.
     vocabulary = {line: number for number, line in enumerate(_lines(path))}
     _check_has(vocabulary, ("[UNK]", "[CLS]", "[SEP]"), path)
     model = {
@@ -102,7 +102,7 @@ def read_wordpiece(path: Path) -> SubwordTokenizer:
 
 
 def read_huggingface(path: Path) -> SubwordTokenizer:
-    """A `tokenizer.json`, or the directory of it, whatever tokenizer it describes.
+    """The tokenizer of any `tokenizer.json`, given as the file or its directory.
 
     Which of its tokens begin and end a text is read from the files beside it (special.py).
 
@@ -121,7 +121,7 @@ def read_huggingface(path: Path) -> SubwordTokenizer:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    """A SentencePiece model file.
+    """The tokenizer of a SentencePiece model file.
 
     Raises:
       InputError: a file that is missing or damaged.
@@ -133,7 +133,7 @@ def read_sentencepiece(path: Path) -> SentencePieceTokenizer:
 
 
 def _read_bpe(encoder: Path, merges: Path) -> tuple[dict[str, int], list[list[str]]]:
-    """The vocabulary, and the pairs that are joined, the first ones first.
+    """The vocabulary, and the merges in order of priority.
 
     Raises:
       InputError: a file that is missing or damaged, or two that do not belong together.
@@ -149,7 +149,7 @@ def _read_bpe(encoder: Path, merges: Path) -> tuple[dict[str, int], list[list[st
     for pair in pairs:
         if len(pair) != 2:
             raise InputError(f"data.tokenizer: {merges} has {' '.join(pair)!r} for a pair.")
-    # A file that was cut short lacks the pairs that make some tokens.
+    # A truncated file lacks the merges of some tokens.
     made = {"".join(pair) for pair in pairs} | SPECIAL_NAMES
     unmade = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1]
     unmade = [token for token in unmade if token not in made]
@@ -164,7 +164,7 @@ def _read_bpe(encoder: Path, merges: Path) -> tuple[dict[str, int], list[list[st
 def _described(
     content: str, name: str, source: Path, declared: Mapping[str, int] = MappingProxyType({})
 ) -> SubwordTokenizer:
-    """The tokenizer of a tokenizer.json that was read or written here."""
+    """The tokenizer of a tokenizer.json; `source` names it in an error."""
     try:
         return SubwordTokenizer(content.encode("utf-8"), name, declared)
     except ValueError as error:
@@ -178,7 +178,7 @@ def _check_has(vocabulary: dict[str, int], names: tuple[str, ...], path: Path) -
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file, as Unix and Windows end them; empty ones at its end are none."""
+    """The lines of a text file with Unix or Windows line ends, without empty ones at its end."""
     return [line.removesuffix("\r") for line in _read(path).rstrip("\r\n").split("\n")]
 
 

@@ -1,7 +1,8 @@
 """SentencePiece (Kudo & Richardson 2018): pieces of raw text, by BPE or by a unigram model.
 
-The unigram model (Kudo 2018) starts from many pieces and drops those that the text's likelihood
-misses least; BPE (Sennrich et al. 2016) starts from characters and joins the most frequent pair.
+The unigram model (Kudo 2018) starts from many pieces and drops those whose removal lowers the
+text's likelihood least; BPE (Sennrich et al. 2016) starts from characters and merges the most
+frequent pair.
 """
 
 import io
@@ -15,16 +16,16 @@ from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
 from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
 MODEL_TYPES = {"sentencepiece": "bpe", "unigram": "unigram"}
-"""What the kinds of `data.tokenizer` are called in SentencePiece."""
+"""Kinds of `data.tokenizer` → SentencePiece's model types."""
 
 FEWEST_PIECES = 5 + 256
-"""The marks <unk>, <s>, </s>, <pad> and <mask>, and the bytes: what every vocabulary has."""
+"""<unk>, <s>, </s>, <pad>, <mask> and the 256 bytes, which every vocabulary has."""
 
-# SentencePiece ends its input at NUL and writes a space as ▁ (U+2581): these two are given to it as
-# the bytes that they are.
+# SentencePiece ends its input at NUL and writes a space as ▁ (U+2581): these two are passed to it
+# as bytes.
 _RESERVED = re.compile("([\0▁])")
 
-# Full-width, doubled and leading characters, of which other models than ours change some.
+# Leading, full-width and doubled characters, some of which other models than ours normalise.
 _PROBE = " ａ  b"
 
 
@@ -32,23 +33,22 @@ _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def bytes_of_piece(piece: str) -> bytes:
-    """What `piece` stands for in the text: a byte by itself is written <0x..>, a space ▁."""
+    """The UTF-8 bytes of `piece`, in which <0x..> is a single byte and ▁ a space."""
     byte = _BYTE_PIECE.fullmatch(piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode("utf-8")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model: one trained here is lossless, by falling back to bytes.
+    """A SentencePiece model; those trained here are lossless, by byte fallback.
 
-    A model from elsewhere does what it was trained to do: most normalise the text and put a space
-    before it.
+    Others do what they were trained to do: most normalise the text and put a space before it.
     """
 
     def __init__(self, model: bytes, kind: str = "sentencepiece"):
         """Take the content of a model file.
 
         Raises:
-          ValueError: another content.
+          ValueError: invalid content.
         """
         from sentencepiece import SentencePieceProcessor
 
@@ -71,19 +71,19 @@ class SentencePieceTokenizer(Tokenizer):
         if not self._processor.is_control(ids["mask"]):
             ids["mask"] = -1
         self.special = {name: token for name, token in ids.items() if token >= 0}
-        # A piece that no vocabulary has is decoded to itself.
+        # SentencePiece decodes a piece outside its vocabulary to itself.
         self._pieces[ids["unknown"]] = REPLACEMENT
-        as_it_is = normalized == _PROBE.replace(" ", "▁")
-        self._lossless = as_it_is and "<0x00>" in self._pieces
+        unchanged = normalized == _PROBE.replace(" ", "▁")
+        self._lossless = unchanged and "<0x00>" in self._pieces
 
     @classmethod
     def train(
         cls, text: str, vocab_size: int, kind: str = "sentencepiece"
     ) -> "SentencePieceTokenizer":
-        """Learn `vocab_size` pieces from `text`; `kind` is sentencepiece (BPE) or unigram.
+        """Train `vocab_size` pieces on `text`; `kind` is sentencepiece (BPE) or unigram.
 
         Raises:
-          InputError: a size that the text is too short for, or too small for its characters.
+          InputError: a size too large for the text, or too small for its characters.
         """
         from sentencepiece import SentencePieceTrainer
 
@@ -94,12 +94,12 @@ class SentencePieceTokenizer(Tokenizer):
                 sentence_iterator=iter(lines),
                 model_writer=model,
                 model_type=MODEL_TYPES[kind],
-                # Sizes out of these bounds fail too, but slowly or without a reason.
+                # Sizes outside these bounds fail too, but slowly or without a reason.
                 vocab_size=min(max(vocab_size, FEWEST_PIECES), FEWEST_PIECES + 2 * len(text)),
                 character_coverage=1.0,
                 pad_id=3,
                 control_symbols=["<mask>"],
-                # These five keep every text exactly as it is.
+                # These five make it lossless.
                 byte_fallback=True,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
@@ -143,11 +143,11 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def token_bytes(self, token: int) -> bytes:
-        """What the piece stands for."""
+        """The bytes of the piece."""
         return bytes_of_piece(self._pieces[token])
 
     def word_edges(self) -> WordEdges:
-        """Which pieces join which in a word."""
+        """Which pieces join into words."""
         return edges_of_text(map(bytes_of_piece, self._pieces))
 
     def save(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Bytes and characters: tokenizers that learn no pieces."""
+"""Byte and character tokenizers, without learned pieces."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ BYTES = 256
 NO_BYTE = 0xFF
 """Never occurs in UTF-8, so it decodes to U+FFFD."""
 ENDS = b"end"
-"""What is kept of bytes that have an end token."""
+"""Saved content of bytes with an end token."""
 
 
 class ByteTokenizer(Tokenizer):
@@ -28,12 +28,12 @@ class ByteTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, text: str, *, ends: bool = False) -> "ByteTokenizer":
-        """All bytes, whatever `text` has of them."""
+        """All bytes, whatever `text` contains."""
         return cls(ends=ends)
 
     @classmethod
     def from_saved(cls, content: bytes) -> "ByteTokenizer":
-        """The tokenizer whose `save` gave `content`.
+        """The tokenizer whose `save` returned `content`.
 
         Raises:
           ValueError: other content.
@@ -47,7 +47,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of bytes [T]."""
+        """The text of byte ids [T]."""
         end = self.end_token
         text = bytes(min(int(token), NO_BYTE) for token in tokens if token != end)
         return text.decode("utf-8", "replace")
@@ -57,19 +57,19 @@ class ByteTokenizer(Tokenizer):
         return bytes([token]) if token < BYTES else b""
 
     def word_edges(self) -> WordEdges:
-        """Which bytes join which in a word."""
+        """Which bytes join into words."""
         end = [b""] * (self.vocab_size - BYTES)
         return edges_of_text([*(bytes([byte]) for byte in range(BYTES)), *end])
 
     def save(self) -> bytes:
-        """Whether there is an end token; nothing is learnt."""
+        """Whether there is an end token; nothing else is learned."""
         return ENDS if self.special else b""
 
 
 class CharacterTokenizer(Tokenizer):
-    """One token a character, in code point order, as nanoGPT's character data set has it.
+    """One token per character, in code point order, as in nanoGPT's character data set.
 
-    With `ends` an end token follows them.
+    With `ends`, plus an end token.
     """
 
     name = "characters"
@@ -88,7 +88,7 @@ class CharacterTokenizer(Tokenizer):
 
     @classmethod
     def from_saved(cls, content: bytes) -> "CharacterTokenizer":
-        """The tokenizer whose `save` gave `content`.
+        """The tokenizer whose `save` returned `content`.
 
         Raises:
           ValueError: other content.
@@ -103,31 +103,31 @@ class CharacterTokenizer(Tokenizer):
         return cls(characters, ends=ends)
 
     def encode(self, text: str) -> np.ndarray:
-        """Places in the sorted characters [T], int32."""
+        """Indices into the sorted characters [T], int32."""
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        places = np.searchsorted(self._points, points).clip(max=len(self._points) - 1)
-        unknown = np.flatnonzero(self._points[places] != points)
+        indices = np.searchsorted(self._points, points).clip(max=len(self._points) - 1)
+        unknown = np.flatnonzero(self._points[indices] != points)
         if unknown.size:
             character, at = chr(points[unknown[0]]), unknown[0]
             raise InputError(
                 f"The tokenizer has no token for {character!r} (character {at} of the text): "
                 f"it knows the {len(self._points)} characters of its training text."
             )
-        return places.astype(np.int32)
+        return indices.astype(np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The characters of places [T]."""
+        """The text of ids [T]."""
         known, end = self.characters, self.end_token
         return "".join(
             known[token] if token < len(known) else REPLACEMENT for token in tokens if token != end
         )
 
     def token_bytes(self, token: int) -> bytes:
-        """The character in UTF-8, a lone surrogate as if it were one."""
+        """The character in UTF-8, with lone surrogates passed through."""
         return self.decode([token]).encode("utf-8", "surrogatepass")
 
     def word_edges(self) -> WordEdges:
-        """Which characters join which in a word."""
+        """Which characters join into words."""
         # A text may have lone surrogates, which UTF-8 proper refuses.
         texts = [one.encode("utf-8", "surrogatepass") for one in self.characters]
         return edges_of_text([*texts, *[b""] * (self.vocab_size - len(texts))])

@@ -1,4 +1,4 @@
-"""What a tokenizer is, and how its text streams."""
+"""The tokenizer protocol, and streaming of decoded text."""
 
 import hashlib
 import json
@@ -11,30 +11,30 @@ import numpy as np
 from gptjax.data.tokenizers.words import WordEdges
 
 REPLACEMENT = "\ufffd"
-"""The character for what is no text."""
+"""The Unicode replacement character, for what cannot be decoded."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of gptjax asks of a tokenizer."""
+    """Text to token ids and back."""
 
     name: str
-    """Its kind, and behind a colon the size that it was trained to."""
+    """Its kind, and after a colon the size that it was trained to."""
     vocab_size: int
-    """Rows that a model needs for it (V): one more than the largest id."""
+    """Vocabulary size (V): one more than the largest id."""
     special: Mapping[str, int] = MappingProxyType({})
-    """Ids of the tokens that stand for no text, as far as the vocabulary has them.
+    """Ids of the special tokens that the vocabulary has.
 
     | name | token |
     |---|---|
     | begin | before a text: <s>, BERT's [CLS] |
-    | end | behind a text: </s>, BERT's [SEP], GPT-2's <\\|endoftext\\|> |
+    | end | after a text: </s>, BERT's [SEP], GPT-2's <\\|endoftext\\|> |
     | pad | fills a row |
-    | mask | hides a token that a masked language model is to find |
+    | mask | replaces a token that a masked language model predicts |
     | unknown | for what the vocabulary lacks |
-    | start | an encoder-decoder writes it first, where that is not begin: Marian's <pad> |
+    | start | first input of an encoder-decoder's decoder, where not begin: Marian's <pad> |
     """
     declared: Mapping[str, int] = MappingProxyType({})
-    """Those of `special` that only files beside the tokenizer's own name."""
+    """Those of `special` that are declared only in other files than the tokenizer's."""
 
     @property
     def end_token(self) -> int | None:
@@ -43,21 +43,21 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what `save` gives and of `declared`: equal fingerprints encode equally."""
+        """Hex SHA-256 of `save()` and `declared`: equal fingerprints encode equally."""
         return fingerprint_of(self.save(), self.declared)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids [T], int32.
 
-        What a user types is text: "</s>" or "<|endoftext|>" never becomes the special token.
+        Text never yields special tokens, not even "</s>" or "<|endoftext|>".
 
         Raises:
-          InputError: a character that the vocabulary lacks, and for which it has no unknown token.
+          InputError: a character missing from a vocabulary without an unknown token.
         """
         ...
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids [T], int32, of a text that is to be continued: nothing stands behind it.
+        """Token ids [T], int32, of a text to be continued: without tokens after it.
 
         Raises:
           InputError: as `encode`.
@@ -65,7 +65,7 @@ class Tokenizer(Protocol):
         return self.encode(text)
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids [T], int32, of each text, without what a template puts around one.
+        """Token ids [T], int32, of each text, without the template's tokens around it.
 
         Raises:
           InputError: as `encode`.
@@ -75,39 +75,39 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids [T]; bytes that are not UTF-8 become U+FFFD.
 
-        So do the unknown token and ids past the vocabulary, as a model may have more rows than the
-        tokenizer has tokens. The other special tokens have no text.
+        So do the unknown token and ids beyond the vocabulary, since a model may have more rows than
+        the tokenizer has tokens. The other special tokens decode to nothing.
         """
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token below `vocab_size` stands for, which may be a part of a character."""
+        """The bytes of a token below `vocab_size`, possibly part of a character."""
         ...
 
     def word_edges(self) -> WordEdges:
-        """Which tokens join which in a word, as words.py has it; computed anew at each call.
+        """Which tokens join into words (words.py); computed at each call.
 
-        Of a special token it says nothing that counts.
+        The entries of special tokens are meaningless.
         """
         ...
 
     def save(self) -> bytes:
-        """All that `load_tokenizer` needs, as the content of one file."""
+        """The content of the one file that `load_tokenizer` reads it back from."""
         ...
 
 
-def fingerprint_of(learnt: bytes, declared: Mapping[str, int]) -> str:
-    """The fingerprint of a tokenizer with this `save` and this `declared`."""
-    beside = json.dumps(dict(declared), sort_keys=True).encode() if declared else b""
-    return hashlib.sha256(learnt + beside).hexdigest()
+def fingerprint_of(content: bytes, declared: Mapping[str, int]) -> str:
+    """The fingerprint of a tokenizer with this `save()` and `declared`."""
+    other = json.dumps(dict(declared), sort_keys=True).encode() if declared else b""
+    return hashlib.sha256(content + other).hexdigest()
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens arrive; a character is held back until all its bytes are there.
+    """Yields text as its tokens arrive; a character is held back until all its bytes are there.
 
-    What ends in U+FFFD may be the beginning of a character, so it waits for the tokens after it.
-    The tokens shown last are decoded again with those that follow, as some tokenizers put a space
-    between words, and none before the first one.
+    Text that ends in U+FFFD may be the start of a character, so it waits for the next tokens. The
+    tokens shown last are decoded again with those that follow, as some tokenizers put spaces
+    between words but not before the first.
     """
     shown: list[int] = []
     held: list[int] = []

@@ -1,14 +1,14 @@
-"""Special tokens: what they are called in vocabularies, and what files beside a model say they are.
+"""Special tokens: their usual names, and the files beside a model that declare them.
 
 | file | what it says | read for |
 |---|---|---|
 | generation_config.json | the ids that decoding begins and ends with | decoding |
-| config.json | the same, where generation_config.json says nothing | decoding, the tokenizer |
+| config.json | the same, where generation_config.json has none | decoding, the tokenizer |
 | special_tokens_map.json | texts of the tokenizer's tokens | the tokenizer |
 | tokenizer_config.json | the same | the tokenizer |
 
-The order is that of Hugging Face transformers 5: generation_config.json goes before config.json,
-and special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
+The order is that of Hugging Face transformers 5: generation_config.json precedes config.json, and
+special_tokens_map.json counts where tokenizer_config.json has no added_tokens_decoder.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ NAMES = {
     "mask": ("<mask>", "[MASK]"),
     "unknown": ("<unk>", "[UNK]"),
 }
-"""What the special tokens are called in vocabularies about which no file says it."""
+"""Usual names of special tokens, for vocabularies without declarations."""
 
 FIELDS = {
     "begin": ("bos_token", "cls_token"),
@@ -33,26 +33,26 @@ FIELDS = {
     "mask": ("mask_token",),
     "unknown": ("unk_token",),
 }
-"""Their fields in tokenizer_config.json; of an encoder the second."""
+"""Their fields in tokenizer_config.json; for an encoder, the second."""
 
 TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 
 class DecodingTokens(NamedTuple):
-    """What decoding begins and ends with, by id; None or empty where nothing says it."""
+    """Token ids that decoding begins and ends with; None or empty if not declared."""
 
     begin: int | None = None
     """Before a text."""
     ends: tuple[int, ...] = ()
-    """Behind each of them there is nothing more; the first one stands behind a text."""
+    """Each of them ends decoding; the first one is put after a text."""
     pad: int | None = None
-    """Fills a row."""
+    """Padding."""
     start: int | None = None
-    """What an encoder-decoder begins to write with."""
+    """First input token of an encoder-decoder's decoder."""
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a config.json; null where nothing says it."""
+        """The fields of a config.json; null if not declared."""
         ends = self.ends[0] if len(self.ends) == 1 else list(self.ends) or None
         given = {"bos_token_id": self.begin, "eos_token_id": ends, "pad_token_id": self.pad}
         return given if self.start is None else {**given, "decoder_start_token_id": self.start}
@@ -61,12 +61,12 @@ class DecodingTokens(NamedTuple):
     def of_fields(
         cls, sources: Iterable[tuple[str, Mapping[str, Any]]], vocab_size: int
     ) -> "DecodingTokens":
-        """What the first of `sources` (where it is from, and its fields) says that says anything.
+        """Each token from the first of `sources` (name, fields) that declares it.
 
-        An id that no row of the model has is none, as -1 in old Llamas.
+        Ids outside the vocabulary are ignored, as -1 in old Llamas.
 
         Raises:
-          InputError: a field that is neither null, an id, nor for the end a list of ids.
+          InputError: a field that is not null, an id, or a list of ids.
         """
         found: dict[str, tuple[int, ...]] = {}
         for where, given in sources:
@@ -81,7 +81,7 @@ class DecodingTokens(NamedTuple):
 
 
 def read_decoding_tokens(directory: Path, vocab_size: int) -> DecodingTokens:
-    """What decoding begins and ends with in a directory of Hugging Face's.
+    """Token ids that decoding begins and ends with, from a Hugging Face directory.
 
     Raises:
       InputError: a damaged file.
@@ -92,11 +92,11 @@ def read_decoding_tokens(directory: Path, vocab_size: int) -> DecodingTokens:
 
 
 def read_declared_tokens(directory: Path, vocabulary: Mapping[str, int]) -> dict[str, int]:
-    """What the files in `directory` say of the tokenizer with this `vocabulary`.
+    """Special tokens that the files in `directory` declare for a tokenizer with this `vocabulary`.
 
-    A text that the vocabulary lacks is no token of it. config.json is asked for what the files of
-    the tokenizer leave open, and for what an encoder-decoder begins with. What stands around every
-    text (add_bos_token) is said by the template in tokenizer.json alone, as in transformers.
+    Texts that the vocabulary lacks are ignored. config.json supplies what the tokenizer's files
+    leave open, and an encoder-decoder's start token. The tokens around every text (add_bos_token)
+    come from the template in tokenizer.json alone, as in transformers.
 
     Returns:
       Ids by the names of `Tokenizer.special`.
@@ -119,11 +119,11 @@ def read_declared_tokens(directory: Path, vocabulary: Mapping[str, int]) -> dict
 
 
 def tokenizer_config(special: Mapping[str, str], family: str) -> dict[str, Any]:
-    """A tokenizer_config.json from which AutoTokenizer knows special tokens.
+    """A tokenizer_config.json that declares special tokens to AutoTokenizer.
 
     Args:
       special: their texts, by the names of `Tokenizer.special`.
-      family: of the model; what begins and ends a text of an encoder's is called as BERT's is.
+      family: of the model; an encoder's begin and end use BERT's field names (cls, sep).
     """
     fields = {name: known[-1 if family == "encoder" else 0] for name, known in FIELDS.items()}
     named = {fields[name]: text for name, text in special.items() if name in fields}
@@ -131,7 +131,7 @@ def tokenizer_config(special: Mapping[str, str], family: str) -> dict[str, Any]:
 
 
 def _ids(value: Any, what: str) -> tuple[int, ...]:
-    """The ids that a field gives."""
+    """The ids in a field."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     if not all(type(token) is int for token in ids):
         raise InputError(f"{what} is {value!r}: it must be a token's id, a list of them, or null.")
@@ -139,7 +139,7 @@ def _ids(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _text(value: Any, what: str) -> str | None:
-    """The text of a token, which is given by itself or in an object with its flags."""
+    """The text of a token, given as a string or as an object with flags."""
     text = value.get("content") if isinstance(value, dict) else value
     if not isinstance(text, str | None):
         raise InputError(f"{what} is {value!r}: it must be a token's text, or null.")
@@ -147,5 +147,5 @@ def _text(value: Any, what: str) -> str | None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON; an empty one where there is none."""
+    """The object in a file of JSON; empty if there is no file."""
     return read_json_object(path) if path.exists() else {}

@@ -1,9 +1,9 @@
-"""Tokenizers that Hugging Face's `tokenizers` library runs, each as the text of a tokenizer.json.
+"""Subword tokenizers run by Hugging Face's `tokenizers` library, each given as a tokenizer.json.
 
-Byte-level BPE (Radford et al. 2019) joins bytes, so that it takes every text exactly as it is; BPE
-as GPT-1 has it (Radford et al. 2018) joins the characters of a word, and WordPiece (Devlin et al.
-2018) takes the longest known pieces of a word. files.py writes the tokenizer.json of published
-vocabularies; that of another tokenizer is taken as it is.
+Byte-level BPE (Radford et al. 2019) merges bytes and so is lossless; GPT-1's BPE (Radford et al.
+2018) merges the characters of a word, and WordPiece (Devlin et al. 2018) takes the longest known
+pieces of a word. files.py writes the tokenizer.json of published vocabularies; those of other
+tokenizers are used unchanged.
 """
 
 import itertools
@@ -30,22 +30,22 @@ from gptjax.data.tokenizers.special import NAMES
 from gptjax.data.tokenizers.words import WordEdges, edges_of_text
 
 TRAINED_SPECIAL = ("<s>", "</s>", "<pad>", "<mask>")
-"""The special tokens of a vocabulary that is trained here, where no byte is unknown."""
+"""Special tokens of vocabularies trained here, which need no unknown token."""
 
 FEWEST_BYTE_PIECES = len(TRAINED_SPECIAL) + 256
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 
 PIECE_LENGTH = 1 << 20
-"""About how many characters are encoded at a time: the words of a text take more memory than it."""
+"""About how many characters are encoded at a time: a text's words take more memory than it."""
 
-# Before a blank or a line end that a character precedes. GPT-2's expression for what BPE may join,
-# and BERT's, have no token across such a place, and look at nothing that lies before a token.
+# Before a space or newline that follows a character. In GPT-2's and BERT's pre-tokenization no
+# token crosses such a boundary, and none depends on the text before it.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def pieces_of(text: str) -> Iterator[str]:
-    """`text` in pieces of `PIECE_LENGTH` characters or a little more, cut where no token lies."""
+    """`text` in pieces of about `PIECE_LENGTH` characters or more, cut between tokens."""
     start = 0
     while start < len(text):
         cut = _CUT.search(text, start + PIECE_LENGTH)
@@ -55,27 +55,26 @@ def pieces_of(text: str) -> Iterator[str]:
 
 
 def description(model: dict[str, Any], **steps: Any) -> str:
-    """A tokenizer.json with `model` in it, and `steps` before and after the model."""
+    """A tokenizer.json with this `model`, and the processing `steps` around it."""
     unset = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     empty = {"version": "1.0", "added_tokens": [], **dict.fromkeys(unset)}
     return json.dumps({**empty, **steps, "model": model})
 
 
 class SubwordTokenizer(Tokenizer):
-    """What a tokenizer.json describes.
+    """The tokenizer that a tokenizer.json describes.
 
-    Special tokens that its template puts around a text, such as BERT's [CLS] and [SEP], are in what
-    `encode` gives. A limit of length or a padding that it asks for is not followed, and what it
-    draws at random is not drawn (descriptions.py).
+    `encode` includes the special tokens that its template puts around a text, such as BERT's [CLS]
+    and [SEP]. Truncation, padding and randomness that it specifies are off (descriptions.py).
     """
 
     def __init__(
         self, content: bytes, name: str, declared: Mapping[str, int] = MappingProxyType({})
     ):
-        """Take the content of a tokenizer.json, and what other files declare as its special tokens.
+        """Take the content of a tokenizer.json, and the special tokens declared in other files.
 
         Raises:
-          ValueError: another content, or a declared token that it lacks.
+          ValueError: invalid content, or a declared token that it lacks.
         """
         try:
             text = content.decode("utf-8")
@@ -90,7 +89,7 @@ class SubwordTokenizer(Tokenizer):
         self._cuttable = _is_cuttable(opened.content)
         self._byte_level = _mentions(opened.content, "ByteLevel")
         self._before = np.array(opened.before, np.int32)
-        self._behind = np.array(opened.behind, np.int32)
+        self._after = np.array(opened.after, np.int32)
         self.vocabulary = opened.library.get_vocab()
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         for meaning, token in declared.items():
@@ -99,7 +98,7 @@ class SubwordTokenizer(Tokenizer):
         unknown = unknown_token(opened.content, self.vocabulary)
         self.special = self._special(unknown)
         meant = {token for meaning, token in self.special.items() if meaning != "unknown"}
-        # GPT-2's files call its end token the unknown one too, which it never gives.
+        # GPT-2's files declare its end token as the unknown one too, though it is never used so.
         unknowns = {unknown, self.special.get("unknown")} - meant
         added = self._library.get_added_tokens_decoder()
         self._silent = {token for token in added if added[token].special} | meant
@@ -108,16 +107,16 @@ class SubwordTokenizer(Tokenizer):
         in_bytes = decodes_bytes(opened.content)
         for piece, token in self.vocabulary.items():
             if token not in unknowns:
-                # The library's decoder takes the letters of an added token for bytes.
+                # The library's decoder maps the characters of an added token to bytes.
                 of_text = in_bytes and token in added
                 self._pieces[token] = written_in_bytes(piece) if of_text else piece
         typed = [token for token in meant if token in added and not added[token].special]
-        if typed:  # What a user types is text.
+        if typed:  # Text never yields special tokens.
             names = [added[token].content for token in typed]
             self._library.add_special_tokens(names)
 
     def _special(self, unknown: int | None) -> dict[str, int]:
-        """Ids by meaning: as declared, by the model itself, or else by what they are called."""
+        """Ids by meaning: as declared, else as the model says, else by their usual names."""
         special = {
             meaning: self.vocabulary[token]
             for meaning, names in NAMES.items()
@@ -129,39 +128,39 @@ class SubwordTokenizer(Tokenizer):
         return special | dict(self.declared)
 
     def ended(self) -> bytes:
-        """The tokenizer.json with the end token behind every text, where it puts nothing there."""
+        """The tokenizer.json, with the end token after every text if it puts none there."""
         end = self.special_texts().get("end")
-        if self._behind.size or end is None:
+        if self._after.size or end is None:
             return self._content
-        places = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
+        texts = [{"Sequence": {"id": name, "type_id": 0}} for name in ("A", "B")]
         mark = {"SpecialToken": {"id": end, "type_id": 0}}
         template = {
             "type": "TemplateProcessing",
-            "single": [places[0], mark],
-            "pair": [*places, mark],
+            "single": [texts[0], mark],
+            "pair": [*texts, mark],
             "special_tokens": {end: {"id": end, "ids": [self.end_token], "tokens": [end]}},
         }
         content = {**json.loads(self._content), "post_processor": template}
         return json.dumps(content, ensure_ascii=False).encode("utf-8")
 
     def special_texts(self) -> dict[str, str]:
-        """Entries of the vocabulary, by the names of `special`."""
+        """Vocabulary entries of the special tokens, by the names of `special`."""
         texts = {token: text for text, token in self.vocabulary.items()}
         return {name: texts[token] for name, token in self.special.items() if token in texts}
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "SubwordTokenizer":
-        """A byte-level BPE of `vocab_size` tokens, learnt from `text` cut into words as GPT-2 does.
+        """Train a byte-level BPE of `vocab_size` tokens on `text`, split into GPT-2's words.
 
         Raises:
-          InputError: a size that the text is too short for, or too small for the bytes.
+          InputError: a size too large for the text, or too small for the bytes.
         """
         from tokenizers import Tokenizer, pre_tokenizers, trainers
 
         spec = f"data.tokenizer is 'bpe:{vocab_size}'"
         if vocab_size < FEWEST_BYTE_PIECES:
             raise InputError(f"{spec}: the size must be at least {FEWEST_BYTE_PIECES}.")
-        # A pair makes one token out of two, so no text gives more pairs than it has bytes.
+        # Each merge makes one token of two, so a text yields no more merges than it has bytes.
         most = FEWEST_BYTE_PIECES + len(text.encode("utf-8"))
         trainer = trainers.BpeTrainer(
             vocab_size=min(vocab_size, most),
@@ -174,32 +173,32 @@ class SubwordTokenizer(Tokenizer):
         )
         library = Tokenizer.from_str(empty)
         library.train_from_iterator(pieces_of(text), trainer)
-        learnt = library.get_vocab_size()
-        if learnt < vocab_size:
-            raise InputError(f"{spec}: for this text the size must be at most {learnt}.")
+        learned = library.get_vocab_size()
+        if learned < vocab_size:
+            raise InputError(f"{spec}: for this text the size must be at most {learned}.")
         return cls(library.to_str().encode("utf-8"), f"bpe:{vocab_size}")
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids [T], int32, with those of the template around them."""
-        return np.concatenate([self.encode_prompt(text), self._behind])
+        """Token ids [T], int32, with the template's tokens around them."""
+        return np.concatenate([self.encode_prompt(text), self._after])
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids [T], int32, with those of the template before them."""
+        """Token ids [T], int32, with the template's tokens before them."""
         return np.concatenate([self._before, *self.encode_documents([text])])
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids [T], int32, of each text.
 
-        Each word is looked at once, however often it occurs, and the cores share them.
+        Each distinct word is encoded once, in parallel over the cores.
         """
         numbers: dict[str, int] = {}
-        places, counts = [], []
+        order, counts = [], []
         for text in texts:
-            before = len(places)
+            before = len(order)
             for piece in pieces_of(text) if self._cuttable else [text]:
                 words = _CUT.split(piece) if self._cuttable else [piece]
-                places += [numbers.setdefault(word, len(numbers)) for word in words]
-            counts.append(len(places) - before)
+                order += [numbers.setdefault(word, len(numbers)) for word in words]
+            counts.append(len(order) - before)
         try:
             with library_errors():
                 encodings = self._library.encode_batch_fast(list(numbers), add_special_tokens=False)
@@ -208,10 +207,10 @@ class SubwordTokenizer(Tokenizer):
         found = [encoding.ids for encoding in encodings]
         tokens = np.fromiter(itertools.chain.from_iterable(found), np.int32)
         lengths = np.array([len(ids) for ids in found], np.int64)
-        # Where the tokens of each word begin, among all that were found and in the result.
-        order = np.array(places, np.int64)
-        source = (np.cumsum(lengths) - lengths)[order]
-        lengths = lengths[order]
+        # Where the tokens of each word start, among the distinct words and in the result.
+        occurrences = np.array(order, np.int64)
+        source = (np.cumsum(lengths) - lengths)[occurrences]
+        lengths = lengths[occurrences]
         ends = np.cumsum(lengths)
         target = ends - lengths
         result = tokens[np.repeat(source - target, lengths) + np.arange(lengths.sum())]
@@ -228,12 +227,12 @@ class SubwordTokenizer(Tokenizer):
         return self._decoder.decode(pieces) if self._decoder else " ".join(pieces)
 
     def token_bytes(self, token: int) -> bytes:
-        """What the piece stands for."""
+        """The bytes of the piece."""
         of_piece = bytes_of if self._byte_level else bytes_of_piece
         return of_piece(self._pieces[token])
 
     def word_edges(self) -> WordEdges:
-        """Which pieces join which in a word."""
+        """Which pieces join into words."""
         content = json.loads(self._content)
         prefix = content["model"].get("continuing_subword_prefix")
         suffix = content["model"].get("end_of_word_suffix")
@@ -241,7 +240,7 @@ class SubwordTokenizer(Tokenizer):
         if prefix:
             return WordEdges(np.array([piece.startswith(prefix) for piece in self._pieces]), every)
         if suffix:
-            # Whether a word ends in a character that is unknown is lost; most that are end there.
+            # Whether a word ends in an unknown character is lost; most unknown ones end a word.
             ends = (suffix, REPLACEMENT)
             inner = np.array([not piece.endswith(ends) for piece in self._pieces])
             return WordEdges(every, inner)
@@ -253,7 +252,7 @@ class SubwordTokenizer(Tokenizer):
 
 
 def _mentions(content: Mapping[str, Any], step: str) -> bool:
-    """Whether `step` is among what a tokenizer.json does before or after its model."""
+    """Whether a tokenizer.json has `step` in its pre-tokenizer or decoder."""
     steps = [content.get("pre_tokenizer"), content.get("decoder")]
     return f'"type": "{step}"' in json.dumps(steps)
 
@@ -261,13 +260,13 @@ def _mentions(content: Mapping[str, Any], step: str) -> bool:
 def _is_cuttable(content: Mapping[str, Any]) -> bool:
     """Whether the words of a text, encoded one by one, give the tokens of the whole.
 
-    So it is with the two ways to find words that `_CUT` was made for, where nothing before them
-    looks further than a character.
+    True of the two pre-tokenizers that `_CUT` was made for, if normalisation before them works
+    character by character.
     """
     words = content.get("pre_tokenizer") or {}
     changed = (content.get("normalizer") or {}).get("type")
     if not all(token["special"] for token in content.get("added_tokens") or []):
-        return False  # Such a token is found in the text first, and may have spaces in it.
+        return False  # Such a token is matched in the text first, and may contain spaces.
     if words.get("type") == "ByteLevel":
         gpt2 = words.get("use_regex", True) and not words.get("add_prefix_space")
         return bool(gpt2) and changed is None

@@ -114,7 +114,7 @@ def test_a_row_that_is_to_be_unmasked_stands_in_its_frame_and_its_padding_stays(
     for seed in range(40):
         rng = np.random.default_rng(seed)
         options = {"context_length": 10, "rate": 0.5, "whole_words": False}
-        row = masked_row(np.array(ids("abcd")), rng, words=vocabulary, **options)
+        row = masked_row(np.array(ids("abcd")), rng, vocabulary=vocabulary, **options)
         assert row.segment_ids is not None
         assert row.segment_ids.tolist() == [1] * 6 + [0] * 4
         assert row.targets.tolist() == [BEGIN, *ids("abcd"), END, 0, 0, 0, 0]

@@ -150,7 +150,7 @@ def test_a_damaged_cache_is_built_anew(tmp_path, capsys, name, damage):
     rebuilt = open_store(Lines(LINES), again, tmp_path)
     assert again.encoded == LINES
     assert_holds(rebuilt, LINES, Ended())
-    assert capsys.readouterr().err == f"{store.directory} is damaged: it is built anew.\n"
+    assert capsys.readouterr().err == f"{store.directory} is damaged: it is rebuilt.\n"
 
 
 def test_an_intact_cache_that_was_touched_or_copied_is_taken_as_it_is(tmp_path):

@@ -130,8 +130,8 @@ def test_a_text_without_anything_to_learn_is_one_sentence(text):
         ("gpt3", "did you mean gpt2 or gpt1?"),
         ("", KNOWN),
         ("tiktoken:o200k", KNOWN),
-        ("bytes:3", "bytes stands alone."),
-        ("characters:", "characters stands alone."),
+        ("bytes:3", "bytes takes no argument."),
+        ("characters:", "characters takes no argument."),
         ("sentencepiece", "as in sentencepiece:4096 or sentencepiece:FILE.model."),
         ("sentencepiece:4k", "as in sentencepiece:4096 or sentencepiece:FILE.model."),
         ("unigram", "as in unigram:4096."),
@@ -140,8 +140,8 @@ def test_a_text_without_anything_to_learn_is_one_sentence(text):
         ("bpe:0", "as in bpe:4096."),
         ("bpe:-5", "as in bpe:4096."),
         ("bpe:4:4", "as in bpe:4096."),
-        ("gpt2", "a path belongs behind it, as in gpt2:PATH."),
-        ("wordpiece:", "a path belongs behind it, as in wordpiece:PATH."),
+        ("gpt2", "it needs a path, as in gpt2:PATH."),
+        ("wordpiece:", "it needs a path, as in wordpiece:PATH."),
     ],
 )
 def test_a_spec_of_another_form_is_one_sentence(spec, end):
