@@ -33,7 +33,7 @@ def test_what_is_chosen_is_a_part_of_the_whole(name, part):
     np.testing.assert_allclose(looked(layers=[1, 0], heads=[1], rows=[4, 2]), chosen, atol=1e-6)
     top = looked(top=3)
     np.testing.assert_allclose(top.weights, -np.sort(-whole, axis=-1)[..., :3], atol=1e-6)
-    found = np.take_along_axis(np.asarray(whole), np.asarray(top.places), axis=-1)
+    found = np.take_along_axis(np.asarray(whole), np.asarray(top.positions), axis=-1)
     np.testing.assert_allclose(found, top.weights, atol=1e-6)
 
 
