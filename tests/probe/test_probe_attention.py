@@ -123,7 +123,7 @@ def test_what_is_not_there_is_refused():
     assert refused(layers=[0, 3]) == "layers has 3: it must be between 0 and 2."
     assert refused(heads=[-1]) == "heads has -1: it must be between 0 and 1."
     assert refused(rows=[8]) == "rows has 8: it must be between 0 and 7."
-    assert refused(top=9) == "top is 9: it must be at most the 8 tokens looked at."
+    assert refused(top=9) == "top is 9: it must be from 0 to the number of keys, 8."
     cross = "part is 'cross': a model of the family encoder has encoder."
     assert refused("encoder", part="cross") == cross
     assert refused("recurrent") == "A model of the family recurrent has no attention."
