@@ -1,9 +1,9 @@
-"""Train a small BERT to find the tokens that were hidden, and see what it finds.
+"""Train a small BERT by masked language modelling, and show its predictions.
 
     python experiments/masked_lm.py
 
-reads the text that every Python installation carries. Any text will do, and with documents
-`next_sentence` can be asked too, as BERT was (Devlin et al. 2018):
+reads the text that every Python installation includes. Any text will do, and one that is divided
+into documents allows next-sentence prediction too, as in BERT (Devlin et al. 2018):
 
     python experiments/masked_lm.py --data.source 'FILE#documents=block' --out runs/mine \\
         --data.objective next_sentence --model.token_types 2 --model.encoder-heads pretraining
@@ -33,7 +33,7 @@ DEFAULTS = ExperimentConfig(
 
 
 def masked_lm(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
-    """Train a model that finds what was hidden."""
+    """Train a masked language model."""
     run(config, out, overwrite, show=outcome)
 
 

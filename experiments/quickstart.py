@@ -1,13 +1,13 @@
-"""Train a small GPT on the text that every Python installation carries, and see what it learned.
+"""Train a small GPT on the text that every Python installation includes, and sample from it.
 
     python experiments/quickstart.py
 
-needs no network and leaves all it made in runs/quickstart. Any UTF-8 text will do instead:
+needs no network and writes everything into runs/quickstart. Any UTF-8 text will do instead:
 
     python experiments/quickstart.py --data.source FILE --out runs/mine
 
-This is a whole run in sight: data, model, optimizer, training, result. `gptjax train` does the same
-(gptjax/runs/run.py) for every preset and objective.
+This is a whole run on one page: data, model, optimizer, training, result. `gptjax train` does the
+same (gptjax/runs/run.py) for every preset and objective.
 """
 
 import dataclasses
@@ -38,20 +38,20 @@ DEFAULTS = ExperimentConfig(
 
 
 def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
-    """Train a model that predicts the next token, and let it write."""
-    # The data: a text's tokens in rows, which Grain shuffles by the seed and batches.
+    """Train a model that predicts the next token, and sample from it."""
+    # The data: rows of tokens, which Grain shuffles by the seed and batches.
     data = open_data(config, out, overwrite=overwrite)
     config = data.config  # With the size of the vocabulary.
     mesh, about_mesh = devices(config)
     batches, validation = data.batches(mesh)
 
-    # The model: a Flax module, used as a function of its parameters (`init` draws them, `loss` is
-    # their cross-entropy on a batch), and Optax's update of them: clipping, AdamW, warm-up, decay.
+    # The model: a Flax module, used as a function of its parameters (`init` makes them, `loss` is
+    # the cross-entropy on a batch), and Optax's update: clipping, AdamW, warm-up, decay.
     model = assemble(config, mesh)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    state_shapes(model.init, optimizer, mesh, model.axes)  # Refused before a file is written.
+    state_shapes(model.init, optimizer, mesh, model.axes)  # Raises before a file is written.
 
-    # Training: one compiled step in a loop; Orbax keeps its state, and the same command resumes it.
+    # Training: one compiled step in a loop; Orbax saves its state, the same command resumes it.
     with hold(out, finished=overwrite):
         if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return

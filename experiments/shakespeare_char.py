@@ -1,9 +1,9 @@
-"""Character-level Tiny Shakespeare: nanoGPT's small benchmark, and the fastest way we know to it.
+"""Character-level Tiny Shakespeare: nanoGPT's CPU benchmark, and a faster recipe for its loss.
 
     python experiments/shakespeare_char.py --preset cpu --data.source .../tinyshakespeare/input.txt
     python experiments/shakespeare_char.py --preset fast --data.source .../tinyshakespeare/input.txt
 
-First 90% of the characters train, the last 10% validate, all of them at every evaluation.
+The first 90% of the characters train, the last 10% validate, all of them at every evaluation.
 
 `cpu` is nanoGPT's CPU shape, batch and 2,000 steps with AdamW: validation loss 1.750 in 66 s.
 `fast` stops near nanoGPT's loss of 1.88: 1.837, 1.860 and 1.869 (seeds 0, 1, 2) in 8 s each.

@@ -1,10 +1,11 @@
-"""The original Transformer, small, from one language to another.
+"""Train a small original Transformer to translate from one language to another.
 
     python experiments/translation.py --data.source train.en.gz#documents=line \\
         --data.target train.de.gz#documents=line --out runs/en-de
 
-Two files of equal lines, or two columns of one file (`pairs.tsv#column=1`, `#column=2`). The last
-tenth validates, and the first lines of it are translated at the end.
+Source and target are two files of parallel lines, or two columns of one file
+(`pairs.tsv#column=1`, `#column=2`). The last tenth validates, and its first lines are translated at
+the end.
 """
 
 import dataclasses

@@ -346,7 +346,7 @@ def test_a_checkpoint_without_room_is_one_sentence_and_the_run_goes_on(tmp_path)
     assert ended.returncode == 74
     assert re.fullmatch(
         r"cannot write a checkpoint into \S+: File too large; there is none yet, and the same "
-        r"command goes on from it\.\n",
+        r"command resumes from it\.\n",
         ended.stderr,
     )
     output_of(quickstart(tmp_path / "run", *flags))

@@ -88,7 +88,7 @@ def sample(
         raise InputError(f"prompt is {prompt!r}: it must be UTF-8.") from error
     loaded = load_run(run, step)
     _check_decoding_fits(loaded.config.model, beams or num_samples, max_new_tokens)
-    question = loaded.question(prompt)
+    question = loaded.decoding_inputs(prompt)
 
     def say(tokens: Iterable[int]) -> None:
         """Print the prompt and what continues it, as the tokens arrive, and why they end."""

@@ -133,7 +133,7 @@ def translations(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     shown = []
     for number in range(min(SHOWN, len(sources.validation[0]))):
         text, reference = sources.validation[0][number], sources.validation_targets[0][number]
-        question = run.question(text)
+        question = run.decoding_inputs(text)
         if question.source is None or len(question.source) > run.config.model.context_length:
             continue
         ((best, *_),) = beam_search(

@@ -1,1 +1,1 @@
-"""Text from a model: sampling with a cache, beam search."""
+"""Decoding: sampling with a key/value cache, and beam search."""

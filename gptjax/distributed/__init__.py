@@ -1,11 +1,11 @@
-"""One run in many processes, usually one a host: who they are, and that all of them are there.
+"""Multi-process runs, usually one process per host: joining, checks and barriers.
 
     with distributed.joined(config):
         ...
 
-initialises JAX for all of them; on one machine without a launcher it does nothing. What the
-processes of a run do differently is little: each reads its rows of a batch, and process 0 alone
-prints and writes, but for checkpoints, which all write.
+initialises JAX for all processes; on one machine without a launcher it does nothing. The processes
+differ little: each reads its rows of a batch, and only process 0 prints and writes, except for
+checkpoints, which all write.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptjax.config import InputError, to_dict, whole_number
-from gptjax.distributed.cluster import Place, find_place, free_port, has_tpu, interface
+from gptjax.distributed.cluster import ProcessInfo, find_process, free_port, has_tpu, interface
 from gptjax.distributed.handshake import CHALLENGE_BYTES
 from gptjax.distributed.membership import END, Coordinator, Member
 from gptjax.distributed.report import check_same, code_hash, devices, versions
@@ -36,74 +36,74 @@ __all__ = [
 ]
 
 START = "GPTJAX_START_SECONDS"
-"""The environment variable with the time that all processes have to come to the start."""
+"""The environment variable with the time limit for all processes to join, seconds."""
 START_SECONDS = 300
 MEET_SECONDS = 1800
-"""For what one process does and others wait for, as drawing samples at the end."""
+"""Time limit for what others wait for while one process works, such as sampling at the end."""
 HEARTBEAT_SECONDS = 100
-"""After which JAX aborts all processes of a run where one stands still."""
+"""Time after which JAX aborts all processes of a run if one hangs."""
 ADDRESS_BYTES = 64
 
 _member: Member | None = None
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return _member is None or _member.place.index == 0
+    """Whether this is process 0, which prints and writes."""
+    return _member is None or _member.process.index == 0
 
 
 def meet(name: str, value: Any = None, seconds: float = MEET_SECONDS) -> list[Any]:
-    """Wait until all processes are here, and get the value (JSON) that each brought.
+    """Barrier and all-gather: wait for all processes, and return the value (JSON) of each.
 
     Raises:
-      InputError: processes that did not come in time, by number and host.
+      InputError: processes that did not arrive in time, by number and host.
     """
     return [value] if _member is None else _member.gather(name, value, seconds)
 
 
 def agreed_stop(step: int, signal: int | None) -> int | None:
-    """The signal for which all processes stop at `step`, whoever got it; called at every step."""
+    """The signal for which all processes stop at `step`; to be called at every step."""
     return signal if _member is None else _member.agreed_stop(step, signal)
 
 
 @contextlib.contextmanager
 def joined(config: Any = None) -> Iterator[None]:
-    """Initialise JAX as one of a run's processes, and part from the others at the end.
+    """Initialise JAX as one of a run's processes; at the end, wait for the others.
 
-    To be entered before anything touches JAX's devices. Checks that all processes have the same
-    `config`, code, versions and devices. While it is open, the end of another process ends this
-    one with a sentence and `Exit.LOST`, and only process 0 writes to standard output.
+    To be entered before JAX's devices are used. Checks that all processes have the same `config`,
+    code, versions and devices. While it is open, the exit of another process ends this one with a
+    message and `Exit.LOST`, and only process 0 writes to standard output.
 
     Raises:
       InputError: a coordinator that is not reached in `GPTJAX_START_SECONDS` (300), a process that
-        is missing or differs, or variables that make no sense.
+        is missing or differs, or invalid environment variables.
     """
-    place = find_place(os.environ)
-    if place is None and not has_tpu(os.environ):
+    process = find_process(os.environ)
+    if process is None and not has_tpu(os.environ):
         yield
         return
-    import jax  # Not above: a command on one machine that needs no JAX does not wait for it.
+    import jax  # Not above: a single-machine command without JAX must not wait for its import.
 
     seconds = _start_seconds()
-    # Without it each host would have as many as it has cores, and experiments would choose anew.
+    # Otherwise each host would have one device per core, and experiments would choose again.
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         os.environ["JAX_NUM_CPU_DEVICES"] = "1"
         jax.config.update("jax_num_cpu_devices", 1)
-    # JAX's own keeps SIGTERM from ending a process that is not training yet.
+    # JAX's own would keep SIGTERM from ending a process that is not training yet.
     jax.config.update("jax_enable_preemption_service", False)
     with contextlib.ExitStack() as stack:
-        if place is None:
+        if process is None:
             if _tpu_alone(seconds):
                 yield
                 return
-            place = _tpu_place(stack)
-        elif place.index == 0:
-            port = int(place.address.rpartition(":")[2])
-            _coordinate(stack, place.count, place.secret, interface(place.address), port)
-        if place.index:
+            process = _tpu_process(stack)
+        elif process.index == 0:
+            port = int(process.address.rpartition(":")[2])
+            _coordinate(stack, process.count, process.secret, interface(process.address), port)
+        if process.index:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        member = stack.enter_context(_joining(Member(place, seconds, _end)))
+        member = stack.enter_context(_joining(Member(process, seconds, _end)))
         _check_hosts(member, config, seconds)
         yield
         member.gather(END, None, MEET_SECONDS)
@@ -111,7 +111,7 @@ def joined(config: Any = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _joining(member: Member) -> Iterator[Member]:
-    """Make it this process's; where it stops with a mistake the others are told."""
+    """Register `member` for this process; an exception inside is reported to the others."""
     global _member
     import jax
 
@@ -128,10 +128,10 @@ def _joining(member: Member) -> Iterator[Member]:
 
 
 def _check_hosts(member: Member, config: Any, seconds: int) -> None:
-    """Compare what can be compared before JAX is initialised; initialise it; compare devices."""
+    """Compare config, code and versions; initialise JAX; compare devices."""
     import jax
 
-    place, same = member.place, {"code": code_hash()[:12], "versions": versions()}
+    process, same = member.process, {"code": code_hash()[:12], "versions": versions()}
     if config is not None:
         same["config"] = to_dict(config)
     own = {"host": socket.gethostname(), "port": free_port(), "same": same}
@@ -139,12 +139,12 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
     hosts = [report["host"] for report in reports]
     check_same("the same config, code and versions", hosts, [report["same"] for report in reports])
     if not jax.distributed.is_initialized():
-        # JAX's own service asks nobody who he is: it, too, listens no wider than it must.
-        where = interface(place.address)
+        # JAX's own service has no authentication: it, too, listens on as few interfaces as it can.
+        where = interface(process.address)
         jax.distributed.initialize(
-            f"{place.address.rpartition(':')[0]}:{reports[0]['port']}",
-            place.count,
-            place.index,
+            f"{process.address.rpartition(':')[0]}:{reports[0]['port']}",
+            process.count,
+            process.index,
             cluster_detection_method="deactivate",
             initialization_timeout=seconds,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
@@ -152,24 +152,24 @@ def _check_hosts(member: Member, config: Any, seconds: int) -> None:
         )
     there = member.gather("the start of the devices", {"devices": devices()}, seconds)
     check_same("the same devices", hosts, there)
-    print(f"{place.count} processes, each with {devices()}.")
+    print(f"{process.count} processes, each with {devices()}.")
 
 
 def _tpu_alone(seconds: int) -> bool:
-    """Initialise JAX where there are TPUs, which asks the machine; whether its host is alone."""
+    """Initialise JAX on TPUs, which find each other; True if this host is the only one."""
     import jax
 
     try:
         jax.distributed.initialize(initialization_timeout=seconds)
-    except ValueError:  # The machine knows of no others: a notebook's, say.
+    except ValueError:  # No other hosts are known, as in a notebook.
         return True
     return jax.process_count() == 1
 
 
-def _tpu_place(stack: contextlib.ExitStack) -> Place:
-    """Where JAX itself found the other hosts: process 0 says over the TPUs where it listens.
+def _tpu_process(stack: contextlib.ExitStack) -> ProcessInfo:
+    """This process of a TPU slice; process 0 broadcasts its address over the TPUs.
 
-    It draws the secret, too, which the network of the TPUs alone carries.
+    It broadcasts the secret too, which only the TPUs' own network carries.
     """
     import jax
     import numpy as np
@@ -184,7 +184,7 @@ def _tpu_place(stack: contextlib.ExitStack) -> Place:
         known[ADDRESS_BYTES:] = np.frombuffer(secret, np.uint8)
     known = bytes(multihost_utils.broadcast_one_to_all(known))
     address, secret = known[:ADDRESS_BYTES].rstrip(b"\0"), known[ADDRESS_BYTES:]
-    return Place(index, count, address.decode(), secret)
+    return ProcessInfo(index, count, address.decode(), secret)
 
 
 def _coordinate(
@@ -194,7 +194,7 @@ def _coordinate(
 
 
 def _own_address() -> str:
-    """The address that other machines of the network know this one by; nothing is sent."""
+    """This machine's address in its network; nothing is sent to find it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         return probe.getsockname()[0]
@@ -209,11 +209,11 @@ def _start_seconds() -> int:
 
 
 def leave_at_once(error: BaseException) -> None:
-    """Leave without JAX's parting, which waits for all and aborts where one does not come.
+    """Exit without JAX's shutdown barrier, which aborts if a process does not arrive.
 
     Does nothing on one machine.
     """
-    jax = sys.modules.get("jax")  # What was not imported has joined nothing.
+    jax = sys.modules.get("jax")  # If JAX was never imported, nothing was joined.
     if jax is None or not jax.distributed.is_initialized():
         return
     code = error.code if isinstance(error, SystemExit) else 1
@@ -224,8 +224,10 @@ def leave_at_once(error: BaseException) -> None:
 
 
 def _end(sentence: str) -> None:
-    """End this process at once, whatever it waits for: it would wait for ever."""
+    """Exit at once, whatever this process waits for: it would wait forever."""
     assert _member is not None
-    again = "the same command goes on from the last checkpoint"
-    print(f"{sentence}; process {_member.place.index} stops, {again}.", file=sys.stderr, flush=True)
+    again = "the same command resumes from the last checkpoint"
+    print(
+        f"{sentence}; process {_member.process.index} stops, {again}.", file=sys.stderr, flush=True
+    )
     os._exit(Exit.LOST)

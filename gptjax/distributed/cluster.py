@@ -1,13 +1,13 @@
-"""Which process of a run this is, and where all of them meet, from the environment alone.
+"""The index, count and coordinator address of this process, from environment variables.
 
-| started by | who it is | where process 0 listens |
+| started by | process index and count | address of process 0 |
 |---|---|---|
 | a person, `gptjax launch` | JAX_PROCESS_ID of JAX_NUM_PROCESSES | JAX_COORDINATOR_ADDRESS |
 | Slurm's `srun` | SLURM_PROCID of SLURM_STEP_NUM_TASKS | the first host, or the same variable |
 | Open MPI's `mpirun` | OMPI_COMM_WORLD_RANK of OMPI_COMM_WORLD_SIZE | the same variable |
 
-TPU hosts are in no line: there JAX asks the machine itself. Wherever there are several processes,
-all have the run's secret, `GPTJAX_SECRET` (`gptjax.distributed.handshake`).
+TPU hosts are not in the table: there JAX finds the processes itself. Wherever there are several,
+all need the run's secret, `GPTJAX_SECRET` (`gptjax.distributed.handshake`).
 """
 
 import importlib.util
@@ -27,44 +27,44 @@ SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
 LAST_PORT = 65535
 SLURM_PORTS = range(20000, 30000)
-"""Below those that Linux gives to connections; the number of the job chooses one."""
+"""Below Linux's ephemeral ports; one is chosen by the number of the job."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among those of a run."""
+class ProcessInfo:
+    """A process of a run."""
 
     index: int
     count: int
     address: str
     """HOST:PORT of process 0."""
     secret: bytes = field(repr=False)
-    """What all processes of the run know."""
+    """The secret of the run, known to all its processes."""
 
 
-def find_place(environment: Mapping[str, str]) -> Place | None:
-    """The place of this process; None where it is the only one, or where nothing tells.
+def find_process(environment: Mapping[str, str]) -> ProcessInfo | None:
+    """This process, from the environment; None if it is the only one, or no variable is set.
 
     Raises:
-      InputError: a variable that is missing beside another one, or has no sense; no secret.
+      InputError: a missing or invalid variable, or no secret.
     """
     names = next((names for names in (SELF, SLURM, OPEN_MPI) if names[0] in environment), None)
     if names in (None, SELF) and any(name in environment for name in (*SELF, ADDRESS)):
         missing = [name for name in (*SELF, ADDRESS) if name not in environment]
         if missing:
-            there = [name for name in (*SELF, ADDRESS) if name in environment]
+            present = [name for name in (*SELF, ADDRESS) if name in environment]
             raise InputError(
-                f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} set, but not "
+                f"{' and '.join(present)} {'is' if len(present) == 1 else 'are'} set, but not "
                 f"{' and '.join(missing)}: set all three or none."
             )
     if names is None or names[1] not in environment:
-        return None  # The script that Slurm starts, say, which is no step of its own.
+        return None  # For example the batch script of Slurm, which is not a step.
     index, count = (_number(environment, name) for name in names)
     if index >= count:
         raise InputError(f"{names[0]} is {index}: it must be below {names[1]}, which is {count}.")
     if count == 1:
         return None
-    return Place(index, count, _address(environment, names), secret_of(environment))
+    return ProcessInfo(index, count, _address(environment, names), secret_of(environment))
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -95,16 +95,16 @@ def _address(environment: Mapping[str, str], names: tuple[str, str]) -> str:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of hosts: `gpu[003-005,9],login` begins with gpu003."""
+    """The first host of a Slurm host list: gpu003 of `gpu[003-005,9],login`."""
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes + ",").partition(",")[0]
 
 
 def interface(address: str) -> str:
-    """The IPv4 address to listen on for those who come to HOST:PORT; "" is all of this machine's.
+    """The IPv4 address on which to listen for connections to HOST:PORT; "" is all interfaces.
 
-    This machine's own where HOST is a name of it that others resolve too. Where it is not, as
-    behind a forwarded port, or where the hosts file gives this machine's name a loopback address,
-    which nobody else reaches, all are listened on.
+    It is that of HOST if HOST names this machine. All interfaces are used if it does not, as behind
+    a forwarded port, or if the hosts file maps this machine's name to a loopback address, which
+    other machines cannot reach.
     """
     host = address.rpartition(":")[0]
     try:
@@ -118,14 +118,14 @@ def interface(address: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as unheard:
-        unheard.bind(("", 0))
-        return unheard.getsockname()[1]
+    """A TCP port that is not in use."""
+    with socket.socket() as unused:
+        unused.bind(("", 0))
+        return unused.getsockname()[1]
 
 
 def has_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether this machine has TPU chips, the library that drives them, and is to use them."""
+    """Whether this machine has TPU chips and libtpu, and JAX_PLATFORMS allows them."""
     if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
         return False
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]

@@ -1,10 +1,10 @@
-"""Who may speak with process 0: those that know the run's secret.
+"""Mutual authentication of the processes of a run, by a shared secret.
 
-Both sides prove it before anything else is said, and neither sends it (HMAC-SHA256, RFC 2104, of a
-challenge that the other side drew). What follows is not encrypted: it is names of hosts, configs
-and steps.
+Both sides prove knowledge of the secret before any other message, and neither sends it: each
+answers the other's random challenge by HMAC-SHA256 (RFC 2104). Later messages are not encrypted:
+they are host names, configs and steps.
 
-| who | sends | bytes |
+| sender | message | bytes |
 |---|---|---|
 | process 0 | a challenge | 32 |
 | a process | its own challenge, its answer to process 0's | 64 |
@@ -20,15 +20,15 @@ from collections.abc import Mapping
 from gptjax.config import InputError
 
 SECRET = "GPTJAX_SECRET"
-"""The environment variable with what all processes of a run know, and nobody else."""
+"""The environment variable with the secret of a run."""
 LEAST_CHARACTERS = 16
 CHALLENGE_BYTES = 32
 SECONDS = 10
-"""What a connection has to prove that it knows the secret."""
+"""Time limit for a connection to authenticate."""
 
 
 def new_secret() -> str:
-    """A secret for a run, as the environment variable holds it."""
+    """A random secret for a run, as the environment variable holds it."""
     return secrets.token_hex(CHALLENGE_BYTES)
 
 
@@ -49,7 +49,7 @@ def secret_of(environment: Mapping[str, str]) -> bytes:
 
 
 async def admits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> bool:
-    """Process 0's side: whether who connected knows the secret, and has been shown that we do."""
+    """Process 0's side: whether the peer knows the secret; if so, answers its challenge."""
     challenge = secrets.token_bytes(CHALLENGE_BYTES)
     writer.write(challenge)
     try:
@@ -65,7 +65,7 @@ async def admits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sec
 
 
 def is_admitted(connection: socket.socket, secret: bytes) -> bool:
-    """The other processes' side: whether process 0 knows the secret, and has let this one in."""
+    """The other processes' side: whether process 0 knows the secret and accepted this one."""
     challenge = secrets.token_bytes(CHALLENGE_BYTES)
     connection.settimeout(SECONDS)
     try:
@@ -79,7 +79,7 @@ def is_admitted(connection: socket.socket, secret: bytes) -> bool:
 
 
 def _answer(secret: bytes, role: bytes, challenge: bytes) -> bytes:
-    """Each role answers in its own way, so that no answer can be sent back as one's own."""
+    """The answer to a challenge; it depends on the role, so that no answer can be reflected."""
     return hmac.digest(secret, role + challenge, "sha256")
 
 

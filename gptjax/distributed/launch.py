@@ -1,4 +1,4 @@
-"""Local processes of one run, for trying out on a machine what is meant for many."""
+"""Launch the processes of one run on this machine, to try out a multi-host run."""
 
 import os
 import signal
@@ -12,36 +12,36 @@ from gptjax.distributed.cluster import ADDRESS, SELF, free_port
 from gptjax.distributed.handshake import SECRET, new_secret
 
 END_SECONDS = 10
-"""Which the others have to stop by themselves when one has ended with a mistake."""
-LOOK_SECONDS = 0.1
-CAUGHT = 128
-"""Exit codes above it tell of a signal, by which a negative one says that it was killed."""
+"""Time for the others to stop by themselves when one has failed."""
+POLL_SECONDS = 0.1
+SIGNALLED = 128
+"""Exit code 128 + N: a signal N was caught; -N, as Popen has it: it was killed by signal N."""
 
 
 def launch(command: Sequence[str], processes: int, devices: int, other_code: int) -> int:
-    """Run `command` so many times on this machine's CPU, as the processes of one run.
+    """Run `command` in several processes on this machine's CPU, as one run.
 
-    SIGINT and SIGTERM go on to all of them. When one ends with a mistake, so do the others: by
-    themselves, or after `END_SECONDS` by force. Standard output is process 0's.
+    SIGINT and SIGTERM are forwarded to all of them. When one fails, the others stop too: by
+    themselves, or killed after `END_SECONDS`. Standard output is process 0's.
 
     Args:
-      command: what each runs.
-      processes: how many.
-      devices: CPU devices of each.
-      other_code: what a process exits with because another did, which is then the one to blame.
+      command: that each process runs.
+      processes: their number.
+      devices: CPU devices per process.
+      other_code: the exit code of a process that stopped because another one failed.
 
     Returns:
-      The exit code of the process that failed first, as a shell has it; or 0.
+      The exit code of the process that failed first, by the convention of shells; or 0.
     """
     shared = {ADDRESS: f"localhost:{free_port()}", SECRET: new_secret()}
     running: dict[int, subprocess.Popen] = {}
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         for process in running.values():
             process.send_signal(number)
 
     handlers = {
-        number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         for index in range(processes):
@@ -57,15 +57,15 @@ def launch(command: Sequence[str], processes: int, devices: int, other_code: int
 def _start(
     command: Sequence[str], index: int, processes: int, devices: int, shared: Mapping[str, str]
 ) -> subprocess.Popen:
-    place = dict(zip(SELF, (str(index), str(processes)), strict=True))
+    identity = dict(zip(SELF, (str(index), str(processes)), strict=True))
     environment = {
         "JAX_PLATFORMS": "cpu",
         **os.environ,
-        **place,
+        **identity,
         **shared,
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
-    # In a group of its own: a terminal's Ctrl-C would reach it twice, and a second one kills.
+    # In a session of its own: else Ctrl-C in a terminal would reach it twice, and the second kills.
     return subprocess.Popen(
         command,
         env=environment,
@@ -75,17 +75,17 @@ def _start(
 
 
 def _watch(running: dict[int, subprocess.Popen], other_code: int) -> int:
-    """Wait for all; the code of the first that failed, after a sentence about it."""
+    """Wait for all processes; report the first that failed, and return its exit code."""
     first, deadline = 0, float("inf")
     while running:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         ended = {index: process.poll() for index, process in running.items()}
         failed = {index: code for index, code in ended.items() if code}
         if failed and not first:
             index = min(failed, key=lambda index: failed[index] == other_code)
             first, deadline = _shell_code(failed[index]), time.monotonic() + END_SECONDS
-            if first < CAUGHT or failed[index] < 0:  # Else it said itself which signal it got.
-                print(f"Process {index} {_said(failed[index])}.", file=sys.stderr)
+            if first < SIGNALLED or failed[index] < 0:  # Else it reported the signal itself.
+                print(f"Process {index} {_ending(failed[index])}.", file=sys.stderr)
         for index, code in ended.items():
             if code is not None:
                 del running[index]
@@ -98,8 +98,8 @@ def _watch(running: dict[int, subprocess.Popen], other_code: int) -> int:
 
 
 def _shell_code(code: int) -> int:
-    return code if code >= 0 else CAUGHT - code
+    return code if code >= 0 else SIGNALLED - code
 
 
-def _said(code: int) -> str:
+def _ending(code: int) -> str:
     return f"ended with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"

@@ -1,15 +1,14 @@
-"""Who is there: the processes of a run meet at process 0, and notice when one is gone.
+"""Membership: the processes of a run connect to process 0, and notice when one is lost.
 
-JAX's own service has barriers too, but where a process is missing or ends, it aborts the others
-with a stack trace of C++ before Python can say a word, it does not tell who it is, and only private
-names of JAX lead to it. So the processes hold a connection each to process 0, made before JAX is
-initialised, over which go lines of JSON once both have shown that they know the run's secret.
+JAX's own service has barriers too, but where a process is missing or exits it aborts the others
+with a C++ stack trace before Python can report anything, it does not name the process, and it is
+private API. So each process opens a connection to process 0 before JAX is initialised; after mutual
+authentication the messages are lines of JSON.
 
-The end of a process closes its connection, whatever killed it, and all others are told at once. A
-machine that lost its power or its network closes nothing: there TCP asks, and gives up after
-`SILENT_SECONDS`. A process that is there and stands still is left to JAX's heartbeats, and to the
-time limit of what the others wait for. With process 0 JAX's service ends, too, and JAX may abort
-the others before they have said why.
+The exit of a process, by whatever signal, closes its connection, and all others are notified at
+once. A machine that lost power or network closes nothing: there TCP keepalive gives up after
+`SILENT_SECONDS`. A process that hangs is left to JAX's heartbeats, and to the time limits of
+barriers. JAX's service ends with process 0, and may then abort the others before they report why.
 """
 
 import asyncio
@@ -24,31 +23,31 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.config import InputError
-from gptjax.distributed.cluster import Place, interface
+from gptjax.distributed.cluster import ProcessInfo, interface
 from gptjax.distributed.handshake import SECRET, admits, is_admitted
 
 SILENT_SECONDS = 30
-"""After which a machine that does not even acknowledge is lost."""
+"""Time after which a machine that acknowledges nothing counts as lost."""
 GRACE_SECONDS = 30
-"""A process stopped with a mistake: what the others have to come to the same end themselves."""
+"""After a process failed: time for the others to fail in the same way by themselves."""
 NOTICE_SECONDS = 5
-"""How much later than a collective operation that fails its cause may become known."""
+"""Time by which the cause may become known later than a failed collective operation."""
 RETRY_SECONDS = 0.25
 MOST_NAMED = 20
-"""Addresses of strangers that the log names."""
+"""The most addresses of refused connections that the log names."""
 END = "the end of the run"
-"""What all gather at before they part."""
+"""The name of the last barrier."""
 LONGEST_MESSAGE = 1 << 20
-"""Bytes that one process says at a time; its config is some thousands."""
+"""Bytes per message; a config has some thousands."""
 
 
 class Coordinator:
-    """Process 0's side: hears all and tells all, in a thread of its own.
+    """Process 0's side: receives messages from all and broadcasts to all, in its own thread.
 
-    It listens where the others are told to come, `host`, and hears only who knows `secret`.
+    It listens on `host`, and accepts only peers that know `secret`.
 
     Raises:
-      InputError: a port that is taken.
+      InputError: a port that is in use.
     """
 
     def __init__(self, count: int, secret: bytes, host: str = "", port: int = 0):
@@ -74,9 +73,9 @@ class Coordinator:
         self._thread.start()
 
     def close(self) -> None:
-        """Wait a moment for the others to go first, since process 0's end is that of JAX's service.
+        """Wait a moment for the others to exit first, since JAX's service ends with process 0.
 
-        Without it a process that still saves is aborted.
+        Otherwise a process that is still saving would be aborted.
         """
         if self._over:
             return
@@ -98,30 +97,30 @@ class Coordinator:
             for task in left:
                 task.cancel()
             await asyncio.wait(attending)
-        await asyncio.sleep(0)  # In which the connections close.
+        await asyncio.sleep(0)  # Lets the connections close.
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A connection, from its first line to its end."""
+        """Serve a connection from its first line to its end."""
         ends = ConnectionError, asyncio.CancelledError
         with contextlib.closing(writer), contextlib.suppress(*ends):
-            _notice_silence(writer.get_extra_info("socket"))
+            _enable_keepalive(writer.get_extra_info("socket"))
             if not await admits(reader, writer, self._secret):
                 self._refuse(writer.get_extra_info("peername")[0])
                 return
             hello = json.loads(await reader.readline())
             index = hello["index"]
             if not self._greet(index, hello["count"], hello["host"], writer):
-                await reader.read()  # What it has to say is not heard.
+                await reader.read()  # Its messages are ignored.
                 return
             try:
                 async for line in reader:
-                    self._hear(index, **json.loads(line))
+                    self._receive(index, **json.loads(line))
             finally:
                 if self._writers.pop(index, None) and not self._over:
-                    self._tell_all(lost=f"{self._name(index)} ended without a word")
+                    self._broadcast(lost=f"{self._name(index)} exited without notice")
 
     def _refuse(self, address: str) -> None:
-        """Say it once for each address, so that nobody fills the log."""
+        """Report a refused connection, once per address, so that the log stays small."""
         if address not in self._refused and len(self._refused) < MOST_NAMED:
             self._refused.add(address)
             print(
@@ -132,85 +131,85 @@ class Coordinator:
     def _greet(self, index: int, count: int, host: str, writer: asyncio.StreamWriter) -> bool:
         name = f"Process {index} on {host}"
         if count != self._count:
-            there = f"process 0 on {self._hosts.get(0, 'its host')} as one of {self._count}"
-            refusal = f"{name} was started as one of {count}, {there}."
+            first = f"process 0 on {self._hosts.get(0, 'its host')} as one of {self._count}"
+            refusal = f"{name} was started as one of {count}, {first}."
         elif index in self._hosts:
-            refusal = f"{name} is there twice: {self._name(index)} came first."
+            refusal = f"{name} was started twice: {self._name(index)} joined first."
         else:
             self._hosts[index], self._writers[index] = host, writer
             return True
-        if len(self._hosts) < self._count:  # It may be the one that the others wait for.
+        if len(self._hosts) < self._count:  # It may be the process that the others wait for.
             self._fail(refusal, writer)
         else:
-            _tell(writer, failed=refusal)
+            _send_to(writer, failed=refusal)
         return False
 
     def _name(self, index: int) -> str:
         host = self._hosts.get(index)
         return f"process {index} on {host}" if host else f"process {index}"
 
-    def _hear(self, index: int, kind: str, **content: Any) -> None:
+    def _receive(self, index: int, kind: str, **content: Any) -> None:
         if kind == "gather":
             self._gather(index, **content)
         elif kind == "stop":
-            self._tell_all(ask_step=content["number"])
+            self._broadcast(ask_step=content["number"])
         elif kind == "step":
             self._steps[index] = content["step"]
             if len(self._steps) == self._count:
-                self._tell_all(stop_at=1 + max(self._steps.values()), number=content["number"])
+                self._broadcast(stop_at=1 + max(self._steps.values()), number=content["number"])
         elif kind == "leave":
             writer = self._writers.pop(index)
-            self._tell_all(left=f"{self._name(index)} stopped: {content['sentence'].rstrip('.')}")
-            _tell(writer, goodbye=True)
+            self._broadcast(left=f"{self._name(index)} stopped: {content['sentence'].rstrip('.')}")
+            _send_to(writer, goodbye=True)
 
     def _gather(self, index: int, name: str, value: Any, seconds: float) -> None:
         values = self._waiting.setdefault(name, {})
         values[index] = value
         if self._failure:
-            _tell(self._writers[index], failed=self._failure)
+            _send_to(self._writers[index], failed=self._failure)
         elif len(values) == self._count:
             del self._waiting[name]
-            self._tell_all(gathered=[values[other] for other in range(self._count)], at=name)
+            self._broadcast(gathered=[values[other] for other in range(self._count)], at=name)
         elif len(values) == 1:
             self._loop.call_later(seconds, self._expire, name, values, seconds)
 
     def _expire(self, name: str, values: dict[int, Any], seconds: float) -> None:
         if self._waiting.get(name) is not values:
-            return  # All have come.
+            return  # All have arrived.
         missing = [self._name(index) for index in range(self._count) if index not in values]
-        self._fail(f"{_listed(missing)} of {self._count} did not come to {name} in {seconds:g} s.")
+        self._fail(f"{_listed(missing)} of {self._count} did not reach {name} in {seconds:g} s.")
 
     def _fail(self, sentence: str, *more: asyncio.StreamWriter) -> None:
-        """Answer with a mistake whatever is waited for, now and later."""
+        """Answer every pending and later gather with this error."""
         self._failure = sentence[0].upper() + sentence[1:]
         for writer in (*more, *self._writers.values()):
-            _tell(writer, failed=self._failure)
+            _send_to(writer, failed=self._failure)
 
-    def _tell_all(self, **message: Any) -> None:
-        """Process 0 last, since what it hears may end it, and this with it."""
+    def _broadcast(self, **message: Any) -> None:
+        """Send to all; process 0 last, since the message may end it and with it the coordinator."""
         for index in sorted(self._writers, reverse=True):
-            _tell(self._writers[index], **message)
+            _send_to(self._writers[index], **message)
 
 
 class Member:
     """A process's side; `end(sentence)` is called from a thread when another process is lost.
 
     Raises:
-      InputError: a coordinator that cannot be reached in time, or that has another secret.
+      InputError: a coordinator that cannot be reached in time or has another secret.
     """
 
-    def __init__(self, place: Place, seconds: float, end: Callable[[str], None]):
-        self.place = place
-        self._address = place.address
+    def __init__(self, process: ProcessInfo, seconds: float, end: Callable[[str], None]):
+        self.process = process
+        self._address = process.address
         self._end = end
-        self._connection = _connect(place, seconds)
-        if not is_admitted(self._connection, place.secret):
+        self._connection = _connect(process, seconds)
+        if not is_admitted(self._connection, process.secret):
             self._connection.close()
             raise InputError(
-                f"Process {place.index} of {place.count} is refused by who listens at "
-                f"{place.address}: {SECRET} must be the same for all processes of a run."
+                f"Process {process.index} of {process.count} is refused by the process at "
+                f"{process.address}: {SECRET} must be the same for all processes of a run."
             )
-        _notice_silence(self._connection)
+        _enable_keepalive(self._connection)
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._closed = False
         self._parting: threading.Timer | None = None
@@ -219,18 +218,18 @@ class Member:
         self._change = threading.Condition()
         self._step = 0
         self._asked = False
-        """Whether the step was told at which this process is, and none may begin until all have."""
+        """Whether this process has reported its step, and must wait for the others' reports."""
         self._stop: tuple[int, int] | None = None
-        self._told = False
-        self._send(index=place.index, count=place.count, host=socket.gethostname())
+        self._notified = False
+        self._send(index=process.index, count=process.count, host=socket.gethostname())
         self._thread = threading.Thread(target=self._listen, name="member", daemon=True)
         self._thread.start()
 
     def gather(self, name: str, value: Any, seconds: float) -> list[Any]:
-        """The value of every process, in their order, once all have come to `name`.
+        """The value of every process, in their order, once all have reached `name`.
 
         Raises:
-          InputError: a process that did not come in time, by its number and host.
+          InputError: a process that did not arrive in time, by its number and host.
         """
         self._send(kind="gather", name=name, value=value, seconds=seconds)
         with contextlib.suppress(queue.Empty):
@@ -243,32 +242,32 @@ class Member:
     def agreed_stop(self, step: int, signal: int | None) -> int | None:
         """The signal for which all processes stop at `step`; each calls this at every step.
 
-        Whoever got a signal tells the coordinator, which asks all at which step they are. Who has
-        answered begins no other step before the latest of the answers is known, so that nobody is
-        beyond the step that follows it: there all stop.
+        A process that got a signal notifies the coordinator, which asks all for their step. After
+        its answer a process begins no other step until the largest of all answers is known, so that
+        none is beyond the step after it: there all stop.
         """
         with self._change:
             self._step = step
-            if signal is not None and not self._told:
-                self._told = True
+            if signal is not None and not self._notified:
+                self._notified = True
                 self._send(kind="stop", number=signal)
             self._change.wait_for(lambda: self._stop or not self._asked)
             return self._stop[1] if self._stop and step >= self._stop[0] else None
 
     def leave(self, sentence: str) -> None:
-        """Tell the others why this process stops before they do, so that they can, too."""
+        """Tell the others why this process stops, so that they stop too."""
         with contextlib.suppress(OSError, queue.Empty):
             self._send(kind="leave", sentence=sentence)
             while "goodbye" not in self._answers.get(timeout=RETRY_SECONDS):
                 pass
 
     def blame(self) -> None:
-        """A collective operation failed: end this process too if another is the reason."""
+        """After a failed collective operation: end this process if another one caused it."""
         if self._noticed.wait(NOTICE_SECONDS):
             self._lose(self._reason)
 
     def close(self) -> None:
-        """Let go; what happens to others is of no interest any more."""
+        """Close the connection; other processes are no longer watched."""
         self._closed = True
         if self._parting:
             self._parting.cancel()
@@ -284,14 +283,14 @@ class Member:
     def _listen(self) -> None:
         with contextlib.suppress(OSError), self._connection.makefile() as lines:
             for line in lines:
-                self._hear(json.loads(line))
-        with self._change:  # Nobody will answer.
+                self._receive(json.loads(line))
+        with self._change:  # No answer will come.
             self._asked = False
             self._change.notify_all()
         if not self._parting:
-            self._lose(f"process 0, the coordinator at {self._address}, ended without a word")
+            self._lose(f"process 0, the coordinator at {self._address}, exited without notice")
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    def _receive(self, message: dict[str, Any]) -> None:
         if "lost" in message:
             self._lose(message["lost"])
         elif "left" in message:
@@ -319,10 +318,10 @@ class Member:
             self._end(sentence[0].upper() + sentence[1:])
 
 
-def _connect(place: Place, seconds: float) -> socket.socket:
-    host, _, port = place.address.rpartition(":")
-    if place.index == 0:
-        host = interface(place.address) or "127.0.0.1"
+def _connect(process: ProcessInfo, seconds: float) -> socket.socket:
+    host, _, port = process.address.rpartition(":")
+    if process.index == 0:
+        host = interface(process.address) or "127.0.0.1"
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -334,22 +333,22 @@ def _connect(place: Place, seconds: float) -> socket.socket:
             if time.monotonic() + RETRY_SECONDS > deadline:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InputError(
-                    f"Process {place.index} of {place.count} cannot reach the coordinator, process "
-                    f"0 at {place.address}, in {seconds:g} s: {reason.lower()}."
+                    f"Process {process.index} of {process.count} cannot reach the coordinator, "
+                    f"process 0 at {process.address}, in {seconds:g} s: {reason.lower()}."
                 ) from error
             time.sleep(RETRY_SECONDS)
 
 
-def _notice_silence(connection: socket.socket) -> None:
-    """Have TCP ask whether the other machine is still there."""
+def _enable_keepalive(connection: socket.socket) -> None:
+    """Enable TCP keepalive, which detects that the other machine is gone."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     every = {"TCP_KEEPIDLE": SILENT_SECONDS // 3, "TCP_KEEPINTVL": SILENT_SECONDS // 6}
     for name, value in {**every, "TCP_KEEPCNT": 4}.items():
-        if hasattr(socket, name):  # Not everywhere: then after hours.
+        if hasattr(socket, name):  # Not on every system: there it takes hours.
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _tell(writer: asyncio.StreamWriter, **message: Any) -> None:
+def _send_to(writer: asyncio.StreamWriter, **message: Any) -> None:
     writer.write(_line(message))
 
 

@@ -1,4 +1,4 @@
-"""What must be the same on all hosts of a run, and on one host a page for a bug report."""
+"""Versions, code and devices, which must be the same on all hosts of a run."""
 
 import hashlib
 import importlib.metadata
@@ -13,23 +13,23 @@ CODE = Path(__file__).parents[1]
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that results depend on."""
+    """The versions of Python and of the packages that results depend on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
 def code_hash(directory: Path = CODE) -> str:
-    """SHA-256 of gptjax's modules, their names and contents."""
-    hashed = hashlib.sha256()
+    """The SHA-256 of the names and contents of gptjax's modules."""
+    digest = hashlib.sha256()
     for path in sorted(directory.rglob("*.py")):
         content = path.read_bytes()
-        hashed.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode())
-        hashed.update(content)
-    return hashed.hexdigest()
+        digest.update(f"{path.relative_to(directory).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def devices() -> str:
-    """This process's devices, as `4 × TPU v5 lite`."""
+    """This process's devices, such as `4 × TPU v5 lite`."""
     import jax
 
     local = jax.local_devices()

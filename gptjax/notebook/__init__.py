@@ -1,1 +1,1 @@
-"""One call each for what is done most in a notebook; `gptjax` exports them."""
+"""The most common notebook tasks in one call each; `gptjax` exports them."""

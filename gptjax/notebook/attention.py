@@ -1,13 +1,14 @@
-"""What each head of a trained model attends to in a text, as a page or a cell."""
+"""The attention view of a trained model on a text, as an HTML page or in a notebook cell."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from gptjax import probe
-from gptjax.config import InputError
+from gptjax.config import InputError, TransformerConfig
 from gptjax.data.objectives.vocabulary import vocabulary
 from gptjax.data.report import labels
 from gptjax.data.tokenizers import Tokenizer, read_huggingface
@@ -22,7 +23,7 @@ PARTS = {
     "encoder": ("encoder",),
     "encoder_decoder": ("decoder", "cross", "encoder"),
 }
-"""The kinds of attention of each family."""
+"""The attention parts of each family."""
 
 
 def attention_view(
@@ -35,27 +36,27 @@ def attention_view(
     heads: Sequence[int] = (),
     step: int | None = None,
 ) -> AttentionView:
-    """What each head attends to in a text: shown as it is in a notebook, `save(path)` as a page.
+    """What each head attends to in a text; a notebook displays it, `save(path)` writes a page.
 
     Args:
-      model: a run that was loaded or trained (`load_run`, `train`), the directory of one, or of a
+      model: a loaded or trained run (`load_run`, `train`), or the directory of a run or of a
         Hugging Face model with its tokenizer.json.
-      text: what the model reads; of an encoder-decoder, the source.
-      target: what an encoder-decoder writes.
-      part: one kind of an encoder-decoder's attention; None is all.
+      text: the input; of an encoder-decoder, the source.
+      target: the target of an encoder-decoder.
+      part: one of an encoder-decoder's attention parts; None is all.
       layers: numbers of layers, from 0; () is all.
       heads: numbers of heads, from 0; () is all.
       step: checkpoint of a run's directory; None is the best.
 
     Raises:
-      InputError: no such model, part, layer or head, an LSTM, or a text that it cannot read.
+      InputError: no such model, part, layer or head, an LSTM, or a text that it cannot encode.
     """
     for name, given in (("text", text), ("target", target or "")):
         try:
             given.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(f"{name} is {given!r}: it must be UTF-8.") from error
-    loaded, tokenizer, called = _load(model, step)
+    loaded, tokenizer, title = _load(model, step)
     name = "the model" if isinstance(model, Run) else str(model)
     read = _read(name, loaded.config, tokenizer, text, target)
     known = PARTS[loaded.config.family]
@@ -65,11 +66,11 @@ def attention_view(
             f"is {' and '.join(known)} alone."
         )
     shown = _observe(loaded, read, known if part is None else (part,), layers, heads)
-    return AttentionView(shown, text if target is None else f"{text} → {target}", called)
+    return AttentionView(shown, text if target is None else f"{text} → {target}", title)
 
 
 def _load(model: Run | str | Path, step: int | None) -> tuple[LanguageModel, Tokenizer, str]:
-    """The model, its tokenizer, and what it is called."""
+    """The model, its tokenizer, and its title."""
     if isinstance(model, Run):
         return model.model, model.tokenizer, f"the model at step {model.step}"
     if (Path(model) / CHECKPOINTS).is_dir():
@@ -79,39 +80,41 @@ def _load(model: Run | str | Path, step: int | None) -> tuple[LanguageModel, Tok
         raise InputError(f"step is {step}: {model} is no run, and has no checkpoints.")
     directory = find(str(model))
     if not (directory / TOKENIZER).exists():
-        raise InputError(f"{model} has no {TOKENIZER}, which says what its tokens are.")
+        raise InputError(f"{model} has no {TOKENIZER}, which is needed to encode text.")
     return from_huggingface(directory), read_huggingface(directory), str(model)
 
 
 class _Side(NamedTuple):
-    """One kind of attention: where the model shows it, and between what."""
+    """One part of attention: its hook points, and the labels of its tokens."""
 
     prefix: str
-    """Of its places in `gptjax.layers.hooks`."""
+    """Prefix of its hook points in `gptjax.layers.hooks`."""
     rows: list[str]
-    """[T], the tokens that look."""
+    """[T], labels of the queries."""
     columns: list[str]
-    """[S], those that are looked at."""
+    """[S], labels of the keys."""
 
 
 class _Reading(NamedTuple):
-    """A text as the model is given it."""
+    """An encoded text, with the labels of its tokens."""
 
-    tokens: np.ndarray
-    """[T]."""
-    source: np.ndarray | None
-    """[S], of an encoder-decoder, whose tokens are then the target's."""
+    tokens: Int[np.ndarray, " T"]
+    """Of an encoder-decoder, the target's."""
+    source: Int[np.ndarray, " S"] | None
+    """Of an encoder-decoder."""
     sides: dict[str, _Side]
     """By the names of `PARTS`."""
     label: Callable[[int], str]
-    """What a token is called."""
+    """The label of a token id."""
 
 
-def _read(name: str, config: Any, tokenizer: Any, text: str, target: str | None) -> _Reading:
-    """The text as the model was given texts when it was trained.
+def _read(
+    name: str, config: TransformerConfig, tokenizer: Tokenizer, text: str, target: str | None
+) -> _Reading:
+    """The text encoded as in training, with the special tokens of its family.
 
     Raises:
-      InputError: no text, a model that looks at none, or a target too few or too many.
+      InputError: no text, a model without attention, or a missing or unexpected target.
     """
     family = config.family
     if family not in PARTS:
@@ -124,36 +127,41 @@ def _read(name: str, config: Any, tokenizer: Any, text: str, target: str | None)
         raise InputError(f"{name} is of the family {family}, which {fits}.")
     words = vocabulary(tokenizer, () if family == "decoder" else ("begin", "end"))
     if words.size > max(config.vocab_size, tokenizer.vocab_size):
-        raise InputError(f"{name} was made without a token that begins or ends a text.")
+        raise InputError(f"{name} was built without a token that begins or ends a text.")
     if family == "decoder":
         tokens, source = tokenizer.encode_prompt(text), None
     else:
         (source,) = tokenizer.encode_documents([text])
         source = np.append(source, words.needed("end"))
-        (written,) = tokenizer.encode_documents([target]) if pairs else (source,)
+        (written,) = (source,) if target is None else tokenizer.encode_documents([target])
         tokens = np.insert(written, 0, words.needed("begin"))
-    said = labels(tokens, tokenizer, words)
+    target_labels = labels(tokens, tokenizer, words)
 
     def label(token: int) -> str:
         return labels([token], tokenizer, words)[0] if token < words.size else f"[{token}]"
 
     if not pairs:
-        return _Reading(tokens, None, {family: _Side("", said, said)}, label)
-    heard = labels(source, tokenizer, words)
+        sides = {family: _Side("", target_labels, target_labels)}
+        return _Reading(tokens, None, sides, label)
+    source_labels = labels(source, tokenizer, words)
     sides = {
-        "decoder": _Side("", said, said),
-        "cross": _Side("cross_", said, heard),
-        "encoder": _Side("encoder_", heard, heard),
+        "decoder": _Side("", target_labels, target_labels),
+        "cross": _Side("cross_", target_labels, source_labels),
+        "encoder": _Side("encoder_", source_labels, source_labels),
     }
     return _Reading(tokens, source, sides, label)
 
 
 def _observe(
-    model: Any, read: _Reading, parts: Sequence[str], layers: Sequence[int], heads: Sequence[int]
+    model: LanguageModel,
+    read: _Reading,
+    parts: Sequence[str],
+    layers: Sequence[int],
+    heads: Sequence[int],
 ) -> list[AttentionPart]:
-    """The weights, queries and keys of the chosen layers and heads, of each part.
+    """The weights, queries and keys of the chosen layers and heads, for each part.
 
-    A decoder's have the likeliest next tokens beside them.
+    A decoder's come with the likeliest next tokens.
     """
     names = ("attention", "query", "key")
     its_layers = {part: _layers(model.config, part, layers) for part in parts}
@@ -169,7 +177,7 @@ def _observe(
         weights, query, key = (
             np.asarray(captured[prefix + name])[numbers, 0].astype(np.float32) for name in names
         )
-        if heads:  # Of grouped heads, some may not have been chosen: each takes its key along.
+        if heads:  # Grouped keys are repeated, since some heads of a group may not be chosen.
             key = np.repeat(key, query.shape[2] // key.shape[2], axis=2)[:, :, its_heads]
         weights, query = weights[:, its_heads], query[:, :, its_heads]
         kind = part if len(read.sides) > 1 else "attention"
@@ -191,17 +199,17 @@ def _observe(
     return shown
 
 
-def _window(config: Any, part: str, layer: int) -> int:
-    """The distance from which on the mask of a layer hides keys; 0 if from none."""
+def _window(config: TransformerConfig, part: str, layer: int) -> int:
+    """The window of a layer's local attention, tokens; 0 if its attention is not local."""
     pattern = config.attention_pattern
     return config.window if part != "cross" and pattern[layer % len(pattern)] == "local" else 0
 
 
-def _layers(config: Any, part: str, chosen: Sequence[int]) -> list[int]:
-    """The numbers of the layers that are shown.
+def _layers(config: TransformerConfig, part: str, chosen: Sequence[int]) -> list[int]:
+    """The numbers of the layers to show.
 
     Raises:
-      InputError: one that the part does not have, or whose columns are no tokens.
+      InputError: one that the part does not have, or whose keys are not single tokens.
     """
     depth = config.depth
     if part == "encoder" and config.encoder_depth:
@@ -211,7 +219,7 @@ def _layers(config: Any, part: str, chosen: Sequence[int]) -> list[int]:
     plain = [n for n in range(depth) if pattern[n % len(pattern)] != "compressed"]
     if not set(layers) <= set(plain):
         raise InputError(
-            "layers must be without compressed attention, which looks at groups of tokens: "
+            "layers must be without compressed attention, whose keys are groups of tokens: "
             f"--layers {' '.join(map(str, plain))}."
         )
     return layers

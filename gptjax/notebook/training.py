@@ -1,4 +1,4 @@
-"""Text to a trained model in one call."""
+"""Train a model on a text in one call."""
 
 import tempfile
 from pathlib import Path
@@ -23,10 +23,10 @@ def train(
         plots.loss_curve(trained.metrics)
 
     Args:
-      text: a file or a pattern, or whatever `data.source` takes; several in a tuple.
-      preset: the model, by its name (`PRESETS`).
+      text: a file or a glob pattern, or whatever else `data.source` takes; several in a tuple.
+      preset: the name of the model (`PRESETS`).
       out: the directory of the run, which the same call resumes; None keeps none.
-      overwrite: whether to delete a run that is there and start anew.
+      overwrite: whether to delete an existing run and start over.
       **fields: of any section of the config (gptjax/config/README.md): steps, batch_size, seed,
         learning_rate, tokenizer, depth, width …
 
@@ -36,7 +36,7 @@ def train(
     Raises:
       InputError: no such preset, field, value or text.
       Diverged: a loss that is not finite.
-      Interrupted: an interrupt, once the state is saved.
+      Interrupted: an interrupt, after the state is saved.
     """
     source = text if isinstance(text, tuple) else (str(text),)
     config = with_fields(defaults(preset), source=source, **fields)

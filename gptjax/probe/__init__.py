@@ -1,11 +1,10 @@
-"""Look inside a trained model, and intervene: plain arrays whose axes are letters.
+"""Interpretability of a trained model: activations, attention, logit lens and interventions.
 
     seen = probe.observe(model, tokens, capture=("attention", "residual"))
     seen.captured["attention"]  # [L, B, N, T, S]
 
-Hook points and their axes are in `gptjax.layers.hooks`; L layers, B rows, T queries, S keys, N
-heads, H channels of a head, D of the stream, F of the feed-forward layer, V tokens of the
-vocabulary.
+Hook points and their axes are in `gptjax.layers.hooks`: L layers, B batch, T query positions, S key
+positions, N heads, H head dim, D width of the residual stream, F MLP dim, V vocabulary.
 """
 
 from gptjax.layers.hooks import Intervention, hook_points

@@ -1,4 +1,4 @@
-"""What kind of head it is: measures of its weights."""
+"""What kind of head it is: statistics of attention weights, and scores of known head types."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -6,32 +6,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError
 from gptjax.models.build import LanguageModel
 from gptjax.probe.observation import observe
-from gptjax.probe.weights import place_of
+from gptjax.probe.weights import attention_hook_point
 
 
-def entropy(weights: jax.Array) -> jax.Array:
-    """How widely each query looks: [..., T, S] → [..., T], nats; log S is at all keys equally."""
+def entropy(weights: Float[Array, "*B T S"]) -> Float[Array, "*B T"]:
+    """The entropy of each query's attention weights, nats; log S is uniform over all keys."""
     return jax.scipy.special.entr(weights).sum(axis=-1)
 
 
-def mean_distance(weights: jax.Array) -> jax.Array:
-    """How far away each query looks on average: [..., T, T] → [..., T], tokens."""
-    places = jnp.arange(weights.shape[-1])
-    return (weights * jnp.abs(places[:, None] - places)).sum(axis=-1)
+def mean_distance(weights: Float[Array, "*B T T"]) -> Float[Array, "*B T"]:
+    """The mean distance between each query and its keys, weighted by attention, tokens."""
+    positions = jnp.arange(weights.shape[-1])
+    return (weights * jnp.abs(positions[:, None] - positions)).sum(axis=-1)
 
 
-def rollout(weights: jax.Array) -> jax.Array:
-    """How much of each token is in each place after all layers, by attention alone.
+def rollout(weights: Float[Array, "L B N T T"]) -> Float[Array, "B T T"]:
+    """Attention rollout: how much of each input token is in each position after all layers.
 
-    The product over layers of half the heads' mean and half the residual stream (Abnar & Zuidema
-    2020, section 3). Feed-forward layers and what values hold are left out: a rough picture.
+    The product over layers of half the heads' mean and half the identity (Abnar & Zuidema 2020,
+    section 3). It ignores MLPs and the content of values: a rough estimate.
 
     Args:
-      weights: [L, B, N, T, T], of one sequence to itself.
+      weights: [L, B, N, T, T], self-attention.
 
     Returns:
       [B, T, T]; rows sum to 1.
@@ -44,22 +45,22 @@ def rollout(weights: jax.Array) -> jax.Array:
 
 
 class HeadScores(NamedTuple):
-    """What heads do on repeated random tokens: mean weights [L, N], 0 to 1."""
+    """Scores of head types on repeated random tokens: mean attention weights, 0 to 1."""
 
-    previous_token: jax.Array
-    """On the token before."""
-    induction: jax.Array
-    """On the token that came after the same one before (Olsson et al. 2022)."""
-    duplicate_token: jax.Array
-    """On the same token where it stood before."""
+    previous_token: Float[Array, "L N"]
+    """On the previous token."""
+    induction: Float[Array, "L N"]
+    """On the token after the previous occurrence of the current one (Olsson et al. 2022)."""
+    duplicate_token: Float[Array, "L N"]
+    """On the previous occurrence of the current token."""
 
 
 def repeated_sequences(
     vocab_size: int, length: int, batch: int, *, seed: int = 0, begin: int | None = None
-) -> np.ndarray:
-    """Random tokens, each row twice over: [B, 2 · length], int32; after `begin` if it is given.
+) -> Int[np.ndarray, "B T"]:
+    """Random tokens, each row repeated once: [B, 2 · length], int32, after `begin` if given.
 
-    Nothing of language helps to predict the second half; only the first does.
+    Only in-context copying of the first half predicts the second.
     """
     half = np.random.default_rng(seed).integers(vocab_size, size=(batch, length), dtype=np.int32)
     rows = np.concatenate([half, half], axis=1)
@@ -68,7 +69,7 @@ def repeated_sequences(
 
 @dataclasses.dataclass(frozen=True)
 class _MeanAlong:
-    """Mean weight on the keys `distances` before the queries from `first` on."""
+    """The mean weight on keys `distances` before the query, over queries from `first` on."""
 
     distances: tuple[int, ...]
     first: int
@@ -83,12 +84,14 @@ class _MeanAlong:
 
 
 def head_scores(model: LanguageModel, sequences: Any, length: int) -> HeadScores:
-    """What each head looks at in the second half of `repeated_sequences`.
+    """Previous-token, induction and duplicate-token scores of every head.
+
+    They are means over the second half of `repeated_sequences`.
 
     Args:
       model: a decoder or an encoder.
       sequences: [B, 2 · length], or one more with a first token.
-      length: of what is repeated.
+      length: of the repeated part.
 
     Raises:
       InputError: sequences of another length, or as `observe`.
@@ -99,7 +102,7 @@ def head_scores(model: LanguageModel, sequences: Any, length: int) -> HeadScores
             f"sequences have {total} tokens: twice length, {2 * length}, or one more is needed, "
             "and length must be at least 2."
         )
-    hook_point, _ = place_of(model, None)
+    hook_point, _ = attention_hook_point(model, None)
     keep = _MeanAlong((1, length - 1, length), total - length)
     means = observe(model, sequences, {hook_point: keep}).captured[hook_point]
     return HeadScores(*jnp.moveaxis(means, -1, 0))

@@ -1,9 +1,9 @@
-"""Interventions: what becomes of the logits if something inside is changed.
+"""Interventions: ablation, activation patching and steering at hook points.
 
     here = probe.where(model, "z", tokens.shape, layers=[5], heads=[1])
     probe.observe(model, tokens, interventions={"z": probe.zero(here)}).logits
 
-An `Intervention` is a value that is passed to the forward pass; the model is what it was.
+An `Intervention` is an argument of the forward pass; the model does not change.
 """
 
 import functools
@@ -14,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from gptjax.config import InputError
 from gptjax.layers.hooks import ENCODER, Intervention, check_hook_points, hook_points
 from gptjax.models.build import LanguageModel, split
 from gptjax.probe.observation import as_arrays, run
 
-Metric = Callable[[jax.Array], jax.Array]
-"""Logits [B, T, V] → one number, by functions that JAX can trace."""
+Metric = Callable[[Float[Array, "B T V"]], Float[Array, ""]]
+"""Logits → one number, by functions that JAX can trace."""
 
 
 def check_numbers(name: str, numbers: Sequence[int], count: int) -> list[int]:
-    """The numbers, if there are such.
+    """The numbers as a list, each from 0 to `count` - 1.
 
     Raises:
-      InputError: one that is not below `count`.
+      InputError: one out of range.
     """
     for number in numbers:
         if not 0 <= number < count:
@@ -45,24 +46,27 @@ def where(
     positions: Sequence[int] | None = None,
     keys: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-) -> np.ndarray:
-    """True where all of what is named meets; what is None is everywhere.
+) -> Bool[np.ndarray, "..."]:
+    """The mask of a hook point's array that selects layers, positions, keys and heads.
+
+    It is True where all selections hold; None selects everything.
 
     Args:
-      model: whose place it is.
+      model: of the hook point.
       hook_point: one of `hook_points`.
-      shape: [B, T] of the tokens at the place: of the source where it is the encoder's, or the keys
-        and values of cross-attention.
+      shape: [B, T] of the tokens; of the source for the encoder's hook points, and for the keys and
+        values of cross-attention.
       layers: their numbers, from 0.
-      positions: places of tokens: those that look, or of keys and values those that are looked at.
-      keys: places that are looked at, of `scores` and `attention`; as many as `shape` has.
-      heads: their numbers; of `key` and `value`, of key heads.
+      positions: of query tokens; at `key` and `value`, of key tokens.
+      keys: key positions, at `scores` and `attention`; below the length in `shape`.
+      heads: their numbers; at `key` and `value`, of key/value heads.
 
     Returns:
-      Boolean, with the axes of the place; those of which nothing is named are 1.
+      Boolean, with the axes of the hook point; axes without a selection have size 1.
 
     Raises:
-      InputError: a place, layer, position or head that is not there, or that it has no axis for.
+      InputError: an unknown hook point, a layer, position or head out of range, or a selection
+        along an axis that the hook point does not have.
     """
     check_hook_points(model.config, [hook_point])
     config, axes = model.config, hook_points(model.config)[hook_point]
@@ -94,22 +98,23 @@ def where(
 
 
 def zero(where: Any) -> Intervention:
-    """Zero ablation: the place is 0 there."""
+    """Zero ablation: the activation is 0 where the mask is True."""
     return replace(where, 0.0)
 
 
 def replace(where: Any, value: Any) -> Intervention:
-    """The place is `value` there.
+    """Replace the activation by `value` where the mask is True.
 
-    That of another run is a patch (Vig et al. 2020; Meng et al. 2022); the mean over rows and
-    positions of many a mean ablation. `value` has the axes of the place, or 1.
+    With the activation of another run it is activation patching (Vig et al. 2020; Meng et al.
+    2022); with a mean over rows and positions, mean ablation. `value` has the axes of the hook
+    point, or broadcasts to them.
     """
     where, value = jnp.asarray(where), jnp.asarray(value, jnp.float32)
     return Intervention(1 - where.astype(jnp.float32), jnp.where(where, value, 0))
 
 
 def add(where: Any, vector: Any) -> Intervention:
-    """Steering: `vector`, which broadcasts against the place, is added there."""
+    """Steering: add `vector`, broadcast to the hook point's axes, where the mask is True."""
     where = jnp.asarray(where)
     vector = jnp.asarray(vector, jnp.float32)
     return Intervention(jnp.ones(where.shape, jnp.float32), jnp.where(where, vector, 0))
@@ -125,19 +130,19 @@ def replace_each(
     value: Any = 0.0,
     at_a_time: int | None = None,
     **inputs: Any,
-) -> jax.Array:
-    """The metric of many runs, in each of which the place is `value` at one of `wheres`.
+) -> Float[Array, " C"]:
+    """The metric of C runs, in each of which `value` replaces the activation at one mask.
 
-    They are one vmapped call, or several of `at_a_time` if they would take too much memory.
+    They are one vmapped call, or several of `at_a_time` runs to save memory.
 
     Args:
       model: of any family.
       tokens: [B, T].
       hook_point: one of `hook_points`.
-      wheres: [C, ...], what `where` gives, C times.
-      metric: what is asked of the logits.
+      wheres: [C, ...], C masks of `where`.
+      metric: of the logits.
       value: as in `replace`.
-      at_a_time: runs of one call; None is all.
+      at_a_time: runs per vmapped call; None is all.
       inputs: as `observe`.
 
     Returns:
@@ -165,36 +170,38 @@ def _replace_each(graphdef, hook_point, metric, size, params, tokens, wheres, va
 
 
 def _one_at_a_time(first: int, second: int, axes: tuple[int, int], rank: int) -> np.ndarray:
-    """[first · second, ...] of `rank` axes, each True at one place of two axes."""
+    """[first · second, ...]: masks of `rank` axes, each True at one index pair of two axes."""
     each = np.eye(first * second, dtype=bool).reshape(-1, first, second)
     return np.expand_dims(each, [1 + i for i in range(rank) if i not in axes])
 
 
 def ablate_heads(
-    model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **how: Any
-) -> jax.Array:
-    """The metric with each head's z (its weighted values) replaced by `value`: [L, N].
+    model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **options: Any
+) -> Float[Array, "L N"]:
+    """The metric with each head's z (its weighted values) replaced by `value`.
 
-    `value` 0 is zero ablation; `z.mean((1, 2), keepdims=True)`, mean ablation. `how` is what
-    `replace_each` takes.
+    `value` 0 is zero ablation; `z.mean((1, 2), keepdims=True)`, mean ablation. `options` are those
+    of `replace_each`.
     """
     depth, heads = model.config.depth, model.config.heads
     wheres = _one_at_a_time(depth, heads, (0, 3), 5)
-    measured = replace_each(model, tokens, "z", wheres, metric, value=value, **how)
+    measured = replace_each(model, tokens, "z", wheres, metric, value=value, **options)
     return measured.reshape(depth, heads)
 
 
-def patch_heads(model: LanguageModel, tokens: Any, z: Any, metric: Metric, **how: Any) -> jax.Array:
-    """The metric with each head's z that of another run, [L, B, T, N, H]: [L, N]."""
-    return ablate_heads(model, tokens, metric, value=z, **how)
+def patch_heads(
+    model: LanguageModel, tokens: Any, z: Any, metric: Metric, **options: Any
+) -> Float[Array, "L N"]:
+    """The metric with each head's z patched from another run, [L, B, T, N, H]."""
+    return ablate_heads(model, tokens, metric, value=z, **options)
 
 
 def ablate_mlp(
-    model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **how: Any
-) -> jax.Array:
-    """The metric with what each MLP adds replaced by `value`: [L]."""
+    model: LanguageModel, tokens: Any, metric: Metric, *, value: Any = 0.0, **options: Any
+) -> Float[Array, " L"]:
+    """The metric with each MLP's output replaced by `value`."""
     wheres = _one_at_a_time(model.config.depth, 1, (0, 1), 4)
-    return replace_each(model, tokens, "mlp_output", wheres, metric, value=value, **how)
+    return replace_each(model, tokens, "mlp_output", wheres, metric, value=value, **options)
 
 
 def patch_positions(
@@ -204,14 +211,14 @@ def patch_positions(
     metric: Metric,
     *,
     hook_point: str = "residual",
-    **how: Any,
-) -> jax.Array:
-    """The metric with a place's array that of another run, in one layer and one position: [L, T].
+    **options: Any,
+) -> Float[Array, "L T"]:
+    """The metric with activations patched from another run, in one layer and position each.
 
     `activations` are the other run's: `captured[hook_point]`, [L, B, T, ...].
     """
     axes = hook_points(model.config).get(hook_point, "LBTD")
     depth, length = np.shape(activations)[0], np.shape(activations)[axes.index("T")]
     wheres = _one_at_a_time(depth, length, (0, axes.index("T")), len(axes))
-    measured = replace_each(model, tokens, hook_point, wheres, metric, value=activations, **how)
+    measured = replace_each(model, tokens, hook_point, wheres, metric, value=activations, **options)
     return measured.reshape(depth, length)

@@ -1,4 +1,4 @@
-"""One forward pass: what was asked for on the way, and what came out."""
+"""One forward pass with captured activations and interventions."""
 
 import functools
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from gptjax.layers.hooks import Capture, Intervention, check_hook_points, kept_of
 from gptjax.layers.inputs import Inputs
@@ -14,14 +15,14 @@ from gptjax.models.build import LanguageModel, split
 
 
 class Activations(NamedTuple):
-    """What a forward pass came to."""
+    """The outputs and captured activations of a forward pass."""
 
-    logits: jax.Array
-    """[B, T, V], float32."""
-    hidden: jax.Array
-    """[B, T, D], after the final norm."""
+    logits: Float[Array, "B T V"]
+    """In float32."""
+    hidden: Float[Array, "B T D"]
+    """After the final norm."""
     captured: dict[str, Any]
-    """What was captured, by hook point, with the axes of `hook_points`."""
+    """Captured activations by hook point, with the axes of `hook_points`."""
 
 
 def observe(
@@ -31,23 +32,23 @@ def observe(
     interventions: Mapping[str, Intervention] | None = None,
     **inputs: Any,
 ) -> Activations:
-    """Run the model, look at some places and change some.
+    """Run the model, capture activations at hook points, and intervene at others.
 
-    It is compiled; for other tokens of the same shape, and other values of the same interventions,
-    the program is there already. Scores and weights are those of the attention that is written out
+    The program is compiled once for tokens of one shape and for the same hook points. Scores and
+    attention weights are computed by the reference implementation
     (layers/attention/reference.py), whatever kernel the model was trained with.
 
     Args:
       model: of any family.
       tokens: [B, T].
-      capture: hook points of `hook_points`; or for each what is kept of it, a function of one
-        layer's array that JAX can trace: `{"attention": probe.entropy}` never holds all layers'
+      capture: names of `hook_points`; or for each a function of one layer's array that JAX can
+        trace, whose result is kept: `{"attention": probe.entropy}` never holds all layers'
         weights.
       interventions: by hook point, from `zero`, `replace` and `add`.
-      inputs: what the family's `hidden` takes beside tokens: `source`, `padding_mask` …
+      inputs: further inputs of the family's `hidden`: `source`, `padding_mask` …
 
     Raises:
-      InputError: tokens or places that the model does not have, or more tokens than its context.
+      InputError: unknown tokens or hook points, or more tokens than the context.
     """
     tokens, inputs = as_arrays(model, tokens, inputs, capture, interventions)
     graphdef, params = split(model)
@@ -62,12 +63,12 @@ def _observe(graphdef, kept, params, tokens, interventions, inputs) -> Activatio
 
 def run(
     model: LanguageModel,
-    tokens: jax.Array,
+    tokens: Int[Array, "B T"],
     capture: Capture,
     interventions: Mapping[str, Intervention],
     inputs: Mapping[str, Any],
 ) -> Activations:
-    """`observe` inside a program that is being compiled."""
+    """`observe` while tracing, without compilation."""
     output = model.hidden(tokens, capture=capture, interventions=interventions, **inputs)
     logits = model.unembed(model.readout(output.hidden))
     return Activations(logits, output.hidden, output.captured)
@@ -75,8 +76,8 @@ def run(
 
 def as_arrays(
     model: LanguageModel, tokens: Any, inputs: Mapping[str, Any], *names: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Tokens and inputs as JAX's, once they and hook points' `names` are found to be the model's.
+) -> tuple[Int[Array, "B T"], dict[str, jax.Array]]:
+    """Tokens and inputs as JAX arrays, checked with the hook point `names` against the model.
 
     Raises:
       InputError: as `observe`, or an encoder-decoder without a source.

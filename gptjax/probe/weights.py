@@ -1,4 +1,4 @@
-"""Attention weights: who looks at whom."""
+"""Attention weights of chosen layers, heads and queries, in texts of any length."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.config import InputError
 from gptjax.layers.hooks import CROSS, ENCODER
@@ -18,17 +19,17 @@ from gptjax.probe.observation import as_arrays, run
 
 
 class TopAttention(NamedTuple):
-    """The keys that each query looks at most."""
+    """The k keys with the largest attention weights of each query."""
 
-    weights: jax.Array
-    """[L', B, N', T', k], falling."""
-    places: jax.Array
-    """[L', B, N', T', k], places of the keys."""
+    weights: Float[Array, "L B N T k"]
+    """Of the chosen layers, heads and queries, in descending order."""
+    positions: Int[Array, "L B N T k"]
+    """Of the keys."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Selection:
-    """What is kept of the weights; hashable, so that its program is found again."""
+    """The selection of weights to keep; hashable, so that jit caches its program."""
 
     hook_point: str
     layers: tuple[int, ...]
@@ -37,7 +38,7 @@ class _Selection:
     top: int
 
     def __call__(self, weights: jax.Array) -> Any:
-        """In a layer: [B, N, T, S] → [B, N', T', S], or the best of it."""
+        """Select in a layer: [B, N, T, S] → [B, N', T', S], or its top k."""
         if self.heads is not None:
             weights = weights[:, np.array(self.heads)]
         if self.rows is not None:
@@ -45,7 +46,7 @@ class _Selection:
         return TopAttention(*jax.lax.top_k(weights, self.top)) if self.top else weights
 
     def of_layers(self, captured: dict[str, Any]) -> Any:
-        """Of all layers: those that are chosen; one by one, so that no other is ever stacked."""
+        """Stack the chosen layers, one by one, so that no other layer is ever stacked."""
 
         def chosen(leaf: jax.Array) -> jax.Array:
             return jnp.stack([leaf[layer] for layer in self.layers])
@@ -67,28 +68,28 @@ def attention(
 ) -> Any:
     """Attention weights of chosen layers, heads and queries; rows sum to 1.
 
-    What is not chosen is dropped inside each layer, so that of a long text no [L, B, N, T, S] is
-    ever held. A decoder's [B, N, T, S] of one layer is not held either if it takes the text `block`
-    queries at a time, as decoding does.
+    The selection is made inside each layer, so that no [L, B, N, T, S] is ever held of a long text.
+    A decoder that reads the text `block` queries at a time, with a cache as in decoding, does not
+    hold one layer's [B, N, T, S] either.
 
     Args:
-      model: with attention.
+      model: any with attention.
       tokens: [B, T].
       part: "decoder", "encoder" or "cross" (a decoder's to an encoder); None is the model's own.
       layers: their numbers, from 0; None is all.
       heads: as `layers`.
-      rows: places of the queries; None is all.
-      top: keys of each query to return, those with the largest weights; 0 returns all weights.
-      block: queries at a time, of a decoder; 0 takes all at once.
+      rows: positions of the queries; None is all.
+      top: the number of keys to return per query, those with the largest weights; 0 returns all.
+      block: queries at a time, for a decoder; 0 takes all at once.
       inputs: as `observe`.
 
     Returns:
       [L', B, N', T', S], float32; or with `top` a `TopAttention`.
 
     Raises:
-      InputError: a part, layer, head or row that is not there, or as `observe`.
+      InputError: a part, layer, head or row that does not exist, or as `observe`.
     """
-    hook_point, depth = place_of(model, part)
+    hook_point, depth = attention_hook_point(model, part)
     length = inputs["source"].shape[1] if hook_point.startswith(ENCODER) else np.shape(tokens)[-1]
     columns = inputs["source"].shape[1] if hook_point.startswith((ENCODER, CROSS)) else length
     layers = range(depth) if layers is None else check_numbers("layers", layers, depth)
@@ -97,7 +98,7 @@ def attention(
     if rows is not None:
         rows = check_numbers("rows", rows, length)
     if not 0 <= top <= columns:
-        raise InputError(f"top is {top}: it must be at most the {columns} tokens looked at.")
+        raise InputError(f"top is {top}: it must be from 0 to the number of keys, {columns}.")
     if not block:
         keep = _Selection(hook_point, tuple(layers), _hashable(heads), _hashable(rows), top)
         graphdef, params = split(model)
@@ -112,31 +113,33 @@ def attention(
     return whole if rows is None else jax.tree.map(lambda leaf: leaf[..., np.array(rows), :], whole)
 
 
-def by_word(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Attention between words, of that between their tokens: [..., T, T] → [..., W, W].
+def by_word(
+    weights: Float[np.ndarray, "*B T T"], starts: Bool[np.ndarray, " T"]
+) -> Float[np.ndarray, "*B W W"]:
+    """Attention between words, from attention between tokens: [..., T, T] → [..., W, W].
 
-    The weights on the tokens of a word are summed, and the mean is taken over the tokens that
-    attend, so that rows sum to 1 as before (Clark et al. 2019, section 4.1).
+    Weights are summed over the key tokens of a word and averaged over its query tokens, so that
+    rows still sum to 1 (Clark et al. 2019, section 4.1).
 
     Args:
-      weights: of one sequence to itself.
-      starts: [T], bool: the token begins a word (`Vocabulary.word_starts`); the first one does.
+      weights: self-attention.
+      starts: True where a token begins a word (`Vocabulary.word_starts`), as the first does.
     """
-    begins = np.flatnonzero(starts)
-    lengths = np.diff(begins, append=len(starts))
-    onto = np.add.reduceat(weights, begins, axis=-1)
-    return np.add.reduceat(onto, begins, axis=-2) / lengths[:, None]
+    first = np.flatnonzero(starts)
+    lengths = np.diff(first, append=len(starts))
+    to_words = np.add.reduceat(weights, first, axis=-1)
+    return np.add.reduceat(to_words, first, axis=-2) / lengths[:, None]
 
 
 def _hashable(numbers: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if numbers is None else tuple(numbers)
 
 
-def place_of(model: LanguageModel, part: str | None) -> tuple[str, int]:
-    """The place of the weights of a part of the model, and its layers; None is its own attention.
+def attention_hook_point(model: LanguageModel, part: str | None) -> tuple[str, int]:
+    """The hook point of a part's attention weights, and its depth; None is the model's own part.
 
     Raises:
-      InputError: a part that it has not.
+      InputError: a part that the model does not have.
     """
     config = model.config
     if config.family == "recurrent":
@@ -158,19 +161,20 @@ def place_of(model: LanguageModel, part: str | None) -> tuple[str, int]:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _whole(graphdef, keep: _Selection, params, tokens, inputs):
-    seen = run(nnx.merge(graphdef, params), tokens, {keep.hook_point: keep}, {}, inputs)
-    return keep.of_layers(seen.captured)
+    observed = run(nnx.merge(graphdef, params), tokens, {keep.hook_point: keep}, {}, inputs)
+    return keep.of_layers(observed.captured)
 
 
 def _by_blocks(model: LanguageModel, tokens: Any, keep: _Selection, block: int) -> list[Any]:
-    """The weights of `block` queries at a time, which see what came before in a cache."""
+    """The weights of `block` queries at a time, with a cache of the keys before them."""
     tokens, _ = as_arrays(model, tokens, {})
     batch, length = tokens.shape
     graphdef, params = split(model)
     cache, blocks = model.empty_cache(batch), []
     for start in range(0, length, block):
-        cache, seen = _block(graphdef, keep, params, tokens[:, start : start + block], cache, start)
-        blocks.append(seen if keep.top else seen[..., :length])
+        chunk = tokens[:, start : start + block]
+        cache, weights = _block(graphdef, keep, params, chunk, cache, start)
+        blocks.append(weights if keep.top else weights[..., :length])
     return blocks
 
 

@@ -1,7 +1,6 @@
-"""What a run trains, put together from its config: the model, its loss and its optimizer.
+"""The model, loss and optimizer of a config, as pure functions; nothing is computed yet.
 
-Nothing is computed yet. Runs (`run`), trials in notebooks (`trial`) and ensembles of seeds
-(`ensembles`) all begin here.
+Runs (`run`), trials in notebooks (`trial`) and ensembles of seeds (`ensembles`) are built on it.
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.layers.attention.flash import resolve_kernel
@@ -22,10 +22,10 @@ from gptjax.training.optimizers import build_optimizer
 
 
 class Assembly(NamedTuple):
-    """A model, its loss and its optimizer; all pure functions of parameters."""
+    """A model, its loss and its optimizer, all pure functions of parameters."""
 
     config: ExperimentConfig
-    """Of the run; with `mup_base`, its model has the head's multiplier."""
+    """The run's config; with `mup_base`, its model has muP's logit multiplier."""
     graphdef: nnx.GraphDef
     """The model's structure: `nnx.merge(graphdef, params)` is the model."""
     axes: Params
@@ -33,18 +33,18 @@ class Assembly(NamedTuple):
     loss: LossFunction
     mup: Factors | None
     lines: list[str]
-    """What the log says about attention."""
+    """Lines for the log: the attention kernel chosen."""
 
     def init(self, key: jax.Array | None = None) -> Params:
-        """Initial parameters, drawn by `key`; None is that of `train.seed`."""
+        """Initial parameters from `key`; None is the key of `train.seed`."""
         key = random_key(self.config.train.seed) if key is None else key
         params = split(build(self.config.model, rngs=nnx.Rngs(key)))[1]
-        return params if self.mup is None else self.mup.drawn(params)
+        return params if self.mup is None else self.mup.scale_initial(params)
 
     def optimizer(
-        self, learning_rate: float | jax.Array | None = None
+        self, learning_rate: float | Float[Array, ""] | None = None
     ) -> optax.GradientTransformation:
-        """The run's, at a peak learning rate of its own where one is given."""
+        """The optimizer, at the given peak learning rate; None is the config's."""
         rates = self.mup and self.mup.rate
         return build_optimizer(self.config.optimizer, self.config.train.steps, learning_rate, rates)
 
@@ -55,13 +55,13 @@ def assemble(
     *,
     mup_base: TransformerConfig | None = None,
 ) -> Assembly:
-    """Put together what a run trains.
+    """The model, loss and optimizer of a config.
 
     Args:
       config: with the size of the vocabulary.
-      mesh: the devices, of which attention takes the fastest kernel; None is XLA's.
-      mup_base: the model at the width that the learning rate was chosen for, from which muP carries
-        it to the width of `config`; None trains as `config` says.
+      mesh: the devices, for which the fastest attention kernel is chosen; None takes XLA's.
+      mup_base: the model of the width at which the learning rate was tuned, from which muP
+        transfers it to the width of `config`; None is without muP.
 
     Raises:
       InputError: an attention kernel that the devices do not have, or a base that differs in more

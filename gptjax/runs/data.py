@@ -1,4 +1,4 @@
-"""What a run reads: text, tokenizer, and rows of tokens in an order that the seed alone decides."""
+"""The data of a run: text, tokenizer, and rows of tokens in an order set by the seed alone."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,25 +15,25 @@ from gptjax.training.prefetch import own_rows
 
 
 class Data(NamedTuple):
-    """The text of a run, and what became of it."""
+    """The data of a run."""
 
     config: ExperimentConfig
-    """The run's, now with the size of the vocabulary."""
+    """The run's config, now with the size of the vocabulary."""
     sources: Sources
     tokenizer: Tokenizer
     corpus: Corpus
-    """Rows of tokens, those that train and those that validate."""
+    """Rows of tokens, for training and for validation."""
 
     @property
     def size(self) -> str:
-        """How much there is to train on."""
+        """The size of the training set, in words."""
         rows = sum(map(len, self.corpus.train))
         if not rows:
-            return "text as it is read"
+            return "streamed text"
         return f"{self.corpus.train_tokens:,} tokens in {rows:,} rows"
 
     def batches(self, mesh: Mesh) -> tuple[grain.DatasetIterator, EvaluationBatches]:
-        """Training batches without end and all validation batches: the rows of this process."""
+        """Endless training batches and all validation batches, this process's rows of them."""
         config, corpus, hosts = self.config, self.corpus, own_rows(mesh)
         order = {"batch_size": config.train.batch_size, "seed": config.train.seed, **hosts}
         validation = EvaluationBatches(corpus.validation, config.train.batch_size, **hosts)
@@ -49,10 +49,10 @@ class Data(NamedTuple):
 def open_data(config: ExperimentConfig, out: Path, *, overwrite: bool = False) -> Data:
     """Open the text, learn or read the tokenizer, and cut the text into rows of tokens.
 
-    A run that is resumed has its tokenizer in `out`, unless it is to be overwritten.
+    A resumed run has its tokenizer in `out`, unless it is to be overwritten.
 
     Raises:
-      InputError: text, tokenizer or rows that `config.data` cannot mean.
+      InputError: text, a tokenizer or rows that `config.data` does not describe.
     """
     sources = open_sources(config.data)
     saved = None if overwrite else saved_tokenizer(out, config.data, sources.fingerprint)

@@ -1,4 +1,4 @@
-"""What a run of each preset is where nothing else is asked: data, learning rate, length."""
+"""The default config of each preset: data, learning rate, length."""
 
 import dataclasses
 from typing import Any
@@ -18,11 +18,11 @@ OBJECTIVES: dict[str, Objective] = {
     "encoder": "masked_lm",
     "encoder_decoder": "sequence_to_sequence",
 }
-"""What a family is trained for where nothing else is asked; all others predict the next token."""
+"""The default objective of each family; all others predict the next token (causal)."""
 
 
 def defaults(name: str) -> ExperimentConfig:
-    """A run of the preset `name`, its vocabulary the tokenizer's.
+    """The default config of the preset `name`, its vocabulary size left to the tokenizer.
 
     Raises:
       InputError: no such preset.
@@ -30,7 +30,7 @@ def defaults(name: str) -> ExperimentConfig:
     model = dataclasses.replace(preset(name), vocab_size=0)
     objective = OBJECTIVES.get(model.family, "causal")
     if objective == "masked_lm":
-        # Without the heads for pairs of segments, which `next_sentence` asks for.
+        # Without the next-sentence head, which only the objective `next_sentence` needs.
         model = dataclasses.replace(model, token_types=0, encoder_heads="masked_lm")
     if objective == "causal":
         data = DataConfig()
@@ -48,7 +48,7 @@ def defaults(name: str) -> ExperimentConfig:
 
 
 def with_fields(config: ExperimentConfig, **fields: Any) -> ExperimentConfig:
-    """`config` with other values of fields of any of its sections, as flags set them.
+    """`config` with fields of any of its sections replaced, as flags do.
 
     No two sections have a field of the same name.
 

@@ -1,16 +1,16 @@
-"""A run's directory: who may write into it, what lies there, and how it is read back.
+"""A run's directory: its files, its lock, and loading a run from it.
 
 | file | content |
 |---|---|
 | config.json | everything needed to rebuild the run: the config and the data's fingerprint |
-| tokenizer_kind.json | which tokenizer it is, its checksum and special tokens |
-| bytes.txt, characters.json, tokenizer.json, tokenizer.model | one of them, what it learnt |
+| tokenizer_kind.json | the tokenizer's kind, checksum and special tokens |
+| bytes.txt, characters.json, tokenizer.json, tokenizer.model | the tokenizer, in one of them |
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
 | metrics.jsonl | scalars of the logged steps |
 | train/, validation/ | the same as TensorBoard's event files |
 | result.json | written last: a directory that has it holds a finished run |
-| .lock | while a process writes here: whose the directory is |
-| .begun | while a run begins: what lies here is a half-made start, which the next one begins anew |
+| .lock | while a process writes here: the owner of the directory |
+| .begun | while a run is set up: the directory is incomplete, and the next run starts over |
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from gptjax import distributed
 from gptjax.config import (
@@ -51,11 +52,12 @@ from gptjax.training.tensorboard import event_files
 
 CONFIG, RESULT = "config.json", "result.json"
 TOKENS = "tokens"
-"""The field of an imported model's config.json for what it decodes from and to."""
+"""The field of an imported model's config.json with its begin and end tokens."""
 BEGUN = ".begun"
 SHOWING = ".showing"
-"""Beside result.json while figures and samples are made: who is killed then makes them again."""
-OPENED = "the run's directory"
+"""Exists while figures and samples are made: a run killed then makes them again."""
+DIRECTORY_READY = "the run's directory"
+"""The name of the barrier at which the processes of a run wait for its directory."""
 WRITTEN = (
     LOCK,
     BEGUN,
@@ -75,23 +77,23 @@ WRITTEN = (
     "predictions.txt",
     "translations.txt",
 )
-"""All that a run leaves in its directory, and all that `--overwrite` deletes; beside it event files
-in `train/` and `validation/`, of which it deletes no others."""
+"""All that a run writes into its directory and `--overwrite` deletes, besides the event files in
+`train/` and `validation/`, whose other files stay."""
 
 
 @contextlib.contextmanager
 def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
-    """Make `directory`, and let no other process write into it while the context is open.
+    """Create `directory` and hold its lock while the context is open.
 
-    Of several processes of a run the first holds it.
+    Of several processes of a run, process 0 holds it.
 
     Args:
-      directory: Of a run.
-      finished: Hold it if it has a finished run, too, which is to be overwritten.
+      directory: of a run.
+      finished: whether to lock the directory of a finished run too, to overwrite it.
 
     Raises:
-      InputError: another process holds it, or it cannot be made.
-      DiskError: the disk fails, there or at what is written while the context is open.
+      InputError: another process holds the lock, or the directory cannot be created.
+      DiskError: the disk fails, now or while the context is open.
     """
     if not distributed.is_first() or (not finished and _is_finished(directory)):
         yield
@@ -109,7 +111,7 @@ def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
                 raise
             raise DiskError(
                 f"{error.filename or directory}: {error.strerror}; what is saved in {directory} "
-                "stays, and once there is room the same command goes on from it."
+                "stays, and once there is room the same command resumes from it."
             ) from error
 
 
@@ -119,7 +121,7 @@ def _is_finished(directory: Path) -> bool:
 
 
 def begins(directory: Path) -> bool:
-    """Whether a new run may begin in `directory`: it is empty, or holds a half-made start."""
+    """Whether a new run may begin in `directory`: it is empty, or was set up only in part."""
     names = {path.name for path in directory.iterdir()}
     return BEGUN in names or names <= {LOCK}
 
@@ -127,16 +129,16 @@ def begins(directory: Path) -> bool:
 def begin(
     directory: Path, content: dict[str, Any], make: Callable[[], None] = lambda: None
 ) -> None:
-    """Delete what a run has left in `directory`, let `make` write, and write the config last.
+    """Set up a new run: delete the old one's files, call `make`, and write the config last.
 
-    Whoever is killed on the way leaves a directory in which a new run `begins`.
+    If the process is killed meanwhile, a new run still `begins` in the directory.
     """
     (directory / BEGUN).touch()
     for name in reversed(WRITTEN):
         path = directory / name
         if name not in (LOCK, BEGUN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in event_files(directory):  # A data set may have files of its own in such folders.
+    for path in event_files(directory):  # A data set may have other files in such folders.
         path.unlink()
     make()
     write_json(directory / CONFIG, sealed(content))
@@ -151,14 +153,14 @@ def open_run(
     *,
     overwrite: bool = False,
 ) -> bool:
-    """Make `directory` this run's, new or to be resumed; True if the run is already finished.
+    """Set up `directory` for a new or resumed run; True, with a message, if it is finished.
 
-    Which is printed then. Of several processes the first makes it, and then the others look.
-    Meanwhile the caller is to `hold` it.
+    Process 0 sets it up, then the other processes check that they see the same. The caller must
+    `hold` it.
 
     Raises:
-      InputError: a directory that holds another run or other files, or that cannot be written, or
-        that another process does not see.
+      InputError: a directory that holds another run or other files, that cannot be written, or
+        that the processes do not share.
     """
     wanted = {
         "config": to_dict(config),
@@ -166,18 +168,18 @@ def open_run(
         "tokenizer_sha256": tokenizer.fingerprint,
     }
     if not distributed.is_first():
-        distributed.meet(OPENED)
+        distributed.meet(DIRECTORY_READY)
         if not (directory / CONFIG).exists():
             raise InputError(
-                f"{directory} on {socket.gethostname()} is not the one that process 0 writes: "
+                f"{directory} on {socket.gethostname()} is not the directory of process 0: "
                 "--out must be in a file system that all hosts share."
             )
         _check_same(directory, wanted)
         return _is_finished(directory)
     finished = _open_first(directory, wanted, tokenizer, overwrite)
-    distributed.meet(OPENED)
+    distributed.meet(DIRECTORY_READY)
     if finished:
-        print(f"{directory} holds a finished run of this config; --overwrite starts it anew.")
+        print(f"{directory} holds a finished run of this config; --overwrite starts over.")
     return finished
 
 
@@ -199,9 +201,9 @@ def _open_first(
 
 
 def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Tokenizer | None:
-    """The tokenizer of the run in `directory`, if it was learnt or read for the same text.
+    """The tokenizer of the run in `directory`; None if it is of another text or tokenizer name.
 
-    So a run that is resumed does not learn it again, nor ask for the files that it was read from.
+    With it a resumed run neither trains its tokenizer again nor needs the files it was read from.
     """
     if not (directory / CONFIG).exists() or begins(directory):
         return None
@@ -213,12 +215,11 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
-    """Refuse another config; over which devices a run is spread may change while it goes on."""
+    """Refuse another config; only the mesh may change when a run is resumed."""
     saved = _read_config(directory)
     if "data" not in saved["config"]:
         raise InputError(
-            f"{directory} holds a model that was not trained here, which no run resumes: choose "
-            "another --out."
+            f"{directory} holds an imported model, which cannot be resumed: choose another --out."
         )
     changed = differences(_without_mesh(saved), _without_mesh(wanted))
     if changed:
@@ -233,48 +234,49 @@ def _without_mesh(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "config": config}
 
 
-class Question(NamedTuple):
-    """What `generate` and `beam_search` are given for a text of a user's."""
+class DecodingInputs(NamedTuple):
+    """An encoded text, as arguments of `generate` and `beam_search`."""
 
-    prompt: np.ndarray
-    """[T], tokens to continue."""
-    source: np.ndarray | None
-    """[S], what an encoder-decoder reads."""
+    prompt: Int[np.ndarray, " T"]
+    """Tokens to continue."""
+    source: Int[np.ndarray, " S"] | None
+    """Source tokens of an encoder-decoder."""
     ends: tuple[int, ...]
-    """The tokens behind which there is nothing more."""
+    """End tokens."""
 
 
 class Run(NamedTuple):
-    """A trained run, read back."""
+    """A loaded run."""
 
     config: ExperimentConfig
     model: LanguageModel
     tokenizer: Tokenizer
     step: int
-    """Of the checkpoint that the model is from."""
+    """The step of the model's checkpoint."""
     tokens: DecodingTokens
-    """What decoding begins and ends with."""
+    """The begin and end tokens of decoding."""
     metrics: list[dict[str, Any]]
-    """Scalars of the logged steps; none of an imported model."""
+    """Scalars of the logged steps; empty for an imported model."""
 
-    def question(self, text: str) -> Question:
-        """The text as what is to be continued, or as the source of an encoder-decoder.
+    def decoding_inputs(self, text: str) -> DecodingInputs:
+        """The text encoded as the prompt, or as the source of an encoder-decoder.
 
         Raises:
-          InputError: an encoder-decoder that was imported without a token to begin or end with.
+          InputError: an encoder-decoder that was imported without a begin or end token.
         """
         tokens = self.tokens
         if self.config.model.family != "encoder_decoder":
-            return Question(self.tokenizer.encode_prompt(text), None, tokens.ends)
+            return DecodingInputs(self.tokenizer.encode_prompt(text), None, tokens.ends)
         start = tokens.begin if tokens.start is None else tokens.start
         if start is None or not tokens.ends:
-            lacking = "eos_token_id" if tokens.ends == () else "decoder_start_token_id"
+            missing = "eos_token_id" if tokens.ends == () else "decoder_start_token_id"
             raise InputError(
-                f"The model was converted from a config.json without {lacking}, so that it cannot "
+                f"The model was converted from a config.json without {missing}, so that it cannot "
                 "translate: add it there, and convert it again."
             )
         (source,) = self.tokenizer.encode_documents([text])
-        return Question(np.array([start]), np.append(source, tokens.ends[0]), tokens.ends)
+        prompt, source = np.array([start]), np.append(source, tokens.ends[0])
+        return DecodingInputs(prompt, source, tokens.ends)
 
 
 def load_config(directory: str | Path) -> ExperimentConfig:
@@ -307,7 +309,7 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
 def decoding_tokens(
     directory: str | Path, config: ExperimentConfig, tokenizer: Tokenizer | None
 ) -> DecodingTokens:
-    """What decoding begins and ends with in a run: as it was imported, or as it was trained.
+    """The begin and end tokens of decoding in a run, as it was imported or trained.
 
     Raises:
       InputError: a `config.json` that holds something else there.
@@ -320,7 +322,7 @@ def decoding_tokens(
         except TypeError as error:
             raise InputError(f"{path}: {TOKENS} is {saved!r}, not of a gptjax run.") from error
         tokens = DecodingTokens.of_fields([(str(path), fields)], config.model.vocab_size)
-        # A decoder's config may have one too, of which transformers makes no use.
+        # A decoder's config may have a start token too, which transformers ignores.
         return tokens if config.model.family == "encoder_decoder" else tokens._replace(start=None)
     if tokenizer is None or config.model.family == "encoder":
         return DecodingTokens(pad=tokenizer.special.get("pad") if tokenizer else None)
@@ -356,7 +358,7 @@ def load_model(
 
 
 def checkpoint_steps(directory: str | Path) -> list[int]:
-    """The steps whose state a run has kept, in order.
+    """The steps of a run's checkpoints, in order.
 
     Raises:
       InputError: no run, or no checkpoint.
@@ -376,11 +378,10 @@ def _check_checkpoints(directory: Path) -> None:
 def save_model(
     directory: str | Path, model: LanguageModel, tokens: DecodingTokens | None = None
 ) -> None:
-    """A run's directory for a model that was not trained here: its config, and a checkpoint.
+    """Save an imported model as a run's directory: its config, and a checkpoint.
 
-    `tokens` are what it decodes from and to, where that does not follow from its tokenizer.
-
-    It has no tokenizer yet and no optimizer state: `load_model` reads it, and no run resumes it.
+    `tokens` are its begin and end tokens, where they do not follow from its tokenizer. There is no
+    tokenizer yet and no optimizer state: `load_model` loads it, and no run resumes it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -388,7 +389,7 @@ def save_model(
     with Checkpoints(directory / CHECKPOINTS) as checkpoints:
         checkpoints.save(state, {})
         checkpoints.wait()
-    # Of its data and its training nothing is known.
+    # Its data and training are unknown.
     saved: dict[str, Any] = {"config": {"model": to_dict(model.config)}}
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
@@ -396,7 +397,7 @@ def save_model(
 
 
 def environment() -> dict[str, Any]:
-    """The versions and the device that a result was reached with."""
+    """The versions, devices and machine of a result."""
     device = jax.devices()[0]
     return {
         "versions": distributed.versions(),

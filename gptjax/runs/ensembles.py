@@ -1,8 +1,8 @@
-"""Several runs in one program: seeds and learning rates side by side, each as if it ran alone.
+"""Ensembles of runs in one program: seeds and learning rates, each trained as if alone.
 
-The runs share nothing but the compilation. They are parted over the devices, and those of one
-device are one by `jax.vmap`. A CPU's core takes one run at a time, and the next when that has
-ended: many small matrices in one product are slower there than one after another.
+The runs share nothing but the compilation. They are sharded over the devices, and vectorised by
+`jax.vmap` within a device. A CPU core trains one run at a time: batched products of many small
+matrices are slower there than one product after another.
 """
 
 import dataclasses
@@ -19,10 +19,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, UInt32
 
 from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig, TransformerConfig
 from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
+from gptjax.models.build import LanguageModel, Params
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, build_mesh
 from gptjax.runs.assembly import assemble
@@ -32,23 +34,23 @@ from gptjax.training.loop import Batches
 from gptjax.training.step import Metrics, State, compile_for_once, train_step
 
 MOST_PARAMETERS = 500_000
-"""Of models that are trained side by side on a CPU's cores; all cores on one run of a larger one
-are faster (experiments/README.md)."""
+"""The size up to which a CPU trains one run per core; for larger models, all cores on one run are
+faster (experiments/README.md)."""
 BYTES_PER_PARAMETER = 64
-"""That a run may take of an accelerator: 16 are its state, the rest is for what a step computes."""
+"""Accelerator memory allotted to a run: 16 for its state, the rest for a step's temporaries."""
 
 
-class Knobs(NamedTuple):
-    """What may differ between runs of one program; here and below R counts the runs."""
+class Hyperparameters(NamedTuple):
+    """What may differ between the R runs of a program."""
 
-    seed: jax.Array
-    """[R], uint32: `train.seed`."""
-    learning_rate: jax.Array
-    """[R], float32: `optimizer.learning_rate`."""
+    seed: UInt32[Array, " R"]
+    """`train.seed`."""
+    learning_rate: Float[Array, " R"]
+    """`optimizer.learning_rate`."""
 
 
 def most_at_once(parameters: int) -> int:
-    """How many runs of a model of so many parameters to train side by side here; 1 is alone."""
+    """How many runs of a model of that many parameters to train in parallel here, at least 1."""
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return len(devices) if parameters <= MOST_PARAMETERS else 1
@@ -65,21 +67,20 @@ def train_ensemble(
     mup_base: TransformerConfig | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> list[Trial]:
-    """What `trial.train` gives for each of `configs`, from one program that trains them all.
+    """The trial of each of `configs`, as by `trial.train`, from one program that trains them all.
 
-    Where `train` would raise `Diverged`, the run keeps the parameters that it had, its `Trial`
-    says at which step, and the others go on. With dropout, a run draws what it would draw on one
-    device. A second call with the same shapes, and configs that differ in no more than these may,
-    compiles nothing.
+    Where `train` would raise `Diverged`, the run keeps its last finite parameters, its `Trial` has
+    the step, and the others continue. Dropout is that of a run on one device. A second call with
+    the same shapes, and configs that differ only in seed and learning rate, compiles nothing.
 
     Args:
-      configs: alike in all but `train.seed` and `optimizer.learning_rate`; `data` and `mesh` are
-        not asked.
+      configs: equal but for `train.seed` and `optimizer.learning_rate`; `data` and `mesh` are
+        ignored.
       batches: of each run, all of the same shape.
       validation: of each run, the same number of batches for all.
-      at_once: runs side by side, in rounds of so many; 0 takes `most_at_once`.
-      mup_base: as of `trial.train`.
-      progress: told after each step how many runs made one.
+      at_once: runs trained in parallel, in rounds of that many; 0 takes `most_at_once`.
+      mup_base: as in `trial.train`.
+      progress: called after each step with the number of runs that made one.
 
     Raises:
       InputError: configs that differ in more, not as many batches as configs, or a base that
@@ -98,7 +99,7 @@ def train_ensemble(
     program = _program(common, mup_base, build_mesh(MeshConfig(), size))
     trials = []
     for first in range(0, len(configs), size):
-        chosen = [min(first + place, len(configs) - 1) for place in range(size)]
+        chosen = [min(first + index, len(configs) - 1) for index in range(size)]
         trained = _train_round(
             program,
             common.train,
@@ -119,29 +120,30 @@ def _train_round(
     validation: Sequence[Batches],
     progress: Callable[[int], None],
 ) -> list[Trial]:
-    """As many runs as there are `batches`; what a last round has more repeats its last run."""
+    """Train one run per element of `batches`; spare slots of a last round repeat its last run."""
     start = time.perf_counter()
     runs, spare = len(batches), len(configs) - len(batches)
-    knobs = Knobs(
+    hyperparameters = Hyperparameters(
         jnp.array([config.train.seed for config in configs], jnp.uint32),
         jnp.array([config.optimizer.learning_rate for config in configs], jnp.float32),
     )
-    state = program.init(knobs)
+    state = program.init(hyperparameters)
     lines: list[list[dict[str, Any]]] = [[] for _ in range(runs)]
     diverged = np.zeros(len(configs), int)
-    late = None
+    pending = None  # The step whose metrics are not fetched yet.
 
     def check(step: int, metrics: Metrics) -> None:
-        # As in fit, no more than two steps run.
+        # As in fit, at most two steps are in flight.
         finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
         diverged[~finite & (diverged == 0)] = step
 
     for step in range(1, train.steps + 1):
         rows = list(map(next, batches))
-        state, metrics = program.step(knobs, state, Batch.stack(rows + rows[-1:] * spare))
-        if late is not None:
-            check(*late)
-        late = step, metrics
+        batch = Batch.stack(rows + rows[-1:] * spare)
+        state, metrics = program.step(hyperparameters, state, batch)
+        if pending is not None:
+            check(*pending)
+        pending = step, metrics
         columns = {name: getattr(metrics, name) for name in ("loss", "cross_entropy", "grad_norm")}
         evaluates = step % train.eval_every == 0 or step == train.steps
         if evaluates:
@@ -149,94 +151,94 @@ def _train_round(
         if evaluates or step % train.log_every == 0:
             for name, values in jax.device_get(columns).items():
                 columns[name] = values.tolist()
-            for run, each in enumerate(lines):
-                each.append({"step": step} | {name: of[run] for name, of in columns.items()})
+            for run, own in enumerate(lines):
+                own.append({"step": step} | {name: row[run] for name, row in columns.items()})
         progress(runs)
-    if late is not None:
-        check(*late)
+    if pending is not None:
+        check(*pending)
     params = jax.device_get(state.params)
     seconds = time.perf_counter() - start
     return [
         Trial(
             program.model(params, run),
-            each,
-            each[-1]["validation_loss"],
+            own,
+            own[-1]["validation_loss"],
             seconds,
             int(diverged[run]),
         )
-        for run, each in enumerate(lines)
+        for run, own in enumerate(lines)
     ]
 
 
 class _Program(NamedTuple):
-    """Compiled for each shape that it meets; every array has a leading axis of runs."""
+    """The functions of an ensemble, compiled once per shape; arrays have a leading axis R."""
 
-    init: Callable[[Knobs], State]
-    step: Callable[[Knobs, State, Batch], tuple[State, Metrics]]
-    evaluate: Callable[[Any, Batch], LossSums]
+    init: Callable[[Hyperparameters], State]
+    step: Callable[[Hyperparameters, State, Batch], tuple[State, Metrics]]
+    evaluate: Callable[[Params, Batch], LossSums]
     graphdef: nnx.GraphDef
 
-    def model(self, params: Any, run: int) -> Any:
-        """One run's."""
+    def model(self, params: Params, run: int) -> LanguageModel:
+        """The model of one run."""
         return nnx.merge(self.graphdef, jax.tree.map(lambda leaf: jnp.asarray(leaf[run]), params))
 
 
 @functools.lru_cache(maxsize=8)
 def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh: Mesh) -> _Program:
-    """The program of all runs whose configs have this in common."""
+    """The program of all runs whose configs have `config` in common."""
     assembly = assemble(config, mup_base=mup_base)
     config, loss, train = assembly.config, assembly.loss, config.train
 
-    def optimizer(knobs: Knobs) -> optax.GradientTransformation:
-        return assembly.optimizer(knobs.learning_rate)
+    def optimizer(hyperparameters: Hyperparameters) -> optax.GradientTransformation:
+        return assembly.optimizer(hyperparameters.learning_rate)
 
     @functools.cache
-    def draw() -> Callable[[jax.Array], Any]:
-        """Key → one run's parameters."""
+    def init_params() -> Callable[[jax.Array], Params]:
+        """The compiled function key → initial parameters of one run."""
         lowered = jax.jit(assembly.init).lower(random_key(0))
         return compile_for_once(lowered, mesh.devices.flat[0].platform)
 
-    def init(knobs: Knobs) -> State:
-        drawn = [jax.device_get(draw()(random_key(int(seed)))) for seed in knobs.seed]
-        params = jax.tree.map(lambda *leaves: np.stack(leaves), *drawn)
+    def init(hyperparameters: Hyperparameters) -> State:
+        keys = [random_key(int(seed)) for seed in hyperparameters.seed]
+        initial = [jax.device_get(init_params()(key)) for key in keys]
+        params = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
+        init_optimizer = jax.vmap(lambda own, params: optimizer(own).init(params))
         state = State(
-            jnp.zeros(len(drawn), jnp.int32),
-            params,
-            jax.vmap(lambda knobs, params: optimizer(knobs).init(params))(knobs, params),
+            jnp.zeros(len(initial), jnp.int32), params, init_optimizer(hyperparameters, params)
         )
         return jax.device_put(state, NamedSharding(mesh, P(DATA)))
 
-    def step(knobs: Knobs, state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(hyperparameters: Hyperparameters, state: State, batch: Batch) -> tuple[State, Metrics]:
         return train_step(
             state,
             batch,
             loss=loss,
-            optimizer=optimizer(knobs),
-            seed=knobs.seed,
+            optimizer=optimizer(hyperparameters),
+            seed=hyperparameters.seed,
             grad_accumulation=train.grad_accumulation,
         )
 
-    def evaluate(params: Any, batch: Batch) -> LossSums:
+    def evaluate(params: Params, batch: Batch) -> LossSums:
         return loss(params, batch, None)
 
     def each(function: Callable, **options: Any) -> Callable:
         def over_runs(*arguments: Any) -> Any:
             if len(jax.tree.leaves(arguments)[0]) > 1:
                 return jax.vmap(function)(*arguments)
-            # Of a single run no axis stays, behind which XLA would find its fast products no more.
+            # A single run loses its axis, with which XLA would not use its fast matmuls.
             only = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
             return jax.tree.map(lambda leaf: leaf[None], only)
 
-        shared = jax.shard_map(
+        mapped = jax.shard_map(
             over_runs, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA), check_vma=False
         )
-        return jax.jit(shared, **options)
+        return jax.jit(mapped, **options)
 
     return _Program(init, each(step, donate_argnums=1), each(evaluate), assembly.graphdef)
 
 
 def _common(configs: Sequence[ExperimentConfig]) -> ExperimentConfig:
-    """What the configs have in common, the knobs at their defaults."""
+    """What the configs have in common, with default seed and learning rate."""
     default = ExperimentConfig()
     common = {
         dataclasses.replace(
@@ -252,14 +254,16 @@ def _common(configs: Sequence[ExperimentConfig]) -> ExperimentConfig:
     }
     if len(common) > 1:
         raise InputError(
-            "Configs that train together may differ in train.seed and optimizer.learning_rate "
-            f"alone: these {len(configs)} differ in more."
+            "Configs that train together may differ only in train.seed and "
+            f"optimizer.learning_rate: these {len(configs)} differ in more."
         )
     return common.pop()
 
 
-def _evaluated(program: _Program, params: Any, validation: Sequence[Batches]) -> np.ndarray:
-    """[R]: mean cross-entropy over all of each run's batches, nats per token."""
+def _evaluated(
+    program: _Program, params: Params, validation: Sequence[Batches]
+) -> Float[np.ndarray, " R"]:
+    """Mean cross-entropy over all of each run's batches, nats per token."""
     total, weight = np.zeros(len(validation)), np.zeros(len(validation))
     for number in range(len(validation[0])):
         sums = program.evaluate(params, Batch.stack([each[number] for each in validation]))

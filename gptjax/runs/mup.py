@@ -1,25 +1,25 @@
-"""muP: a learning rate that is best at a small width is about best at a large one.
+"""muP: the best learning rate of a narrow model is about the best of a wide one.
 
-The maximal update parametrisation (Yang et al. 2022, Tensor Programs V) says how the scale of the
-initial parameters and of their updates must change with the width for every activation to change
-by as much in a step as it does in a narrow model. Here the narrow model is the *base*, at which
-nothing changes, and Adam is the optimizer; with r the sizes of the real model over the base's:
+The maximal update parametrisation (Yang et al. 2022, Tensor Programs V) scales the initial
+parameters and their updates with the width so that a step changes every activation by as much as in
+a narrow model. Here the narrow model is the *base*, whose multipliers are all 1, and Adam is the
+optimizer; with r the ratio of the model's sizes to the base's:
 
-| leaf | initial value times | learning rate times |
+| leaf | multiplier of the initial value | multiplier of the learning rate |
 |---|---|---|
 | kernel | √(1 / r of inputs) · min(1, √(r of outputs / r of inputs)) | 1 / r of inputs |
-| query's kernel and bias, or its norm | √(1 / r of head width), besides | the same, besides |
+| query's kernel and bias, or its norm | √(1 / r of head dim), in addition | the same, in addition |
 | a token embedding that is multiplied by √D | √(1 / r of D) | √(1 / r of D) |
 | other tables, biases, norms | 1 | 1 |
 
-and the head's input is multiplied by 1 / r of D, whether its table is the embedding or not (table 8
-of the paper).
+and the head's input is multiplied by 1 / r of D, whether embeddings are tied or not (table 8 of the
+paper).
 
 The first line is the spectral condition (Yang, Simon & Bernstein 2023) for one step of Adam. Where
-both sides of a kernel grow alike it is the column of hidden weights in the paper's table 3, where
-outputs do not grow, as a router's, that of output weights. The query's is the 1 / H of the paper's
-attention in the place of 1 / √H: Adam's update does not depend on the gradient's scale, so that a
-multiplier of a leaf is the same as both factors of it.
+both sides of a kernel grow alike it is the hidden weights' column of the paper's table 3; where
+outputs do not grow, as a router's, the output weights'. The query's line is the paper's 1 / H of
+attention instead of 1 / √H: Adam's update does not depend on the gradient's scale, so a multiplier
+of a leaf's value is equivalent to both multipliers here.
 """
 
 import dataclasses
@@ -36,20 +36,20 @@ from gptjax.models.build import Params, build, parameter_axes
 
 
 class Factors(NamedTuple):
-    """What a model's parameters are multiplied by; trees like theirs, of numbers."""
+    """muP's multipliers, trees of numbers in the structure of the parameters."""
 
     initial: Params
-    """Their initial values."""
+    """Of the initial values."""
     rate: Params
-    """Their learning rates: `rate_factors` of `build_optimizer`."""
+    """Of the learning rates: `rate_factors` of `build_optimizer`."""
 
-    def drawn(self, params: Params) -> Params:
-        """The initial values in the place of `params`, newly drawn for no base."""
+    def scale_initial(self, params: Params) -> Params:
+        """The initial parameters of muP, from standard initial parameters `params`."""
         return jax.tree.map(lambda factor, leaf: factor * leaf, self.initial, params)
 
 
 def scaled(config: TransformerConfig, base: TransformerConfig) -> TransformerConfig:
-    """`config` with the head's multiplier for the base `base`: the model to be trained."""
+    """The config to train: `config` with muP's logit multiplier for the base `base`."""
     scale = base.width / config.width
     if config.tie_embeddings:
         scale /= _embedding_factor(config, base)
@@ -57,7 +57,7 @@ def scaled(config: TransformerConfig, base: TransformerConfig) -> TransformerCon
 
 
 def factors(config: TransformerConfig, base: TransformerConfig) -> Factors:
-    """The factors of each parameter of the model `config`, all 1 where `base` is as wide.
+    """muP's multipliers for each parameter of the model `config`, all 1 if `base` is as wide.
 
     Raises:
       InputError: a base with other layers.
@@ -66,10 +66,10 @@ def factors(config: TransformerConfig, base: TransformerConfig) -> Factors:
     if jax.tree.structure(axes) != jax.tree.structure(parameter_axes(base)):
         raise InputError(
             f"The base of muP, of width {base.width}, has other parameters than the model of width "
-            f"{config.width}: they must differ in sizes alone."
+            f"{config.width}: they must differ only in sizes."
         )
     fans, base_fans = _fans(config), _fans(base)
-    looks = "query_norm" if config.qk_norm else "query"
+    query = "query_norm" if config.qk_norm else "query"
     attention = config.actual_head_dim / base.actual_head_dim
     attention **= -0.5 if config.attention_scaled else -1
 
@@ -78,14 +78,14 @@ def factors(config: TransformerConfig, base: TransformerConfig) -> Factors:
         initial = rate = 1.0
         if names in fans:
             inputs, outputs = (
-                fan / at for fan, at in zip(fans[names], base_fans[names], strict=True)
+                fan / base_fan for fan, base_fan in zip(fans[names], base_fans[names], strict=True)
             )
             initial = inputs**-0.5 * min(1.0, (outputs / inputs) ** 0.5)
             rate = 1 / inputs
         multiplier = 1.0
         if names == ("embedding", "table"):
             multiplier = _embedding_factor(config, base)
-        elif names[-2:-1] == (looks,):
+        elif names[-2:-1] == (query,):
             multiplier = attention
         return multiplier * initial, multiplier * rate
 
@@ -94,7 +94,7 @@ def factors(config: TransformerConfig, base: TransformerConfig) -> Factors:
 
 
 def _fans(config: TransformerConfig) -> dict[tuple[Any, ...], tuple[int, int]]:
-    """How many inputs and outputs each kernel has, by its path; an expert counts for itself."""
+    """Fan-in and fan-out of each kernel, by its path; those of an expert are its own."""
     model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
     fans = {}
     for path, module in nnx.iter_modules(model):
@@ -106,5 +106,5 @@ def _fans(config: TransformerConfig) -> dict[tuple[Any, ...], tuple[int, int]]:
 
 
 def _embedding_factor(config: TransformerConfig, base: TransformerConfig) -> float:
-    """Undoes what √D adds to the token embedding with the width."""
+    """The multiplier that cancels the growth of √D, by which token embeddings are scaled."""
     return math.sqrt(base.width / config.width) if config.embedding_scaled else 1.0

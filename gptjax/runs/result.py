@@ -1,4 +1,4 @@
-"""What a finished run leaves: result.json, then its figures and samples."""
+"""The results of a finished run: result.json, then figures and samples."""
 
 import sys
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from gptjax.system.disk import is_failure, write_json
 from gptjax.training.loop import Fit
 
 Show = Callable[[Run, Sources, Corpus, Path], str]
-"""(the trained run, its text, its rows, its directory) → the names of the files that it wrote."""
+"""(trained run, text sources, corpus, directory) → the names of the files that it wrote."""
 
 
 def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
-    """Write what the run reached, and what `show` makes of its best checkpoint; print both.
+    """Write result.json and the figures and samples of `show`; print a summary of both.
 
-    result.json comes first: a figure that fails is a warning, and the run is finished. With None
-    there are no figures. Of several processes the first does it.
+    result.json comes first: a figure that fails is a warning, and the run is finished. None makes
+    no figures. Of several processes only process 0 does it.
     """
     if not distributed.is_first():
         return
@@ -35,7 +35,7 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
     write_json(out / RESULT, reached)
     try:
         shown = f"{show(load_run(out), data.sources, data.corpus, out)}, "
-    except Exception as error:  # Whatever it is.
+    except Exception as error:  # Of whatever kind.
         if is_failure(error):
             raise
         shown = ""
@@ -48,7 +48,7 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
 
 
 def result(data: Data, fitted: Fit) -> dict[str, Any]:
-    """The content of result.json: losses, sizes, times, and the software and machine."""
+    """The content of result.json: losses, sizes, times, software and machine."""
     progress = fitted.progress
     reached = {
         "final_validation_loss": progress.last_loss,

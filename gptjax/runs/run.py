@@ -1,7 +1,7 @@
 """A training run: from a config to a directory with a trained model (`gptjax train`).
 
 Three steps: the data; the model, its optimizer and the devices; `fit`. experiments/quickstart.py
-has the same for one kind of text and with fewer words; runs in notebooks are `trial`'s.
+spells out the same for one kind of text; for runs in notebooks see `trial`.
 """
 
 from collections.abc import Callable
@@ -35,35 +35,35 @@ def run(
     *,
     show: Show | None,
 ) -> bool:
-    """Train a model, and write it and what `show` makes of it into a directory.
+    """Train a model, and write it with its figures and samples into a directory.
 
     Args:
-      config: every choice of the run.
+      config: of the run.
       out: the directory; the same one resumes the run.
-      overwrite: whether to delete the run that is there and start anew.
-      show: writes figures and samples by the best checkpoint, once result.json is there; what
-        fails in it is a warning. None writes none.
+      overwrite: whether to delete an existing run and start over.
+      show: writes figures and samples of the best checkpoint, after result.json; its failure is a
+        warning. None writes none.
 
     Returns:
-      Whether a run was trained to its end here: False if a finished one was there, and in all
-      processes of a run but the first.
+      Whether the run was trained to its end now: False if it was finished already, and in all
+      processes but process 0.
 
     Raises:
-      InputError: what any of the steps refuses, before anything is written.
+      InputError: a config that any of the steps refuses, before anything is written.
     """
     data = open_data(config, out, overwrite=overwrite)
     config = data.config
 
-    mesh, about_devices = devices(config)
+    mesh, mesh_lines = devices(config)
     assembly = assemble(config, mesh)
     optimizer = assembly.optimizer()
-    state_shapes(assembly.init, optimizer, mesh, assembly.axes)  # Refused before a file is written.
+    state_shapes(assembly.init, optimizer, mesh, assembly.axes)  # Raises before a file is written.
 
     with hold(out, finished=overwrite):
         if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return False
         print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
-        print(*about_devices, *assembly.lines, sep="\n")
+        print(*mesh_lines, *assembly.lines, sep="\n")
         batches, validation = data.batches(mesh)
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
@@ -88,10 +88,10 @@ def run(
 
 
 def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
-    """The mesh of a run, and lines about it where there is more than one device.
+    """The mesh of a run, and lines for the log where there is more than one device.
 
     Raises:
-      InputError: devices that the mesh does not match, or a run that memory cannot hold.
+      InputError: devices that do not match the mesh, or a run that does not fit into memory.
     """
     cost = model_cost(config.model)
     configure_cpu(cost.parameters)
@@ -108,7 +108,7 @@ def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
 
 
 def rate_and_mfu(config: ExperimentConfig) -> Callable[[int, float], dict[str, float]]:
-    """(step, tokens per second) → learning rate and model FLOPs utilisation; prints how."""
+    """(step, tokens per second) → learning rate and MFU; prints the formula and the peak."""
     peak, flops = peak_flops(), model_cost(config.model).training_flops
     print(f"{MFU_FORMULA}; {flops:,} FLOPs, peak {peak.flops:.3g} ({peak.source}).")
     schedule = learning_rate_schedule(

@@ -1,7 +1,7 @@
-"""A training run in one call: a config and batches in, a trained model and its curve out.
+"""A trial: a training run in one call, from a config and batches to a model and its curve.
 
-For notebooks, and wherever batches are made and not read; `experiments/quickstart.py` spells out
-the same wiring for text. It is `fit`, so what is true of a run is true of a trial.
+For notebooks, and for batches that are generated rather than read; `experiments/quickstart.py`
+spells out the same wiring for text. A trial uses `fit`, and so behaves as a run does.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
 
 
 class Trial(NamedTuple):
-    """What a trial came to."""
+    """The result of a trial."""
 
     model: LanguageModel
     """After the last step."""
     lines: list[dict[str, Any]]
-    """Scalars of the logged and the evaluated steps, those of a run's `metrics.jsonl`."""
+    """Scalars of the logged and evaluated steps, as in a run's `metrics.jsonl`."""
     validation_loss: float
     """After the last step, nats per token."""
     seconds: float
     """Wall time, compilation included."""
     diverged: int = 0
-    """The first step whose loss or gradient was not finite; 0 if none was."""
+    """The first step whose loss or gradient was not finite; 0 if all were."""
 
 
 def train(
@@ -49,17 +49,17 @@ def train(
     writers: Sequence[Writer] = (),
     mup_base: TransformerConfig | None = None,
 ) -> Trial:
-    """Train a model anew.
+    """Train a model from scratch, or resume an interrupted trial of the same directory.
 
     Args:
-      config: the model, the optimizer, how long; its `data` is not asked.
+      config: the model, the optimizer, the number of steps; its `data` is ignored.
       batches: from `gptjax.data.pipeline`: `training_batches` of text, `made_batches` of anything.
       validation: a list of batches; each evaluation uses all.
-      directory: where checkpoints and `metrics.jsonl` stay, for `load_model` and `probe.history`;
-        a trial of the same config that was interrupted there goes on. None keeps nothing.
-      writers: where else the scalars go.
-      mup_base: the model at the width that the learning rate was chosen for, from which muP carries
-        it to the width of `config`; None trains as `config` says.
+      directory: where checkpoints and `metrics.jsonl` are kept, for `load_model` and
+        `probe.history`, and from which the same config resumes. None keeps nothing.
+      writers: further writers of the scalars.
+      mup_base: the model of the width at which the learning rate was tuned, from which muP
+        transfers it to the width of `config`; None is without muP.
 
     Raises:
       InputError: a directory that holds something else or is in use by another process, batches
@@ -89,7 +89,7 @@ def _train(
     if begins(directory):
         begin(directory, {"config": to_dict(config)})
     elif not (directory / CONFIG).exists():
-        raise InputError(f"{directory} is not empty: a trial begins in a directory of its own.")
+        raise InputError(f"{directory} is not empty: a trial needs a directory of its own.")
     elif load_config(directory) != config:
         raise InputError(f"{directory} holds a trial of another config: choose another one.")
     with (

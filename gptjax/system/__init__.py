@@ -1,1 +1,1 @@
-"""What a program asks of the operating system: files, locks, memory, exit codes."""
+"""The operating system: files, locks, memory, exit codes."""

@@ -1,4 +1,4 @@
-"""What is written so that it is there whole or not at all, and what a failing disk is called."""
+"""Atomic writes, and errors of a disk that is full or fails."""
 
 import contextlib
 import errno
@@ -16,14 +16,14 @@ FAILURES = {
     errno.ENOSPC,  # Full.
     errno.EDQUOT,  # Full for this user.
     errno.EFBIG,  # Larger than a file may be, by `ulimit -f`.
-    errno.EROFS,  # Read-only, as a system makes it that has found errors.
+    errno.EROFS,  # Read-only, as systems remount a disk with errors.
     errno.EIO,
     errno.ENXIO,
     errno.ENODEV,
     errno.ESTALE,  # A network's server has lost the file.
     errno.ETIMEDOUT,
 }
-"""Errors of a disk, whatever was asked of it; all others are of what was asked."""
+"""Errors of the disk itself; all others are errors of the request."""
 
 
 class DiskError(InputError):
@@ -31,31 +31,31 @@ class DiskError(InputError):
 
 
 class CheckpointFailed(DiskError):
-    """A checkpoint could not be written; threads of Orbax may still be at it."""
+    """A checkpoint could not be written; threads of Orbax may still be running."""
 
 
 def check_local(path: Path) -> Path:
-    """The path, if a file of this machine may have it and every library can name it.
+    """The path, if it is a local one and valid UTF-8.
 
     Raises:
-      InputError: an address such as gs://bucket/run, or a name that is no text in UTF-8.
+      InputError: a URL such as gs://bucket/run, or a name that is not valid UTF-8.
     """
     if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
-        raise InputError(f"{path} is an address: give a path on this machine's disks.")
+        raise InputError(f"{path} is a URL: give a path on this machine's disks.")
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{str(path)!r} is no text in UTF-8: choose another name.") from None
+        raise InputError(f"{str(path)!r} is not valid UTF-8: choose another name.") from None
     return path
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is of a disk that is full or fails."""
+    """Whether an error is that of a disk that is full or fails."""
     return isinstance(error, DiskError) or (isinstance(error, OSError) and error.errno in FAILURES)
 
 
 def write_error(error: OSError, what: object, flag: str = "") -> InputError:
-    """The sentence that `what`, of `flag`, cannot be written: if the disk failed, a `DiskError`."""
+    """The error that `what`, of `flag`, cannot be written; a `DiskError` if the disk failed."""
     kind = DiskError if is_failure(error) else InputError
     prefix = f"{flag}: " if flag else ""
     return kind(f"{prefix}cannot write {what}: {error.strerror or error}.")
@@ -63,9 +63,9 @@ def write_error(error: OSError, what: object, flag: str = "") -> InputError:
 
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """A file that is at `path` once it is whole and on the disk, and else not at all.
+    """Write a file atomically: it replaces `path` once it is complete and on disk.
 
-    Until then it is `temporary`, of which nobody else makes use; by default a new name.
+    Until then it is `temporary`, by default a unique name, which no other process may use.
     """
     temporary = temporary or path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
@@ -81,7 +81,7 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all, by way of `NAME.tmp` beside it: to one writer at a time."""
+    """Write JSON atomically, through `NAME.tmp` beside it, which allows one writer at a time."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path, path.with_suffix(".tmp")) as file:
         file.write(text.encode("utf-8"))

@@ -1,14 +1,14 @@
-"""What every command's exit code says, so that whoever started it knows whether to try again.
+"""Exit codes of all commands, which tell a script whether to retry.
 
-| code | what happened | again? |
+| code | meaning | retry? |
 |---|---|---|
 | 0 | done | no |
-| 1 | a check found what it looks for (`certify`, `preflight`), or a fault of gptjax's own | no |
-| 2 | a mistake in what was given: a flag, a file, a directory in use | no, mend it |
-| 65 | the loss or the gradient is not finite | no, it would come again |
-| 74 | the disk is full or fails; the last good checkpoint is kept | no, mend it |
-| 75 | another process of the run was lost | yes, it goes on from the last checkpoint |
-| 128 + N | signal N ended it; 130 is Ctrl-C, 143 SIGTERM: both save first | yes, but for 130 |
+| 1 | a failed check (`certify`, `preflight`), or a bug in gptjax | no |
+| 2 | a user error: a flag, a file, a directory in use | no, fix it |
+| 65 | the loss or the gradient is not finite | no, it would recur |
+| 74 | the disk is full or fails; the last good checkpoint is kept | no, fix it |
+| 75 | another process of the run was lost | yes, it resumes from the last checkpoint |
+| 128 + N | signal N ended it; 130 is Ctrl-C, 143 SIGTERM: both save first | yes, except 130 |
 
 65, 74 and 75 are EX_DATAERR, EX_IOERR and EX_TEMPFAIL of sysexits.h.
 """
@@ -20,11 +20,11 @@ import signal
 import types
 
 SHOW_CURSOR = b"\x1b[?25h"
-"""Which a progress bar has hidden."""
+"""The terminal sequence that shows the cursor, which a progress bar hides."""
 
 
 class Exit(enum.IntEnum):
-    """The codes with a name; the module's table says what they mean."""
+    """Named exit codes, explained in the module's table."""
 
     MISTAKE = 2
     DIVERGED = 65
@@ -42,23 +42,23 @@ class Interrupted(RuntimeError):
 
     def __init__(self, step: int, number: int):
         name = signal.Signals(number).name
-        super().__init__(f"Stopped by {name}; step {step} is saved, the same command goes on.")
+        super().__init__(f"Stopped by {name}; step {step} is saved, the same command resumes.")
         self.exit_code = 128 + number
 
 
 class Interrupts:
-    """A command's handler of Ctrl-C: the first is a KeyboardInterrupt, the second ends it at once.
+    """A command's handler of Ctrl-C: the first raises KeyboardInterrupt, the second exits at once.
 
-    An exception would not do that: threads that write a checkpoint are waited for, and one that
-    arises where a library calls back into Python is lost.
+    A second exception would not exit: threads that write a checkpoint are waited for, and an
+    exception raised while a library calls back into Python is lost.
     """
 
     def __init__(self):
         self.noted = False
-        """Whether the first one came, here or to who handles it instead."""
+        """Whether the first one arrived, here or at a handler that replaces this one."""
 
     def __call__(self, number: int, frame: types.FrameType | None) -> None:
-        """Be told of a signal."""
+        """Handle the signal."""
         if not self.noted:
             self.noted = True
             raise KeyboardInterrupt

@@ -1,18 +1,18 @@
-"""One writer at a time: a lock in a file, which says whose it is.
+"""A lock file for one writer at a time, which names its owner.
 
     with locked(directory / LOCK, f"{directory}"):
         ...
 
-The file holds its owner's host, process and start, and `flock` holds the file. The system frees
-that when the owner ends, however it ends, so that the next one takes over at once; a process that
-forks gives no lock to its children here, as nothing in gptjax forks.
+The file names its owner's host, process and start time, and is locked by `flock`. The system
+releases that when the owner exits, for whatever reason, so that the next one can take it at once;
+forked children, of which gptjax has none, would share the lock.
 
-On a file system that several machines share, `flock` may hold among the processes of each machine
-alone, or not be there at all. So an owner also touches the file every `BEAT_SECONDS`. Whoever finds
-the file of another machine unheld looks at it for `SILENT_SECONDS`, by its own clock: if it is
-touched, it is held. Where there is no `flock`, an owner on this machine is asked for by its process
-and start, and of two that come at the same moment the later one has it. An owner that stood still
-for so long (a stopped process, a network that was gone) is taken for dead there.
+On a network file system, `flock` may work only among the processes of each machine, or not at all.
+So an owner also touches the file every `BEAT_SECONDS`. A process that finds a file of another
+machine not locked watches it for `SILENT_SECONDS`, by its own clock: if it is touched, it is held.
+Without `flock`, an owner on this machine is looked up by process and start time, and of two that
+lock at the same moment the later one wins. There, an owner that was suspended or offline for that
+long counts as dead.
 """
 
 import contextlib
@@ -35,27 +35,27 @@ import psutil
 from gptjax.config import InputError
 
 LOCK = ".lock"
-"""Name of the file in a directory that is locked as a whole."""
+"""Name of the lock file of a directory."""
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 30.0
 WAIT_SECONDS = 0.5
 SETTLE_SECONDS = 1.0
-"""In which a later one's note would show, where there is no `flock`."""
+"""Without `flock`: the time in which a later owner's entry would show."""
 NO_FLOCK = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Owner(NamedTuple):
-    """Who holds a lock."""
+    """The owner of a lock."""
 
     host: str
     boot: str
-    """Of its machine: what tells a machine from another one, and from itself before a restart."""
+    """The boot id of its machine, which differs between machines and changes on restart."""
     process: int
     started: float
-    """Its process, seconds since 1970: numbers of processes come again."""
+    """Start time of its process, seconds since 1970, since process ids are reused."""
     since: str
-    """When it took the lock, for a person."""
+    """When it took the lock, human-readable."""
 
 
 class InUse(InputError):
@@ -64,16 +64,16 @@ class InUse(InputError):
 
 @contextlib.contextmanager
 def locked(path: Path, what: object, *, waiting: str = "") -> Iterator[None]:
-    """Hold the lock at `path` while the context is open; then the file is gone.
+    """Hold the lock at `path` while the context is open; then delete the file.
 
     Args:
-      path: The lock's file, in a directory that is there.
-      what: Is locked, as an error names it.
-      waiting: What to say on standard error, once, where another process holds it, and then to
-        wait for its end; without it, that is an error.
+      path: the lock file, in an existing directory.
+      what: is locked, for error messages.
+      waiting: the message for standard error if another process holds the lock, which is then
+        waited for; if empty, that raises.
 
     Raises:
-      InUse: another process holds it, or this one does already.
+      InUse: another process holds the lock, or this one does already.
       OSError: a file that cannot be written.
     """
     file = _take_or_wait(path, what, waiting) if waiting else _take(path, what)
@@ -92,22 +92,22 @@ def locked(path: Path, what: object, *, waiting: str = "") -> Iterator[None]:
 
 
 def _take_or_wait(path: Path, what: object, waiting: str) -> BinaryIO:
-    said = False
+    reported = False
     while True:
         try:
             return _take(path, what)
         except InUse:
-            if not said:
+            if not reported:
                 print(waiting, file=sys.stderr)
-                said = True
+                reported = True
             time.sleep(WAIT_SECONDS)
 
 
 def _take(path: Path, what: object) -> BinaryIO:
-    """The file, held, and with this process as its owner.
+    """The file, locked, with this process as its owner.
 
     Raises:
-      InUse: it has another.
+      InUse: it has another owner.
     """
     while True:
         file = path.open("a+b", buffering=0)
@@ -119,7 +119,7 @@ def _take(path: Path, what: object) -> BinaryIO:
                     raise InUse(_sentence(owner, what))
                 _sign(file, what, alone)
                 return file
-            file.close()  # Its owner has ended and deleted it just now.
+            file.close()  # Its owner has just exited and deleted it.
         except BlockingIOError as error:
             owner = _owner(file)
             file.close()
@@ -130,10 +130,10 @@ def _take(path: Path, what: object) -> BinaryIO:
 
 
 def _flock(file: BinaryIO) -> bool:
-    """Hold the file; False where the file system knows no such thing.
+    """Lock the file; False where the file system does not support it.
 
     Raises:
-      BlockingIOError: another process holds it.
+      BlockingIOError: another process holds the lock.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -145,7 +145,7 @@ def _flock(file: BinaryIO) -> bool:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether it is this file that has the name."""
+    """Whether `path` is still this file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _owner(file: BinaryIO) -> Owner | None:
-    """Who stands in the file; None where nobody does, as while it is written."""
+    """The owner named in the file; None if there is none, as while it is written."""
     file.seek(0)
     try:
         return Owner(**json.loads(file.read()))
@@ -162,10 +162,10 @@ def _owner(file: BinaryIO) -> Owner | None:
 
 
 def _sign(file: BinaryIO, what: object, alone: bool) -> None:
-    """Write this process into the file.
+    """Write this process into the file as its owner.
 
     Raises:
-      InUse: another one did after it, where nothing held that off.
+      InUse: without `flock`, another process has done so after it.
     """
     process = psutil.Process()
     now = datetime.datetime.now().astimezone()
@@ -186,7 +186,7 @@ def _sign(file: BinaryIO, what: object, alone: bool) -> None:
 
 
 def _is_alive(owner: Owner, path: Path, what: object, alone: bool) -> bool:
-    """Whether the owner of a file still runs; if `alone`, nothing on this machine holds it."""
+    """Whether the owner still runs; `alone` says that no process of this machine holds it."""
     if owner.boot != _boot():
         return _is_touched(owner, path, what)
     if alone:
@@ -199,9 +199,9 @@ def _is_alive(owner: Owner, path: Path, what: object, alone: bool) -> bool:
 
 
 def _is_touched(owner: Owner, path: Path, what: object) -> bool:
-    """Look at the file for a while; each time anew, as a network's file system needs it."""
+    """Watch the file for a while, reopened each time, as network file systems require."""
     print(
-        f"{what} was in use by {_name(owner)}: looking for {SILENT_SECONDS:.0f} s whether it "
+        f"{what} was in use by {_name(owner)}: checking for {SILENT_SECONDS:.0f} s whether it "
         "still is.",
         file=sys.stderr,
     )
@@ -219,7 +219,7 @@ def _touched(path: Path) -> int:
 
 
 def _beat(file: BinaryIO, ended: threading.Event) -> None:
-    """Touch the file until the lock is given back; a failing disk is for others to notice."""
+    """Touch the file until the lock is released; a failing disk is reported elsewhere."""
     while not ended.wait(BEAT_SECONDS):
         with contextlib.suppress(OSError):
             os.utime(file.fileno())
@@ -237,4 +237,4 @@ def _name(owner: Owner | None) -> str:
 
 
 def _sentence(owner: Owner | None, what: object) -> str:
-    return f"{what} is in use by {_name(owner)}: wait for its end, or choose another directory."
+    return f"{what} is in use by {_name(owner)}: wait until it ends, or choose another directory."

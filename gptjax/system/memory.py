@@ -1,6 +1,6 @@
-"""What surely does not fit into the machine's memory, found before any of it is asked for.
+"""Checks that a run fits into memory, before any is allocated.
 
-Every number here is less than what is really needed, so that nothing is refused which might fit.
+Every estimate is a lower bound, so that nothing is refused which might fit.
 """
 
 import os
@@ -11,20 +11,20 @@ from gptjax.config import ExperimentConfig, InputError
 from gptjax.config.values import Dtype, exhaustive
 
 BATCH_BYTES = 12
-"""Of a token in a batch: itself, its target and its weight in the loss, 32 bits each."""
+"""Bytes per token of a batch: the token, its target and its loss weight, 32 bits each."""
 ACTIVATION_BYTES = exhaustive(Dtype, {"float32": 4, "bfloat16": 2})
 
 
 def machine_bytes() -> int:
-    """The memory of this machine."""
+    """The memory of this machine, bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def devices_bytes(devices: Sequence[Any]) -> int:
-    """The memory of all these JAX devices; CPU devices share that of their machine."""
-    import jax  # Here, as commands that start no JAX check sizes too.
+    """The memory of all these JAX devices, bytes; CPU devices share that of their machine."""
+    import jax  # Here, since commands that do not start JAX check sizes too.
 
-    # A process can ask its own devices alone.
+    # A process can query only its own devices.
     own = [device for device in devices if device.process_index == jax.process_index()]
     limit = (own[0].memory_stats() or {}).get("bytes_limit", 0)
     machines = len({device.process_index for device in devices})
@@ -32,7 +32,7 @@ def devices_bytes(devices: Sequence[Any]) -> int:
 
 
 def check_fits(what: str, needed: int, available: int | None = None) -> None:
-    """Refuse `what` if it needs more bytes than there are; None takes this machine's.
+    """Refuse `what` if it needs more bytes than are available; None takes this machine's.
 
     Raises:
       InputError: it does.
@@ -44,13 +44,13 @@ def check_fits(what: str, needed: int, available: int | None = None) -> None:
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left: Python's, NumPy's, XLA's or CUDA's."""
+    """Whether an error means out of memory: Python's, NumPy's, XLA's or CUDA's."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or "resource_exhausted" in said or "out of memory" in said
 
 
 def check_batch_fits(rows: int, context_length: int) -> None:
-    """Refuse a batch that this machine cannot hold.
+    """Refuse a batch that does not fit into this machine's memory.
 
     Raises:
       InputError: it is too large.
@@ -61,12 +61,12 @@ def check_batch_fits(rows: int, context_length: int) -> None:
 
 
 def check_training_fits(config: ExperimentConfig, state: int, devices: Sequence[Any]) -> None:
-    """Refuse a run whose state, or one layer's activations, the devices cannot hold.
+    """Refuse a run whose state, or one layer's activations, do not fit into device memory.
 
     Args:
       config: of the run.
       state: bytes of its parameters, gradients and moments (`ModelCost.state_bytes`).
-      devices: that share them.
+      devices: over which they are sharded.
 
     Raises:
       InputError: it is too large.

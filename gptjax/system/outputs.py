@@ -1,4 +1,4 @@
-"""Files that a user names for output: each is written whole or not at all, and nothing is lost."""
+"""Output files and directories that a user names, written atomically and never lost."""
 
 import contextlib
 import glob
@@ -15,16 +15,16 @@ from gptjax.system.locks import LOCK, locked
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> Path:
-    """Where a file for `path` is to be written: the path itself, or the file that a link leads to.
+    """The file to write for `path`: the path itself, or the target of a symbolic link.
 
     Raises:
-      InputError: a file that is there already, unless `overwrite`; a directory, a device, a pipe
-        or a socket; a link that leads nowhere; or no directory around it that can be written.
+      InputError: an existing file, unless `overwrite`; a directory, a device, a pipe or a socket; a
+        broken link; or a parent directory that is missing or not writable.
     """
     check_local(path)
     try:
         if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link that leads nowhere: give the path of a file.")
+            raise InputError(f"{path} is a broken link: give the path of a file.")
         where = path.resolve() if path.is_symlink() else path
         if where.is_dir():
             raise InputError(f"{path} is a directory: give the path of a file.")
@@ -32,22 +32,22 @@ def check_output(path: Path, *, overwrite: bool = False) -> Path:
             if not where.is_file():
                 raise InputError(f"{path} is a device or a pipe: give the path of a file.")
             if not overwrite:
-                raise InputError(f"{path} is there already: choose another, or --overwrite it.")
+                raise InputError(f"{path} already exists: choose another, or --overwrite it.")
         elif not where.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no directory {where.parent}.")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}.") from error
     if not os.access(where.parent, os.W_OK):
-        raise InputError(f"cannot write {path}: the directory {where.parent} may not be written.")
+        raise InputError(f"cannot write {path}: the directory {where.parent} is not writable.")
     return where
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary path with the same suffix, whose file takes the place of `path` at the end.
+    """A temporary path with the same suffix, whose file replaces `path` at the end.
 
-    If what is inside fails, nothing is left and the file that was there stays; what a process that
-    was killed has left is deleted.
+    On an exception the temporary file is deleted and the old file stays; temporary files of killed
+    processes are deleted too.
 
     Raises:
       InputError: what `check_output` refuses, or a file that cannot be written; a `DiskError` where
@@ -68,12 +68,12 @@ def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise write_error(error, path) from error
     finally:
-        with contextlib.suppress(OSError):  # It may never have been there, or its name be too long.
+        with contextlib.suppress(OSError):  # It may not exist, or its name may be too long.
             temporary.unlink()
 
 
 def write_whole(path: str | Path, text: str, *, overwrite: bool = False) -> None:
-    """Write a text as UTF-8, its line ends as they are.
+    """Write a text atomically as UTF-8, with its line endings unchanged.
 
     Raises:
       InputError: what `whole_file` refuses.
@@ -84,13 +84,13 @@ def write_whole(path: str | Path, text: str, *, overwrite: bool = False) -> None
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """A new directory, which takes the place of `path`, empty or not there, at the end.
+    """A temporary directory, which becomes `path`, absent or empty until then, at the end.
 
-    Until then it lies in `.NAME.partial` beside that, which one process at a time holds; what a
-    killed one has left there is deleted.
+    Until then it is in `.NAME.partial` beside `path`, which one process at a time locks; files of a
+    killed process there are deleted.
 
     Raises:
-      InputError: another process makes it, or it cannot be written.
+      InputError: another process is making it, or it cannot be written.
     """
     where = check_local(path).resolve()
     partial = where.with_name(f".{where.name}.partial")
@@ -106,7 +106,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
                 made.replace(where)
             finally:
                 shutil.rmtree(made, ignore_errors=True)
-        with contextlib.suppress(OSError):  # Another process has come to make it.
+        with contextlib.suppress(OSError):  # Another process has begun to make it.
             partial.rmdir()
     except OSError as error:
         raise write_error(error, path) from error

@@ -1,18 +1,18 @@
-"""What lies in a checkpoint: all that should be there, bit for bit what was written.
+"""The manifest of a checkpoint: its files and their checksums, so that damage is detected.
 
-Orbax stores arrays without a checksum, and a bit that turns in them is another number without a
-word. So a checkpoint holds `checksums.json`:
+Orbax stores arrays without a checksum: a flipped bit would silently be another number. So a
+checkpoint holds `checksums.json`:
 
 | field | content |
 |---|---|
 | arrays | the dtype and shape of every array, by item and name |
 | files | the checksum of every file, by its path in the checkpoint |
-| crc32 | of the two fields above |
+| crc32 | the CRC-32 of the two fields above |
 
-`commit_success.txt`, which Orbax writes last and nobody reads, is no part of it.
+`commit_success.txt`, which Orbax writes last and nobody reads, is not listed.
 
-A checksum is the XXH3 (64 bits) of a file's content. It is made as fast as a file is read; a CRC-32
-by zlib takes several times as long. experiments/README.md has what a save pays.
+A checksum is the 64-bit XXH3 of a file's content, computed as fast as the file is read; zlib's
+CRC-32 takes several times as long. experiments/README.md has the cost per save.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ import xxhash
 from gptjax.config import InputError, read_json_object, sealed, unsealed
 
 CHECKPOINTS = "checkpoints"
-"""The folder of a run that holds its checkpoints."""
+"""The folder of a run's checkpoints."""
 LIST = "checksums.json"
 STEP_METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's own file of a checkpoint; it puts the time of the commit in after all else is written."""
+"""Orbax's own file in a checkpoint, to which it adds the time of the commit last of all."""
 COMMIT_TIME = re.compile(rb'"commit_timestamp_nsecs": (null|\d+)')
 METRICS, PROGRESS = "metrics/metrics", "progress/metadata"
 ARRAYS = ("params", "optimizer")
@@ -41,25 +41,25 @@ NEEDED = (
     PROGRESS,
     *(f"{item}/{name}" for item in ARRAYS for name in ("_METADATA", "manifest.ocdbt")),
 )
-"""What a checkpoint that has no list of its files must hold."""
+"""The files that a checkpoint without a manifest must hold."""
 HAS_LIST = {"checksums": LIST}
-"""Stands in Orbax's own file of a checkpoint that has one, so that a lost list is noticed."""
+"""Custom metadata of a checkpoint that has a manifest, so that a lost manifest is noticed."""
 PROCESS_LIST = "checksums_of_process.json"
 READERS = 8
-"""Files that are read at a time."""
+"""Files read at a time."""
 
 
-class Listed(NamedTuple):
-    """What a checkpoint says it holds."""
+class Manifest(NamedTuple):
+    """The arrays and files of a checkpoint."""
 
     arrays: dict[str, dict[str, str]]
-    """`float32[16, 4]` by item and name."""
+    """Dtype and shape, such as `float32[16, 4]`, by item and name."""
     files: dict[str, str]
     """Checksums by path."""
 
 
 def checksum(path: Path) -> str:
-    """The checksum of a file; of `_CHECKPOINT_METADATA` without the time of the commit.
+    """The checksum of a file; that of `_CHECKPOINT_METADATA` leaves out the time of the commit.
 
     Raises:
       OSError: a file that cannot be read.
@@ -71,49 +71,46 @@ def checksum(path: Path) -> str:
 
 
 def list_own_files(directory: Path) -> None:
-    """Leave in `directory`, whose files one process has written, their checksums."""
+    """Write the checksums of the files in `directory`, all written by one process, into it."""
     if directory.is_dir():
         content = json.dumps(_checksums(directory, known={}))
         (directory / PROCESS_LIST).write_text(content, encoding="utf-8")
 
 
 def list_files(checkpoint: Path, arrays: dict[str, dict[str, str]]) -> None:
-    """Leave in `checkpoint` the list of all its files.
-
-    What the processes have listed of their own is taken from there.
-    """
+    """Write the manifest of `checkpoint`, with the checksums that each process has listed."""
     known = {}
     for own in checkpoint.rglob(PROCESS_LIST):
-        beneath = own.parent.relative_to(checkpoint)
+        folder = own.parent.relative_to(checkpoint)
         listed = json.loads(own.read_text(encoding="utf-8"))
-        known |= {(beneath / name).as_posix(): found for name, found in listed.items()}
+        known |= {(folder / name).as_posix(): found for name, found in listed.items()}
         own.unlink()
     content = {"arrays": arrays, "files": _checksums(checkpoint, known)}
     text = json.dumps(sealed(content), indent=1)
     (checkpoint / LIST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_list(checkpoint: Path) -> Listed | None:
-    """What `checkpoint` says it holds; None of an older one, which has no list.
+def read_list(checkpoint: Path) -> Manifest | None:
+    """The manifest of `checkpoint`; None of an older one, which has none.
 
     Raises:
-      InputError: a damaged list.
+      InputError: a damaged manifest.
     """
     path = checkpoint / LIST
     if not path.exists():
         return None
     content = unsealed(read_json_object(path), str(path))
-    if set(content) != set(Listed._fields):
+    if set(content) != set(Manifest._fields):
         raise InputError(f"{path} is not what was written.")
-    return Listed(**content)
+    return Manifest(**content)
 
 
-def changed(checkpoint: Path, listed: Listed, names: Iterable[str]) -> str | None:
-    """What is wrong with the first of the files that is not what was written, or None."""
+def changed(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
+    """What is wrong with the first of the files `names` that was changed; None if none was."""
 
     def wrong(name: str) -> str | None:
         try:
-            same = checksum(checkpoint / name) == listed.files[name]
+            same = checksum(checkpoint / name) == manifest.files[name]
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -125,13 +122,13 @@ def changed(checkpoint: Path, listed: Listed, names: Iterable[str]) -> str | Non
 
 
 def arrays_of_older(checkpoint: Path, items: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The arrays of a checkpoint that does not list them, each read once.
+    """The dtypes and shapes of the arrays of a checkpoint without a manifest, each read once.
 
-    So that what cannot be read comes up here: Orbax reads all at once, and where one fails it
-    leaves the others behind, whose errors appear after ours.
+    Unreadable arrays are found here: Orbax reads all at once, and where one fails it abandons the
+    others, whose errors would appear after ours.
 
     Raises:
-      Exception: whatever TensorStore makes of damage.
+      Exception: whatever TensorStore raises for damaged files.
     """
     found: dict[str, dict[str, str]] = {}
     for item in items:
@@ -148,33 +145,33 @@ def arrays_of_older(checkpoint: Path, items: Iterable[str]) -> dict[str, dict[st
 
 
 def survey(directory: Path) -> tuple[list[int], dict[int, str]]:
-    """The steps of the checkpoints in order, and of those that are none what they lack.
+    """The steps of the complete checkpoints in order, and what each incomplete one lacks.
 
-    A run deletes all but the newest, so this one is damaged where it lacks something.
+    The newest counts as complete: no run deletes it, so where it lacks a file it is damaged.
     """
-    there = [path.name for path in directory.glob("*") if path.is_dir()]
-    steps = sorted(int(name) for name in there if name.isdecimal() and name == str(int(name)))
-    lacking = {step: lacks(directory / str(step)) for step in steps[:-1]}
+    folders = [path.name for path in directory.glob("*") if path.is_dir()]
+    steps = sorted(int(name) for name in folders if name.isdecimal() and name == str(int(name)))
+    lacking = {step: missing_file(directory / str(step)) for step in steps[:-1]}
     incomplete = {step: what for step, what in lacking.items() if what}
     return [step for step in steps if step not in incomplete], incomplete
 
 
-def lacks(checkpoint: Path) -> str | None:
-    """The first file that should be in a checkpoint and is missing."""
+def missing_file(checkpoint: Path) -> str | None:
+    """A sentence about the first file that a checkpoint lacks; None if it lacks none."""
     try:
-        listed = read_list(checkpoint)
-        names = tuple(listed.files) if listed else NEEDED
-        if not listed and (checkpoint / STEP_METADATA).exists():
+        manifest = read_list(checkpoint)
+        names = tuple(manifest.files) if manifest else NEEDED
+        if not manifest and (checkpoint / STEP_METADATA).exists():
             saved = read_json_object(checkpoint / STEP_METADATA).get("custom_metadata")
             names = (LIST, *NEEDED) if saved == HAS_LIST else NEEDED
     except InputError:
-        return None  # That is damage of another kind; it comes up where the checkpoint is read.
+        return None  # A damaged manifest is reported when the checkpoint is read.
     name = next((name for name in names if not (checkpoint / name).exists()), None)
     return name and f"{name} is missing"
 
 
 def _checksums(directory: Path, known: dict[str, str]) -> dict[str, str]:
-    """Of all files under `directory`, but for those that are `known`."""
+    """Checksums of all files under `directory`, by path; those `known` are not computed again."""
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*")}
     files = [name for name, path in sorted(paths.items()) if path.is_file()]
     new = [name for name in files if name not in known]

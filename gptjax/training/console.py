@@ -1,6 +1,6 @@
-"""The run as a person sees it: a progress bar in a terminal, plain lines anywhere else.
+"""Training progress on standard output: a progress bar in a terminal, plain lines elsewhere.
 
-In a notebook, whose output is no terminal's but obeys a carriage return: one line that updates.
+A notebook is no terminal, but its output obeys a carriage return: there one line is updated.
 """
 
 import sys
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ConsoleWriter:
-    """A writer of scalars for a person; standard output decides its form."""
+    """A writer of scalars that shows them as a progress bar, or as lines where there is no tty."""
 
     def __init__(self, steps: int):
         self._steps = steps
@@ -38,7 +38,7 @@ class ConsoleWriter:
             f"loss {scalars['loss']:.4f}{self._validation}  "
             f"{scalars['tokens_per_second']:,.0f} tokens/s  MFU {scalars['mfu']:.1%}"
         )
-        if self._bar:  # Which is one line, so that it keeps the last validation loss.
+        if self._bar:  # The bar is one line, and goes on showing the last validation loss.
             self._bar.update(self._task, completed=step, description=text)
         else:
             line = f"step {step}/{self._steps}  {text}  {self._time_left(step)}"
@@ -46,7 +46,7 @@ class ConsoleWriter:
             self._validation = ""
 
     def _time_left(self, step: int) -> str:
-        """From the steps seen so far; rich does the same for the bar."""
+        """The time left, estimated from the steps so far; rich does the same for the bar."""
         now = time.perf_counter()
         if self._first is None:
             self._first = step, now
@@ -56,29 +56,29 @@ class ConsoleWriter:
         return f"{left // 60}:{left % 60:02d} left"
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Stop the progress bar."""
         if self._bar:
             self._bar.stop()
 
 
 class ProgressLine:
-    """One line for all steps of a notebook's training, written over as they are made.
+    """One line of training progress in a notebook, overwritten as steps are made.
 
-    A writer of scalars for `trial.train`, and `progress` of `train_ensemble`; several trainings may
-    share one, which then counts the steps of all.
+    A writer of scalars for `trial.train`, and the `progress` callback of `train_ensemble`; several
+    runs may share one, which then counts the steps of all.
     """
 
     def __init__(self, steps: int, *, every: float = 0.2):
-        """For so many steps in all; a line is shown for at least `every` seconds."""
+        """Count up to `steps` in all, with at least `every` seconds between updates."""
         self._steps, self._every = steps, every
         self._done, self._longest, self._shown = 0, 40, float("-inf")
         self._losses = {"loss": "", "validation": ""}
-        self._lock = threading.Lock()  # Trainings may share it from threads of their own.
+        self._lock = threading.Lock()  # Runs in several threads may share it.
         self._start = time.perf_counter()
         print(f"step 0 of {steps:,}  compiling", end="", flush=True)
 
     def __call__(self, steps: int) -> None:
-        """So many more are made."""
+        """Add `steps` to those made."""
         with self._lock:
             self._show(self._done + steps)
 
@@ -90,7 +90,7 @@ class ProgressLine:
         self._show(step)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: the line holds no resource."""
 
     def _show(self, done: int) -> None:
         self._done = done

@@ -1,4 +1,4 @@
-"""fit(): the loop around the step, with evaluation, logging, checkpoints and preemption."""
+"""fit(): the training loop, with evaluation, logging, checkpoints and preemption."""
 
 import contextlib
 import functools
@@ -19,8 +19,9 @@ from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
 from gptjax.system.exits import Diverged, Interrupted, Interrupts
-from gptjax.training.checkpoint import Checkpoints, leaf_names
-from gptjax.training.losses import LossFunction
+from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.leaves import leaf_names
+from gptjax.training.losses import LossFunction, Params
 from gptjax.training.metrics import DurableWriter, Writer
 from gptjax.training.prefetch import DevicePrefetch
 from gptjax.training.step import (
@@ -36,26 +37,26 @@ from gptjax.training.step import (
 
 
 class Batches(Protocol):
-    """A known number of batches, made when they are asked for."""
+    """A sequence of batches, each made when it is indexed."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of batches."""
         ...
 
     def __getitem__(self, index: int, /) -> Batch:
-        """One of them."""
+        """The batch at `index`."""
         ...
 
 
 @dataclass
 class Progress:
-    """What the loop remembers across restarts, saved with every checkpoint."""
+    """The loop's own state, saved with every checkpoint and restored on resumption."""
 
     step: int = 0
     tokens: int = 0
-    """Places of all batches so far; of an encoder-decoder those of the targets."""
+    """Token positions of all batches so far; of an encoder-decoder those of the targets."""
     data: dict[str, Any] = field(default_factory=dict)
-    """The data iterator's position."""
+    """The data iterator's state."""
     best_loss: float = math.inf
     best_step: int = 0
     last_loss: float = math.inf
@@ -65,22 +66,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fit:
-    """What training reached."""
+    """The result of training."""
 
-    params: Any
+    params: Params
     """After the last step."""
     progress: Progress
-    """Validation losses in nats per token, and the time taken."""
+    """Validation losses, nats per token, and the time taken, seconds."""
     compile_seconds: float
-    """Of the training step, in this session."""
+    """Compilation of the training step, in this session."""
 
 
 def fit(
     config: TrainConfig,
-    init: Callable[[], Any],
+    init: Callable[[], Params],
     *,
     mesh: Mesh,
-    axes: Any = None,
+    axes: Params | None = None,
     pmap: bool = False,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
@@ -90,28 +91,28 @@ def fit(
     writers: Sequence[Writer],
     describe: Callable[[int, float], dict[str, float]] = lambda step, tokens_per_second: {},
 ) -> Fit:
-    """Train from the last checkpoint, or from what `init` makes, to `config.steps`.
+    """Train to `config.steps`, from the last checkpoint or from initial parameters.
 
     The metrics of a step are fetched while the next one runs, so the device never waits for the
     host.
 
     Args:
-      config: how long, and how often to look.
+      config: the number of steps, and the intervals of logging, evaluation and checkpoints.
       init: makes the initial parameters.
       mesh: the devices.
-      axes: the letters of each parameter's axes, by which `mesh` parts them; None parts none.
+      axes: the letters of each parameter's axes, by which `mesh` shards them; None replicates all.
       pmap: compile the step by `jax.pmap`.
-      loss: what is minimised.
-      optimizer: what turns gradients into updates.
+      loss: the training objective.
+      optimizer: gradients to updates.
       batches: the training data, this process's rows of it, with `get_state` and `set_state`.
-      validation: batches of the held-out part, this process's rows; each evaluation uses all.
-      checkpoints: where the state is kept.
-      writers: where scalars go.
-      describe: (step, tokens per second) → further scalars of a logged step.
+      validation: held-out batches, this process's rows; each evaluation uses all.
+      checkpoints: where the state is saved and restored.
+      writers: where scalars are written.
+      describe: (step, tokens per second) → further scalars for a logged step.
 
     Raises:
       Diverged: a loss or gradient that is not finite.
-      Interrupted: SIGINT or SIGTERM to any process, once the state is saved.
+      Interrupted: SIGINT or SIGTERM to any process, after the state is saved.
       DiskError: a checkpoint that cannot be written.
       InputError: a checkpoint that does not fit.
     """
@@ -142,14 +143,14 @@ def fit(
     logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
 
     with _caught_signals() as caught:
-        late = None
+        pending = None  # The step whose metrics are not fetched yet.
         while progress.step < config.steps:
             batch = next(feed)
             state, metrics = train_step(state, batch)
             progress.step += 1
-            if late is not None:
-                logger.log(*late, state)
-            late = (progress.step, metrics)
+            if pending is not None:
+                logger.log(*pending, state)
+            pending = (progress.step, metrics)
             progress.tokens += batch.tokens.size
             logger.tokens += batch.tokens.size
 
@@ -161,15 +162,15 @@ def fit(
                 continue
             validation_loss = None
             with logger.paused():
-                logger.check(*late, state)
+                logger.check(*pending, state)
                 if evaluates:
                     validation_loss = progress.last_loss = evaluate(state.params)
                     if validation_loss < progress.best_loss:
                         progress.best_loss, progress.best_step = validation_loss, progress.step
                         saves = True
-            # Before the checkpoint, as whoever goes on from it writes no line of the steps before.
-            logger.log(*late, state, validation_loss, through=saves)
-            late = None
+            # Before the checkpoint: a resumed run does not write the lines of earlier steps again.
+            logger.log(*pending, state, validation_loss, through=saves)
+            pending = None
             if saves:
                 with logger.paused():
                     progress.data = feed.get_state()
@@ -182,27 +183,28 @@ def fit(
     return Fit(state.params, progress, compile_seconds)
 
 
-def _evaluator(step: EvalStep, batches: Batches, feed: DevicePrefetch) -> Callable[[Any], float]:
-    def evaluate(params: Any) -> float:
+def _evaluator(step: EvalStep, batches: Batches, feed: DevicePrefetch) -> Callable[[Params], float]:
+    def evaluate(params: Params) -> float:
         """Mean cross-entropy over all of `batches`, nats per token.
 
-        As in training, a batch is fetched while the next one runs, and no more than two run.
+        As in training, results are fetched while the next batch runs; at most two are in flight.
         """
-        total, weight, late = 0.0, 0.0, None
+        total, weight, pending = 0.0, 0.0, None
         for number in range(len(batches) + 1):
             running = None
             if number < len(batches):
                 running = step(params, feed.on_devices(batches[number]))
-            if late is not None:
-                total, weight = total + float(late.cross_entropy), weight + float(late.weight)
-            late = running
+            if pending is not None:
+                total += float(pending.cross_entropy)
+                weight += float(pending.weight)
+            pending = running
         return total / weight
 
     return evaluate
 
 
 class _Logger:
-    """Checks every step's metrics and writes those of the logged ones."""
+    """Checks the metrics of every step and writes those of logged steps."""
 
     def __init__(
         self,
@@ -211,7 +213,7 @@ class _Logger:
         describe: Callable[[int, float], dict[str, float]],
         checkpoints: Checkpoints,
         feed: DevicePrefetch,
-        params: Any,
+        params: Params,
     ):
         self._config = config
         self._writers = writers
@@ -221,7 +223,7 @@ class _Logger:
         self._leaf_names = leaf_names(params)
         self._since, self._waited = time.perf_counter(), feed.waited
         self.tokens = 0
-        """Of the steps since the last logged one."""
+        """Tokens of the steps since the last logged one."""
 
     def log(
         self,
@@ -232,9 +234,9 @@ class _Logger:
         *,
         through: bool = False,
     ) -> None:
-        """Check a step's metrics, and write them if it is a logged or an evaluated one.
+        """Check a step's metrics, and write them if the step is a logged or an evaluated one.
 
-        With `through`, all lines so far are then on the disk.
+        With `through`, all lines so far are on disk on return.
         """
         self.check(step, metrics, state)
         logged = step % self._config.log_every == 0 or validation_loss is not None
@@ -248,7 +250,7 @@ class _Logger:
     def _scalars(
         self, step: int, metrics: Metrics, validation_loss: float | None
     ) -> dict[str, float]:
-        """Of the steps since the last logged one."""
+        """The scalars of a logged step; rates are over the steps since the last one."""
         now = time.perf_counter()
         seconds, waited = now - self._since, self._feed.waited - self._waited
         tokens_per_second = self.tokens / seconds
@@ -266,7 +268,7 @@ class _Logger:
         return scalars
 
     def check(self, step: int, metrics: Metrics, state: State) -> None:
-        """Stop the run if the loss or the gradient is not finite."""
+        """Raise `Diverged` if the loss or the gradient is not finite."""
         if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
             return
         last = self._checkpoints.last_step
@@ -281,7 +283,7 @@ class _Logger:
         )
 
     def _suspect(self, metrics: Metrics, state: State) -> str:
-        """The leaf where it probably began; the step itself left the parameters as they were."""
+        """The leaf that probably diverged first; a step that is not finite updates no parameter."""
         finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), state.params)
         for kind, leaves in (
             ("parameter", jax.tree.leaves(finite)),
@@ -296,7 +298,7 @@ class _Logger:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent in here does not count in tokens per second."""
+        """Exclude the time spent inside from tokens per second."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -304,7 +306,7 @@ class _Logger:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """The signals (SIGINT, SIGTERM) that arrived inside; a second one acts as ever."""
+    """The signals (SIGINT, SIGTERM) that arrived inside; a second one has its usual effect."""
     caught: list[int] = []
     before = {}
 

@@ -1,7 +1,7 @@
-"""The loss of each way of training.
+"""The training losses: next-token, masked and sequence-to-sequence cross-entropy, and BERT's.
 
-A loss returns sums over tokens, not means, so that a batch computed in parts adds up to the very
-value of the whole batch whatever the parts' weights.
+A loss returns sums over tokens, not means, so that with gradient accumulation the sums of the
+microbatches give exactly the value of the whole batch, whatever their weights.
 """
 
 from typing import Any, Protocol
@@ -9,18 +9,22 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError, TrainConfig
 from gptjax.config.values import ENCODER_HEADS
 from gptjax.data.batch import Batch
 from gptjax.training.cross_entropy import LossSums, cross_entropy
 
+Params = dict[str, Any]
+"""A model's parameters: a nested dict of float32 arrays."""
+
 
 class LossFunction(Protocol):
-    """(params, batch, dropout key or None) → sums."""
+    """(params, batch, dropout key or None) → sums over tokens."""
 
-    def __call__(self, params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
-        """Sums over the batch's tokens."""
+    def __call__(self, params: Params, batch: Batch, key: jax.Array | None) -> LossSums:
+        """Sums over the tokens of the batch; without a key there is no dropout."""
         ...
 
 
@@ -33,14 +37,14 @@ def token_loss(
     balance_loss: float = 0.0,
     router_z_loss: float = 0.0,
 ) -> LossFunction:
-    """The loss of predicting `batch.targets`, whatever the family and the objective.
+    """The cross-entropy of `batch.targets`, for every model family and objective.
 
-    A decoder's targets are the tokens' successors (causal), an encoder's the tokens that were
-    masked, an encoder-decoder's the target sentence (teacher forcing): the batch says which.
-    Where the batch has `next_sentence`, BERT's loss of it is added (Devlin et al. 2018, appendix
-    A.2: the sum of both means; here rows count as much as they have tokens to be found).
+    The targets are the next tokens of a decoder (causal), the masked tokens of an encoder, the
+    target sentence of an encoder-decoder (teacher forcing), as the batch has them. Where the batch
+    has `next_sentence`, BERT's next-sentence loss is added (Devlin et al. 2018, appendix A.2: the
+    sum of both means; here each row weighs as much as it has masked tokens).
 
-    The loss raises `InputError` for such a batch and a model without the head.
+    The loss raises `InputError` for such a batch and a model without that head.
 
     Args:
       graphdef: the model's structure.
@@ -51,7 +55,7 @@ def token_loss(
       router_z_loss: weight of its router's z-loss.
     """
 
-    def loss(params: Any, batch: Batch, key: jax.Array | None) -> LossSums:
+    def loss(params: Params, batch: Batch, key: jax.Array | None) -> LossSums:
         model = nnx.merge(graphdef, params)
         output = model.hidden(batch.tokens, key=key, **batch.inputs())
         sums = cross_entropy(
@@ -65,18 +69,19 @@ def token_loss(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-        # What is asked of a row as a whole counts as often as the row's tokens: divided by the
-        # weights it is a mean over the rows.
-        of_rows = []
+        # A loss of a whole row counts once per token of the row: divided by the sum of weights it
+        # is a mean over rows.
+        row_losses = []
         if output.router_losses is not None:
             router = output.router_losses
-            of_rows.append(balance_loss * router.balance + router_z_loss * router.z)
+            row_losses.append(balance_loss * router.balance + router_z_loss * router.z)
         if batch.next_sentence is not None:
             labels = jnp.asarray(batch.next_sentence)
-            of_rows.append(_next_sentence_loss(model, output.hidden, labels))
-        if not of_rows:
+            row_losses.append(_next_sentence_loss(model, output.hidden, labels))
+        if not row_losses:
             return sums
-        return sums._replace(loss=sums.loss + (sum(of_rows) * batch.loss_weights.sum(axis=1)).sum())
+        added = (sum(row_losses) * batch.loss_weights.sum(axis=1)).sum()
+        return sums._replace(loss=sums.loss + added)
 
     return loss
 
@@ -93,12 +98,14 @@ def training_loss(graphdef: nnx.GraphDef, config: TrainConfig) -> LossFunction:
     )
 
 
-def _next_sentence_loss(model: Any, hidden: jax.Array, labels: jax.Array) -> jax.Array:
-    """[B, T, D] and [B] → [B]: cross-entropy of whether the second segment follows the first."""
+def _next_sentence_loss(
+    model: Any, hidden: Float[Array, "B T D"], labels: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """BERT's next-sentence loss: cross-entropy of whether segment B follows segment A, nats."""
     heads = model.config.encoder_heads
     if "next_sentence" not in ENCODER_HEADS[heads]:
         raise InputError(
-            "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
+            "The batch has next_sentence labels: TransformerConfig.encoder_heads must be "
             f"'pretraining', and is {heads!r}."
         )
     log_probability = jax.nn.log_softmax(model.next_sentence_logits(hidden))

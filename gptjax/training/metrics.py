@@ -1,4 +1,4 @@
-"""What a run tells of itself while it trains: throughput, MFU, and the places they are written."""
+"""Training metrics: throughput, MFU, and the writers of metrics.jsonl and Weights & Biases."""
 
 import contextlib
 import importlib
@@ -38,29 +38,29 @@ MFU_FORMULA = "MFU = tokens/s × training FLOPs per token / peak FLOP/s"
 
 
 BUSY = 0.1
-"""Share of a machine's CPU time from which on other programs spoil a measurement."""
+"""Share of a machine's CPU time above which other programs spoil a measurement."""
 CLOCK_TICK = 0.01
-"""Seconds that a system counts CPU time in."""
+"""Resolution of the system's CPU times, seconds."""
 
 
 class Peak(NamedTuple):
-    """The most that a device could do."""
+    """Peak arithmetic throughput."""
 
     flops: float
     """FLOP/s of all devices together."""
     source: str
-    """Where the figure comes from, for the reader of the log."""
+    """Where the figure comes from, for the log."""
 
 
 def peak_flops() -> Peak:
-    """The peak of the devices in use: the data sheet's where it is known, else measured here."""
+    """The peak of all devices: from the data sheet where it is known, else measured here."""
     device, count = jax.devices()[0], jax.device_count()
     chip = chip_of(device.device_kind)
     if chip is not None:
         flops = count * chip.flops / chip.devices
         return Peak(flops, f"{count} × {device.device_kind}, dense bfloat16 data sheet")
     if device.platform == "cpu":
-        # Virtual CPU devices share the cores that one product already uses.
+        # Virtual CPU devices share the cores, all of which one matmul already uses.
         before, others_before = _cpu_seconds()
         measured = measured_matmul_flops()
         after, others_after = _cpu_seconds()
@@ -74,15 +74,17 @@ def peak_flops() -> Peak:
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """CPU time of this machine so far, idle time too, and how much of it other programs took."""
+    """CPU seconds of this machine so far, idle included, and those taken by other programs."""
     times = psutil.cpu_times()
-    guests = getattr(times, "guest", 0) + getattr(times, "guest_nice", 0)  # In user and nice, too.
+    guests = getattr(times, "guest", 0) + getattr(
+        times, "guest_nice", 0
+    )  # Counted in user and nice too.
     everything, idle = sum(times) - guests, times.idle + getattr(times, "iowait", 0)
     return everything, everything - idle - time.process_time()
 
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few float32 products of size × size matrices."""
+    """FLOP/s of the fastest of a few float32 matmuls of size × size matrices."""
     matrix = jnp.ones((size, size), jnp.float32)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     seconds = []
@@ -94,29 +96,29 @@ def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
 
 
 class Writer(Protocol):
-    """A place for scalars."""
+    """A destination of scalars."""
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Record `scalars` at `step`."""
         ...
 
     def close(self) -> None:
-        """Flush and let go."""
+        """Flush and close."""
         ...
 
 
 @runtime_checkable
 class DurableWriter(Writer, Protocol):
-    """A writer whose lines must be on the disk before the checkpoint that they lead to."""
+    """A writer whose lines must be on disk before the checkpoint of the last of their steps."""
 
     def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
-        """Record `scalars`, if there are any, and return when all so far is on the disk."""
+        """Record `scalars`, if there are any, and return when everything so far is on disk."""
         ...
 
 
 @contextlib.contextmanager
 def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iterator[list[Writer]]:
-    """The writers of a run that goes on from `resume_step`; in process 0 alone.
+    """The writers of a run that resumes from `resume_step`; none in processes other than 0.
 
     Weights & Biases is one of them where its own variable `WANDB_PROJECT` is set.
     """
@@ -139,17 +141,17 @@ def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iter
 
 
 class JsonlWriter:
-    """One JSON object a line, `step` first; lines of steps after `resume_step` are dropped.
+    """JSON Lines, `step` first; lines of steps after `resume_step` are dropped.
 
-    So are damaged ones, with a sentence on standard error that says which, as it does of lines that
-    are missing at the end where there should be one for every `log_every` steps. A line ends with
-    its checksum (`gptjax.config.sealed`).
+    Damaged lines are dropped too, and named on standard error, as are lines missing at the end,
+    where there should be one for every `log_every` steps. Each line ends with its checksum
+    (`gptjax.config.sealed`).
     """
 
     def __init__(self, path: Path, resume_step: int, log_every: int):
         self._path = path
         kept = [line for line in _undamaged(path) if line["step"] <= resume_step]
-        _say_lost_behind(path, kept, resume_step, log_every)
+        _report_missing(path, kept, resume_step, log_every)
         text = "".join(map(line_of, kept)).encode()
         if not path.exists() or path.read_bytes() != text:
             with replacing(path, path.with_suffix(".tmp")) as file:
@@ -157,15 +159,15 @@ class JsonlWriter:
         self._file = path.open("a")
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one line, at once readable by others."""
+        """Append one line, which other processes can read at once."""
         self._append(step, scalars)
 
     def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
-        """Append one line, if there are scalars, and return when all lines are on the disk.
+        """Append one line, if there are scalars, and return when all lines are on disk.
 
         Raises:
           OSError: the disk fails.
-          DiskError: the file is no longer where it was.
+          DiskError: the file was deleted or replaced.
         """
         if scalars is not None:
             self._append(step, scalars)
@@ -173,7 +175,7 @@ class JsonlWriter:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                 return
-        raise DiskError(f"{self._path} was deleted or replaced while this run wrote it.")
+        raise DiskError(f"{self._path} was deleted or replaced while this run was writing it.")
 
     def close(self) -> None:
         """Close the file."""
@@ -185,7 +187,7 @@ class JsonlWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; a run that goes on in its directory goes on there too.
+    """Weights & Biases; a run that is resumed in its directory is resumed there too.
 
     Raises:
       InputError: wandb is not installed.
@@ -193,7 +195,7 @@ class WandbWriter:
 
     def __init__(self, project: str, directory: Path):
         try:
-            # By name, since the package is there only with the extra `wandb`.
+            # By name, since the package is installed only with the extra `wandb`.
             wandb = importlib.import_module("wandb")
         except ImportError as error:
             raise InputError(
@@ -223,31 +225,31 @@ class WandbWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, if it is there, without a last one that was cut short.
+    """The lines of a `metrics.jsonl`, if it exists, without an incomplete last line.
 
-    Those that are damaged are left out, and a sentence on standard error says which: what is no
-    object of numbers, or has a step that its neighbours cannot have. So it does of lines that are
-    missing at the end: they were on the disk before the newest of the run's checkpoints.
+    Damaged lines are skipped and named on standard error: those that are no object of numbers, or
+    whose step is out of order. So are lines missing at the end, since lines are on disk before the
+    checkpoint of their step.
     """
     lines = _undamaged(path)
     checkpoints, config = path.parent / CHECKPOINTS, path.parent / "config.json"
     if path.exists():
         with contextlib.suppress(InputError, KeyError, TypeError):
             log_every = read_json_object(config)["train"]["log_every"]
-            _say_lost_behind(path, lines, max(survey(checkpoints)[0], default=0), log_every)
+            _report_missing(path, lines, max(survey(checkpoints)[0], default=0), log_every)
     return lines
 
 
-def _say_lost_behind(path: Path, lines: list[dict[str, Any]], until: int, log_every: int) -> None:
-    """Say that lines are missing at the end, if there should be some up to the step `until`."""
+def _report_missing(path: Path, lines: list[dict[str, Any]], until: int, log_every: int) -> None:
+    """Say on standard error if lines up to the step `until` are missing at the end."""
     last = lines[-1]["step"] if lines else 0
     if until // log_every > last // log_every:
-        lost = f"those behind step {last}" if lines else "all"
-        print(f"{path}: lines are lost, {lost} up to step {until}.", file=sys.stderr)
+        lost = f"those after step {last}" if lines else "all"
+        print(f"{path}: lines are missing, {lost} up to step {until}.", file=sys.stderr)
 
 
 def _undamaged(path: Path) -> list[dict[str, Any]]:
-    """The lines but for damaged ones, which are named on standard error."""
+    """The undamaged lines; the others are named on standard error."""
     if not path.exists():
         return []
     *written, _ = path.read_bytes().split(b"\n")
@@ -268,12 +270,12 @@ def _undamaged(path: Path) -> list[dict[str, Any]]:
 
 
 def line_of(scalars: dict[str, Any]) -> str:
-    """The line of a `metrics.jsonl` with these scalars, `step` first, and its checksum."""
+    """A line of a `metrics.jsonl`: these scalars, `step` first, and their checksum."""
     return json.dumps(sealed(scalars)) + "\n"
 
 
 def _scalars(text: bytes, sealed_lines: bool) -> dict[str, Any] | None:
-    """A line's content; None of one that is not what was written, or that nothing here writes."""
+    """The content of a line; None of a damaged line, or one that no writer here writes."""
     try:
         line = parse_json(text, "a line")
         if sealed_lines and isinstance(line, dict):
@@ -285,15 +287,15 @@ def _scalars(text: bytes, sealed_lines: bool) -> dict[str, Any] | None:
 
 
 def _loss(lost: list[int], kept: list[tuple[int, dict[str, Any]]]) -> str:
-    """Which lines were lost, as far as those around them tell."""
+    """Which lines were lost, with the steps of the lines around them."""
     words = []
     for _, run in itertools.groupby(enumerate(lost), lambda pair: pair[1] - pair[0]):
         numbers = [number for _, number in run]
         which = f"line {numbers[0]}" if len(numbers) == 1 else f"lines {numbers[0]}-{numbers[-1]}"
         before = [line["step"] for number, line in kept if number < numbers[0]][-1:]
         after = [line["step"] for number, line in kept if number > numbers[0]][:1]
-        where = [f"behind step {step}" for step in before]
+        where = [f"after step {step}" for step in before]
         where += [f"before step {step}" for step in after]
         words.append(f"{which} ({' and '.join(where)})" if where else which)
     verb = "is damaged and is" if len(lost) == 1 else "are damaged and are"
-    return f"{', '.join(words)} {verb} left out"
+    return f"{', '.join(words)} {verb} skipped"

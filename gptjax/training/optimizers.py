@@ -1,22 +1,22 @@
-"""Optimizers and schedules, and the rules of which parameter gets what.
+"""Optimizers and learning rate schedules, and which parameters decay or get Muon.
 
-| `optimizer.name` | an update's direction | source |
+| `optimizer.name` | the update's direction | source |
 |---|---|---|
-| adamw | first moment over the root of the second, both corrected | Loshchilov & Hutter 2019 |
+| adamw | first moment over the root of the second, both bias-corrected | Loshchilov & Hutter 2019 |
 | nadamw | the same with Nesterov's momentum | Dozat 2016 |
-| adabelief | the second moment is of the gradient's deviation | Zhuang et al. 2020 |
-| radam | adamw, its early steps rectified | Liu et al. 2020 |
+| adabelief | adamw with the second moment of the gradient's deviation | Zhuang et al. 2020 |
+| radam | adamw, rectified for the variance of its early steps | Liu et al. 2020 |
 | lion | the sign of an interpolated momentum | Chen et al. 2023 |
 | rmsprop | the gradient over the root of the second moment | Hinton 2012 |
-| sgd | the gradient's momentum | Sutskever et al. 2013 |
-| muon | matrices: the momentum, orthogonalised; all else: adamw | Jordan 2024 |
+| sgd | the momentum | Sutskever et al. 2013 |
+| muon | of matrices: the momentum, orthogonalised; of all else: adamw | Jordan 2024 |
 
-All are Optax's but Muon, and with all of them weights decay apart from the gradient. Which leaf
-gets what goes by its name, not by its rank: stacked biases are matrices too.
+All but Muon are Optax's, and all have decoupled weight decay. Leaves are told apart by name, not by
+rank: stacked biases are matrices too.
 
-| leaf | decays | Muon |
+| leaf | weight decay | Muon |
 |---|---|---|
-| `kernel` of a block or an LSTM | yes | yes, but the router's |
+| `kernel` of a block or an LSTM | yes | yes, except the router's |
 | `kernel` elsewhere | yes | no |
 | `table` of an embedding or the head | yes | no |
 | `scale`, `bias` | no | no |
@@ -30,32 +30,34 @@ from typing import Any, NamedTuple, assert_never
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from gptjax.config import InputError, OptimizerConfig
 from gptjax.config.values import OptimizerName, exhaustive
+from gptjax.training.losses import Params
 
 INPUT_AXES = {"output": 2, "compress_key": 3, "compress_value": 3}
-"""Of the kernels with more than one axis of inputs, how many they have."""
+"""The number of input axes of kernels that have more than one."""
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_EPSILON = 1e-7
-"""Muon's numbers (Jordan 2024)."""
+"""Muon's constants (Jordan 2024)."""
 
 
 class MatrixAxes(NamedTuple):
-    """Of a kernel, what makes the rows and the columns of a matrix; other axes count matrices."""
+    """The axes of a kernel that are a matrix's rows and columns; other axes count matrices."""
 
     reduction_axis: tuple[int, ...]
-    """The axes of its inputs."""
+    """The input axes."""
     output_axis: tuple[int, ...]
-    """The axes of its outputs, the last ones."""
+    """The output axes, the last ones."""
 
 
 def learning_rate_schedule(
-    config: OptimizerConfig, peak: float | jax.Array, steps: int
+    config: OptimizerConfig, peak: float | Float[Array, ""], steps: int
 ) -> optax.Schedule:
-    """Step → learning rate: a linear warm-up to `peak`, then what `config.schedule` names.
+    """Step → learning rate: linear warm-up to `peak`, then the schedule `config.schedule`.
 
     Sources: cosine, Loshchilov & Hutter 2017; wsd (warm-up, stable, decay), Hu et al. 2024.
 
@@ -83,26 +85,26 @@ def learning_rate_schedule(
 def build_optimizer(
     config: OptimizerConfig,
     steps: int,
-    learning_rate: float | jax.Array | None = None,
-    rate_factors: Any = None,
+    learning_rate: float | Float[Array, ""] | None = None,
+    rate_factors: Params | None = None,
 ) -> optax.GradientTransformation:
-    """Clipping, the direction that `config.name` names, decoupled weight decay, learning rate.
+    """The optimizer: clipping, the direction of `config.name`, decoupled decay, learning rate.
 
     Muon's update is that of Jordan's code (github.com/KellerJordan/Muon, `muon.py`): Nesterov
-    momentum without bias correction, `orthogonalised`, decoupled weight decay. What differs: the
-    Newton-Schulz iteration runs in float32 instead of bfloat16; the matrix of a kernel with more
-    than two axes, and the scale of its update, is that of all its inputs by all its outputs, each
-    layer's and expert's on its own; gradients are clipped first, as `clip_norm` says; and all else
-    gets the AdamW of `name="adamw"` with the config's numbers (in Jordan's code betas of 0.9 and
-    0.95, epsilon 1e-10 and no decay). optax.contrib.muon corrects the momentum's bias, with
-    different factors for its two terms, and gives all else Nesterov's Adam.
+    momentum without bias correction, `orthogonalised`, decoupled weight decay. Differences: the
+    Newton-Schulz iteration runs in float32 instead of bfloat16; a kernel with more than two axes is
+    a matrix of all its inputs by all its outputs, one for each layer and expert, and so is the
+    scale of its update; gradients are clipped first, to `clip_norm`; and all else gets the AdamW of
+    `name="adamw"` with the config's hyperparameters (in Jordan's code betas of 0.9 and 0.95,
+    epsilon 1e-10 and no decay). optax.contrib.muon corrects the momentum's bias, with different
+    factors for its two terms, and gives all else Nesterov's Adam.
 
     Args:
-      config: which, and how.
+      config: the optimizer and its hyperparameters.
       steps: of the whole run.
       learning_rate: the peak, where one program trains at several; None takes the config's.
-      rate_factors: what AdamW's learning rate is multiplied by, a tree like the parameters of
-        numbers (`gptjax.runs.mup`); None is 1. The weight decay does not change.
+      rate_factors: multipliers of AdamW's learning rate, a tree like the parameters of numbers
+        (`gptjax.runs.mup`); None is 1. The weight decay does not change.
 
     Raises:
       InputError: a warm-up as long as the run, or factors for Muon.
@@ -110,15 +112,14 @@ def build_optimizer(
     if rate_factors is not None and config.name != "adamw":
         raise InputError(
             f"OptimizerConfig.name is {config.name!r}: it must be adamw for learning rates that "
-            "follow the width (muP), of which Muon's matrices need none, having been "
-            "orthogonalised."
+            "scale with the width (muP). Muon's orthogonalised updates need no such scaling."
         )
     peak = config.learning_rate if learning_rate is None else learning_rate
-    # The factors come before the decay, so that in a step a weight loses the same share of itself
-    # at every width: decay is of the weight's own size, which no width has to correct.
+    # The factors come before the decay, so that weight decay per step is the same at every width:
+    # it is proportional to the weight, and needs no correction.
     direction = DIRECTIONS[config.name](config)
     if rate_factors is not None:
-        direction = optax.chain(direction, _multiplied_by(rate_factors))
+        direction = optax.chain(direction, _scale_by_factors(rate_factors))
     update = optax.chain(
         direction,
         optax.add_decayed_weights(config.weight_decay, mask=decays),
@@ -151,16 +152,16 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
         "lion": lambda c: optax.scale_by_lion(c.beta1, c.beta2, c.mu_dtype),
         "rmsprop": lambda c: optax.scale_by_rms(c.beta2, c.epsilon),
         "sgd": lambda c: optax.trace(c.beta1, accumulator_dtype=c.mu_dtype),
-        "muon": _adam,  # Of all but the matrices.
+        "muon": _adam,  # For all but the matrices.
     },
 )
-"""What a gradient becomes before the decay and the learning rate."""
+"""The direction of an update, before weight decay and learning rate, by optimizer."""
 
 
 def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon of matrices alone."""
+    """Muon, for matrices alone."""
     return optax.chain(
-        # Jordan's buffer averages the gradients, where a trace sums them.
+        # Jordan's momentum buffer averages the gradients; optax.trace sums them.
         optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.mu_dtype),
         optax.scale(1 - MUON_MOMENTUM),
         optax.stateless(
@@ -171,18 +172,20 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
     )
 
 
-def orthogonalised(update: jax.Array, dimensions: MatrixAxes) -> jax.Array:
-    """Each matrix U S Vᵀ of `update` as about U Vᵀ, times √max(1, outputs / inputs).
+def orthogonalised(update: Float[Array, "..."], dimensions: MatrixAxes) -> Float[Array, "..."]:
+    """Each matrix U S Vᵀ of `update` replaced by about U Vᵀ, times √max(1, outputs / inputs).
 
-    The quintic Newton-Schulz iteration of Jordan 2024 brings singular values near 1, not onto it.
+    The quintic Newton-Schulz iteration of Jordan 2024 brings singular values near 1, not to it.
 
     Args:
       update: [..., *inputs, *outputs], of which the leading axes count matrices.
-      dimensions: the axes of the inputs and of the outputs.
+      dimensions: the input and output axes.
     """
     inputs, outputs = (math.prod(update.shape[axis] for axis in axes) for axes in dimensions)
     x = update.reshape(-1, inputs, outputs)
-    x = x if inputs <= outputs else x.mT  # The products that follow are of the shorter side.
+    x = (
+        x if inputs <= outputs else x.mT
+    )  # So that the Gram matrices have the size of the shorter side.
     x /= jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + NEWTON_SCHULZ_EPSILON
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
 
@@ -196,21 +199,21 @@ def orthogonalised(update: jax.Array, dimensions: MatrixAxes) -> jax.Array:
     return max(1.0, outputs / inputs) ** 0.5 * x.reshape(update.shape)
 
 
-def _multiplied_by(factors: Any) -> optax.GradientTransformation:
+def _scale_by_factors(factors: Params) -> optax.GradientTransformation:
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda update, factor: factor * update, updates, factors)
     )
 
 
-def decays(params: Any) -> Any:
-    """The tree of `params` with True where weight decay applies."""
+def decays(params: Params) -> Params:
+    """The weight decay mask: the tree of `params` with True where it applies."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key in ("kernel", "table"), params
     )
 
 
-def _partition(params: Any) -> Any:
-    """The tree of `params` with the name of the transformation that updates each."""
+def _partition(params: Params) -> Params:
+    """The tree of `params` with the label, "muon" or "adamw", of the update of each."""
     return jax.tree.map(
         lambda _, dimensions: "adamw" if dimensions is None else "muon",
         params,
@@ -218,8 +221,8 @@ def _partition(params: Any) -> Any:
     )
 
 
-def muon_dimensions(params: Any) -> Any:
-    """The tree of `params` with the axes that Muon multiplies along, None where AdamW updates.
+def muon_dimensions(params: optax.Params) -> Params:
+    """The tree of `params` with the matrix axes of those that Muon updates, None for AdamW.
 
     A layer's kernel is [L, ...inputs, ...outputs], an expert's [L, E, input, output]: L and E count
     matrices.

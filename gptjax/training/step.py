@@ -1,4 +1,4 @@
-"""The step: pure functions of state and batch, compiled with the state donated."""
+"""The training and evaluation steps: pure functions of state and batch, compiled for a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -10,66 +10,74 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
-from gptjax.training.losses import LossFunction
+from gptjax.training.losses import LossFunction, Params
 
 
 class State(NamedTuple):
-    """All that training changes; a checkpoint holds this and the data's position."""
+    """The training state; a checkpoint holds it and the data iterator's state."""
 
-    step: jax.Array
+    step: Int[Array, ""]
     """Steps done, int32."""
-    params: Any
+    params: Params
     """Nested dict of float32 arrays."""
-    optimizer: Any
-    """Optax's state."""
+    optimizer: optax.OptState
+    """The optimizer's state."""
 
 
 class Metrics(NamedTuple):
-    """What a step says of itself."""
+    """The metrics of a training step."""
 
-    loss: jax.Array
-    """Mean of what is minimised, nats per token."""
-    cross_entropy: jax.Array
+    loss: Float[Array, ""]
+    """Mean of the training objective, nats per token."""
+    cross_entropy: Float[Array, ""]
     """Mean cross-entropy, nats per token."""
-    grad_norm: jax.Array
+    grad_norm: Float[Array, ""]
     """Global norm of the gradient before clipping."""
-    leaf_norms: Any
-    """The same a leaf: the tree of the parameters, to name a suspect when the loss is NaN."""
+    leaf_norms: Params
+    """The norm of each leaf's gradient, in the tree of the parameters, to find the source of a
+    NaN."""
 
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
-EvalStep = Callable[[Any, Batch], LossSums]
+EvalStep = Callable[[Params, Batch], LossSums]
 
 
 def init_state(
-    init: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh, axes: Any = None
+    init: Callable[[], Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    axes: Params | None = None,
 ) -> State:
-    """The state before the first step, each device making its own part of it.
+    """The state before the first step, each device initialising its own shard of it.
 
     Args:
       init: makes the parameters.
-      optimizer: makes its state of them.
+      optimizer: makes its state from them.
       mesh: the devices.
-      axes: the letters of each parameter's axes, in the tree of the parameters; None gives every
-        device all of the state.
+      axes: the letters of each parameter's axes, in the tree of the parameters; None
+        replicates the state on every device.
 
     Raises:
-      InputError: a parameter that the mesh cannot part.
+      InputError: a parameter that the mesh cannot shard.
     """
     lowered = lower_first_state(init, optimizer, mesh, axes)
     return compile_for_once(lowered, mesh.devices.flat[0].platform)()
 
 
 def lower_first_state(
-    init: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh, axes: Any = None
+    init: Callable[[], Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    axes: Params | None = None,
 ) -> jax.stages.Lowered:
-    """What `init_state` compiles."""
+    """The program of `init_state`, lowered."""
     shapes = state_shapes(init, optimizer, mesh, axes)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     first = functools.partial(_first_state, init, optimizer)
@@ -77,34 +85,37 @@ def lower_first_state(
 
 
 def compile_for_once(lowered: jax.stages.Lowered, platform: str) -> jax.stages.Compiled:
-    """A program that runs once: on a CPU full effort takes 2 to 5 times as long to compile."""
+    """Compile a program that runs once: less optimised on a CPU, and 2 to 5 times as fast."""
     return lowered.compile({"xla_backend_optimization_level": "1"} if platform == "cpu" else {})
 
 
 def state_shapes(
-    init: Callable[[], Any], optimizer: optax.GradientTransformation, mesh: Mesh, axes: Any = None
+    init: Callable[[], Params],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    axes: Params | None = None,
 ) -> State:
-    """What `init_state` would make: shapes, dtypes, and who holds which part."""
+    """The shapes, dtypes and shardings of what `init_state` returns."""
     shapes = jax.eval_shape(functools.partial(_first_state, init, optimizer))
-    parts = {}
+    letters_of = {}
     if axes is not None:
         for path, letters in jax.tree_util.tree_leaves_with_path(axes):
-            parts[path] = letters
+            letters_of[path] = letters
 
-    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # A moment stands in the optimizer's state under the path of its parameter.
-        ends = (path[start:] for start in range(len(path)))
-        own = next((end for end in ends if end in parts), None)
+    def sharded(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The path of a moment in the optimizer's state ends with the path of its parameter.
+        suffixes = (path[start:] for start in range(len(path)))
+        own = next((suffix for suffix in suffixes if suffix in letters_of), None)
         sharding = NamedSharding(mesh, P())
-        if own is not None and len(parts[own]) == leaf.ndim:
+        if own is not None and len(letters_of[own]) == leaf.ndim:
             name = jax.tree_util.keystr(own, simple=True, separator=".")
-            sharding = parameter_sharding(name, parts[own], leaf.shape, mesh)
+            sharding = parameter_sharding(name, letters_of[own], leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map_with_path(placed, shapes)
+    return jax.tree_util.tree_map_with_path(sharded, shapes)
 
 
-def _first_state(init: Callable[[], Any], optimizer: optax.GradientTransformation) -> State:
+def _first_state(init: Callable[[], Params], optimizer: optax.GradientTransformation) -> State:
     params = init()
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -115,17 +126,17 @@ def train_step(
     *,
     loss: LossFunction,
     optimizer: optax.GradientTransformation,
-    seed: int | jax.Array = 0,
+    seed: int | Int[Array, ""] = 0,
     grad_accumulation: int = 1,
     axis: str | None = None,
 ) -> tuple[State, Metrics]:
-    """One optimizer step; its dropout key follows from `seed` and the step's number.
+    """One optimizer step: (state, batch) → (state, metrics).
 
-    With `axis`, the batch is one device's share, and sums are taken over that mesh axis.
-
-    The batch is computed in `accumulate` parts whose sums are added before the division by their
-    weight, so that the parts give the gradient of the whole. A step whose loss or gradient is not
-    finite changes no parameter: the loop stops there with the state that led to it.
+    The dropout key is a function of `seed` and the step. With `axis`, the batch is one device's
+    shard, and sums are taken over that mesh axis. The loss sums and gradients of the
+    `grad_accumulation` microbatches are added before the division by their weight, so that they
+    equal those of the whole batch. A step whose loss or gradient is not finite updates no
+    parameter: the loop stops there, with the state that led to it.
     """
     key = jax.random.fold_in(random_key(seed), state.step)
     if axis is not None:
@@ -143,53 +154,55 @@ def train_step(
     )
     finite = jnp.isfinite(metrics.loss) & jnp.isfinite(metrics.grad_norm)
 
-    def update(params: Any, optimizer_state: Any) -> tuple[Any, Any]:
+    def update(params: Params, optimizer_state: optax.OptState) -> tuple[Any, Any]:
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state
 
-    # A condition, not a select a leaf, which costs XLA a copy of every moment on a CPU.
+    # lax.cond, not a select per leaf, for which XLA copies every moment on a CPU.
     params, optimizer_state = jax.lax.cond(
         finite, update, lambda *unchanged: unchanged, state.params, state.optimizer
     )
     return State(state.step + 1, params, optimizer_state), metrics
 
 
-def _summed_gradients(params, batch, key, loss, grad_accumulation) -> tuple[LossSums, Any]:
-    """Loss sums and the gradient of the summed loss over the parts of a batch."""
+def _summed_gradients(
+    params: Params, batch: Batch, key: jax.Array, loss: LossFunction, grad_accumulation: int
+) -> tuple[LossSums, Params]:
+    """Loss sums and the gradient of the summed loss, over the microbatches of a batch."""
 
-    def part_gradients(part: Batch, key: jax.Array) -> tuple[LossSums, Any]:
-        def summed(params: Any) -> tuple[jax.Array, LossSums]:
-            sums = loss(params, part, key)
+    def gradients_of(microbatch: Batch, key: jax.Array) -> tuple[LossSums, Params]:
+        def summed(params: Params) -> tuple[jax.Array, LossSums]:
+            sums = loss(params, microbatch, key)
             return sums.loss, sums
 
         (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(params)
         return sums, gradients
 
     if grad_accumulation == 1:
-        return part_gradients(batch, key)
+        return gradients_of(batch, key)
 
-    def add_part(total, part):
-        index, tokens = part
-        gradients = part_gradients(tokens, jax.random.fold_in(key, index))
+    def accumulate(total, indexed):
+        index, microbatch = indexed
+        gradients = gradients_of(microbatch, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, gradients), None
 
-    def parted(array: jax.Array) -> jax.Array:
-        # Every part has rows of every device.
+    def split(array: jax.Array) -> jax.Array:
+        # Every microbatch has rows of every device.
         return array.reshape(-1, grad_accumulation, *array.shape[1:]).swapaxes(0, 1)
 
-    parts = jax.tree.map(parted, batch)
+    microbatches = jax.tree.map(split, batch)
     zero = jax.tree.map(jnp.zeros_like, params)
     start = LossSums(jnp.float32(0), jnp.float32(0), jnp.float32(0)), zero
-    return jax.lax.scan(add_part, start, (jnp.arange(grad_accumulation), parts))[0]
+    return jax.lax.scan(accumulate, start, (jnp.arange(grad_accumulation), microbatches))[0]
 
 
 def sum_over_devices(tree: Any, axis: str | None) -> Any:
-    """Each leaf summed over the devices of a mesh axis, all in one collective operation.
+    """Each leaf summed over the devices of a mesh axis, by a single all-reduce.
 
-    One, because XLA's CPU devices share a pool of as many threads, and each collective holds a
-    thread until every device has joined it: several at a time can leave none for the device that
-    is waited for, and the program then stands still. For the same reason at most two steps may be
-    in flight: fetch the metrics of one before starting the one after next.
+    A single one, because XLA's CPU devices share a pool of as many threads, and each collective
+    holds a thread until every device has joined it: several at a time can leave none for the last
+    device, a deadlock. For the same reason at most two steps may be in flight: fetch the metrics of
+    one before starting the one after next.
     """
     if axis is None:
         return tree
@@ -210,99 +223,100 @@ def lower_train_step(
 ) -> jax.stages.Lowered:
     """`train_step` for `state` and `batch` (arrays or their shapes); the state is donated.
 
-    Where rows alone are split, each device holds the state and takes its share of the batch; with
-    more axes the compiler parts the one program, by the constraints of `gptjax.parallel.sharding`.
+    With data parallelism alone, each device holds the whole state and its shard of the batch; with
+    more mesh axes the compiler partitions the program, by the constraints of
+    `gptjax.parallel.sharding`.
     """
     step = functools.partial(
         train_step, loss=loss, optimizer=optimizer, seed=seed, grad_accumulation=grad_accumulation
     )
     if partitioned(mesh):
-        kept = jax.tree.map(lambda leaf: leaf.sharding, state), None
-        return _lower_partitioned(step, mesh, state, batch, out_shardings=kept, donate_argnums=0)
+        outputs = jax.tree.map(lambda leaf: leaf.sharding, state), None
+        return _lower_partitioned(step, mesh, state, batch, out_shardings=outputs, donate_argnums=0)
     step = functools.partial(step, axis=_axis(mesh))
     if pmap:
         return _lower_pmap(step, mesh, state, batch)
-    return _lower_on_shares(step, mesh, state, batch, donate_argnums=0)
+    return _lower_data_parallel(step, mesh, state, batch, donate_argnums=0)
 
 
 def compile_train_step(*arguments: Any, **options: Any) -> TrainStep:
-    """What `lower_train_step` gives, compiled."""
+    """The program of `lower_train_step`, compiled."""
     return lower_train_step(*arguments, **options).compile()
 
 
-def compile_eval_step(loss: LossFunction, params: Any, batch: Batch, mesh: Mesh) -> EvalStep:
-    """(params, batch) → loss sums, without dropout."""
+def compile_eval_step(loss: LossFunction, params: Params, batch: Batch, mesh: Mesh) -> EvalStep:
+    """The compiled evaluation step: (params, batch) → loss sums, without dropout."""
 
-    def step(params: Any, batch: Batch, axis: str | None = None) -> LossSums:
+    def step(params: Params, batch: Batch, axis: str | None = None) -> LossSums:
         return sum_over_devices(loss(params, batch, None), axis)
 
     if partitioned(mesh):
         return _lower_partitioned(step, mesh, params, batch).compile()
     step = functools.partial(step, axis=_axis(mesh))
-    return _lower_on_shares(step, mesh, params, batch).compile()
+    return _lower_data_parallel(step, mesh, params, batch).compile()
 
 
 class CompiledByShape:
-    """A step that is compiled anew for each shape of batch that it meets, and kept."""
+    """A step that is compiled once for each shape of batch."""
 
     def __init__(self, compile: Callable[..., Callable]):
-        """Take `compile(whole, batch)`, which gives the compiled step."""
+        """Take `compile(state, batch)`, which returns the compiled step."""
         self._compile = compile
         self._compiled: dict[Any, Callable] = {}
 
-    def prepare(self, whole: Any, batch: Batch) -> Callable:
-        """The step for batches of that shape."""
+    def prepare(self, state: Any, batch: Batch) -> Callable:
+        """The step compiled for batches of that shape; `state` is its first argument."""
         shapes = tuple(None if array is None else array.shape for array in batch)
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._compile(whole, batch)
+            self._compiled[shapes] = self._compile(state, batch)
         return self._compiled[shapes]
 
-    def __call__(self, whole: Any, batch: Batch) -> Any:
-        """Run it."""
-        return self.prepare(whole, batch)(whole, batch)
+    def __call__(self, state: Any, batch: Batch) -> Any:
+        """Run the step, compiled if its shape is new."""
+        return self.prepare(state, batch)(state, batch)
 
 
 def _axis(mesh: Mesh) -> str | None:
-    """The axis to sum over; None on a single device, where the sum would only copy."""
+    """The mesh axis to sum over; None on a single device, where the sum would only copy."""
     return DATA if mesh.size > 1 else None
 
 
-def _lower_on_shares(
-    step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any
+def _lower_data_parallel(
+    step: Callable, mesh: Mesh, replicated: Any, batch: Batch, **options: Any
 ) -> jax.stages.Lowered:
-    """`step(whole, batch)`, each device of `mesh` with all of `whole` and its share of `batch`."""
-    shared = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
+    """`step(replicated, batch)` by shard_map, each device with its shard of `batch`."""
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
     shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA))
-    return jax.jit(shared, in_shardings=shardings, **options).lower(whole, batch)
+    return jax.jit(mapped, in_shardings=shardings, **options).lower(replicated, batch)
 
 
-def _lower_pmap(step: Callable, mesh: Mesh, whole: Any, batch: Batch) -> jax.stages.Lowered:
+def _lower_pmap(step: Callable, mesh: Mesh, replicated: Any, batch: Batch) -> jax.stages.Lowered:
     """The same by `jax.pmap`, which maps over a leading axis of devices.
 
     Raises:
-      InputError: several processes, of which each would map over its own devices alone.
+      InputError: several processes, each of which would map over its own devices alone.
     """
     if jax.process_count() > 1:
         raise InputError(
             f"MeshConfig.pmap is True: it must be False in a run of {jax.process_count()} "
-            "processes, whose devices jit takes together."
+            "processes, over whose devices only jit runs one program."
         )
     count = mesh.size
     mapped = jax.pmap(
         step, axis_name=DATA, in_axes=(None, 0), out_axes=None, devices=list(mesh.devices.flat)
     )
 
-    def on_rows(whole: Any, batch: Batch) -> Any:
-        return mapped(whole, jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch))
+    def on_rows(replicated: Any, batch: Batch) -> Any:
+        return mapped(replicated, jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch))
 
-    return jax.jit(on_rows, donate_argnums=0).lower(whole, batch)
+    return jax.jit(on_rows, donate_argnums=0).lower(replicated, batch)
 
 
 def _lower_partitioned(
-    step: Callable, mesh: Mesh, whole: Any, batch: Batch, **options: Any
+    step: Callable, mesh: Mesh, sharded: Any, batch: Batch, **options: Any
 ) -> jax.stages.Lowered:
-    """`step(whole, batch)` as one program, parted by the compiler."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, whole)
+    """`step(sharded, batch)` as one program that the compiler partitions."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, sharded)
     batches = jax.tree.map(lambda array: batch_sharding(mesh, array.shape), batch)
     with jax.set_mesh(mesh):
-        return jax.jit(step, in_shardings=(shardings, batches), **options).lower(whole, batch)
+        return jax.jit(step, in_shardings=(shardings, batches), **options).lower(sharded, batch)

@@ -1,17 +1,16 @@
-"""The scalars of a run as TensorBoard's event files, which follow from metrics.jsonl.
+"""The scalars of a run as TensorBoard event files, which are derived from metrics.jsonl.
 
-An event file is a row of records: the length (8 bytes) and its checksum (4), a protocol buffer
-`Event`, and its checksum (4). Here each logged step is an event with all its scalars, handed to the
-system at once and by the thread that trains, so that no kill loses one, and a full disk is an
-OSError there.
+An event file is a sequence of records: the length (8 bytes) and its checksum (4), a protocol buffer
+`Event`, and its checksum (4). Each logged step is an event with all its scalars, written without
+buffering by the training thread, so that no kill loses one and a full disk is an OSError there.
 
-What is missing nevertheless (files that were damaged or deleted, a machine that went down) is
-written again when a run goes on: TensorBoard reads the files by name, and a `SessionLog.START` at a
-step takes back all points from that step on.
+Events that are missing nevertheless (damaged or deleted files, a machine that went down) are
+written again when a run is resumed: TensorBoard reads the files by name, and a `SessionLog.START`
+at a step discards all points from that step on.
 
-TensorBoard draws one chart for each name, with a curve for each directory, which is called by its
-path: a run has `train/` and `validation/`, as Keras has them, and the validation loss is in the
-charts of the training loss. Custom layouts would need a plugin's tab to be looked for.
+TensorBoard draws one chart per name, with a curve per directory, named by its path: a run has
+`train/` and `validation/`, as in Keras, so that the validation loss is in the charts of the
+training loss. Custom layouts would be hidden in a plugin's tab.
 """
 
 import functools
@@ -28,15 +27,15 @@ HEAD = struct.Struct("<QI")
 TAIL_BYTES = 4
 TRAIN, VALIDATION = "train", "validation"
 LOSS = "validation_loss"
-"""As metrics.jsonl has it."""
+"""Its name in metrics.jsonl."""
 
 
 class TensorBoardWriter:
     """A writer of scalars as event files in `train/` and `validation/` of a run's directory.
 
     Args:
-      directory: Of the run.
-      lines: Of metrics.jsonl, in order, up to the step from which the run goes on.
+      directory: of the run.
+      lines: of metrics.jsonl, in order, up to the step from which the run resumes.
     """
 
     def __init__(self, directory: Path, lines: Iterable[dict[str, Any]]):
@@ -61,7 +60,7 @@ class TensorBoardWriter:
 
 
 def event_files(directory: Path) -> list[Path]:
-    """Those of a run, in order."""
+    """The event files of a run, in order."""
     return [path for name in (TRAIN, VALIDATION) for path in _in_order(directory / name)]
 
 
@@ -70,39 +69,39 @@ def _in_order(directory: Path) -> list[Path]:
 
 
 def _training(scalars: dict[str, float]) -> dict[str, float]:
-    """What is of training, under the names of its charts."""
+    """The training scalars, by the names of their charts."""
     return {name: value for name, value in scalars.items() if name not in ("step", LOSS)}
 
 
 def _validation(scalars: dict[str, float]) -> dict[str, float]:
-    """The validation loss, if there is one: a cross-entropy, to which evaluation adds nothing."""
+    """The validation loss, if there is one, which is a cross-entropy without auxiliary losses."""
     loss = scalars.get(LOSS)
     return {} if loss is None else {"loss": loss, "cross_entropy": loss}
 
 
 class _EventFile:
-    """The event file to which this process adds, behind those that are in `directory`."""
+    """The event file that this process writes, ordered after those already in `directory`."""
 
     def __init__(self, directory: Path, lines: list[dict[str, Any]]):
         from tensorboardX.event_file_writer import EventsWriter
 
         directory.mkdir(exist_ok=True)
         files = _in_order(directory)
-        # The name has the second, of which two files may be.
+        # The name has the time in seconds, which two files may share.
         self._file = EventsWriter(str(directory / "events"), f".{len(files)}")
-        there, first = steps_shown(files), 0
-        while first < len(lines) and lines[first]["step"] in there:
+        shown, first = steps_shown(files), 0
+        while first < len(lines) and lines[first]["step"] in shown:
             first += 1
-        again = lines[first:]
+        missing = lines[first:]
         if files:
-            begins = again[0]["step"] if again else 1 + (lines[-1]["step"] if lines else 0)
-            self._write(begins, session_log={"status": "START"})
-        for line in again:
+            start = missing[0]["step"] if missing else 1 + (lines[-1]["step"] if lines else 0)
+            self._write(start, session_log={"status": "START"})
+        for line in missing:
             self._add(**line)
         self._file.flush()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Add each scalar under its name."""
+        """Add an event with each scalar under its name."""
         self._add(step, **scalars)
         self._file.flush()
 
@@ -120,12 +119,12 @@ class _EventFile:
 
 @functools.cache
 def _event() -> Any:
-    """The class of events, which protobuf makes when it is imported."""
+    """The class `Event`, which protobuf generates on import."""
     return importlib.import_module("tensorboardX.proto.event_pb2").Event
 
 
 def steps_shown(files: Iterable[Path]) -> set[int]:
-    """The steps of which TensorBoard shows points, of its event files in order."""
+    """The steps of the points that TensorBoard shows of these event files, which are in order."""
     steps: set[int] = set()
     for path in files:
         for event in _events(path.read_bytes()):
@@ -137,7 +136,7 @@ def steps_shown(files: Iterable[Path]) -> set[int]:
 
 
 def _events(content: bytes) -> Iterable[Any]:
-    """The events of a file; behind where it is cut or damaged, TensorBoard reads none either."""
+    """The events of a file up to where it is cut or damaged, which is where TensorBoard stops."""
     start = 0
     while start + HEAD.size <= len(content):
         length, _ = HEAD.unpack_from(content, start)

@@ -148,7 +148,7 @@ def test_a_hugging_face_directory_is_read_with_its_tokenizer(command, tmp_path):
     config = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
     to_huggingface(build(config, rngs=nnx.Rngs(0)), tmp_path / "theirs")
     words = ["attention", tmp_path / "theirs", "--text", "cat", "--html", tmp_path / "a.html"]
-    sentence = f"{tmp_path / 'theirs'} has no tokenizer.json, which says what its tokens are.\n"
+    sentence = f"{tmp_path / 'theirs'} has no tokenizer.json, which is needed to encode text.\n"
     assert command(*words) == (2, "", sentence)
     (tmp_path / "theirs" / "tokenizer.json").write_bytes(tokenizer.save())
     code, _, errors = command(*words)
@@ -178,12 +178,12 @@ BAD = {
     "no part": ("pairs", ["--part", "crss"], "invalid choice 'crss' for argument '--part'."),
     "no target": ("pairs", [], "is of the family encoder_decoder, which needs a --target too."),
     "a target": ("decoder", ["--target", "b"], "of the family decoder, which takes no --target."),
-    "no frame": ("unframed", [], "{run} was made without a token that begins or ends a text."),
+    "no frame": ("unframed", [], "{run} was built without a token that begins or ends a text."),
     "LSTM": ("lstm", [], "{run} is of the family recurrent, which has no attention."),
     "compressed": (
         "compressed",
         [],
-        "layers must be without compressed attention, which looks at groups of tokens: --layers 0.",
+        "layers must be without compressed attention, whose keys are groups of tokens: --layers 0.",
     ),
     "step": ("decoder", ["--step", "7"], "has no checkpoint of step 7"),
     "no run": ("none", [], "is no directory, and no OWNER/NAME of the hub's: "),
@@ -215,7 +215,7 @@ def test_a_page_is_overwritten_only_when_told(runs, command, tmp_path):
     page = tmp_path / "a.html"
     page.write_text("mine")
     words = ["attention", runs / "decoder", "--text", "ab", "--html", page]
-    sentence = f"{page} is there already: choose another, or --overwrite it.\n"
+    sentence = f"{page} already exists: choose another, or --overwrite it.\n"
     assert command(*words) == (2, "", sentence)
     assert page.read_text() == "mine"
     assert command(*words, "--overwrite")[0] == 0

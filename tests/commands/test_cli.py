@@ -27,7 +27,7 @@ from gptjax.config import (
 from gptjax.costs.model import model_cost
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.models.presets import preset
-from gptjax.runs.directory import Question, Run, load_run
+from gptjax.runs.directory import DecodingInputs, Run, load_run
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
@@ -241,7 +241,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(quickstart, tiny_run):
     ended = quickstart(*_flags(tiny_run), "--out", tiny_run)
     assert ended == (
         0,
-        f"{tiny_run} holds a finished run of this config; --overwrite starts it anew.\n",
+        f"{tiny_run} holds a finished run of this config; --overwrite starts over.\n",
         "",
     )
     assert _content(tiny_run) == before
@@ -433,12 +433,12 @@ def test_a_sample_ends_where_the_model_ends_the_text(gptjax, tiny_run, monkeypat
     flags = ["--prompt", "7 and ", "--max-new-tokens", 9, "--seed", 1]
     text = gptjax("sample", tiny_run, *flags).out
     fifth = int(load_run(tiny_run).tokenizer.encode(text)[len("7 and ") + 4])
-    question = Run.question
+    question = Run.decoding_inputs
 
-    def ending(self: Run, text: str) -> Question:
+    def ending(self: Run, text: str) -> DecodingInputs:
         return question(self, text)._replace(ends=(fifth,))
 
-    monkeypatch.setattr(Run, "question", ending)
+    monkeypatch.setattr(Run, "decoding_inputs", ending)
     ended = gptjax("sample", tiny_run, *flags)
     said = ended.out.removesuffix("\n")
     assert text.startswith(said)

@@ -109,7 +109,7 @@ def test_a_full_disk_stops_a_comparison(command, tmp_path, monkeypatch):
     assert code == 74
     assert errors == (
         f"{tmp_path / 'out'}: No space left on device; what is saved in {tmp_path / 'out'} stays, "
-        "and once there is room the same command goes on from it.\n"
+        "and once there is room the same command resumes from it.\n"
     )
 
 

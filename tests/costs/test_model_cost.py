@@ -12,7 +12,7 @@ from gptjax.config import TransformerConfig
 from gptjax.costs.model import model_cost
 from gptjax.models.build import build, split
 from gptjax.models.presets import PRESETS, preset
-from gptjax.training.checkpoint import leaf_names
+from gptjax.training.leaves import leaf_names
 
 SMALL = TransformerConfig(vocab_size=37, context_length=6, depth=3, width=8, heads=2)
 GRID = {

@@ -12,7 +12,14 @@ import pytest
 
 from gptjax import distributed
 from gptjax.config import InputError
-from gptjax.distributed.cluster import Place, find_place, first_host, free_port, has_tpu, interface
+from gptjax.distributed.cluster import (
+    ProcessInfo,
+    find_process,
+    first_host,
+    free_port,
+    has_tpu,
+    interface,
+)
 from gptjax.distributed.membership import END, Coordinator, Member
 from gptjax.distributed.report import check_same, code_hash
 
@@ -36,7 +43,7 @@ class Met:
         self._threads = stack.enter_context(ThreadPoolExecutor(count))
 
     def join(self, index: int, count: int, secret: bytes = KNOWN) -> Member:
-        return Member(Place(index, count, self.address, secret), 5, self.ended[index].put)
+        return Member(ProcessInfo(index, count, self.address, secret), 5, self.ended[index].put)
 
     def each(self, do) -> list:
         """What `do(member)` gives for every member, all at the same time."""
@@ -51,9 +58,9 @@ def stack():
 
 def test_all_get_what_each_brought_in_the_order_of_processes(stack):
     met = Met(stack, 3)
-    values = met.each(lambda member: member.gather("a place", member.place.index * 10, 5))
+    values = met.each(lambda member: member.gather("a barrier", member.process.index * 10, 5))
     assert values == [[0, 10, 20]] * 3
-    assert met.each(lambda member: member.gather("a place", None, 5)) == [[None] * 3] * 3
+    assert met.each(lambda member: member.gather("a barrier", None, 5)) == [[None] * 3] * 3
 
 
 def test_who_does_not_come_is_named(stack):
@@ -64,14 +71,12 @@ def test_who_does_not_come_is_named(stack):
             member.gather("the start", None, 0.3)
         return str(error.value)
 
-    assert (
-        met.each(wait) == ["Process 2 and process 3 of 4 did not come to the start in 0.3 s."] * 2
-    )
+    assert met.each(wait) == ["Process 2 and process 3 of 4 did not reach the start in 0.3 s."] * 2
 
 
 def test_who_is_there_and_does_not_come_is_named_with_its_host(stack):
     met = Met(stack, 2)
-    with pytest.raises(InputError, match=rf"Process 1 on {HOST} of 2 did not come to lunch"):
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} of 2 did not reach lunch"):
         met.members[0].gather("lunch", None, 0.2)
 
 
@@ -90,7 +95,7 @@ def test_one_that_is_there_twice_is_named(stack):
     met = Met(stack, 3, there=2)
     twin = met.join(1, 3)
     stack.callback(twin.close)
-    with pytest.raises(InputError, match=rf"Process 1 on {HOST} is there twice"):
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} was started twice"):
         twin.gather("the start", None, 5)
 
 
@@ -99,9 +104,9 @@ def test_a_twin_that_comes_later_is_refused_and_the_run_goes_on(stack):
     met.each(lambda member: member.gather("the start", None, 5))
     twin = met.join(1, 2)
     stack.callback(twin.close)
-    with pytest.raises(InputError, match=rf"Process 1 on {HOST} is there twice"):
+    with pytest.raises(InputError, match=rf"Process 1 on {HOST} was started twice"):
         twin.gather("the start", None, 5)
-    assert met.each(lambda member: member.gather("a place", 1, 5)) == [[1, 1]] * 2
+    assert met.each(lambda member: member.gather("a barrier", 1, 5)) == [[1, 1]] * 2
     assert all(ended.empty() for ended in met.ended)
 
 
@@ -138,7 +143,7 @@ def test_a_stranger_who_says_nothing_is_not_waited_for(stack, monkeypatch):
 def test_a_process_with_another_secret_is_refused_at_both_ends(stack, capsys):
     met = Met(stack, 2, there=1)
     sentence = (
-        rf"Process 1 of 2 is refused by who listens at {met.address}: GPTJAX_SECRET must be the "
+        rf"Process 1 of 2 is refused by the process at {met.address}: GPTJAX_SECRET must be the "
         "same for all processes of a run."
     )
     with pytest.raises(InputError, match=sentence):
@@ -148,7 +153,7 @@ def test_a_process_with_another_secret_is_refused_at_both_ends(stack, capsys):
         contextlib.closing(Coordinator(2, ANOTHER)) as other,
         pytest.raises(InputError, match="is refused by"),
     ):
-        Member(Place(1, 2, f"localhost:{other.port}", KNOWN), 5, met.ended[1].put)
+        Member(ProcessInfo(1, 2, f"localhost:{other.port}", KNOWN), 5, met.ended[1].put)
 
 
 def test_an_answer_cannot_be_sent_back_as_ones_own(stack, monkeypatch):
@@ -165,7 +170,7 @@ def test_an_answer_cannot_be_sent_back_as_ones_own(stack, monkeypatch):
         thread.start()
         address = f"localhost:{listener.getsockname()[1]}"
         with pytest.raises(InputError, match="is refused by"):
-            Member(Place(1, 2, address, KNOWN), 5, lambda _: None)
+            Member(ProcessInfo(1, 2, address, KNOWN), 5, lambda _: None)
         thread.join()
 
 
@@ -196,7 +201,7 @@ def test_the_others_hear_at_once_that_one_has_ended(stack):
     met.each(lambda member: member.gather("the start", None, 5))
     met.members[2]._connection.shutdown(socket.SHUT_RDWR)  # As the kernel does for a dead process.
     for ended in met.ended[:2]:
-        assert ended.get(timeout=2) == f"Process 2 on {HOST} ended without a word"
+        assert ended.get(timeout=2) == f"Process 2 on {HOST} exited without notice"
 
 
 def test_all_hear_that_process_0_has_ended(stack, monkeypatch):
@@ -204,7 +209,7 @@ def test_all_hear_that_process_0_has_ended(stack, monkeypatch):
     met = Met(stack, 2)
     met.coordinator.close()
     assert met.ended[1].get(timeout=2) == (
-        f"Process 0, the coordinator at {met.address}, ended without a word"
+        f"Process 0, the coordinator at {met.address}, exited without notice"
     )
 
 
@@ -242,8 +247,8 @@ def test_all_stop_at_the_same_step_whoever_got_the_signal(stack, ahead):
         for step in range(1, 200):
             if step % 3 == 0:  # As collectives do, which let processes drift by a few steps.
                 steps.wait(timeout=5)
-            time.sleep(0.001 * ((member.place.index + ahead) % 3))
-            caught = signal.SIGTERM if member.place.index == 1 and step >= 20 else None
+            time.sleep(0.001 * ((member.process.index + ahead) % 3))
+            caught = signal.SIGTERM if member.process.index == 1 and step >= 20 else None
             if stop := member.agreed_stop(step, caught):
                 return step, stop
         return 0, None
@@ -260,7 +265,7 @@ def test_one_process_is_alone_without_anything_around_it(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with distributed.joined():
         assert distributed.is_first()
-        assert distributed.meet("a place", 3) == [3]
+        assert distributed.meet("a barrier", 3) == [3]
         assert distributed.agreed_stop(7, None) is None
         assert distributed.agreed_stop(7, signal.SIGINT) == signal.SIGINT
 
@@ -310,23 +315,23 @@ OPEN_MPI = {**SECRET, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "process"),
     [
         ({}, None),
-        (EXPLICIT, Place(2, 4, "gpu003:1234", KNOWN)),
-        (SLURM, Place(1, 3, "gpu003:22442", KNOWN)),
+        (EXPLICIT, ProcessInfo(2, 4, "gpu003:1234", KNOWN)),
+        (SLURM, ProcessInfo(1, 3, "gpu003:22442", KNOWN)),
         ({**SLURM, "JAX_COORDINATOR_ADDRESS": "ib3:7"}, None),
-        ({**SLURM, **EXPLICIT}, Place(2, 4, "gpu003:1234", KNOWN)),
+        ({**SLURM, **EXPLICIT}, ProcessInfo(2, 4, "gpu003:1234", KNOWN)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, None),  # The script that sbatch starts.
-        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, Place(1, 2, "a:1", KNOWN)),
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "a:1"}, ProcessInfo(1, 2, "a:1", KNOWN)),
         ({**EXPLICIT, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ],
 )
-def test_the_environment_tells_which_process_this_is(environment, place):
+def test_the_environment_tells_which_process_this_is(environment, process):
     if environment.get("JAX_COORDINATOR_ADDRESS") == "ib3:7":
-        place = Place(1, 3, "ib3:7", KNOWN)
-    assert find_place(environment) == place
+        process = ProcessInfo(1, 3, "ib3:7", KNOWN)
+    assert find_process(environment) == process
 
 
 @pytest.mark.parametrize(
@@ -380,7 +385,7 @@ def test_the_environment_tells_which_process_this_is(environment, place):
 )
 def test_an_environment_that_makes_no_sense_is_a_sentence(environment, message):
     with pytest.raises(InputError) as error:
-        find_place(environment)
+        find_process(environment)
     assert str(error.value) == message
 
 

@@ -122,7 +122,7 @@ def test_a_killed_process_stops_the_others_and_one_process_goes_on(
     assert code == 128 + 9
     assert "Process 1 was ended by SIGKILL.\n" in errors
     assert re.search(
-        r"Process 1 on \S+ ended without a word; process 0 stops, the same command goes on from "
+        r"Process 1 on \S+ exited without notice; process 0 stops, the same command resumes from "
         r"the last checkpoint\.\n",
         errors,
     )

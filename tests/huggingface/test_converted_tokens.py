@@ -104,7 +104,7 @@ def test_a_converted_marian_translates(command, tmp_path):
     assert command("convert", theirs, run)[0] == 0
     flags = ["--prompt", "w5 w7 w2", "--max-new-tokens", 5, "--temperature", 0]
     assert command("sample", run, *flags)[:2] == (0, _text(said) + "\n")
-    question = load_run(run).question("w5 w7 w2")
+    question = load_run(run).decoding_inputs("w5 w7 w2")
     assert (question.prompt.tolist(), question.ends) == ([start], (end,))
     assert question.source is not None
     assert question.source.tolist() == [*source, end]

@@ -584,8 +584,7 @@ def test_an_imported_model_claims_no_data_and_no_message_offers_to_delete_it(tmp
         code, _, sentence = command("train", "--out", run, *flags)
         assert code == 2
         assert sentence == (
-            f"{run} holds a model that was not trained here, which no run resumes: choose another "
-            "--out.\n"
+            f"{run} holds an imported model, which cannot be resumed: choose another --out.\n"
         )
 
 

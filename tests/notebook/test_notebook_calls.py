@@ -34,7 +34,7 @@ def test_a_text_becomes_a_trained_model_and_its_attention(text, tmp_path, capsys
     assert trained.config.optimizer.learning_rate == 1e-2
     assert [line["step"] for line in trained.metrics] == [3]
     assert trained.tokenizer.decode(trained.tokenizer.encode("a cat")) == "a cat"
-    assert "Validation loss" in capsys.readouterr().out
+    assert "Best validation loss" in capsys.readouterr().out
 
     again = train(text, tokenizer="characters", learning_rate=1e-2, out=tmp_path / "run", **TINY)
     assert "holds a finished run" in capsys.readouterr().out

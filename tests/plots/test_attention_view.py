@@ -182,7 +182,7 @@ def test_saving_overwrites_only_when_told(tmp_path):
     view.save(path)
     assert path.read_text(encoding="utf-8") == view.html
     path.write_text("mine")
-    with pytest.raises(InputError, match=r"a\.html is there already: choose another"):
+    with pytest.raises(InputError, match=r"a\.html already exists: choose another"):
         view.save(path)
     assert path.read_text() == "mine"
     view.save(str(path), overwrite=True)

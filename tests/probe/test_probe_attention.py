@@ -33,7 +33,7 @@ def test_what_is_chosen_is_a_part_of_the_whole(name, part):
     np.testing.assert_allclose(looked(layers=[1, 0], heads=[1], rows=[4, 2]), chosen, atol=1e-6)
     top = looked(top=3)
     np.testing.assert_allclose(top.weights, -np.sort(-whole, axis=-1)[..., :3], atol=1e-6)
-    found = np.take_along_axis(np.asarray(whole), np.asarray(top.places), axis=-1)
+    found = np.take_along_axis(np.asarray(whole), np.asarray(top.positions), axis=-1)
     np.testing.assert_allclose(found, top.weights, atol=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_what_is_not_there_is_refused():
     assert refused(layers=[0, 3]) == "layers has 3: it must be between 0 and 2."
     assert refused(heads=[-1]) == "heads has -1: it must be between 0 and 1."
     assert refused(rows=[8]) == "rows has 8: it must be between 0 and 7."
-    assert refused(top=9) == "top is 9: it must be at most the 8 tokens looked at."
+    assert refused(top=9) == "top is 9: it must be from 0 to the number of keys, 8."
     cross = "part is 'cross': a model of the family encoder has encoder."
     assert refused("encoder", part="cross") == cross
     assert refused("recurrent") == "A model of the family recurrent has no attention."

@@ -263,7 +263,7 @@ def outcome(ended: forked.Ended, found: Any, expected: Any) -> str:
         return f"exit code {ended.code}"
     if found == expected:
         return "same"
-    words = ("damaged", "lost", "lacks", "left out")
+    words = ("damaged", "missing", "lacks", "skipped")
     return "said" if any(word in ended.said for word in words) else "silent"
 
 

@@ -253,7 +253,7 @@ def test_a_disk_that_fails_is_one_sentence(tmp_path):
         fail(errno.ENOSPC)
     assert str(failed.value) == (
         f"{tmp_path / 'samples.txt'}: No space left on device; what is saved in {tmp_path} stays, "
-        "and once there is room the same command goes on from it."
+        "and once there is room the same command resumes from it."
     )
     with pytest.raises(FileNotFoundError):
         fail(errno.ENOENT)
@@ -397,7 +397,7 @@ def test_a_damaged_checkpoint_is_one_sentence_of_every_reader(copied_run, comman
     name = data.relative_to(copied_run / CHECKPOINTS / "4")
     sentence = (
         f"The checkpoint {copied_run.resolve() / CHECKPOINTS / '4'} is damaged ({name} is not what "
-        "was written), and there is no other: --overwrite begins the run anew."
+        "was written), and there is no other: --overwrite restarts the run."
     )
     for read in (load_run, load_model, lambda run: history(run, id)):
         with pytest.raises(InputError) as error:
@@ -412,7 +412,7 @@ def test_a_checkpoint_deleted_by_half_is_not_listed(copied_run, capsys):
     assert checkpoint_steps(copied_run) == [4]
     assert history(copied_run, lambda model: model.config.width)[0] == [4]
     assert load_run(copied_run).step == 4
-    left_out = f"{half.resolve()} is left out: _CHECKPOINT_METADATA is missing."
+    left_out = f"{half.resolve()} is skipped: _CHECKPOINT_METADATA is missing."
     assert {*capsys.readouterr().err.splitlines()} == {left_out}
     with pytest.raises(InputError, match=r"checkpoints/2 is damaged \(_CHECKPOINT_METADATA is"):
         load_run(copied_run, 2)

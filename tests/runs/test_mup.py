@@ -28,7 +28,7 @@ from gptjax.runs.directory import load_config, load_model
 from gptjax.runs.ensembles import train_ensemble
 from gptjax.runs.mup import factors, scaled
 from gptjax.runs.trial import train
-from gptjax.training.checkpoint import leaf_names
+from gptjax.training.leaves import leaf_names
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 
@@ -88,7 +88,7 @@ def moved(config: TransformerConfig, base: TransformerConfig | None) -> dict[str
 
     def drawn(seed: int):
         params = split(build(config, rngs=nnx.Rngs(seed)))[1]
-        return by_width.drawn(params) if by_width else params
+        return by_width.scale_initial(params) if by_width else params
 
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(drawn, range(SEEDS)))
     state, seen = jax.vmap(optimizer.init)(params), []
@@ -302,7 +302,7 @@ def alone(tmp_path_factory):
 
 def test_a_run_begins_where_its_base_says_and_goes_as_far(alone):
     by_width = factors(WIDE, SMALL)
-    begun = by_width.drawn(split(build(WIDE, rngs=nnx.Rngs(1)))[1])
+    begun = by_width.scale_initial(split(build(WIDE, rngs=nnx.Rngs(1)))[1])
     ended = split(alone[0].model)[1]
     farthest = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), begun, ended)
     farthest = dict(zip(leaf_names(begun), jax.tree.leaves(farthest), strict=True))

@@ -109,9 +109,7 @@ def test_a_directory_with_anything_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(InputError) as error:
         run(directory=tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path} is not empty: a trial begins in a directory of its own."
-    )
+    assert str(error.value) == (f"{tmp_path} is not empty: a trial needs a directory of its own.")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

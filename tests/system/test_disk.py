@@ -46,9 +46,9 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("gs://bucket/run", "gs:/bucket/run is an address: give a path on this machine's disks."),
-        ("s3:/bucket", "s3:/bucket is an address"),
-        ("runs/\udcff", r"'runs/\udcff' is no text in UTF-8: choose another name."),
+        ("gs://bucket/run", "gs:/bucket/run is a URL: give a path on this machine's disks."),
+        ("s3:/bucket", "s3:/bucket is a URL"),
+        ("runs/\udcff", r"'runs/\udcff' is not valid UTF-8: choose another name."),
     ],
 )
 def test_what_no_file_here_can_be_called_is_refused(path, said, tmp_path):

@@ -56,7 +56,7 @@ def test_one_process_holds_it_and_the_next_one_takes_over_when_that_is_killed(tm
     since = json.loads(lock.read_text())["since"]
     assert str(refused.value) == (
         f"runs/mine is in use by process {holder.pid} on {socket.gethostname()} since {since}: "
-        "wait for its end, or choose another directory."
+        "wait until it ends, or choose another directory."
     )
     with locked(lock, "runs/mine"):
         assert json.loads(lock.read_text())["process"] == os.getpid()

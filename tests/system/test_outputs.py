@@ -51,7 +51,7 @@ def test_a_link_that_leads_nowhere_is_refused_and_stays(write, tmp_path):
     link.symlink_to("nowhere")
     circle.symlink_to(circle.name)
     for path in (link, circle):
-        with pytest.raises(InputError, match=r"is a link that leads nowhere: give the path of a"):
+        with pytest.raises(InputError, match=r"is a broken link: give the path of a"):
             write(path)
         assert path.is_symlink()
     assert sorted(tmp_path.iterdir()) == [circle, link]
@@ -112,7 +112,7 @@ def test_a_file_that_is_there_is_kept_unless_told(tmp_path):
     path = tmp_path / "a.html"
     check_output(path)
     path.write_text("mine")
-    with pytest.raises(InputError, match=r"is there already: choose another, or --overwrite it\."):
+    with pytest.raises(InputError, match=r"already exists: choose another, or --overwrite it\."):
         write_whole(path, "new")
     assert path.read_text() == "mine"
 

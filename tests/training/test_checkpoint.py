@@ -149,10 +149,10 @@ def test_damage_to_any_file_is_one_sentence(copied, harm):
                 restored(copied)
             begin, end = (
                 f"The checkpoint {last.resolve()} is damaged (",
-                "what there is of step 2, 4.",
+                "the checkpoints of step 2, 4.",
             )
             assert str(error.value).startswith(begin)
-            assert str(error.value).endswith(f"): delete that directory to go on with {end}")
+            assert str(error.value).endswith(f"): delete that directory to use {end}")
         path.write_bytes(whole)
     assert same(restored(copied), state(LAST))
 
@@ -195,7 +195,7 @@ def test_a_single_damaged_checkpoint_leaves_nothing_to_go_on_with(tmp_path):
         restored(tmp_path)
     assert str(error.value) == (
         f"The checkpoint {tmp_path / '2'} is damaged (progress/metadata is not what was written), "
-        "and there is no other: --overwrite begins the run anew."
+        "and there is no other: --overwrite restarts the run."
     )
 
 
@@ -221,7 +221,7 @@ def test_a_deletion_cut_short_is_left_out_and_finished_by_the_run(copied, capsys
         with pytest.raises(InputError, match=r"/2 is damaged \(params/_METADATA is missing\)"):
             checkpoints.restore(state(0), 2)
     assert capsys.readouterr().err == (
-        f"{copied.resolve() / '2'} is left out: params/_METADATA is missing.\n"
+        f"{copied.resolve() / '2'} is skipped: params/_METADATA is missing.\n"
     )
     assert len(list(copied.iterdir())) == 5  # A reader touches nothing.
     with Checkpoints(copied) as checkpoints:

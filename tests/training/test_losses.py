@@ -186,6 +186,6 @@ def test_a_model_without_the_next_sentences_head_refuses_in_one_sentence(changes
     with pytest.raises(InputError) as error:
         jax.eval_shape(token_loss(graphdef), params, pairs()._replace(token_types=None), None)
     assert str(error.value) == (
-        "The batch asks for the next sentence: TransformerConfig.encoder_heads must be "
+        "The batch has next_sentence labels: TransformerConfig.encoder_heads must be "
         f"'pretraining', and is '{heads}'."
     )

@@ -35,15 +35,15 @@ LINES = [f'{{"step": {step}, "loss": {step}.5}}\n'.encode() for step in range(1,
 @pytest.mark.parametrize(
     ("damaged", "steps", "said"),
     [
-        ({2: b"\0" * 30 + b"\n"}, [1, 2, 4, 5, 6], "line 3 (behind step 2 and before step 4) is"),
+        ({2: b"\0" * 30 + b"\n"}, [1, 2, 4, 5, 6], "line 3 (after step 2 and before step 4) is"),
         ({0: b'{"step": 1, "lo\xffs": 1.5}\n'}, [2, 3, 4, 5, 6], "line 1 (before step 2) is"),
-        ({1: b'{"step": 2, \n', 2: b"3\n"}, [1, 4, 5, 6], "lines 2-3 (behind step 1 and"),
-        ({1: b'{"loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (behind step 1 and before step 3) is"),
-        ({1: b'{"step": 92, "loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (behind step 1 and"),
-        ({4: b'{"step": 1, "loss": 5.5}\n'}, [1, 2, 3, 4, 6], "line 5 (behind step 4 and"),
-        ({4: b'{"step": 5, "loss": "5.5"}\n'}, [1, 2, 3, 4, 6], "line 5 (behind step 4 and"),
-        ({1: LINES[1][:-1]}, [1, 4, 5, 6], "line 2 (behind step 1 and before step 4) is"),
-        ({5: b"\xff\n", 1: b"[" * 2000 + b"\n"}, [1, 3, 4, 5], "line 2 (behind step 1 and befo"),
+        ({1: b'{"step": 2, \n', 2: b"3\n"}, [1, 4, 5, 6], "lines 2-3 (after step 1 and"),
+        ({1: b'{"loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (after step 1 and before step 3) is"),
+        ({1: b'{"step": 92, "loss": 2.5}\n'}, [1, 3, 4, 5, 6], "line 2 (after step 1 and"),
+        ({4: b'{"step": 1, "loss": 5.5}\n'}, [1, 2, 3, 4, 6], "line 5 (after step 4 and"),
+        ({4: b'{"step": 5, "loss": "5.5"}\n'}, [1, 2, 3, 4, 6], "line 5 (after step 4 and"),
+        ({1: LINES[1][:-1]}, [1, 4, 5, 6], "line 2 (after step 1 and before step 4) is"),
+        ({5: b"\xff\n", 1: b"[" * 2000 + b"\n"}, [1, 3, 4, 5], "line 2 (after step 1 and befo"),
     ],
 )
 def test_damaged_lines_are_left_out_and_named(tmp_path, capsys, damaged, steps, said):
@@ -54,7 +54,7 @@ def test_damaged_lines_are_left_out_and_named(tmp_path, capsys, damaged, steps, 
     assert all(line["loss"] == line["step"] + 0.5 for line in kept)
     error = capsys.readouterr().err
     assert error.startswith(f"{path}: {said}")
-    assert error.endswith(" left out.\n")
+    assert error.endswith(" skipped.\n")
     assert error.count("\n") == 1
     JsonlWriter(path, resume_step=steps[-1], log_every=1).close()
     capsys.readouterr()
@@ -73,7 +73,7 @@ def test_every_bit_of_a_line_counts(tmp_path, capsys):
     assert capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("cut", "lost"), [(None, ""), (-1, "behind step 5"), (0, "all")])
+@pytest.mark.parametrize(("cut", "lost"), [(None, ""), (-1, "after step 5"), (0, "all")])
 def test_lines_that_a_checkpoint_followed_are_missed(tmp_path, capsys, cut, lost):
     lines = [line_of({"step": step, "loss": step / 3}) for step in range(1, 7)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:cut]))
@@ -88,8 +88,8 @@ def test_lines_that_a_checkpoint_followed_are_missed(tmp_path, capsys, cut, lost
     ("kept", "log_every", "said"),
     [
         (6, 1, ""),
-        (4, 1, "lines are lost, those behind step 4 up to step 6."),
-        (0, 1, "lines are lost, all up to step 6."),
+        (4, 1, "lines are missing, those after step 4 up to step 6."),
+        (0, 1, "lines are missing, all up to step 6."),
         (4, 4, ""),  # Step 6 is none that is logged.
     ],
 )

@@ -13,7 +13,7 @@ from flax import nnx
 
 from gptjax import Decoder, InputError, OptimizerConfig, TransformerConfig, build, split
 from gptjax.config.values import OptimizerName
-from gptjax.training.checkpoint import leaf_names
+from gptjax.training.leaves import leaf_names
 from gptjax.training.optimizers import (
     build_optimizer,
     decays,
