@@ -1,1 +1,1 @@
-"""What a model costs: parameters, FLOPs and bytes of a config, and the chips that pay for them."""
+"""The cost of a model: parameters, FLOPs and bytes of a config, and the peaks of chips."""

@@ -1,4 +1,4 @@
-"""The accelerators that are known: what they can do, and how much they hold (`chips.toml`)."""
+"""Accelerators and their peak figures (`chips.toml`)."""
 
 import functools
 import tomllib
@@ -9,43 +9,43 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of accelerator; figures are of a chip, at its data sheet's best."""
+    """One kind of accelerator; figures are per chip, the peaks of its data sheet."""
 
     name: str
     kinds: tuple[str, ...]
-    """Parts of JAX's `device_kind` by which it is known."""
+    """Substrings of JAX's `device_kind` that identify it."""
     platform: Literal["tpu", "cuda"]
     flops: float
     """Dense bfloat16 FLOP/s."""
     memory: int
     """Bytes of HBM."""
     bandwidth: float
-    """Bytes a second between HBM and the processor."""
+    """HBM bandwidth, bytes per second."""
     interconnect: float
-    """Bytes a second out of a chip to its neighbours, over all links, in one direction."""
+    """Bytes per second from a chip to its neighbours, over all links, in one direction."""
     axes: int
-    """Axes of the torus that the links are shared out among; 1 is a switch."""
+    """Axes of the torus over which the links are divided; 1 is a switch."""
     network: float
-    """Bytes a second out of a chip to other slices or hosts, in one direction."""
+    """Bytes per second from a chip to other slices or hosts, in one direction."""
     source: str
-    """Where the figures are from."""
+    """The source of the figures."""
     devices: int = 1
-    """JAX devices a chip."""
+    """JAX devices per chip."""
     available: int = 0
-    """Bytes that a program may take on one device; 0 is a GPU, where it is a setting."""
+    """Bytes that a program may use on one device; 0 for GPUs, where it is a setting."""
     host: int = 0
-    """GPUs that share a switch."""
+    """GPUs connected by one switch."""
     topologies: tuple[str, ...] = ()
-    """Shapes that can be had."""
+    """Available slice shapes."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What libtpu is told beside the topology."""
+    """Options of libtpu besides the topology."""
     gpu: dict[str, Any] = field(default_factory=dict)
-    """The processor of a GPU, as XLA's compiler asks for it."""
+    """The GPU's description for XLA's compiler."""
 
 
 @functools.cache
 def known_chips() -> dict[str, Chip]:
-    """Every chip of `chips.toml` by its name."""
+    """All chips of `chips.toml`, by name."""
     text = resources.files("gptjax.costs").joinpath("chips.toml").read_text(encoding="utf-8")
     return {name: _chip(name, values) for name, values in tomllib.loads(text).items()}
 
@@ -56,11 +56,11 @@ def _chip(name: str, values: dict[str, Any]) -> Chip:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`, if it is known."""
-    fitting = [
+    """The chip of JAX's `device_kind`, or None if it is unknown; the longest match wins."""
+    matches = [
         (len(kind), chip)
         for chip in known_chips().values()
         for kind in chip.kinds
         if kind in device_kind
     ]
-    return max(fitting, key=lambda found: found[0])[1] if fitting else None
+    return max(matches, key=lambda match: match[0])[1] if matches else None

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a config, by exact counting, before anything is built."""
+"""The exact number of parameters, FLOPs and bytes of a config, without building the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from gptjax.config.values import (
 )
 
 BYTES_PER_PARAMETER = {
-    # Both optimizers keep float32 moments: AdamW two a parameter, Muon one a matrix.
+    # Both optimizers keep float32 moments: AdamW two per parameter, Muon one per matrix.
     "parameters": 4,
     "gradients": 4,
     "optimizer (AdamW)": 8,
@@ -27,58 +27,58 @@ class Part:
 
     name: str
     matrices: int
-    """How many matrices (or vectors) of this kind there are."""
+    """The number of matrices (or vectors) of this kind."""
     parameters: int
-    """Their numbers together."""
+    """Their parameters in total."""
     flops: int
-    """Forward operations a token in products with them; a looked-up table or a norm has none."""
+    """Forward FLOPs per token of products with them; an embedding lookup or a norm has none."""
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What a model is made of and what a token costs.
+    """The parameters of a model and its FLOPs per token.
 
-    A multiply-add counts as two operations; norms, activations and softmax are left out, as in
-    Kaplan et al. 2020 (section 2.1) and PaLM (appendix B). The backward pass costs twice the
-    forward pass; recomputation (remat) is not counted as useful. In an encoder-decoder a token is
-    one of the target, and the source is as long.
+    A multiply-add counts as two FLOPs; norms, activations and softmax are left out, as in Kaplan et
+    al. 2020 (section 2.1) and PaLM (appendix B). The backward pass costs twice the forward pass;
+    rematerialisation is not counted. In an encoder-decoder the tokens are the target's, and the
+    source is as long as the target.
     """
 
     parts: tuple[Part, ...]
     unembedding_flops: int
-    """Forward operations a token in the head, whose matrix may be the embedding's."""
+    """Forward FLOPs per token of the head, whose matrix may be the embedding's."""
     attention_flops: int
-    """Forward operations a token in Q Kᵀ and in the weighted values, at full context and
-    without the saving that a causal or local mask allows (PaLM's convention)."""
+    """Forward FLOPs per token of Q Kᵀ and of the weighted values, at full context length and
+    without the savings of a causal or local mask (PaLM's convention)."""
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """The total number of parameters."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def active_parameters(self) -> int:
-        """Those that a token meets: of a mixture of experts, the chosen ones' alone."""
+        """The parameters used per token: of a mixture of experts, only the chosen experts'."""
         return self.parameters - sum(part.parameters - part.flops // 2 for part in self._sparse())
 
     @property
     def matrix_flops(self) -> int:
-        """Forward operations a token in products with parameters."""
+        """Forward FLOPs per token of products with parameters."""
         return self.unembedding_flops + sum(part.flops for part in self.parts)
 
     @property
     def forward_flops(self) -> int:
-        """Operations a token in a forward pass."""
+        """FLOPs per token of a forward pass."""
         return self.matrix_flops + self.attention_flops
 
     @property
     def training_flops(self) -> int:
-        """Operations a token in a forward and a backward pass."""
+        """FLOPs per token of a forward and a backward pass."""
         return 3 * self.forward_flops
 
     @property
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of float32 training state by kind."""
+        """Bytes of the float32 training state, by kind."""
         return {kind: each * self.parameters for kind, each in BYTES_PER_PARAMETER.items()}
 
     def _sparse(self) -> list[Part]:
@@ -86,13 +86,13 @@ class ModelCost:
 
 
 def model_cost(config: TransformerConfig) -> ModelCost:
-    """Count a model from its config alone; the tests hold it against the leaves built."""
+    """The cost of the model of `config`; tests compare it with the built model's arrays."""
     counts: dict[str, list[int]] = {}
     for name, matrices, parameters, flops in _parts(config):
         total = counts.setdefault(name, [0, 0, 0])
-        for index, number in enumerate((matrices, parameters, flops)):
-            total[index] += number
-    # What is spread over the whole model comes after what has a place in it.
+        for index, count in enumerate((matrices, parameters, flops)):
+            total[index] += count
+    # Biases and norms, which are spread over the whole model, come last.
     names = sorted(counts, key=lambda name: name in ("biases", "norms"))
     parts = tuple(Part(name, *counts[name]) for name in names if counts[name][0])
     return ModelCost(parts, 2 * config.vocab_size * config.width, _attention_flops(config))
@@ -103,7 +103,7 @@ Count = tuple[str, int, int, int]
 
 
 def _matrix(name: str, count: int, fan_in: int, fan_out: int, *, bias: bool) -> Iterator[Count]:
-    """`count` matrices that every token is multiplied by, and their biases."""
+    """`count` matrices that multiply every token, and their biases."""
     size = count * fan_in * fan_out
     yield name, count, size, 2 * size
     yield "biases", count * bias, count * bias * fan_out, 0
@@ -131,7 +131,8 @@ def _parts(config: TransformerConfig) -> Iterator[Count]:
 
 
 def _encoder_heads(config: TransformerConfig) -> Iterator[Count]:
-    """BERT's, each with its biases and norm; pooler and next sentence see one token a sequence."""
+    """BERT's heads with their biases and norm; the pooler and next-sentence head apply to one token
+    per sequence, so that their FLOPs per token are left out."""
     width, heads = config.width, ENCODER_HEADS[config.encoder_heads]
     if "pooler" in heads:
         yield "pooler", 2, width * width + width, 0
@@ -151,7 +152,7 @@ def _norms(config: TransformerConfig, count: int) -> Iterator[Count]:
 
 
 def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Count]:
-    """The blocks of a decoder or an encoder, and what they share."""
+    """The blocks of a decoder or an encoder, and their relative positions."""
     if config.position_embedding == "relative":
         yield "relative positions", 1, RELATIVE_BUCKETS * config.heads, 0
     yield from _attention(config, depth, "")
@@ -162,7 +163,7 @@ def _stack(config: TransformerConfig, depth: int, *, cross: bool) -> Iterator[Co
     )
     heads = config.actual_kv_heads * config.actual_head_dim
     query_bias = config.bias if config.query_bias is None else config.query_bias
-    # A token belongs to one group, which is multiplied once for all its tokens.
+    # Each group of `compression` tokens is multiplied once.
     size = compressed * config.compression * heads * heads
     yield "compression", 2 * compressed, 2 * size, 2 * 2 * size // config.compression
     yield "biases", 2 * compressed * query_bias, 2 * compressed * query_bias * heads, 0
@@ -201,7 +202,7 @@ def _mlp(config: TransformerConfig, depth: int) -> Iterator[Count]:
 
 
 def _attention_flops(config: TransformerConfig) -> int:
-    """A key costs each query two products of the heads' width."""
+    """FLOPs per token: two products with head_dim per head and key, Q Kᵀ and weights · V."""
     if config.family == "recurrent":
         return 0
     pattern, context_length = config.attention_pattern, config.context_length
@@ -213,8 +214,8 @@ def _attention_flops(config: TransformerConfig) -> int:
             "compressed": 1 + context_length // config.compression,
         },
     )
-    seen = config.depth // len(pattern) * sum(keys[kind] for kind in pattern)
+    total_keys = config.depth // len(pattern) * sum(keys[kind] for kind in pattern)
     if config.family == "encoder_decoder":
         encoder_depth = config.encoder_depth or config.depth
-        seen += (encoder_depth + config.depth) * context_length
-    return 2 * 2 * config.heads * config.actual_head_dim * seen
+        total_keys += (encoder_depth + config.depth) * context_length
+    return 2 * 2 * config.heads * config.actual_head_dim * total_keys

@@ -1,1 +1,1 @@
-"""The parts that variants swap: each module is one question with several answers."""
+"""The layers of the models, one module per choice that variants differ in."""

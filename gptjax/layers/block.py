@@ -1,12 +1,12 @@
-"""One Transformer block: attention and an MLP, each added to the residual stream.
+"""A Transformer block: attention and an MLP, each added to the residual stream.
 
-The order of norms, layers and sums (`norm_placement`) is in residual.py.
+residual.py has the placement of the norms (`norm_placement`).
 """
 
 from typing import NamedTuple
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from gptjax.config import TransformerConfig
 from gptjax.config.values import PLACEMENTS, AttentionKind
@@ -20,32 +20,32 @@ from gptjax.layers.residual import Residual
 
 
 class BlockInputs(NamedTuple):
-    """What a block takes beside the stream."""
+    """The inputs of a block besides the residual stream."""
 
     attention: AttentionInputs
     """Of self-attention."""
     cross: AttentionInputs
     """Of cross-attention."""
-    memory: jax.Array | None = None
-    """[B, S', D], the encoder's output; None where its keys and values are in the cache."""
+    memory: Float[Array, "B S D"] | None = None
+    """The encoder's output; None if the cache holds its keys and values."""
 
 
 class BlockCache(NamedTuple):
-    """What a block keeps between steps of decoding, stored as [B, K, S, H] (`KVCache.swapped`)."""
+    """The keys and values of one block in decoding, stored as [B, K, S, H] (`KVCache.swapped`)."""
 
-    own: KVCache
-    """Of the sequence itself."""
+    kv: KVCache
+    """Of the sequence, for self-attention."""
     memory: KVCache | None
-    """Of the encoder's output, which cross-attention reads; it never changes."""
+    """Of the encoder's output, for cross-attention; it never changes."""
 
     @classmethod
-    def of(cls, own: KVCache | None, memory: KVCache | None) -> "BlockCache | None":
-        """A cache where there is one."""
-        return None if own is None else cls(own, memory)
+    def of(cls, kv: KVCache | None, memory: KVCache | None) -> "BlockCache | None":
+        """The block's cache, or None without one."""
+        return None if kv is None else cls(kv, memory)
 
 
 class Block(nnx.Module):
-    """Attention, in a decoder with an encoder cross-attention, and an MLP."""
+    """Self-attention, cross-attention in an encoder-decoder's decoder, and an MLP."""
 
     def __init__(
         self,
@@ -74,49 +74,49 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         inputs: BlockInputs,
         *,
         cache: BlockCache | None = None,
         hook: Hooks = NO_HOOKS,
-    ) -> tuple[jax.Array, BlockCache | None, RouterLosses | None]:
-        """The stream [B, T, D] after the block, its cache with x in it, and its router's losses.
+    ) -> tuple[Float[Array, "B T D"], BlockCache | None, RouterLosses | None]:
+        """The residual stream after the block, the updated cache, and the router's losses.
 
         Args:
-          x: [B, T, D], the residual stream.
+          x: the residual stream.
           inputs: masks, position biases, rotary angles, the encoder's output.
-          cache: of the tokens before x's.
-          hook: what is captured, changed and dropped.
+          cache: keys and values of earlier tokens.
+          hook: capture, interventions and dropout.
         """
-        own, memory = cache or (None, None)
+        kv, memory = cache or (None, None)
         x = hook("residual", x)
         attention, cross, mlp = map(self.residual, ("attention", "cross_attention", "mlp"))
         read = attention.read(x)
-        attended, own = self.attention(read, inputs.attention, cache=own, hook=hook)
+        attention_output, kv = self.attention(read, inputs.attention, cache=kv, hook=hook)
         if self.placement.parallel:
-            fed, losses = self.mlp(read if self.placement.shared else mlp.read(x), hook)
-            return attention.add(x, attended, fed), BlockCache.of(own, memory), losses
-        x = attention.add(x, attended)
+            mlp_output, losses = self.mlp(read if self.placement.shared else mlp.read(x), hook)
+            return attention.add(x, attention_output, mlp_output), BlockCache.of(kv, memory), losses
+        x = attention.add(x, attention_output)
         if self.cross_attention is not None:
-            kv = self.memory_kv(inputs.memory) if memory is None else memory.swapped()
-            crossed, _ = self.cross_attention(
-                cross.read(x), inputs.cross, kv=kv, hook=hook.within(CROSS)
+            memory_kv = self.memory_kv(inputs.memory) if memory is None else memory.swapped()
+            cross_output, _ = self.cross_attention(
+                cross.read(x), inputs.cross, kv=memory_kv, hook=hook.within(CROSS)
             )
-            x = cross.add(x, crossed)
-        fed, losses = self.mlp(mlp.read(x), hook)
-        return mlp.add(x, fed), BlockCache.of(own, memory), losses
+            x = cross.add(x, cross_output)
+        mlp_output, losses = self.mlp(mlp.read(x), hook)
+        return mlp.add(x, mlp_output), BlockCache.of(kv, memory), losses
 
-    def memory_kv(self, memory: jax.Array | None) -> KVCache:
-        """Keys and values of the encoder's output [B, S', D] for cross-attention."""
+    def memory_kv(self, memory: Float[Array, "B S D"] | None) -> KVCache:
+        """Keys and values of the encoder's output, for cross-attention."""
         assert memory is not None
         assert self.cross_attention is not None
         return KVCache(*self.cross_attention.heads(memory, "key", "value"))
 
     def residual(self, layer: str) -> Residual:
-        """The stream around "attention", "cross_attention" or "mlp"."""
+        """The residual connection around "attention", "cross_attention" or "mlp"."""
         norm, norm_after = getattr(self, f"{layer}_norm"), getattr(self, f"{layer}_norm_after")
         return Residual(self.placement, norm or _identity, norm_after or _identity)
 
 
-def _identity(x: jax.Array) -> jax.Array:
+def _identity(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x

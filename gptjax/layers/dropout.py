@@ -2,12 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share `rate` of `x` and scale the rest by 1 / (1 - rate); off without a key.
+def dropout(
+    x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*shape"]:
+    """Zero each element of `x` with probability `rate`, and scale the rest by 1 / (1 - rate).
 
-    Source: Srivastava et al. 2014, in the inverted form that leaves evaluation untouched.
+    Without a key there is no dropout. Source: Srivastava et al. 2014, in the inverted form, which
+    needs no scaling in evaluation.
     """
     if key is None or rate == 0:
         return x
@@ -15,6 +19,6 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
-def split_key(key: jax.Array | None, parts: int) -> tuple[jax.Array | None, ...]:
-    """`parts` independent keys, or as many times no key."""
-    return (None,) * parts if key is None else tuple(jax.random.split(key, parts))
+def split_key(key: Key[Array, ""] | None, count: int) -> tuple[Key[Array, ""] | None, ...]:
+    """`count` independent keys; `count` times None if there is no key."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))

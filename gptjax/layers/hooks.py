@@ -1,28 +1,28 @@
-"""Hook points: where a forward pass can be captured and changed, and all that is done there.
+"""Hook points: named intermediates of a forward pass that can be captured and changed.
 
-A layer names what it computes and goes on with what comes back:
+A layer passes an intermediate to its hook and continues with the result:
 
     query = hook("query", query)
 
-That is the seam of everything that is no equation of the layer: interventions and capture, dropout,
-the sharding constraint, and the name by which `jax.checkpoint` keeps the array. What is not asked
-for adds nothing to the program. What is captured or changed is an argument of the forward pass, as
-its tokens are: the model itself never changes.
+The hook does all that is not part of the layer's equations: interventions, capture, dropout, the
+sharding constraint, and the name under which `jax.checkpoint` saves the array. Hook points that are
+not requested add nothing to the compiled program. Capture and interventions are arguments of the
+forward pass, as the tokens are: the model itself never changes.
 
-| hook point | axes | what it is |
+| hook point | axes | array |
 |---|---|---|
-| residual | BTD | the residual stream that enters the block |
-| query, key, value | BTNH, BSKH, BSKH | as attention multiplies them: normalised, rotated |
-| scores | BNTS | scaled, capped, with the position bias, before the mask |
-| attention | BNTS | the weights: softmax of the masked scores |
+| residual | BTD | the residual stream at the block's input |
+| query, key, value | BTNH, BSKH, BSKH | as multiplied: after QK-norm and rotary embedding |
+| scores | BNTS | scaled, soft-capped, with the position bias, before the mask |
+| attention | BNTS | the attention weights: softmax of the masked scores |
 | z | BTNH | each head's weighted values |
-| head_output | BTND | what each head adds to the stream, the output's bias aside |
-| attention_output | BTD | what attention adds: their sum and the bias |
-| activation | BTF | of the MLP, after its non-linearity; not of experts |
+| head_output | BTND | what each head adds to the residual stream, without the output bias |
+| attention_output | BTD | what attention adds: the sum over heads, plus the bias |
+| activation | BTF | the MLP's hidden activations, after the non-linearity; not of experts |
 | mlp_output | BTD | what the MLP adds |
 
 Those of cross-attention begin with `cross_`, those of an encoder-decoder's encoder with `encoder_`.
-An LSTM has `residual`. With all layers, the letter L comes first.
+An LSTM has `residual` only. Stacked over layers, they have a leading axis L.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
 
 from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.layers.dropout import dropout, split_key
@@ -40,9 +41,9 @@ class Point(NamedTuple):
     """A hook point."""
 
     axes: str
-    """The letters of its axes in one layer."""
+    """The letters of its axes, within one layer."""
     sharding: str = ""
-    """The letters by which `constrain` shards it; none leaves it to the compiler."""
+    """The letters by which `constrain` shards it; empty leaves it to the compiler."""
     saved_as: str = ""
     """Its name in `jax.checkpoint`'s policies (gptjax/layers/stack.py)."""
 
@@ -64,7 +65,7 @@ BLOCK = {
     "mlp_output": Point("BTD"),
 }
 PRE_ACTIVATION = "pre_activation"
-"""What the MLP's non-linearity takes: kept by `jax.checkpoint`, and not offered to capture."""
+"""The input of the MLP's non-linearity: saved by `jax.checkpoint`, but cannot be captured."""
 POINTS = {**BLOCK, PRE_ACTIVATION: Point("BTF", saved_as="mlp")}
 CROSS, ENCODER = "cross_", "encoder_"
 DROPPED = (
@@ -74,33 +75,33 @@ DROPPED = (
     "cross_attention_output",
     "mlp_output",
 )
-"""Where dropout is; a layer's key is split into one for each, in this order."""
+"""Hook points with dropout; a layer's key is split into one for each, in this order."""
 
 Capture = Collection[str] | Mapping[str, Callable[[jax.Array], Any]]
-"""Names of hook points; or for each what is kept of it, so that a layer's [B, N, T, S] need not
-be."""
+"""Names of hook points, or a mapping from names to functions of the array whose results are kept
+instead, which saves storing [B, N, T, S] for every layer."""
 
 
 class Intervention(NamedTuple):
     """A change at one hook point: x becomes keep · x + add.
 
-    That is all there is to zeroing (keep 0), replacing and patching (keep 0, add the other value)
-    and steering (keep 1, add a vector); in some layers, heads or positions only, since both
-    broadcast against the array. `gptjax.probe` makes them.
+    This covers zero ablation (keep 0), replacing and activation patching (keep 0, add the other
+    value) and steering (keep 1, add a vector). Both broadcast against the array, so that a change
+    can be limited to some layers, heads or positions. `gptjax.probe` makes them.
     """
 
     keep: jax.Array
-    """[L, ...]: what each of the hook point's axes is, or 1."""
+    """[L, ...]: each further axis has the size of the hook point's, or 1."""
     add: jax.Array
     """As `keep`."""
 
 
 Interventions = Mapping[str, Intervention] | None
-"""By hook point: of all layers [L, ...], or of one."""
+"""By hook point; for all layers, [L, ...], or for one, [...]."""
 
 
 class Hooks:
-    """What is done at the hook points of one layer, and what was captured there."""
+    """Capture, interventions and dropout at the hook points of one layer."""
 
     def __init__(
         self,
@@ -108,13 +109,13 @@ class Hooks:
         interventions: Interventions = None,
         *,
         dropout_rate: float = 0.0,
-        key: jax.Array | None = None,
+        key: Key[Array, ""] | None = None,
         prefix: str = "",
     ):
-        """Take what is asked for, and the layer's dropout key; None drops nothing."""
+        """Take what to capture and change, and the layer's dropout key (None: no dropout)."""
         self.captured: dict[str, Any] = {}
-        """What was asked for, by name."""
-        self._capture = kept_of(capture)
+        """The captured arrays, or results of `capture`'s functions, by hook point."""
+        self._capture = capture_functions(capture)
         self._interventions = interventions or {}
         self._prefix = prefix
         self._rate = dropout_rate
@@ -123,15 +124,16 @@ class Hooks:
 
     @property
     def training(self) -> bool:
-        """Whether this is a training step's pass, which drops."""
+        """Whether this is a forward pass of training, with dropout keys."""
         return self._keys[DROPPED[0]] is not None
 
-    def __call__(self, name: str, x: jax.Array) -> jax.Array:
-        """The hook point `name`, where x passes: what the layer goes on with."""
+    def __call__(self, name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """x after the interventions and the dropout of hook point `name`; captures it before
+        dropout."""
         return self.dropped(name, self.observed(name, x))
 
-    def observed(self, name: str, x: jax.Array) -> jax.Array:
-        """The same without dropout."""
+    def observed(self, name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """As `__call__`, without dropout."""
         point, name = POINTS[name], self._prefix + name
         if point.saved_as:
             x = checkpoint_name(x, point.saved_as)
@@ -144,39 +146,39 @@ class Hooks:
             self.captured[name] = self._capture[name](x)
         return x
 
-    def dropped(self, name: str, x: jax.Array) -> jax.Array:
-        """Dropout alone."""
+    def dropped(self, name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """x after the dropout of hook point `name`."""
         return dropout(x, self._rate, self._keys.get(self._prefix + name))
 
     def need(self, *names: str) -> bool:
-        """Whether any of these is captured, changed or dropped, so that it has to exist."""
-        asked = self._capture.keys() | self._interventions.keys()
+        """Whether any of these is captured, changed or has dropout, and must be materialised."""
+        needed = self._capture.keys() | self._interventions.keys()
         if self._rate > 0:
-            asked |= {name for name, key in self._keys.items() if key is not None}
-        return any(self._prefix + name in asked for name in names)
+            needed |= {name for name, key in self._keys.items() if key is not None}
+        return any(self._prefix + name in needed for name in names)
 
     def within(self, prefix: str) -> "Hooks":
-        """The same for a part whose hook points begin with `prefix`."""
+        """The hooks of a sub-layer whose hook points begin with `prefix`."""
         part = Hooks(self._capture, self._interventions, prefix=self._prefix + prefix)
         part.captured, part._rate, part._keys = self.captured, self._rate, self._keys
         return part
 
 
-def kept_of(capture: Capture) -> dict[str, Callable[[jax.Array], Any]]:
-    """What is kept of each hook point; of those that are only named, all."""
-    return dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture, _whole)
+def capture_functions(capture: Capture) -> dict[str, Callable[[jax.Array], Any]]:
+    """The function whose result is kept, by hook point; the identity if only names are given."""
+    return dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture, _identity)
 
 
-def _whole(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
 NO_HOOKS = Hooks()
-"""Nothing is captured, changed or dropped."""
+"""No capture, no interventions, no dropout."""
 
 
 def hook_points(config: TransformerConfig) -> dict[str, str]:
-    """The hook points of a model and their axes, those of all layers together."""
+    """The hook points of a model and the letters of their axes, stacked over layers."""
     if config.family == "recurrent":
         return {"residual": "LBTD"}
     own = {name: point.axes for name, point in BLOCK.items()}
@@ -193,7 +195,7 @@ def check_hook_points(config: TransformerConfig, names: Collection[str]) -> None
     """Refuse hook points that the model does not have.
 
     Raises:
-      InputError: one that is unknown, or of a part or a kind of layer that others have.
+      InputError: an unknown hook point, or one of a sub-layer that this model lacks.
     """
     known = hook_points(config)
     for name in names:
@@ -209,9 +211,10 @@ def check_hook_points(config: TransformerConfig, names: Collection[str]) -> None
         )
 
 
-def by_part(asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked of an encoder-decoder's encoder, under its own names, and of the decoder."""
-    encoder = {
-        name.removeprefix(ENCODER): what for name, what in asked.items() if name.startswith(ENCODER)
-    }
-    return encoder, {name: what for name, what in asked.items() if not name.startswith(ENCODER)}
+def split_encoder(points: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values by hook point, split into those of an encoder, without their prefix, and the rest."""
+    encoder, decoder = {}, {}
+    for name, value in points.items():
+        part = encoder if name.startswith(ENCODER) else decoder
+        part[name.removeprefix(ENCODER)] = value
+    return encoder, decoder

@@ -1,10 +1,11 @@
-"""Linear layers: the matrices that hold nearly all parameters."""
+"""Linear layers, which hold nearly all parameters."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from gptjax.parallel.sharding import auto_mesh, constrain, gathered
 
@@ -13,16 +14,16 @@ DEFAULT_STD = 0.02
 
 
 class Linear(nnx.Module):
-    """y = x W + b, from axes `inputs` to axes `outputs`.
+    """y = x W + b, contracting the axes `inputs` and producing the axes `outputs`.
 
-    The kernel keeps its axes apart (query is [D, N, H], not [D, N·H]), so that a sharding rule or
-    an optimizer can name them. The product itself runs on flat matrices, [tokens, in] × [in, out]:
-    with [B, T, D] the weight gradient contracts two axes, which XLA compiles for a CPU into a
-    transposing copy that costs more than the product. Where the compiler parts the program, axes
-    stay apart, since two that are parted make no one axis.
+    The kernel keeps its axes separate (query is [D, N, H], not [D, N·H]), so that sharding rules
+    and optimizers can name them. The product itself runs on flat matrices, [tokens, in] × [in,
+    out]: with [B, T, D] the weight gradient contracts two axes, which XLA compiles for a CPU into a
+    transposing copy that costs more than the product. In a partitioned program axes are not
+    flattened, since two sharded axes cannot be merged into one.
 
-    `axes` are the kernel's letters, by which `gptjax.parallel.sharding` splits it; "-" is never
-    split.
+    `axes` are the letters of the kernel's axes, by which `gptjax.parallel.sharding` shards it; "-"
+    is never sharded.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class Linear(nnx.Module):
         self.outputs = outputs
         self.axes = axes
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., *inputs] → [..., *outputs], in the dtype of `x`."""
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x W + b, [..., *inputs] → [..., *outputs], in the dtype of `x`."""
         if auto_mesh() is not None:
             kernel = gathered(self.kernel.astype(x.dtype), self.axes)
             y = jnp.tensordot(x, kernel, len(self.inputs))
@@ -57,13 +58,12 @@ class Linear(nnx.Module):
         return y.reshape(*leading, *self.outputs)
 
 
-def project(x: jax.Array, *layers: Linear) -> tuple[jax.Array, ...]:
-    """x [B, T, D] through several layers that read the same.
+def project(x: Float[Array, "B T D"], *layers: Linear) -> tuple[Float[Array, "B T ..."], ...]:
+    """The outputs of several layers of the same input x.
 
-    Where heads and channels are parted among devices, each has all tokens for its part only while
-    it multiplies: between the layers they are parted, and the backward pass brings them together
-    once more (Korthikanti et al. 2022, section 4.2.2). Its gradients by x are summed over devices
-    once for all layers.
+    Under tensor parallelism tokens are sharded between layers, all-gathered for these products, and
+    all-gathered again in the backward pass (Korthikanti et al. 2022, section 4.2.2). The gradients
+    with respect to x are summed over devices once for all layers.
     """
     mesh = auto_mesh()
     if mesh is None or dict(mesh.shape)["tensor"] == 1:
@@ -88,15 +88,17 @@ def _products_forward(x, kernels):
 
 def _products_backward(residuals, gradients):
     x, kernels = residuals
-    # Not before the gradients are there, and not the copy that the forward pass may have.
+    # Gathers x only once the gradients are known, and keeps no gathered copy of the forward pass.
     x, gradients = jax.lax.optimization_barrier((x, gradients))
     whole = constrain(x, "BTD")
     x_gradient = jnp.zeros_like(x)
     for gradient, kernel in zip(gradients, kernels, strict=True):
         outputs = tuple(range(2, gradient.ndim)), tuple(range(1, kernel.ndim))
         x_gradient += jnp.tensordot(gradient, kernel, outputs)
-    by_kernels = tuple(jnp.tensordot(whole, gradient, ((0, 1), (0, 1))) for gradient in gradients)
-    return constrain(x_gradient, "BtD"), by_kernels
+    kernel_gradients = tuple(
+        jnp.tensordot(whole, gradient, ((0, 1), (0, 1))) for gradient in gradients
+    )
+    return constrain(x_gradient, "BtD"), kernel_gradients
 
 
 _products.defvjp(_products_forward, _products_backward)

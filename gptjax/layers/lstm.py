@@ -1,7 +1,6 @@
-"""The LSTM that the Transformer displaced: the baseline.
+"""The LSTM (Hochreiter & Schmidhuber 1997), the baseline that the Transformer displaced.
 
-Hochreiter & Schmidhuber 1997 with forget gates (Gers et al. 2000), stacked with dropout between the
-layers as in Zaremba et al. 2014.
+With forget gates (Gers et al. 2000), and dropout between stacked layers as in Zaremba et al. 2014.
 """
 
 from typing import NamedTuple
@@ -9,78 +8,77 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Key
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.dropout import dropout
 from gptjax.layers.linear import Linear
 
 GATES = 4
-"""Input, forget, candidate and output, in this order, which is PyTorch's."""
+"""Input, forget, candidate (cell) and output gate, in PyTorch's order."""
 
 
 class LSTMState(NamedTuple):
-    """What one layer remembers; of any length of text the same size."""
+    """The recurrent state of one layer."""
 
-    hidden: jax.Array
-    """[B, D]."""
-    cell: jax.Array
-    """[B, D], float32."""
+    hidden: Float[Array, "B D"]
+    cell: Float32[Array, "B D"]
 
 
 class LSTM(nnx.Module):
-    """One layer over a sequence."""
+    """One LSTM layer."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width = config.width
         self.input = Linear((width,), (GATES, width), axes="D-F", bias=config.bias, rngs=rngs)
         self.recurrent = Linear((width,), (GATES, width), axes="D-F", bias=False, rngs=rngs)
         if self.input.bias is not None:
-            # An open forget gate at the start (Jozefowicz et al. 2015).
+            # The forget gate's bias starts at 1 (Jozefowicz et al. 2015).
             self.input.bias[...] = self.input.bias[...].at[1].set(1.0)
         self.dropout = config.dropout
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         state: LSTMState,
         *,
-        padding_mask: jax.Array | None = None,
-        begins: jax.Array | None = None,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, LSTMState]:
-        """[B, T, D] and the state before → [B, T, D] and the state after.
+        padding_mask: Bool[Array, "B T"] | None = None,
+        reset: Bool[Array, "B T"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], LSTMState]:
+        """The hidden state at each token, and the final state.
 
         Args:
-          x: [B, T, D].
-          state: from the tokens before.
-          padding_mask: [B, T], False at padding, which leaves the state as it is.
-          begins: [B, T], True where the state is forgotten before the token is read; None nowhere.
-          key: dropout key; None drops nothing.
+          x: the inputs.
+          state: the initial state.
+          padding_mask: False at padding, which leaves the state unchanged.
+          reset: True where the state is set to zero before the token is read; None resets nowhere.
+          key: dropout key; None: no dropout.
         """
-        # All inputs in one product; only the recurrence itself goes token by token.
+        # One product for all inputs; only the recurrence is sequential.
         projected = jnp.moveaxis(self.input(x), 1, 0)
-        kept = jnp.ones(x.shape[:2], bool) if padding_mask is None else padding_mask
+        mask = jnp.ones(x.shape[:2], bool) if padding_mask is None else padding_mask
 
         def step(state: LSTMState, inputs):
-            gates, keep, begin = inputs
-            if begin is not None:
-                state = jax.tree.map(lambda leaf: jnp.where(begin[:, None], 0, leaf), state)
+            gates, is_token, reset = inputs
+            if reset is not None:
+                state = jax.tree.map(lambda leaf: jnp.where(reset[:, None], 0, leaf), state)
             gates = gates.astype(jnp.float32) + self.recurrent(state.hidden).astype(jnp.float32)
-            enter, forget, candidate, leave = jnp.moveaxis(gates, 1, 0)
+            input_gate, forget, candidate, output = jnp.moveaxis(gates, 1, 0)
             cell = jax.nn.sigmoid(forget) * state.cell
-            cell += jax.nn.sigmoid(enter) * jnp.tanh(candidate)
-            hidden = (jax.nn.sigmoid(leave) * jnp.tanh(cell)).astype(x.dtype)
+            cell += jax.nn.sigmoid(input_gate) * jnp.tanh(candidate)
+            hidden = (jax.nn.sigmoid(output) * jnp.tanh(cell)).astype(x.dtype)
             new = LSTMState(hidden, cell)
-            state = jax.tree.map(lambda a, b: jnp.where(keep[:, None], a, b), new, state)
+            state = jax.tree.map(lambda a, b: jnp.where(is_token[:, None], a, b), new, state)
             return state, hidden
 
         state, outputs = jax.lax.scan(
-            step, state, (projected, kept.T, None if begins is None else begins.T)
+            step, state, (projected, mask.T, None if reset is None else reset.T)
         )
         return dropout(jnp.moveaxis(outputs, 0, 1), self.dropout, key), state
 
 
-def empty_state(config: TransformerConfig, batch_size: int) -> LSTMState:
-    """Before the first token."""
+def initial_state(config: TransformerConfig, batch_size: int) -> LSTMState:
+    """The zero state of one layer."""
     shape = (batch_size, config.width)
     return LSTMState(jnp.zeros(shape, config.dtype), jnp.zeros(shape, jnp.float32))

@@ -5,11 +5,11 @@
 | relu | max(0, x) | Vaswani et al. 2017, equation 2 |
 | relu2 | max(0, x)² | Primer (So et al. 2021) |
 | gelu | x Φ(x), exact | Hendrycks & Gimpel 2016; BERT |
-| gelu_tanh | the tanh approximation of it | GPT-1, GPT-2 |
+| gelu_tanh | x Φ(x), the tanh approximation | GPT-1, GPT-2 |
 | silu | x σ(x) | Hendrycks & Gimpel 2016 |
-| swiglu, geglu, geglu_tanh | silu, gelu or gelu_tanh of a gate, times up | Shazeer 2020 |
+| swiglu, geglu, geglu_tanh | silu, gelu or gelu_tanh of gate(x), times up(x) | Shazeer 2020 |
 
-With `experts`, each token goes to some of E such layers: moe.py.
+With `num_experts`, each token is routed to some of E MLPs: moe.py.
 """
 
 import math
@@ -17,6 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from gptjax.config import TransformerConfig
 from gptjax.config.values import GATES, Activation, exhaustive
@@ -25,7 +26,7 @@ from gptjax.layers.linear import DEFAULT_STD, Linear, project
 
 
 class MLP(nnx.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) · up(x)), position by position."""
+    """down(activation(up(x))), or down(activation(gate(x)) · up(x)), at each position."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         width, mlp_dim = (config.width,), (config.actual_mlp_dim,)
@@ -39,28 +40,32 @@ class MLP(nnx.Module):
         self.down = Linear(mlp_dim, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, hook: Hooks = NO_HOOKS) -> tuple[jax.Array, None]:
-        """[B, T, D] → [B, T, D], and no router's losses."""
+    def __call__(
+        self, x: Float[Array, "B T D"], hook: Hooks = NO_HOOKS
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """The MLP's output, and None in place of `MoE`'s router losses."""
         layers = [self.up] if self.gate is None else [self.up, self.gate]
         up, *gate = (hook(PRE_ACTIVATION, y) for y in project(x, *layers))
         activated = hook("activation", activate(self.activation, up, *gate))
         return hook("mlp_output", self.down(activated)), None
 
 
-def activate(name: str, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-    """The activation called `name` of `up` [..., F], or of `gate` [..., F] times `up`."""
+def activate(
+    name: str, up: Float[Array, "*shape F"], gate: Float[Array, "*shape F"] | None = None
+) -> Float[Array, "*shape F"]:
+    """activation(up), or activation(gate) · up, of the activation called `name`."""
     if gate is None:
         return ACTIVATIONS[name](up)
     return ACTIVATIONS[GATES[name]](gate) * up
 
 
-def relu2(x: jax.Array) -> jax.Array:
-    """The squared rectifier, max(0, x)²."""
+def relu2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Squared ReLU, max(0, x)²."""
     return jnp.square(jax.nn.relu(x))
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact Gaussian error linear unit, x Φ(x)."""
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU, x Φ(x), exact."""
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -69,11 +74,11 @@ _CUBIC = 0.044715
 
 
 @jax.custom_vjp
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU by the tanh approximation, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
-    The forward pass keeps the derivative, so that the backward pass is one product and no tanh is
-    fused into the weight gradient, once for every use.
+    The forward pass saves the derivative, so that the backward pass is one product. XLA would fuse
+    the tanh into the weight gradients and recompute it for each use.
     """
     return _gelu_tanh_forward(x)[0]
 

@@ -1,17 +1,19 @@
-"""A sparse mixture of experts: each token goes to a few of many feed-forward layers.
+"""A sparse mixture of experts: each token is routed to the top k of E MLPs.
 
-Shazeer et al. 2017; the softmax before the choice and the balancing loss as in the Switch
-Transformer (Fedus et al. 2022, equation 4), the weights of the chosen made to sum to 1 as in
-Mixtral (Jiang et al. 2024), the router's z-loss from ST-MoE (Zoph et al. 2022, equation 5). What
-GPT-4 is made of has not been published; nothing here claims to be it.
+Shazeer et al. 2017; the softmax before the top k and the load-balancing loss as in the Switch
+Transformer (Fedus et al. 2022, equation 4), the weights of the top k renormalised to sum to 1 as in
+Mixtral (Jiang et al. 2024), the router's z-loss from ST-MoE (Zoph et al. 2022, equation 5). GPT-4's
+architecture has not been published; nothing here claims to be it.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import TransformerConfig
 from gptjax.config.values import GATES
@@ -22,16 +24,16 @@ from gptjax.parallel.sharding import auto_mesh, gathered, mesh_axes, parameter_s
 
 
 class RouterLosses(NamedTuple):
-    """What keeps a router useful, a sequence: [B] each, summed over layers."""
+    """The auxiliary losses of a router, per sequence; of a model, summed over layers."""
 
-    balance: jax.Array
-    """1 a layer where every expert gets the same share of tokens, more where some are favoured."""
-    z: jax.Array
-    """Mean squared log-partition of the router's logits."""
+    balance: Float[Array, " B"]
+    """Load balancing: 1 per layer if experts get equal shares of the tokens, more otherwise."""
+    z: Float[Array, " B"]
+    """z-loss: the mean squared logsumexp of the router's logits."""
 
 
 class MoE(nnx.Module):
-    """E MLPs side by side, and the router that chooses among them."""
+    """E expert MLPs, and a router that weights the top k of them for each token."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         count, width, hidden = config.num_experts, config.width, config.actual_mlp_dim
@@ -43,110 +45,119 @@ class MoE(nnx.Module):
         self.down = ExpertLinear(count, hidden, width, axes="EFD", std=residual_std, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, hook: Hooks = NO_HOOKS) -> tuple[jax.Array, RouterLosses]:
-        """[B, T, D] → [B, T, D] and the router's losses.
+    def __call__(
+        self, x: Float[Array, "B T D"], hook: Hooks = NO_HOOKS
+    ) -> tuple[Float[Array, "B T D"], RouterLosses]:
+        """The weighted sum of the chosen experts' outputs, and the router's losses.
 
-        In training a `capacity_factor` above 0 drops what an expert gets beyond its capacity, in
-        the order of the sequence.
+        In training, a `capacity_factor` above 0 drops the tokens beyond an expert's capacity, in
+        sequence order.
         """
         config = self.config
-        count, chosen = config.num_experts, config.experts_per_token
+        count, k = config.num_experts, config.experts_per_token
         logits = self.router(x.astype(jnp.float32))
         probability = jax.nn.softmax(logits, axis=-1)
-        weights, experts = jax.lax.top_k(probability, chosen)
+        weights, experts = jax.lax.top_k(probability, k)
         weights /= weights.sum(axis=-1, keepdims=True)
         assigned = jax.nn.one_hot(experts, count, dtype=jnp.float32)
         if hook.training and config.capacity_factor:
             capacity = math.ceil(config.capacity_factor * experts.size / count)
             flat = assigned.reshape(-1, count)
-            place = (jnp.cumsum(flat, axis=0) * flat).sum(axis=-1).reshape(experts.shape)
-            weights = jnp.where(place <= capacity, weights, 0)
+            rank = (jnp.cumsum(flat, axis=0) * flat).sum(axis=-1).reshape(experts.shape)
+            weights = jnp.where(rank <= capacity, weights, 0)
         gate = None if self.gate is None else self.gate(x.dtype)
         kernels = _Kernels(self.up(x.dtype), gate, self.down(x.dtype))
-        mixed = _mix_on_shares(x, experts, weights, kernels, config.activation)
+        mixed = _sharded_mixture(x, experts, weights, kernels, config.activation)
 
-        share = assigned.sum(axis=2).mean(axis=1) / chosen
+        share = assigned.sum(axis=2).mean(axis=1) / k
         balance = count * (share * probability.mean(axis=1)).sum(axis=-1)
         z = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1)
         return hook("mlp_output", mixed.astype(x.dtype)), RouterLosses(balance, z)
 
 
 class _Kernels(NamedTuple):
-    """The matrices of all experts, or of those that a device has."""
+    """The kernels of all experts, or of one device's."""
 
-    up: Any
-    """[E, D, F]."""
-    gate: Any
-    """[E, D, F], or None."""
-    down: Any
-    """[E, F, D]."""
+    up: Float[Array, "E D F"]
+    gate: Float[Array, "E D F"] | None
+    down: Float[Array, "E F D"]
 
 
-def _mix_on_shares(x, experts, weights, kernels: _Kernels, activation: str) -> jax.Array:
-    """`_mix` here, or on each device of a mesh with the experts that it has.
+def _sharded_mixture(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    kernels: _Kernels,
+    activation: str,
+) -> Float[Array, "B T D"]:
+    """`_mixture`; on a mesh each device computes its own experts.
 
-    Devices along the mesh axis `expert` bring their tokens together, each feeds them to its own
-    experts, and what they add is summed where the tokens came from. That moves as many numbers as
-    there are tokens on those devices, whatever the router does.
+    Tokens are all-gathered along the mesh axis `expert`, each device applies its experts, and the
+    results are reduce-scattered to the tokens' devices. The traffic is proportional to the number
+    of tokens on those devices, whatever the routing.
     """
     if auto_mesh() is None:
-        return _mix(x, experts, weights, kernels, activation)
-    rows = spec("BTD", x.shape)
-    together = "expert" in mesh_axes(rows)
-    own, split = (mesh_axes(parameter_spec(letter)) for letter in "EF")
+        return _mixture(x, experts, weights, kernels, activation)
+    tokens = spec("BTD", x.shape)
+    gathers = "expert" in mesh_axes(tokens)
+    expert_axes, mlp_axes = (mesh_axes(parameter_spec(letter)) for letter in "EF")
 
-    def share(x, experts, weights, kernels: _Kernels):
-        if together:
+    def local_mixture(x, experts, weights, kernels: _Kernels):
+        if gathers:
             x, experts, weights = jax.lax.all_gather((x, experts, weights), "expert", tiled=True)
-        first = jax.lax.axis_index(own) * len(kernels.up) if own else 0
-        mixed = _mix(x, experts - first, weights, kernels, activation)
-        if together:
+        first = jax.lax.axis_index(expert_axes) * len(kernels.up) if expert_axes else 0
+        mixed = _mixture(x, experts - first, weights, kernels, activation)
+        if gathers:
             mixed = jax.lax.psum_scatter(mixed, "expert", tiled=True)
-        others = split if together else own + split
-        return jax.lax.psum(mixed, others) if others else mixed
+        summed = mlp_axes if gathers else expert_axes + mlp_axes
+        return jax.lax.psum(mixed, summed) if summed else mixed
 
-    into, out_of = parameter_spec("E-F"), parameter_spec("EF-")
-    gate = None if kernels.gate is None else into
+    up, down = parameter_spec("E-F"), parameter_spec("EF-")
+    # `_Kernels` of specs instead of arrays.
+    specs: tuple = (up, None if kernels.gate is None else up, down)
     return jax.shard_map(
-        share,
-        in_specs=(rows, rows, rows, _Kernels(into, gate, out_of)),
-        out_specs=rows,
+        local_mixture,
+        in_specs=(tokens, tokens, tokens, _Kernels(*specs)),
+        out_specs=tokens,
         check_vma=False,
     )(x, experts, weights, kernels)
 
 
-def _mix(x, experts, weights, kernels: _Kernels, activation: str) -> jax.Array:
-    """What the experts 0 … E - 1 make of tokens, weighted; others' numbers add nothing.
+def _mixture(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    kernels: _Kernels,
+    activation: str,
+) -> Float[Array, "B T D"]:
+    """The weighted sum of the outputs of experts 0 … E - 1; other indices contribute nothing.
 
-    The tokens are sorted by expert and multiplied group by group (`jax.lax.ragged_dot`), so that
-    none is dropped, whatever the balance.
+    Tokens are sorted by expert and multiplied in groups (`jax.lax.ragged_dot`), so that none is
+    dropped, whatever the balance.
 
     Args:
-      x: [B, T, D].
-      experts: [B, T, chosen].
-      weights: [B, T, chosen].
+      x: the tokens.
+      experts: the indices of each token's top k experts.
+      weights: their weights.
       kernels: of E experts.
       activation: as `TransformerConfig.activation`.
-
-    Returns:
-      [B, T, D].
     """
-    count, chosen = len(kernels.up), experts.shape[-1]
-    mine = (experts >= 0) & (experts < count)
-    numbers = jnp.where(mine, experts, count).ravel()
-    order = jnp.argsort(numbers, stable=True)
-    sizes = jnp.bincount(numbers, length=count).astype(jnp.int32)
-    tokens = x.reshape(-1, x.shape[-1])[order // chosen]
-    tokens = jnp.where(mine.ravel()[order, None], tokens, 0)
+    count, k = len(kernels.up), experts.shape[-1]
+    local = (experts >= 0) & (experts < count)
+    indices = jnp.where(local, experts, count).ravel()
+    order = jnp.argsort(indices, stable=True)
+    sizes = jnp.bincount(indices, length=count).astype(jnp.int32)
+    tokens = x.reshape(-1, x.shape[-1])[order // k]
+    tokens = jnp.where(local.ravel()[order, None], tokens, 0)
     gate = None if kernels.gate is None else jax.lax.ragged_dot(tokens, kernels.gate, sizes)
-    fed = activate(activation, jax.lax.ragged_dot(tokens, kernels.up, sizes), gate)
-    fed = jax.lax.ragged_dot(fed, kernels.down, sizes)
-    fed = fed[jnp.argsort(order)].reshape(*experts.shape, -1)
-    return (fed * jnp.where(mine, weights, 0)[..., None]).sum(axis=2)
+    hidden = activate(activation, jax.lax.ragged_dot(tokens, kernels.up, sizes), gate)
+    output = jax.lax.ragged_dot(hidden, kernels.down, sizes)
+    output = output[jnp.argsort(order)].reshape(*experts.shape, -1)
+    return (output * jnp.where(local, weights, 0)[..., None]).sum(axis=2)
 
 
 class ExpertLinear(nnx.Module):
-    """One matrix an expert, without biases."""
+    """One matrix per expert, without biases."""
 
     def __init__(
         self,
@@ -162,6 +173,6 @@ class ExpertLinear(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=axes)
         self.axes = axes
 
-    def __call__(self, dtype: Any) -> jax.Array:
-        """[E, in, out], as products read it."""
+    def __call__(self, dtype: DTypeLike) -> Float[Array, "E fan_in fan_out"]:
+        """The kernels in `dtype`, whole along D."""
         return gathered(self.kernel.astype(dtype), self.axes)

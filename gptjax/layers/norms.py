@@ -5,8 +5,8 @@
 | layernorm | scale · (x - mean) / √(variance + ε) + bias | Ba et al. 2016, equation 4 |
 | rmsnorm | scale · x / √(mean of squares + ε) | Zhang & Sennrich 2019, equation 4 |
 
-Both run in float32. Their backward passes are written out because XLA, left to autodiff, fuses the
-row statistics into the neighbouring matrix products on a CPU and computes them again and again.
+Both run in float32. Their backward passes are written out because with autodiff XLA on a CPU fuses
+the row statistics into the neighbouring matrix products and recomputes them many times.
 """
 
 import functools
@@ -15,33 +15,34 @@ from typing import assert_never
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from gptjax.config import TransformerConfig
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis."""
+    """Layer normalisation of the last axis."""
 
     def __init__(self, width: int, *, epsilon: float, bias: bool):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes="-")
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes="-") if bias else None
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] → [..., D]."""
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """x normalised, scaled and shifted, in its dtype."""
         bias = None if self.bias is None else self.bias[...]
         return layer_norm(x, self.scale[...], bias, self.epsilon)
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis; it has no bias."""
+    """Root-mean-square normalisation of the last axis; it has no bias."""
 
     def __init__(self, width: int, *, epsilon: float):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes="-")
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] → [..., D]."""
+    def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """x normalised and scaled, in its dtype."""
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -49,7 +50,7 @@ Norm = LayerNorm | RMSNorm
 
 
 def build_norm(config: TransformerConfig) -> Norm:
-    """The norm that `config` names, over its residual stream."""
+    """The norm of kind `config.norm` for the residual stream."""
     match config.norm:
         case "layernorm":
             return LayerNorm(config.width, epsilon=config.norm_epsilon, bias=config.bias)
@@ -60,8 +61,13 @@ def build_norm(config: TransformerConfig) -> Norm:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None, epsilon: float) -> jax.Array:
-    """[..., D] with scale and bias [D] → [..., D]."""
+def layer_norm(
+    x: Float[Array, "*shape D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    epsilon: float,
+) -> Float[Array, "*shape D"]:
+    """scale · (x - mean) / √(variance + ε) + bias, over the last axis."""
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
 
@@ -94,8 +100,10 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """[..., D] with scale [D] → [..., D]."""
+def rms_norm(
+    x: Float[Array, "*shape D"], scale: Float[Array, " D"], epsilon: float
+) -> Float[Array, "*shape D"]:
+    """scale · x / √(mean of squares + ε), over the last axis."""
     return _rms_norm_forward(x, scale, epsilon)[0]
 
 

@@ -1,15 +1,15 @@
-"""How a token knows where it stands.
+"""Position embeddings.
 
 | `position_embedding` | what it does | source |
 |---|---|---|
-| learned | a trained vector per position, added to the embedding | GPT-1 (Radford et al. 2018) |
-| sinusoidal | fixed sines and cosines, added to the embedding | Vaswani et al. 2017, section 3.5 |
-| rotary | rotates query and key by an angle that grows with position | RoFormer (Su et al. 2021) |
-| alibi | lowers a score by the distance times the head's slope | Press et al. 2022 |
-| relative | adds a number a head and bucket of distances to a score | T5 (Raffel et al. 2020) |
-| none | only the causal mask tells order | Haviv et al. 2022 |
+| learned | adds a trained vector per position to the embedding | GPT-1 (Radford et al. 2018) |
+| sinusoidal | adds fixed sines and cosines to the embedding | Vaswani et al. 2017, section 3.5 |
+| rotary | rotates queries and keys by angles proportional to position | RoFormer (Su et al. 2021) |
+| alibi | subtracts the head's slope times the distance from a score | Press et al. 2022 |
+| relative | adds a bias per head and bucket of distances to a score | T5 (Raffel et al. 2020) |
+| none | nothing; only the causal mask carries order | Haviv et al. 2022 |
 
-`pairing` says which two channels share an angle: `interleaved` (2i and 2i + 1) in Vaswani et al.,
+`pairing` chooses the channels that form a pair: `interleaved` (2i and 2i + 1) in Vaswani et al.,
 RoFormer and GPT-J; `half` (i and i + half) in GPT-NeoX, Llama and Marian.
 """
 
@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from gptjax.config.values import RELATIVE_BUCKETS, Pairing, exhaustive
 
@@ -26,50 +28,61 @@ RELATIVE_MAX_DISTANCE = 128
 """T5's (its released configurations)."""
 
 
-def sinusoidal(positions: jax.Array, width: int, pairing: str) -> jax.Array:
-    """Vaswani et al. 2017, section 3.5: positions [...] → [..., D], a sine and a cosine a pair."""
+def sinusoidal(
+    positions: Int[Array | np.ndarray, "*shape"], width: int, pairing: str
+) -> Float[Array, "*shape D"]:
+    """The sinusoidal embeddings of `positions`: a sine and a cosine per pair of channels.
+
+    Vaswani et al. 2017, section 3.5.
+    """
     angles = rotary_angles(positions, width, SINUSOIDAL_BASE)
     _, join = PAIRINGS[pairing]
     return join(jnp.sin(angles), jnp.cos(angles))
 
 
-def rotary_angles(positions: jax.Array, width: int, base: float) -> jax.Array:
-    """The angle by which each pair of `width` channels turns: [...] → [..., width / 2], radians.
+def rotary_angles(
+    positions: Int[Array | np.ndarray, "*shape"], width: int, base: float
+) -> Float[Array, "*shape pairs"]:
+    """The rotary angles of the width / 2 pairs of channels, in radians.
 
-    Pair i turns by position · base^(-2i / width) (RoFormer, equation 15).
+    Pair i is rotated by position · base^(-2i / width) (RoFormer, equation 15).
     """
     exponents = jnp.arange(0, width, 2, dtype=jnp.float32) / width
-    return positions[..., None] * base**-exponents
+    return base**-exponents * positions[..., None]
 
 
-def rotate(x: jax.Array, angles: jax.Array, pairing: str) -> jax.Array:
-    """Turn the first R channels of `x` [B, T, N, H] in pairs by `angles` [B or 1, T, R / 2]."""
-    turning = 2 * angles.shape[-1]
+def rotate(
+    x: Float[Array, "B T N H"], angles: Float[Array, "#B T pairs"], pairing: str
+) -> Float[Array, "B T N H"]:
+    """x with the first 2 · pairs channels of each head rotated by `angles` (RoPE)."""
+    rotary_dim = 2 * angles.shape[-1]
     split, join = PAIRINGS[pairing]
-    first, second = split(x[..., :turning].astype(jnp.float32))
+    first, second = split(x[..., :rotary_dim].astype(jnp.float32))
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    turned = join(first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., turning:]], axis=-1)
+    rotated = join(first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], axis=-1)
 
 
-def _split_halves(x: jax.Array) -> Sequence[jax.Array]:
-    """[..., R] → the first channel of each pair and the second, [..., R / 2] each."""
+def _split_halves(x: Float[Array, "*shape channels"]) -> Sequence[Float[Array, "*shape pairs"]]:
+    """The first channel of each pair, and the second."""
     return jnp.split(x, 2, axis=-1)
 
 
 def _join_halves(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Its inverse."""
+    """The inverse of `_split_halves`."""
     return jnp.concatenate([first, second], axis=-1)
 
 
-def _split_interleaved(x: jax.Array) -> Sequence[jax.Array]:
-    """[..., R] → the first channel of each pair and the second, [..., R / 2] each."""
+def _split_interleaved(
+    x: Float[Array, "*shape channels"],
+) -> Sequence[Float[Array, "*shape pairs"]]:
+    """The first channel of each pair, and the second."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     return pairs[..., 0], pairs[..., 1]
 
 
 def _join_interleaved(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Its inverse."""
+    """The inverse of `_split_interleaved`."""
     return jnp.stack([first, second], axis=-1).reshape(*first.shape[:-1], -1)
 
 
@@ -80,14 +93,14 @@ PAIRINGS = exhaustive(
         "interleaved": (_split_interleaved, _join_interleaved),
     },
 )
-"""How channels are split into pairs, and joined again."""
+"""The functions that split channels into pairs, and their inverses."""
 
 
-def alibi_slopes(heads: int) -> jax.Array:
-    """[N]: 2^(-8/n), 2^(-16/n) … for n heads, n a power of two (Press et al. 2022, section 3).
+def alibi_slopes(heads: int) -> Float[Array, " N"]:
+    """ALiBi's slopes, 2^(-8/n), 2^(-16/n) … for n heads, n a power of two.
 
-    Other numbers of heads take the slopes of the power below and every second one of the power
-    above, as the authors' code and BLOOM do.
+    Other numbers of heads take the slopes of the next lower power, then every second one of the
+    next higher power, as the authors' code and BLOOM do. Source: Press et al. 2022, section 3.
     """
     below = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * i / below) for i in range(1, below + 1)]
@@ -95,16 +108,19 @@ def alibi_slopes(heads: int) -> jax.Array:
     return jnp.array((slopes + between)[:heads], jnp.float32)
 
 
-def alibi_bias(distance: jax.Array, heads: int) -> jax.Array:
-    """What is added to the scores: distance [B or 1, T, S] to the key → [B or 1, N, T, S]."""
+def alibi_bias(distance: Int[Array, "B T S"], heads: int) -> Float[Array, "B N T S"]:
+    """ALiBi's bias of the scores; distance is query position minus key position."""
     return -alibi_slopes(heads)[:, None, None] * distance[:, None]
 
 
-def relative_buckets(distance: jax.Array, *, bidirectional: bool) -> jax.Array:
-    """The bucket of each distance query - key: small ones alone, larger ones on a log scale.
+def relative_buckets(
+    distance: Int[Array, "*shape"], *, bidirectional: bool
+) -> Int[Array, "*shape"]:
+    """T5's bucket of each distance, query position minus key position.
 
-    Raffel et al. 2020, section 2.1, and T5's released code: half of the buckets are for later keys
-    where there are any; of the rest one half is exact, the other logarithmic up to 128.
+    If bidirectional, half of the buckets are for later keys. Of the rest, one half holds one small
+    distance each, the other is logarithmic up to 128. Source: Raffel et al. 2020, section 2.1, and
+    T5's released code.
     """
     buckets = RELATIVE_BUCKETS
     offset = jnp.zeros_like(distance)

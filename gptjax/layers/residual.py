@@ -1,6 +1,6 @@
-"""Where norms stand around a layer f, and how the residual stream takes what it adds.
+"""Norm placement: pre-norm, post-norm and other residual connections around a layer f.
 
-| `norm_placement` | the stream after a layer f | source |
+| `norm_placement` | the residual stream after a layer f | source |
 |---|---|---|
 | pre | x + f(norm(x)) | GPT-2 (Radford et al. 2019, section 2.3) |
 | post | norm(x + f(x)) | Vaswani et al. 2017, section 3.1; BERT, GPT-1 |
@@ -13,26 +13,29 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Array, Float
 
 from gptjax.config.values import Placement
 from gptjax.parallel.sharding import constrain
 
 
 class Residual(NamedTuple):
-    """The stream around one layer f: x becomes `add(x, f(read(x)))`."""
+    """The residual connection around one layer f: x becomes `add(x, f(read(x)))`."""
 
     placement: Placement
     norm: Callable[[jax.Array], jax.Array]
-    """Before the layer, or of the sum; the identity where there is none."""
+    """Of the layer's input (pre-norm) or of the sum (post-norm); the identity without a norm."""
     norm_after: Callable[[jax.Array], jax.Array]
-    """Of what the layer adds; the identity where there is none."""
+    """Of the layer's output; the identity without a norm."""
 
-    def read(self, x: jax.Array) -> jax.Array:
-        """What the layer reads of the stream x [B, T, D]."""
+    def read(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The layer's input: the residual stream x, normalised in pre-norm placements."""
         return constrain(self.norm(x) if self.placement.before else x, "BtD")
 
-    def add(self, x: jax.Array, *outputs: jax.Array) -> jax.Array:
-        """The stream x [B, T, D] with the outputs of the layer, or of all parallel ones, added."""
+    def add(
+        self, x: Float[Array, "B T D"], *outputs: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The residual stream x plus the outputs of the layer, or of all parallel layers."""
         for output in outputs:
             x = x + (self.norm_after(output) if self.placement.after else output)
         return constrain(self.norm(x) if self.placement.of_sum else x, "BtD")

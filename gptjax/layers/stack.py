@@ -1,16 +1,17 @@
-"""Layers one after another, scanned or unrolled: the same code, the same parameters.
+"""A stack of layers, scanned or unrolled with the same code and parameters.
 
-The parameters of L equal layers are stacked along a leading axis. Where layers of p kinds take
-turns (`attention="full,local"`), there are p stacks of L / p layers.
+The parameters of L equal layers are stacked along a leading axis. If p kinds of layers alternate
+(`attention="full,local"`), there are p stacks of L / p layers.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, assert_never
+from typing import NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from gptjax.config import InputError, TransformerConfig
 from gptjax.config.values import RELATIVE_BUCKETS, AttentionKind, Remat, exhaustive
@@ -20,7 +21,7 @@ from gptjax.layers.attention.module import AttentionInputs
 from gptjax.layers.block import Block, BlockCache, BlockInputs
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.hooks import Hooks, Interventions
-from gptjax.layers.inputs import Inputs
+from gptjax.layers.inputs import Cache, Inputs
 from gptjax.layers.moe import RouterLosses
 from gptjax.layers.norms import build_norm
 from gptjax.layers.positions import alibi_bias, relative_buckets, rotary_angles
@@ -28,24 +29,24 @@ from gptjax.parallel.pipeline import run_stages, stages
 
 
 class LayerInputs(NamedTuple):
-    """What is a layer's own, beside its parameters."""
+    """The inputs that differ by layer; of all layers, each array has a leading axis L."""
 
-    number: Any
-    """From 0."""
-    cache: Any
-    """Of the tokens before, or None."""
-    key: jax.Array | None
-    """Of its dropout; None drops nothing."""
+    layer_index: Int[Array, "*L"] | int
+    """Counted from 0."""
+    cache: PyTree
+    """Of earlier tokens, or None."""
+    key: Key[Array, "*L"] | None
+    """Dropout key; None: no dropout."""
     interventions: Interventions
-    """At its hook points."""
+    """At the layer's hook points."""
 
 
-RunLayer = Callable[[int, Any, jax.Array, Any, LayerInputs], tuple[jax.Array, Any, Any]]
-"""(kind, the layer's parameters, x, what belongs to x's rows, what is the layer's own) → (x, its
-cache, its other outputs)."""
+RunLayer = Callable[[int, PyTree, jax.Array, PyTree, LayerInputs], tuple[jax.Array, PyTree, PyTree]]
+"""(kind, the layer's parameters, x, the inputs shared by all layers, the layer's own inputs) → (x,
+the layer's cache, its other outputs)."""
 
 SAVED = ("attention", "mlp")
-"""What the policy "names" keeps: the heads' weighted values, and what the activation takes."""
+"""What the policy "names" saves: the heads' weighted values, and the MLP's pre-activations."""
 REMAT_POLICIES = exhaustive(
     Remat,
     {
@@ -61,24 +62,25 @@ REMAT_POLICIES = exhaustive(
         ),
     },
 )
-"""What stays of a block between the passes; the rest is computed again (Chen et al. 2016)."""
+"""Policies of rematerialisation: what a block saves for its backward pass; the rest is recomputed
+(Chen et al. 2016)."""
 
 
 class StackOutput(NamedTuple):
-    """What a stack of blocks returns."""
+    """The outputs of a stack of blocks."""
 
-    hidden: jax.Array
-    """[B, T, D], normalised by the final norm where there is one."""
-    cache: Any
-    """The cache with these tokens in it, where one was given."""
+    hidden: Float[Array, "B T D"]
+    """After the final norm, if there is one."""
+    cache: Cache | None
+    """The updated cache, if one was given."""
     captured: dict[str, jax.Array]
-    """The intermediates asked for, stacked over layers: [L, ...]."""
+    """The captured hook points, stacked over layers: [L, ...]."""
     router_losses: RouterLosses | None
     """Of a mixture of experts, summed over layers."""
 
 
 def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`count` modules with parameters of their own, as one whose leaves are [count, ...]."""
+    """`count` independently initialised modules, as one whose leaves are [count, ...]."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap
@@ -88,10 +90,10 @@ def stacked(build: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs)
     return built(rngs)
 
 
-def unstacked(stacks: Sequence[Any], depth: int) -> list[Any]:
-    """The `depth` layers' trees of p stacks of [L / p, ...] arrays, in order.
+def unstacked(stacks: Sequence[PyTree], depth: int) -> list[PyTree]:
+    """The parameters of each of `depth` layers, in order, from p stacks of [L / p, ...] arrays.
 
-    `jax.lax.split` has a concatenation for its gradient; indexing would add up L padded arrays.
+    The gradient of `jax.lax.split` is a concatenation; that of indexing adds L padded arrays.
     """
     count = depth // len(stacks)
     by_kind = []
@@ -101,45 +103,43 @@ def unstacked(stacks: Sequence[Any], depth: int) -> list[Any]:
             [part.squeeze(0) for part in jax.lax.split(leaf, [1] * count, axis=0)]
             for leaf in leaves
         ]
-        by_kind.append(
-            [jax.tree.unflatten(structure, layer) for layer in zip(*slices, strict=True)]
-        )
-    return [layer for turn in zip(*by_kind, strict=True) for layer in turn]
+        layers = zip(*slices, strict=True)
+        by_kind.append([jax.tree.unflatten(structure, layer) for layer in layers])
+    return [layer for group in zip(*by_kind, strict=True) for layer in group]
 
 
 def run_layers(
     run: RunLayer,
-    stacks: Sequence[Any],
-    x: jax.Array,
-    rows: Any,
+    stacks: Sequence[PyTree],
+    x: Float[Array, "B T D"],
+    shared: PyTree,
     *,
     config: TransformerConfig,
     depth: int,
-    cache: Any,
-    key: jax.Array | None,
+    cache: Cache | None,
+    key: Key[Array, ""] | None,
     interventions: Interventions = None,
-    layers: Sequence[Any] | None = None,
-) -> tuple[jax.Array, Any, Any]:
-    """Thread x through `depth` layers: scanned or not, recomputed or not, as `config` says.
+    layers: Sequence[PyTree] | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None, PyTree]:
+    """Apply `depth` layers to x: scanned or unrolled, with or without rematerialisation.
 
-    Where the program is split into the stages of a pipeline, they are its stages, always scanned.
+    In a program with pipeline stages the layers are scanned within each stage.
 
     Args:
       run: one layer.
       stacks: the parameters [L / p, ...] of each of the p kinds.
-      x: what enters the first layer.
-      rows: what every layer takes beside the rows of x, arrays [B, ...] or [1, ...].
-      config: its `scan_layers` and `remat` count here.
+      x: the first layer's input.
+      shared: further inputs, the same for all layers: arrays [B, ...] or [1, ...].
+      config: its `scan_layers` and `remat` apply here.
       depth: L.
       cache: of each layer: a tree of [L, ...] arrays if scanned, else a list of L trees; or None.
-      key: dropout key, from which each layer gets its own.
-      interventions: at hook points, of which each layer gets its own; not in a pipeline.
-      layers: the parameters as `unstacked` gives them, where the caller has them so; a loop over
-        the layers does not use them.
+      key: dropout key, split over the layers.
+      interventions: [L, ...] or [1, ...] by hook point; not in a pipeline.
+      layers: the parameters as returned by `unstacked`, if the caller has them; used by unrolled
+        layers only.
 
     Returns:
-      What leaves the last layer, the cache in the form in which it came, and the other outputs,
-      [L, ...].
+      The last layer's output, the cache in its given form, and the other outputs, [L, ...].
 
     Raises:
       InputError: interventions in a pipeline.
@@ -148,81 +148,83 @@ def run_layers(
     if config.remat != "none" and not grouped:
         run = jax.checkpoint(run, static_argnums=0, policy=policy)
     kinds = len(stacks)
-    own = LayerInputs(
+    by_layer = LayerInputs(
         jnp.arange(depth),
         cache,
         None if key is None else jax.random.split(key, depth),
-        # Those whose axis L is 1 are of every layer.
+        # If their axis L is 1, they apply to every layer.
         jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape[1:])), interventions),
     )
     staged = cache is None and stages() > 1
     if staged and interventions:
         raise InputError("mesh.pipeline must be 1 for interventions: its stages take none.")
     if not (staged or config.scan_layers):
-        return _unrolled(run, kinds, x, rows, layers or unstacked(stacks, depth), own)
+        return _unrolled(run, kinds, x, shared, layers or unstacked(stacks, depth), by_layer)
 
-    together = max(kinds, config.remat_layers)
+    size = max(kinds, config.remat_layers)
 
-    def turn(params: Any, x: jax.Array, rows: Any, own: LayerInputs) -> tuple[jax.Array, Any]:
-        """Layers of each kind; parameters are [...], or [layers of the kind, ...] in groups.
+    def run_group(params: PyTree, x: jax.Array, shared: PyTree, by_layer: LayerInputs):
+        """`size` consecutive layers; parameters are [...], or [size / p, ...] if grouped.
 
-        A part that is taken out of them would be kept for the backward pass beside the whole; what
-        is recomputed takes it again.
+        They are indexed inside the rematerialised function: a slice taken outside would be saved
+        for the backward pass besides the whole.
         """
         outputs = []
-        for index in range(together):
+        for index in range(size):
             layer = params[index % kinds]
             if grouped:
                 layer = jax.tree.map(lambda leaf, at=index // kinds: leaf[at], layer)
-            given = jax.tree.map(lambda leaf, at=index: leaf[at], own)
-            x, *output = run(index % kinds, layer, x, rows, given)
+            of_layer = jax.tree.map(lambda leaf, at=index: leaf[at], by_layer)
+            x, *output = run(index % kinds, layer, x, shared, of_layer)
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     if config.remat != "none" and grouped:
-        turn = jax.checkpoint(turn, policy=policy)
-    params = _grouped(list(stacks), together // kinds) if grouped else list(stacks)
-    by_turn = _grouped(own, together)
+        run_group = jax.checkpoint(run_group, policy=policy)
+    params = _in_groups(list(stacks), size // kinds) if grouped else list(stacks)
+    by_group = _in_groups(by_layer, size)
     if staged:
-        x, outputs = run_stages(turn, params, x, rows, by_turn, asked=config.microbatches)
+        x, outputs = run_stages(
+            run_group, params, x, shared, by_group, requested=config.microbatches
+        )
     else:
         x, outputs = jax.lax.scan(
-            lambda x, given: turn(given[0], x, rows, given[1]), x, (params, by_turn)
+            lambda x, group: run_group(group[0], x, shared, group[1]), x, (params, by_group)
         )
     cache, outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return x, cache, outputs
 
 
-def _grouped(tree: Any, size: int) -> Any:
+def _in_groups(tree: PyTree, size: int) -> PyTree:
     """[n, ...] → [n / size, size, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), tree)
 
 
-def _unrolled(run: RunLayer, kinds: int, x, rows, layers: Sequence[Any], own: LayerInputs):
-    """The layers one after another; the results as `run_layers` gives them."""
+def _unrolled(run: RunLayer, kinds: int, x, shared, layers: Sequence[PyTree], own: LayerInputs):
+    """`run_layers` as a Python loop; `own` is of all layers."""
     caches, outputs = [], []
     for index, params in enumerate(layers):
-        keys, interventions = jax.tree.map(
+        key, interventions = jax.tree.map(
             lambda leaf, at=index: leaf[at], (own.key, own.interventions)
         )
         cache = None if own.cache is None else own.cache[index]
-        given = LayerInputs(index, cache, keys, interventions)
-        x, cache, output = run(index % kinds, params, x, rows, given)
+        of_layer = LayerInputs(index, cache, key, interventions)
+        x, cache, output = run(index % kinds, params, x, shared, of_layer)
         caches.append(cache)
         outputs.append(output)
     outputs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
     return x, None if own.cache is None else caches, outputs
 
 
-def stacked_caches(config: TransformerConfig, caches: Sequence[Any]) -> Any:
-    """The caches of L layers in the form that `run_layers` takes."""
+def stacked_caches(config: TransformerConfig, caches: Sequence[PyTree]) -> Cache:
+    """The caches of L layers, stacked if the config scans layers, else as a list."""
     if config.scan_layers:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches)
     return list(caches)
 
 
 class BlockStack(nnx.Module):
-    """The blocks of a decoder or an encoder, and what they share."""
+    """The blocks of a decoder or an encoder, their final norm and their relative positions."""
 
     def __init__(
         self,
@@ -234,12 +236,12 @@ class BlockStack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         pattern = config.attention_pattern
-        stacks = [
-            stacked(
-                functools.partial(_build_block, config, kind, cross), depth // len(pattern), rngs
-            )
-            for kind in pattern
-        ]
+
+        def build(kind: AttentionKind, rngs: nnx.Rngs) -> Block:
+            return Block(config, attention=kind, cross=cross, rngs=rngs)
+
+        per_kind = depth // len(pattern)
+        stacks = [stacked(functools.partial(build, kind), per_kind, rngs) for kind in pattern]
         self.blocks = stacks[0] if len(pattern) == 1 else nnx.List(stacks)
         self.norm = build_norm(config) if config.final_norm else None
         if config.position_embedding == "relative":
@@ -251,30 +253,26 @@ class BlockStack(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         inputs: Inputs,
         *,
-        key: jax.Array | None,
-        memory: jax.Array | None = None,
+        key: Key[Array, ""] | None,
+        memory: Float[Array, "B S D"] | None = None,
     ) -> StackOutput:
-        """Run the blocks.
+        """The output of the last block for the embeddings x, after the final norm.
 
-        Args:
-          x: [B, T, D], the embeddings of `inputs.tokens`.
-          inputs: of the forward pass.
-          key: dropout key of the blocks; None drops nothing.
-          memory: [B, S, D], the encoder's output for `inputs.source`; None with a cache.
+        `key` is the blocks' dropout key, None for no dropout; `memory` is the encoder's output for
+        `inputs.source`, None with a cache.
 
         Raises:
-          InputError: packed rows for a stack that cannot keep documents apart.
+          InputError: packed rows for a stack that cannot separate documents.
         """
-        rows = self._block_inputs(x, inputs, memory)
         graphdefs, params = self._split()
 
-        def run(kind: int, params: Any, x: jax.Array, rows: Any, own: LayerInputs):
-            of_block: BlockInputs = rows[self.config.attention_pattern[kind]]
+        def run(kind: int, params: PyTree, x: jax.Array, shared: PyTree, own: LayerInputs):
+            of_block: BlockInputs = shared[self.config.attention_pattern[kind]]
             attention = of_block.attention._replace(
-                cache_index=inputs.cache_index, layer=own.number
+                cache_index=inputs.cache_index, layer=own.layer_index
             )
             hook = Hooks(
                 inputs.capture, own.interventions, dropout_rate=self.config.dropout, key=own.key
@@ -288,7 +286,7 @@ class BlockStack(nnx.Module):
             run,
             params,
             x,
-            rows,
+            self._block_inputs(x, inputs, memory),
             config=self.config,
             depth=self.depth,
             cache=inputs.cache,
@@ -300,8 +298,8 @@ class BlockStack(nnx.Module):
         hidden = x if self.norm is None else self.norm(x)
         return StackOutput(hidden, cache, captured, losses)
 
-    def empty_cache(self, batch_size: int, memory: jax.Array | None = None) -> Any:
-        """A cache of `context` slots for each block, with its keys and values of `memory`."""
+    def empty_cache(self, batch_size: int, memory: Float[Array, "B S D"] | None = None) -> Cache:
+        """A cache of `context_length` zeros per block, with the keys and values of `memory`."""
         config = self.config
         shape = (batch_size, config.actual_kv_heads, config.context_length, config.actual_head_dim)
 
@@ -318,20 +316,20 @@ class BlockStack(nnx.Module):
         ]
         return stacked_caches(config, caches)
 
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[PyTree]:
         """The parameters of each block, for callers that run the stack many times."""
         return unstacked(self._split()[1], self.depth)
 
     def each(self) -> list[Block]:
-        """The blocks one by one, with the parameters that they have now."""
+        """The blocks as separate modules, with the current parameters."""
         graphdefs = self._split()[0]
         return [
             nnx.merge(graphdefs[index % len(graphdefs)], params)
             for index, params in enumerate(self.layers())
         ]
 
-    def _split(self) -> tuple[list[nnx.GraphDef], list[Any]]:
-        """Structure and parameters of each kind's stack."""
+    def _split(self) -> tuple[list[nnx.GraphDef], list[nnx.State]]:
+        """The structure and the parameters of each kind's stack."""
         blocks = self.blocks
         stacks = list(blocks) if isinstance(blocks, nnx.List) else [blocks]
         parts = [nnx.split(stack, nnx.Param) for stack in stacks]
@@ -342,23 +340,22 @@ class BlockStack(nnx.Module):
             return
         if "compressed" in self.config.attention_pattern:
             raise InputError(
-                "TransformerConfig.attention is "
-                f"{self.config.attention!r}: compressed attention joins neighbouring tokens of "
-                "different documents, so that a row takes one document."
+                f"TransformerConfig.attention is {self.config.attention!r}: compressed attention "
+                "merges neighbouring tokens of different documents: a row may hold only one."
             )
         if inputs.cache is not None:
-            raise InputError("A cache holds one document per row: give it no segment_ids.")
+            raise InputError("A cache holds one document per row: segment_ids must be None.")
 
     def _block_inputs(
         self, x: jax.Array, inputs: Inputs, memory: jax.Array | None
     ) -> dict[str, BlockInputs]:
-        """What the blocks of each kind of attention take beside the stream."""
+        """The inputs of the blocks besides the residual stream, by kind of attention."""
         self._check_packed(inputs)
         config, cached = self.config, inputs.cache is not None
-        keys = _cache_length(inputs.cache) if cached else x.shape[1]
+        keys = jax.tree.leaves(inputs.cache)[0].shape[-2] if cached else x.shape[1]
         slots = jnp.atleast_1d(inputs.cache_index)[:, None] + jnp.arange(x.shape[1])
-        # Two tokens of one document are as far apart in their row as in the document, and none
-        # attends to another document: a distance is the same for all rows, packed or not.
+        # Distances do not depend on packing: within a document they are the same in the row as in
+        # the document, and across documents they are masked.
         distance = slots[..., None] - jnp.arange(keys)
         bias = angles = None
         match config.position_embedding:
@@ -370,7 +367,7 @@ class BlockStack(nnx.Module):
             case "rotary":
                 positions = slots if inputs.positions is None else inputs.positions
                 angles = rotary_angles(positions, config.rotary_dim, config.rope_theta)
-            case "learned" | "sinusoidal" | "none":  # Added to the embeddings, or nowhere.
+            case "learned" | "sinusoidal" | "none":  # Added to the embeddings, or none at all.
                 pass
             case unknown:
                 assert_never(unknown)
@@ -392,7 +389,7 @@ class BlockStack(nnx.Module):
 
         source_mask = inputs.source_mask if self.cross else None
         cross = AttentionMask(
-            None if source_mask is None else source_mask[:, None],
+            None if source_mask is None else jnp.expand_dims(source_mask, 1),
             MaskRule(causal=False, padding_mask=source_mask),
         )
         return {
@@ -401,13 +398,3 @@ class BlockStack(nnx.Module):
             )
             for kind in config.attention_pattern
         }
-
-
-def _build_block(
-    config: TransformerConfig, kind: AttentionKind, cross: bool, rngs: nnx.Rngs
-) -> Block:
-    return Block(config, attention=kind, cross=cross, rngs=rngs)
-
-
-def _cache_length(cache: Any) -> int:
-    return jax.tree.leaves(cache)[0].shape[-2]

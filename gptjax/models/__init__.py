@@ -1,1 +1,1 @@
-"""The models: what people look for first."""
+"""The model families: GPT, BERT, the Transformer and the LSTM."""

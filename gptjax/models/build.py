@@ -1,12 +1,12 @@
-"""A model from its config, and its parameters as a nested dict of arrays.
+"""Builds a model from its config, and splits it into structure and parameters.
 
-Models are Flax NNX modules that are used functionally:
+Models are Flax NNX modules, used functionally:
 
     model = build(config, rngs=nnx.Rngs(0))
     graphdef, params = split(model)
     logits = nnx.merge(graphdef, params)(tokens)
 
-The blocks' leaves are stacked along a leading axis L.
+The blocks' parameters are stacked along a leading axis L.
 """
 
 from typing import Any
@@ -22,6 +22,7 @@ from gptjax.models.language_model import LanguageModel
 from gptjax.models.recurrent import Recurrent
 
 Params = dict[str, Any]
+"""A nested dict of arrays, or of what stands for them."""
 
 FAMILIES: dict[str, type[LanguageModel]] = exhaustive(
     Family,
@@ -35,7 +36,7 @@ FAMILIES: dict[str, type[LanguageModel]] = exhaustive(
 
 
 def build(config: TransformerConfig, *, rngs: nnx.Rngs) -> LanguageModel:
-    """A model of the family that `config` names, newly initialised.
+    """A newly initialised model of the family `config.family`.
 
     Raises:
       InputError: a config without a vocabulary size.
@@ -44,18 +45,18 @@ def build(config: TransformerConfig, *, rngs: nnx.Rngs) -> LanguageModel:
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """A model as its static structure and its parameters, a nested dict of arrays."""
+    """The static structure of a model, and its parameters as a nested dict of arrays."""
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def abstract(config: TransformerConfig) -> tuple[nnx.GraphDef, Params]:
-    """`split` of a model that is not built: its static structure and its parameters' shapes."""
+    """`split` without allocating the model: its static structure and its parameters' shapes."""
     return split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
 
 
 def parameter_axes(config: TransformerConfig) -> Params:
-    """The letters of every parameter's axes: "LDNH" is the kernel of all layers' queries."""
+    """The letters of every parameter's axes, such as "LDNH" for the query kernels of all layers."""
 
     def letters(variable: nnx.Variable) -> str:
         axes = variable.get_metadata("axes")

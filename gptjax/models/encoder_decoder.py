@@ -1,20 +1,20 @@
 """The Transformer: an encoder and a decoder (Vaswani et al. 2017)."""
 
-from typing import Any
-
-import jax
+import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Int, PyTree
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.dropout import split_key
-from gptjax.layers.hooks import ENCODER, by_part, kept_of
-from gptjax.layers.inputs import Inputs
+from gptjax.layers.hooks import ENCODER, capture_functions, split_encoder
+from gptjax.layers.inputs import Cache, Inputs
+from gptjax.layers.norms import Norm
 from gptjax.layers.stack import BlockStack, StackOutput
 from gptjax.models.language_model import LanguageModel
 
 
 class EncoderDecoder(LanguageModel):
-    """Two stacks of blocks, the decoder's with cross-attention; one embedding for all.
+    """An encoder and a decoder with cross-attention, which share one embedding.
 
     The encoder's hook points begin with `encoder_`; with a cache they do not exist.
     """
@@ -28,21 +28,21 @@ class EncoderDecoder(LanguageModel):
         self.decoder = BlockStack(config, depth=config.depth, causal=True, cross=True, rngs=rngs)
 
     @property
-    def final_norm(self) -> Any:
-        """The norm behind the decoder's last block, where there is one."""
+    def final_norm(self) -> Norm | None:
+        """The norm after the decoder's last block, if there is one."""
         return self.decoder.norm
 
     def encode(self, inputs: Inputs) -> StackOutput:
-        """The encoder's output for its `tokens`; its hook points have their plain names."""
+        """The encoder's output for `inputs.tokens`; hook points are named without prefix here."""
         self.check(inputs)
         embedding_key, blocks_key = split_key(inputs.key, 2)
         return self.encoder(self.embed(inputs, embedding_key), inputs, key=blocks_key)
 
     def forward(self, inputs: Inputs) -> StackOutput:
-        """Everything before the head."""
+        """The decoder's hidden states after its final norm."""
         encoder_key, embedding_key, blocks_key = split_key(inputs.key, 3)
-        encoder_capture, capture = by_part(kept_of(inputs.capture))
-        encoder_interventions, interventions = by_part(dict(inputs.interventions or {}))
+        encoder_capture, capture = split_encoder(capture_functions(inputs.capture))
+        encoder_interventions, interventions = split_encoder(dict(inputs.interventions or {}))
         memory, captured = None, {}
         if inputs.cache is None:
             assert inputs.source is not None
@@ -63,11 +63,15 @@ class EncoderDecoder(LanguageModel):
         captured = {ENCODER + name: x for name, x in captured.items()}
         return output._replace(captured=output.captured | captured)
 
-    def decoding_layers(self) -> list[Any]:
-        """The parameters of each block that decoding runs through, not stacked."""
+    def decoding_layers(self) -> list[PyTree]:
+        """The parameters of each block used in decoding, not stacked."""
         return self.decoder.layers()
 
-    def empty_cache(self, source: jax.Array, source_mask: jax.Array | None = None) -> Any:
-        """A cache for one target of up to `context` tokens for each row of `source` [B, S]."""
+    def empty_cache(
+        self,
+        source: Int[Array | np.ndarray, "B S"],
+        source_mask: Bool[Array | np.ndarray, "B S"] | None = None,
+    ) -> Cache:
+        """A cache for one target of up to `context_length` tokens per row of `source`."""
         memory = self.encode(Inputs(source, padding_mask=source_mask)).hidden
         return self.decoder.empty_cache(len(source), memory)

@@ -1,20 +1,21 @@
-"""What every family of models shares: tokens' embeddings on the way in, the head on the way out."""
+"""The base class of all model families: token embeddings and the language-model head."""
 
+import abc
 import math
 from typing import Any, ClassVar, assert_never
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int, Key, PyTree
 
 from gptjax.config import InputError, TransformerConfig
 from gptjax.layers.dropout import dropout
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.hooks import check_hook_points
-from gptjax.layers.inputs import Inputs
-from gptjax.layers.norms import build_norm
+from gptjax.layers.inputs import Cache, Inputs
+from gptjax.layers.norms import Norm, build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
 from gptjax.parallel.sharding import constrain
@@ -29,18 +30,18 @@ OF_SOME_FAMILIES = (
     "cache",
     "layers",
 )
-"""The fields of `Inputs` that not every family takes."""
+"""The fields of `Inputs` that only some families take."""
 
 
 class LanguageModel(nnx.Module):
-    """What all families share: the embedding of tokens on the way in, the head on the way out.
+    """A language model: embeddings, the layers of its family (`forward`), and a head.
 
     Raises:
       InputError: a config without a vocabulary size.
     """
 
     takes: ClassVar[tuple[str, ...]] = ()
-    """Of `OF_SOME_FAMILIES`, the inputs that the family takes."""
+    """The inputs of `OF_SOME_FAMILIES` that the family takes."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         if config.vocab_size == 0:
@@ -57,52 +58,53 @@ class LanguageModel(nnx.Module):
         bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32), axes="V")
         self.bias = bias if config.head_bias else None
 
-    def __call__(self, tokens: Any, **inputs: Any) -> jax.Array:
-        """Tokens [B, T] → logits [B, T, V], float32.
+    def __call__(
+        self, tokens: Int[Array | np.ndarray, "B T"], **inputs: Any
+    ) -> Float32[Array, "B T V"]:
+        """The logits of the next token at each position; of an encoder, of the token at it.
 
-        Of the token that follows each; of an encoder, of the token at each position. `inputs` are
-        the fields of `Inputs`.
+        `inputs` are the fields of `Inputs`.
         """
         return self.unembed(self.readout(self.hidden(tokens, **inputs).hidden))
 
-    def hidden(self, tokens: Any, **inputs: Any) -> StackOutput:
-        """Everything before the head; `inputs` are the fields of `Inputs`.
+    def hidden(self, tokens: Int[Array | np.ndarray, "B T"], **inputs: Any) -> StackOutput:
+        """The hidden states before the head; `inputs` are the fields of `Inputs`.
 
         Raises:
-          InputError: more tokens than the context, an unknown hook point, or an input that the
+          InputError: more tokens than context_length, an unknown hook point, or an input that the
             family does not take.
         """
         given = Inputs(tokens, **inputs)
         self.check(given)
         return self.forward(given)
 
+    @abc.abstractmethod
     def forward(self, inputs: Inputs) -> StackOutput:
-        """`hidden` of inputs that were checked; each family's own."""
-        raise NotImplementedError
+        """`hidden` of checked inputs."""
 
     @property
-    def final_norm(self) -> Any:
-        """The norm that ends `hidden`, or None; each family has it elsewhere."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def final_norm(self) -> Norm | None:
+        """The norm after the last layer, if there is one."""
 
-    def empty_cache(self, *args: Any, **inputs: Any) -> Any:
-        """What decoding keeps between tokens; each family says of what.
-
-        Raises:
-          InputError: a family that does not decode.
-        """
-        raise InputError(f"A model of the family {self.config.family} does not decode.")
-
-    def decoding_layers(self) -> list[Any]:
-        """The parameters of each layer that decoding runs through, not stacked.
+    def empty_cache(self, *args: Any, **inputs: Any) -> Cache:
+        """The cache of decoding before the first token; its arguments depend on the family.
 
         Raises:
           InputError: a family that does not decode.
         """
         raise InputError(f"A model of the family {self.config.family} does not decode.")
 
-    def embed(self, inputs: Inputs, key: jax.Array | None) -> jax.Array:
-        """Tokens [B, T] → [B, T, D], with position and token type embeddings where there are."""
+    def decoding_layers(self) -> list[PyTree]:
+        """The parameters of each layer used in decoding, not stacked.
+
+        Raises:
+          InputError: a family that does not decode.
+        """
+        raise InputError(f"A model of the family {self.config.family} does not decode.")
+
+    def embed(self, inputs: Inputs, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+        """The sum of token, position and token type embeddings, normalised and with dropout."""
         config, tokens = self.config, inputs.tokens
         positions = inputs.positions
         if positions is None:
@@ -115,7 +117,7 @@ class LanguageModel(nnx.Module):
                 x += self.positions(positions, config.dtype)
             case "sinusoidal":
                 x += sinusoidal(positions, config.width, config.pairing).astype(config.dtype)
-            case "rotary" | "alibi" | "relative" | "none":  # In attention, or nowhere.
+            case "rotary" | "alibi" | "relative" | "none":  # In attention, or none at all.
                 pass
             case unknown:
                 assert_never(unknown)
@@ -126,8 +128,8 @@ class LanguageModel(nnx.Module):
             x = self.embedding_norm(x)
         return constrain(dropout(x, config.dropout, key), "BtD")
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] → logits [..., V], float32."""
+    def unembed(self, hidden: Float[Array, "*shape D"]) -> Float32[Array, "*shape V"]:
+        """The logits, soft-capped if `logit_softcap` is set."""
         table = self.unembedding.astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
         if self.unembedding_bias is not None:
@@ -136,26 +138,26 @@ class LanguageModel(nnx.Module):
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     @property
-    def unembedding(self) -> jax.Array:
-        """The head's matrix [V, D]; the token embedding itself when tied (Press & Wolf 2017)."""
+    def unembedding(self) -> Float[Array, "V D"]:
+        """The head's matrix; the token embedding itself if tied (Press & Wolf 2017)."""
         return (self.embedding if self.config.tie_embeddings else self.head).table[...]
 
     @property
-    def unembedding_bias(self) -> jax.Array | None:
-        """The head's bias [V], where it has one."""
+    def unembedding_bias(self) -> Float[Array, " V"] | None:
+        """The head's bias, if it has one."""
         return None if self.bias is None else self.bias[...]
 
-    def readout(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] → what the head reads [..., D]; BERT's transforms it before it is scaled."""
+    def readout(self, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+        """The head's input: the hidden states times `logit_scale`; BERT transforms them first."""
         scale = self.config.logit_scale
         return hidden if scale == 1 else scale * hidden
 
     def check(self, inputs: Inputs) -> None:
-        """Refuse what the model cannot take, before anything is compiled.
+        """Validate the inputs before anything is compiled.
 
         Raises:
-          InputError: tokens [B, T] of another shape, too many or unknown; unknown hook points; or
-            an input that the family has no use for.
+          InputError: tokens that are not [B, T], are too many or are outside the vocabulary;
+            unknown hook points; or an input that the family does not take.
         """
         tokens, config = inputs.tokens, self.config
         if tokens.ndim != 2:
@@ -174,7 +176,7 @@ class LanguageModel(nnx.Module):
             check_hook_points(config, names)
 
     def _check_vocabulary(self, tokens: np.ndarray) -> None:
-        """A compiled program cannot refuse: there an unknown token's logits are NaN."""
+        """Refuse tokens outside the vocabulary; in a compiled program their logits are NaN."""
         unknown = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
         if unknown.size:
             raise InputError(

@@ -1,17 +1,18 @@
-"""GPT-2 as its paper has it: read this first, then decoder.py.
+"""GPT-2 in plain JAX, as in its paper: read this first, then decoder.py.
 
-The Transformer's decoder (Vaswani et al. 2017) with the norms before the layers and one more at the
-end (Radford et al. 2019, section 2.3). The parameters are those of `Decoder`, and so are the
-logits: `python -m gptjax certify gpt2` measures the difference. B rows, T tokens, D channels of the
-residual stream, N heads of H channels, V tokens in the vocabulary; blocks are stacked along L.
+The Transformer's decoder (Vaswani et al. 2017) with pre-norm and a final norm (Radford et al. 2019,
+section 2.3). The parameters are those of `Decoder`, and so are the logits: `python -m gptjax
+certify gpt2` measures the difference. Axes: B batch, T tokens, D model width, N heads, H head dim,
+V vocabulary; blocks are stacked along L.
 """
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def gpt2(params: dict, tokens: jax.Array) -> jax.Array:
-    """Tokens [B, T] → logits [B, T, V] of the token that follows each."""
+def gpt2(params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    """The logits of the next token at each position."""
     embedding, positions = params["embedding"]["table"], params["positions"]["table"]
     x = embedding[tokens] + positions[: tokens.shape[1]]
     blocks = params["decoder"]["blocks"]
@@ -22,8 +23,8 @@ def gpt2(params: dict, tokens: jax.Array) -> jax.Array:
     return layer_norm(params["decoder"]["norm"], x) @ embedding.T
 
 
-def attention(params: dict, x: jax.Array) -> jax.Array:
-    """Causal multi-head attention: softmax(Q Kᵀ / √H) V in each head, [B, T, D] → [B, T, D]."""
+def attention(params: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Causal multi-head attention: softmax(Q Kᵀ / √H) V in each head."""
     query, key, value = (
         jnp.einsum("btd,dnh->btnh", x, params[name]["kernel"]) + params[name]["bias"]
         for name in ("query", "key", "value")
@@ -35,14 +36,14 @@ def attention(params: dict, x: jax.Array) -> jax.Array:
     return jnp.einsum("btnh,nhd->btd", z, params["output"]["kernel"]) + params["output"]["bias"]
 
 
-def mlp(params: dict, x: jax.Array) -> jax.Array:
-    """Position by position, [B, T, D] → [B, T, D]."""
+def mlp(params: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The position-wise MLP with a GELU."""
     hidden = jax.nn.gelu(x @ params["up"]["kernel"] + params["up"]["bias"], approximate=True)
     return hidden @ params["down"]["kernel"] + params["down"]["bias"]
 
 
-def layer_norm(params: dict, x: jax.Array) -> jax.Array:
-    """Each token's channels with mean 0 and variance 1, scaled and shifted, [B, T, D]."""
+def layer_norm(params: dict, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Each token's channels normalised to mean 0 and variance 1, then scaled and shifted."""
     centred = x - x.mean(axis=-1, keepdims=True)
     deviation = jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-5)
     return params["scale"] * centred / deviation + params["bias"]

@@ -1,4 +1,4 @@
-"""Published models, and our own small ones, by name."""
+"""The configs of published models, and of small ones of our own, by name."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ def _gpt2(depth: int, width: int, heads: int) -> TransformerConfig:
 
 
 def _gpt3(depth: int, width: int, heads: int, head_dim: int) -> TransformerConfig:
-    """GPT-3 (Brown et al. 2020, table 2.1), with dense and locally banded attention in turn.
+    """GPT-3 (Brown et al. 2020, table 2.1), alternating dense and locally banded attention.
 
-    The width of the band is not published; 256 is GPT-Neo's. The table gives the 1.3B model 24
-    heads of 128, which its width of 2048 and its 1.3 billion parameters contradict: it has 16 here.
+    The band's width is not published; 256 is GPT-Neo's. The table gives the 1.3B model 24 heads of
+    128, which contradicts its width of 2048 and its 1.3 billion parameters: it has 16 here.
     """
     return TransformerConfig(
         vocab_size=50257,
@@ -50,7 +50,7 @@ def _transformer(depth: int, width: int, heads: int, dropout: float) -> Transfor
 
 
 def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
-    """BERT (Devlin et al. 2018, section 3), uncased English vocabulary."""
+    """BERT (Devlin et al. 2018, section 3), with the uncased English vocabulary."""
     return TransformerConfig(
         family="encoder",
         vocab_size=30522,
@@ -71,7 +71,7 @@ def _bert(depth: int, width: int, heads: int) -> TransformerConfig:
 
 
 _SMALL = TransformerConfig(vocab_size=256, context_length=128, depth=4, width=128, heads=4)
-"""The size in which descendants are compared on a CPU; each differs by what its name says."""
+"""The size of the presets for comparisons on a CPU; each differs from GPT-2 as its name says."""
 
 _LLAMA_STYLE = dataclasses.replace(
     _SMALL,
@@ -92,11 +92,11 @@ _TRANSFORMER_DECODER = dataclasses.replace(
 )
 
 PRESETS: dict[str, TransformerConfig] = {
-    # experiments/quickstart.py; bytes.
+    # experiments/quickstart.py, on bytes.
     "quickstart": TransformerConfig(
         vocab_size=256, context_length=128, depth=4, width=128, heads=4
     ),
-    # nanoGPT's CPU configuration; the 65 characters of Tiny Shakespeare.
+    # nanoGPT's CPU configuration, on the 65 characters of Tiny Shakespeare.
     "shakespeare-char": TransformerConfig(vocab_size=65, context_length=64, bias=False),
     "transformer-tiny": dataclasses.replace(
         _transformer(2, 128, 4, 0.1), vocab_size=256, context_length=128
@@ -130,10 +130,10 @@ PRESETS: dict[str, TransformerConfig] = {
     "gpt3-6.7b": _gpt3(32, 4096, 32, 128),
     "gpt3-13b": _gpt3(40, 5140, 40, 128),
     "gpt3-175b": _gpt3(96, 12288, 96, 128),
-    # Liu et al. 2018, section 4.2: T-D, and T-DMCA with local and compressed layers in turn.
+    # Liu et al. 2018, section 4.2: T-D, and T-DMCA, which alternates local and compressed layers.
     "transformer-decoder": _TRANSFORMER_DECODER,
     "t-dmca": dataclasses.replace(_TRANSFORMER_DECODER, attention="local,compressed", window=64),
-    # EleutherAI's, from their released configurations.
+    # EleutherAI's released configurations.
     "gpt-j-6b": TransformerConfig(
         vocab_size=50400,
         context_length=2048,
@@ -173,7 +173,7 @@ PRESETS: dict[str, TransformerConfig] = {
         activation="gelu",
         tie_embeddings=False,
     ),
-    # Hugging Face's SmolLM, a Llama (its released configuration).
+    # Hugging Face's SmolLM, a Llama, in its released configuration.
     "smollm-135m": TransformerConfig(
         vocab_size=49152,
         context_length=2048,
@@ -228,7 +228,7 @@ def preset(name: str) -> TransformerConfig:
     """The config of the model called `name`.
 
     Raises:
-      InputError: an unknown name; the near ones are listed.
+      InputError: an unknown name; similar names are listed.
     """
     if name not in PRESETS:
         raise InputError(f"Unknown preset {name!r}: {near_names(name, PRESETS)}")

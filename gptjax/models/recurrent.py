@@ -1,18 +1,18 @@
-"""The LSTM language model that the Transformer displaced (Zaremba et al. 2014): the baseline."""
+"""The LSTM language model (Zaremba et al. 2014), the baseline that the Transformer displaced."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.dropout import split_key
 from gptjax.layers.hooks import Hooks
-from gptjax.layers.inputs import Inputs
-from gptjax.layers.lstm import LSTM, empty_state
-from gptjax.layers.norms import build_norm
+from gptjax.layers.inputs import Cache, Inputs
+from gptjax.layers.lstm import LSTM, initial_state
+from gptjax.layers.norms import Norm, build_norm
 from gptjax.layers.stack import (
     LayerInputs,
     StackOutput,
@@ -27,7 +27,7 @@ from gptjax.models.language_model import LanguageModel
 class Recurrent(LanguageModel):
     """A stack of LSTMs between the embedding and the head of the other families.
 
-    Padding leaves the state as it is; where a document of a packed row begins, the state is zero.
+    Padding leaves the state unchanged; at the first token of each packed document it is reset to 0.
     """
 
     takes = ("padding_mask", "segment_ids", "positions", "cache", "layers")
@@ -38,38 +38,38 @@ class Recurrent(LanguageModel):
         self.norm = build_norm(config) if config.final_norm else None
 
     @property
-    def final_norm(self) -> Any:
-        """The norm behind the last layer, where there is one."""
+    def final_norm(self) -> Norm | None:
+        """The norm after the last layer, if there is one."""
         return self.norm
 
     def forward(self, inputs: Inputs) -> StackOutput:
-        """Everything before the head; a state has no positions, so that those are not used."""
+        """The hidden states after the final norm; `inputs.positions` are accepted and not used."""
         config, segment_ids = self.config, inputs.segment_ids
         embedding_key, layers_key = split_key(inputs.key, 2)
         x = self.embed(Inputs(inputs.tokens), embedding_key)
         graphdef, params = nnx.split(self.layers, nnx.Param)
-        begins = None
+        reset = None
         if segment_ids is not None:
-            begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+            reset = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
 
-        def run(_: int, params: Any, x: jax.Array, rows: Any, own: LayerInputs):
-            padding_mask, begins = rows
+        def run(_: int, params: PyTree, x: jax.Array, shared: PyTree, own: LayerInputs):
+            padding_mask, reset = shared
             hook = Hooks(inputs.capture, own.interventions)
-            after, state = nnx.merge(graphdef, params)(
+            x, state = nnx.merge(graphdef, params)(
                 hook("residual", x),
                 own.cache,
                 padding_mask=padding_mask,
-                begins=begins,
+                reset=reset,
                 key=own.key,
             )
-            return after, state, hook.captured
+            return x, state, hook.captured
 
         states = self.empty_cache(len(inputs.tokens)) if inputs.cache is None else inputs.cache
         x, states, captured = run_layers(
             run,
             [params],
             x,
-            (inputs.padding_mask, begins),
+            (inputs.padding_mask, reset),
             config=config,
             depth=config.depth,
             cache=states,
@@ -80,13 +80,13 @@ class Recurrent(LanguageModel):
         hidden = x if self.norm is None else self.norm(x)
         return StackOutput(hidden, None if inputs.cache is None else states, captured, None)
 
-    def decoding_layers(self) -> list[Any]:
+    def decoding_layers(self) -> list[PyTree]:
         """The parameters of each LSTM."""
         return unstacked([nnx.state(self.layers, nnx.Param)], self.config.depth)
 
-    def empty_cache(self, batch_size: int) -> Any:
-        """The state of `batch_size` sequences before their first token."""
-        states = [empty_state(self.config, batch_size) for _ in range(self.config.depth)]
+    def empty_cache(self, batch_size: int) -> Cache:
+        """The zero states of all layers, for `batch_size` sequences."""
+        states = [initial_state(self.config, batch_size) for _ in range(self.config.depth)]
         return stacked_caches(self.config, states)
 
 

@@ -1,1 +1,1 @@
-"""Many devices: sharding rules, meshes, pipeline stages."""
+"""Parallelism over many devices: meshes, sharding rules, pipeline stages."""

@@ -1,12 +1,13 @@
-"""Keys of random numbers: a seed means the same numbers on every platform and in every program."""
+"""Random keys whose numbers are the same on every platform and in every program."""
 
 import jax
 
 
 def random_key(seed: int | jax.Array) -> jax.Array:
-    """The key of `seed`, of the generator Threefry (Salmon et al. 2011).
+    """The Threefry key of `seed` (Salmon et al. 2011).
 
-    Not of JAX's default, which JAX_DEFAULT_PRNG_IMPL may set to rbg or unsafe_rbg: their numbers
-    differ between platforms and meshes, and under `jax.vmap` all come from the first of the keys.
+    JAX's default generator is not used, since JAX_DEFAULT_PRNG_IMPL may set it to rbg or
+    unsafe_rbg, whose numbers differ between platforms and meshes, and under `jax.vmap` are all
+    drawn from the first key.
     """
     return jax.random.key(seed, impl="threefry2x32")

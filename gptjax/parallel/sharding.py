@@ -1,7 +1,7 @@
-"""Devices: how many there are, and which part of a batch or of a parameter each one takes.
+"""Device meshes, and the sharding of parameters and activations over them.
 
-Axes of arrays have the letters of the legend ("LDNH" is the kernel of all layers' queries), and
-one table says over which axes of the mesh each is parted.
+The axes of arrays are named by letters (gptjax/layers/README.md; "LDNH" are the query kernels of
+all layers), and the table `RULES` maps each letter to mesh axes.
 """
 
 import contextlib
@@ -22,22 +22,23 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import InputError, MeshConfig
 
 AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
-"""Of every mesh; the devices of the last talk most and lie closest together."""
+"""The axes of every mesh; devices along the last communicate most and are closest together."""
 DATA = "data"
 BATCH = ("data", "fsdp", "expert")
 """The axes over which the rows of a batch are split."""
-MOST_CPU_DEVICES = 8
-"""Each device holds the whole training state, so a machine of 100 cores gets this many."""
-MOST_SPLIT_PARAMETERS = 32_000_000
-"""On 2 cores 10.7 million gain from two devices and 67 million lose
+MAX_CPU_DEVICES = 8
+"""The limit on machines with more cores, since each device holds the whole training state."""
+MAX_SPLIT_PARAMETERS = 32_000_000
+"""The largest model that gets more than one CPU device. On 2 cores a model of 10.7 million
+parameters gains from two devices, and one of 67 million loses
 (experiments/benchmarks/steps_and_tokens.py)."""
-LARGEST_RECYCLED_BLOCK = 32 * 2**20
-"""Bytes; a larger block goes back to the system as soon as glibc's `free` has it (mallopt(3))."""
+MAX_RECYCLED_BLOCK = 32 * 2**20
+"""Bytes; glibc's `free` returns larger blocks to the system at once (mallopt(3))."""
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 class Rule(NamedTuple):
-    """The mesh axes over which an axis of an array is parted."""
+    """The mesh axes over which an axis of an array is sharded."""
 
     parameter: tuple[str, ...] = ()
     activation: tuple[str, ...] = ()
@@ -46,8 +47,8 @@ class Rule(NamedTuple):
 RULES = {
     "B": Rule(activation=BATCH),
     "T": Rule(activation=("sequence",)),
-    "t": Rule(activation=("sequence", "tensor")),  # T between layers, where no head is parted.
-    "b": Rule(activation=(*BATCH, "pipeline")),  # B behind the layers, where no layer is parted.
+    "t": Rule(activation=("sequence", "tensor")),  # T between layers, where no heads are sharded.
+    "b": Rule(activation=(*BATCH, "pipeline")),  # B after the layers, where no layers are sharded.
     "S": Rule(),
     "D": Rule(parameter=("fsdp",)),
     "N": Rule(("tensor",), ("tensor",)),
@@ -59,32 +60,32 @@ RULES = {
     "E": Rule(("expert",), ("expert",)),
     "-": Rule(),
 }
-"""Sources: FSDP, Zhao et al. 2023; heads and feed-forward width over `tensor`, Shoeybi et al. 2019;
-the sequence between layers over `tensor` too, Korthikanti et al. 2022."""
+"""Sources: FSDP, Zhao et al. 2023; tensor parallelism of heads and MLP dim, Shoeybi et al. 2019;
+sequence parallelism between layers, over `tensor` too, Korthikanti et al. 2022."""
 
 
 def configure_cpu(parameters: int) -> None:
-    """Fit JAX's CPU backend to a model of so many parameters, before anything else touches JAX.
+    """Set JAX's CPU devices and malloc for a model of that size, before JAX's first use.
 
     **Devices.** XLA runs a CPU program one operation at a time and splits each over the cores; for
-    a small model the splitting costs more than the operation. As devices the cores each run their
-    share of the batch from end to end and meet only to add gradients up: a step of the smallest
-    model of experiments/benchmarks/steps_and_tokens.py takes about two thirds of the time. A large
-    model gets one device on all cores: adding up its gradients would cost more. Where
-    `JAX_NUM_CPU_DEVICES` is set, that number stands.
+    a small model the splitting costs more than the operation. With one device per core, each core
+    computes its shard of the batch, and only the gradient all-reduce is shared: a step of the
+    smallest model of experiments/benchmarks/steps_and_tokens.py takes about two thirds of the time.
+    A large model gets one device with all cores, since its all-reduce would cost more.
+    `JAX_NUM_CPU_DEVICES`, if set, takes precedence.
 
-    **Memory.** A program's temporary memory, the gradients among it, is one block a run. Where it
-    is large, glibc would return it after each step, and the next would fault it in again page by
-    page: 0.15 million faults a step for 10.7 million parameters, a fifth of its time. There malloc
-    is told to keep what is freed, in one arena; for small models that is slower and not done.
+    **Memory.** A program's temporary memory, gradients included, is one block per execution. glibc
+    would return a large block after each step, and the next step would fault it in again page by
+    page: 0.15 million faults per step for 10.7 million parameters, a fifth of its time. So malloc
+    is set to keep freed memory, in one arena; for small models, where that is slower, it is not.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        devices = min(cores or 1, MOST_CPU_DEVICES) if parameters <= MOST_SPLIT_PARAMETERS else 1
-        with contextlib.suppress(RuntimeError):  # In a notebook JAX may run: its devices stay.
+        devices = min(cores or 1, MAX_CPU_DEVICES) if parameters <= MAX_SPLIT_PARAMETERS else 1
+        with contextlib.suppress(RuntimeError):  # JAX is already in use, as in a notebook.
             jax.config.update("jax_num_cpu_devices", devices)
     gradient_bytes = 4 * parameters
-    if sys.platform == "linux" and gradient_bytes > LARGEST_RECYCLED_BLOCK:
+    if sys.platform == "linux" and gradient_bytes > MAX_RECYCLED_BLOCK:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             libc.mallopt(M_TRIM_THRESHOLD, -1)
@@ -96,14 +97,14 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
     """The mesh of `config`, with all of `AXES`.
 
     Args:
-      config: devices along each axis. With all others at 1 and `data` at 0, as many devices are
-        taken as share `rows` evenly; else all of them.
-      rows: of a batch, or of the parts that it is computed in.
-      devices: to choose from; None takes JAX's.
+      config: devices along each axis. If `data` is 0 and all other axes are 1, the mesh has as many
+        devices as divide `rows` evenly; else it has all.
+      rows: of a batch, or of one step of gradient accumulation.
+      devices: the available devices; None is all of JAX's.
 
     Raises:
       InputError: axes whose product is not the number of devices, or that do not divide the rows;
-        other slices than the devices have, or that do not share `data` evenly.
+        a number of slices that is not the devices', or that does not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(config, name) for name in AXES}
@@ -120,23 +121,23 @@ def build_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = No
     parts = math.prod(sizes[name] for name in BATCH)
     if rows % parts:
         raise InputError(
-            f"A batch (or part of it) has {rows} rows: it must be a multiple of the {parts} parts "
-            f"that {' x '.join(BATCH)} make of it."
+            f"A batch (or step of gradient accumulation) has {rows} rows: it must be a multiple of "
+            f"{' x '.join(BATCH)} = {parts}."
         )
     return Mesh(_arranged(list(sizes.values()), devices, config.slices), AXES, axis_types=_AUTO)
 
 
 def mesh_name(sizes: Mapping[str, int]) -> str:
-    """Devices along each axis, as `data 2 x tensor 4`."""
-    told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-    return told or "one device"
+    """The mesh in words, such as `data 2 x tensor 4`."""
+    words = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    return words or "one device"
 
 
 _AUTO = (AxisType.Auto,) * len(AXES)
 
 
 def _arranged(shape: list[int], devices: Sequence[Any], slices: int) -> np.ndarray:
-    """Devices so that neighbours in the mesh are neighbours in the machine."""
+    """The devices, arranged so that neighbours in the mesh are neighbours in the hardware."""
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     found = len({getattr(device, "slice_index", 0) for device in devices})
@@ -155,12 +156,12 @@ def _arranged(shape: list[int], devices: Sequence[Any], slices: int) -> np.ndarr
 
 
 def partitioned(mesh: Mesh) -> bool:
-    """Whether the compiler parts more than the rows of a batch."""
+    """Whether the compiler partitions more than the rows of a batch."""
     return any(size > 1 for name, size in mesh.shape.items() if name != DATA)
 
 
 def auto_mesh() -> AbstractMesh | None:
-    """The mesh over which the compiler parts the program that is being traced, if it does."""
+    """The mesh over which the compiler partitions the program being traced, if it does."""
     mesh = jax.sharding.get_abstract_mesh()
     sizes = dict(mesh.shape)
     return mesh if any(sizes[name] > 1 for name in mesh.auto_axes) else None
@@ -169,16 +170,16 @@ def auto_mesh() -> AbstractMesh | None:
 def parameter_sharding(
     name: str, axes: str, shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> NamedSharding:
-    """Who holds which part of the parameter `name` with these axes.
+    """The sharding of the parameter `name` with these axes.
 
     Raises:
-      InputError: a mesh axis for two axes of the parameter, or one that does not divide an axis.
+      InputError: a mesh axis that would shard two axes of the parameter, or does not divide one.
     """
     parts = [_used(RULES[letter].parameter, mesh) for letter in axes]
     used = [mesh_axis for names in parts for mesh_axis in names]
     for mesh_axis in used:
         if used.count(mesh_axis) > 1:
-            raise InputError(f"The mesh axis {mesh_axis} would part two axes of {name} ({axes}).")
+            raise InputError(f"The mesh axis {mesh_axis} would shard two axes of {name} ({axes}).")
     for letter, size, names in zip(axes, shape, parts, strict=True):
         count = math.prod(mesh.shape[mesh_axis] for mesh_axis in names)
         if size % count:
@@ -191,9 +192,9 @@ def parameter_sharding(
 
 
 def spec(axes: str, shape: Sequence[int]) -> P:
-    """How an activation with these axes is parted over `auto_mesh`.
+    """The sharding over `auto_mesh` of an activation with these axes.
 
-    Of the mesh axes that an axis has, as many as divide it.
+    Mesh axes that do not divide the axis are left out, the last first.
     """
     mesh = auto_mesh()
     assert mesh is not None
@@ -207,29 +208,29 @@ def spec(axes: str, shape: Sequence[int]) -> P:
 
 
 def parameter_spec(axes: str) -> P:
-    """How a parameter with these axes is parted over `auto_mesh`."""
+    """The sharding over `auto_mesh` of a parameter with these axes."""
     mesh = auto_mesh()
     assert mesh is not None
     return P(*(_used(RULES[letter].parameter, mesh) or None for letter in axes))
 
 
 def mesh_axes(spec: P) -> tuple[str, ...]:
-    """All mesh axes that a spec names."""
+    """All mesh axes in a spec."""
     parts = [(part,) if isinstance(part, str) else part or () for part in spec]
     return tuple(name for part in parts for name in part)
 
 
 def constrain(x: jax.Array, axes: str) -> jax.Array:
-    """`x`, parted as the table says where the program is parted at all."""
+    """`x`, constrained to the sharding of `RULES` if the program is partitioned."""
     if auto_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape))
 
 
 def gathered(parameter: jax.Array, axes: str) -> jax.Array:
-    """A parameter as a product reads it, whole along D; its gradient is parted as it is itself.
+    """The parameter all-gathered along D (FSDP); its gradient is sharded as the parameter is.
 
-    Without it the compiler may bring the tokens of all devices together instead.
+    Without it the compiler may all-gather the tokens instead.
     """
     return parameter if auto_mesh() is None else _gathered(parameter, axes)
 
@@ -252,14 +253,14 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def _used(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """Those of `names` over which something can be parted."""
+    """Those of `names` over which the compiler shards: automatic axes of more than one device."""
     usable = mesh.auto_axes if isinstance(mesh, AbstractMesh) else mesh.axis_names
     sizes = dict(mesh.shape)
     return tuple(name for name in names if name in usable and sizes[name] > 1)
 
 
 def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """Who takes which part of one of a batch's arrays [B] or [B, T]."""
+    """The sharding of one of a batch's arrays, [B] or [B, T]."""
     sequence = mesh.shape["sequence"]
-    parted = "sequence" if len(shape) > 1 and shape[1] % sequence == 0 else None
-    return NamedSharding(mesh, P(BATCH, parted) if len(shape) > 1 else P(BATCH))
+    tokens = "sequence" if len(shape) > 1 and shape[1] % sequence == 0 else None
+    return NamedSharding(mesh, P(BATCH, tokens) if len(shape) > 1 else P(BATCH))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gptjax.layers.hooks import Capture, Intervention, check_hook_points, kept_of
+from gptjax.layers.hooks import Capture, Intervention, capture_functions, check_hook_points
 from gptjax.layers.inputs import Inputs
 from gptjax.models.build import LanguageModel, split
 
@@ -52,7 +52,7 @@ def observe(
     """
     tokens, inputs = as_arrays(model, tokens, inputs, capture, interventions)
     graphdef, params = split(model)
-    kept = tuple(kept_of(capture).items())
+    kept = tuple(capture_functions(capture).items())
     return _observe(graphdef, kept, params, tokens, dict(interventions or {}), inputs)
 
 

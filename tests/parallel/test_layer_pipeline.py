@@ -31,8 +31,8 @@ def test_a_batch_passes_in_four_parts_a_stage_or_as_many_as_it_has():
 
 def test_parts_that_the_mesh_cannot_split_are_refused():
     sentence = (
-        r"TransformerConfig\.microbatches is 16: of 16 rows on 2 parts of the mesh it must be one "
-        r"of 1, 2, 4, 8\."
+        r"TransformerConfig\.microbatches is 16: with 16 rows in 2 shards it must be one of "
+        r"1, 2, 4, 8\."
     )
     with pytest.raises(InputError, match=sentence):
         microbatches(16, 16, MESH.shape)
@@ -57,7 +57,7 @@ def passed(parts: int, mesh=MESH):
     rows = jnp.arange(ROWS) / ROWS, jnp.full((1, 1, 1), 0.5)
     own = Own(jax.random.split(jax.random.key(2), (TURNS, 1)))
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(run_stages, turn, asked=parts))(stacks, x, rows, own)
+        found = jax.jit(functools.partial(run_stages, turn, requested=parts))(stacks, x, rows, own)
     entered = []
     for weight in stacks[0]:
         entered.append(x)

@@ -1,1 +1,1 @@
-"""Attention: equation 1, its masks and cache, and the kernels that compute it."""
+"""Scaled dot-product attention: masks, the key/value cache, and the kernels that compute it."""

@@ -1,28 +1,30 @@
-"""The key/value cache: keys and values of the tokens before, kept between steps of decoding."""
+"""The key/value cache: keys and values of earlier tokens, kept between decoding steps."""
 
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 class KVCache(NamedTuple):
-    """Keys and values; in decoding, those of all tokens so far."""
+    """Keys and values; in decoding, of all tokens so far. Stacked over layers, L comes first."""
 
-    key: jax.Array
-    """[B, S, K, H], or [L, B, S, K, H] for a stack of layers."""
-    value: jax.Array
-    """As `key`."""
+    key: Float[Array, "*L B S K H"]
+    value: Float[Array, "*L B S K H"]
 
-    def write(self, new: "KVCache", index: jax.Array | int) -> "KVCache":
-        """The cache of one layer with `new` [B, T, K, H] from slot `index` on, a number or [B]."""
+    def write(self, new: "KVCache", index: Int[Array, "*B"] | int) -> "KVCache":
+        """One layer's cache with `new` [B, T, K, H] written from slot `index` on.
+
+        The slot is a scalar, or one per row [B].
+        """
         batch, _, heads, _ = self.key.shape
         indices = jnp.repeat(jnp.broadcast_to(index, batch), heads)
 
         def write_rows(slots: jax.Array, new: jax.Array) -> jax.Array:
-            # Batch and heads as one axis are what XLA multiplies; with two, it would write the
-            # whole cache once more for its products on a CPU.
+            # XLA multiplies batch and heads as one axis; if they were two here, it would copy the
+            # whole cache for its products on a CPU.
             slots, new = (
                 x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (slots, new)
             )
@@ -33,5 +35,6 @@ class KVCache(NamedTuple):
         return KVCache(write_rows(self.key, new.key), write_rows(self.value, new.value))
 
     def swapped(self) -> "KVCache":
-        """[B, S, K, H] ↔ [B, K, S, H], which is how a cache is stored: products copy nothing."""
+        """[B, S, K, H] ↔ [B, K, S, H], the layout in which a cache is stored, free of copies in
+        products."""
         return KVCache(self.key.swapaxes(1, 2), self.value.swapaxes(1, 2))

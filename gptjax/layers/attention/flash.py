@@ -1,15 +1,15 @@
-"""Attention's fast paths: a platform's own kernels, which never hold the scores [B, N, T, S].
+"""Flash attention: kernels that never materialise the scores [B, N, T, S].
 
-| `attention_kernel` | on | what computes |
+| `attention_kernel` | platform | implementation |
 |---|---|---|
-| xla | any platform | `attend` |
-| splash | TPU | FlashAttention-2 (Dao 2023) in Pallas, without the blocks that no query sees |
+| xla | any | `attend` |
+| splash | TPU | FlashAttention-2 (Dao 2023) in Pallas, skipping fully masked blocks |
 | cudnn | GPU | FlashAttention-2 in cuDNN, by `jax.nn.dot_product_attention` |
 
-They take masks that are a rule (`MaskRule`) and not an array. `resolve_kernel` chooses one for the
-platform that a program is compiled for; what a kernel cannot compute, XLA does. Four of GPT-2's
-layers, 8 x 1024 tokens per device in bfloat16, compiled for v5e:4x4 with their backward pass, peak
-at 1.42 GiB with splash and at 2.97 with XLA.
+Kernels take masks as a rule (`MaskRule`), not as an array. `resolve_kernel` chooses one for the
+platform that a program is compiled for, and falls back to XLA. Four of GPT-2's layers, 8 x 1024
+tokens per device in bfloat16, compiled for v5e:4x4 with their backward pass, have a peak memory of
+1.42 GiB with splash and of 2.97 with XLA.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from typing import Any, Literal, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError, TransformerConfig
 from gptjax.config.values import AttentionKernel
@@ -28,54 +30,54 @@ from gptjax.layers.attention.masks import MaskRule
 from gptjax.parallel.sharding import auto_mesh, mesh_axes, spec
 
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-"""Where each kernel runs, in the words of `jax.Device.platform`."""
+"""The platform of each kernel, as in `jax.Device.platform`."""
 NAMES = {"splash": "the splash kernel", "cudnn": "cuDNN"}
 LANES = 128
-"""Splash takes lengths that are multiples of this, the width of a TPU's vectors."""
+"""Splash takes lengths that are multiples of this, a TPU's vector width."""
 BLOCK = 512
-"""The most queries, and the most keys, that splash works on at once.
+"""Splash's maximum block size, of queries and of keys.
 
 Compiled for v5e by libtpu 0.0.42, attention of GPT-2 124M forward and backward (8 x 1024 tokens, 12
 heads of 64, bfloat16) peaks at 174 MiB with blocks of 128, 512 and 1024 alike, and compiles in 2 s,
 with 1024 in 4 s. Blocks of 1024 do not fit into a core's memory with float32 heads of 256.
 """
-MOST_FUSED_BLOCKS = 2
-"""Blocks of keys up to which splash's backward pass is one kernel instead of two.
+MAX_FUSED_BLOCKS = 2
+"""The most blocks of keys for which splash's backward pass is one fused kernel instead of two.
 
-One kernel computes the scores once, but holds a gradient of the queries for each block of keys. The
-peak above is the same with 2 blocks; with the 4 of 4 x 2048 tokens it is 216 MiB where two kernels
-have 174, and with the 16 of 8192 tokens 504 where two have 180.
+The fused kernel computes the scores once, but holds a gradient of the queries per block of keys.
+With 2 blocks its peak memory is the one above; with the 4 of 4 x 2048 tokens it is 216 MiB where
+two kernels have 174, and with the 16 of 8192 tokens 504 where two have 180.
 """
 
 
 def resolve_kernel(
     config: TransformerConfig, platform: str, *, sequence: int = 1
 ) -> tuple[TransformerConfig, list[str]]:
-    """The config with the kernel that its attention takes, and lines that say which and why.
+    """The config with the kernel that its attention uses, and log lines that name it and say why.
 
     Args:
-      config: its `attention_kernel` is the choice; to a model, "auto" is "xla".
+      config: its `attention_kernel` is the request; a model itself takes "auto" as "xla".
       platform: of the devices that the program is compiled for: "tpu", "gpu" or "cpu".
-      sequence: devices that share one sequence, the mesh axis of that name.
+      sequence: size of the mesh axis `sequence`, over which the tokens of a row are sharded.
 
     Raises:
-      InputError: a kernel that is asked for by name does not run there, or cannot compute this.
+      InputError: the kernel requested by name does not run there, or does not support the config.
     """
     on_xla = dataclasses.replace(config, attention_kernel="xla")
-    asked = config.attention_kernel
-    own = next((kernel for kernel, where in PLATFORMS.items() if where == platform), "xla")
-    kernel = own if asked == "auto" else asked
+    requested = config.attention_kernel
+    native = next((kernel for kernel, where in PLATFORMS.items() if where == platform), "xla")
+    kernel = native if requested == "auto" else requested
     if config.family == "recurrent":
         return on_xla, ["Attention: none in an LSTM."]
     if kernel == "xla":
         return on_xla, ["Attention: XLA."]
-    why = obstacle(config, kernel, sequence)
-    if kernel != own:
+    why = why_unsupported(config, kernel, sequence)
+    if kernel != native:
         why = f"{NAMES[kernel]} runs on a {PLATFORMS[kernel].upper()}, not on a {platform.upper()}"
-    if why and asked != "auto":
+    if why and requested != "auto":
         raise InputError(
-            f"TransformerConfig.attention_kernel is {asked!r}: it must be auto or xla here, since "
-            f"{why}."
+            f"TransformerConfig.attention_kernel is {requested!r}: it must be auto or xla here, "
+            f"since {why}."
         )
     if why:
         return on_xla, [f"Attention: XLA, since {why}."]
@@ -83,54 +85,67 @@ def resolve_kernel(
     if "compressed" in config.attention_pattern:
         lines.append("Compressed attention: XLA, since its keys are groups of tokens.")
     if kernel == "splash" and config.family == "encoder_decoder":
-        lines.append(f"Attention in rows that are no multiple of {LANES} tokens: XLA.")
+        lines.append(f"Attention in rows whose length is not a multiple of {LANES} tokens: XLA.")
     return dataclasses.replace(config, attention_kernel=kernel), lines
 
 
-def obstacle(config: TransformerConfig, kernel: str, sequence: int = 1) -> str | None:
-    """Why `kernel` cannot be attention's, as a clause; None if it can."""
-    backwards = config.window == 0 or config.family == "decoder"
-    obstacles = [
+def why_unsupported(config: TransformerConfig, kernel: str, sequence: int = 1) -> str | None:
+    """Why `kernel` does not support the config, as a clause; None if it does."""
+    causal_window = config.window == 0 or config.family == "decoder"
+    reasons = [
         (
             config.position_embedding in ("alibi", "relative"),
-            f"{config.position_embedding} positions add to scores",
+            f"{config.position_embedding} positions add a bias to the scores",
         ),
         (
             config.attention_normalizer != "softmax",
-            f"a kernel's weights are a softmax, not {config.attention_normalizer}",
+            f"kernels compute a softmax, not {config.attention_normalizer}",
         ),
-        (config.dropout > 0, f"dropout {config.dropout:g} falls on weights that no kernel keeps"),
+        (
+            config.dropout > 0,
+            f"dropout {config.dropout:g} applies to attention weights, which kernels do not "
+            "materialise",
+        ),
         (set(config.attention_pattern) == {"compressed"}, "its keys are groups of tokens"),
     ]
     if kernel == "splash":
         multiple = LANES * sequence
         aligned = config.context_length % multiple == 0
-        obstacles += [
-            (not aligned, f"context {config.context_length} is no multiple of {multiple}")
+        reasons += [
+            (
+                not aligned,
+                f"context_length {config.context_length} is not a multiple of {multiple}",
+            )
         ]
     else:
         fits = config.actual_head_dim <= 128 and config.actual_head_dim % 8 == 0
-        obstacles += [
+        reasons += [
             (config.dtype != "bfloat16", f"cuDNN takes bfloat16, not {config.dtype}"),
-            (config.attention_softcap > 0, "cuDNN bounds no scores softly"),
-            (not fits, f"cuDNN takes heads of 8, 16 ... 128, not of {config.actual_head_dim}"),
-            (not backwards, "cuDNN's windows look back, not ahead"),
-            (sequence > 1, "cuDNN does not share a sequence among devices"),
+            (config.attention_softcap > 0, "cuDNN does not soft-cap scores"),
+            (not fits, f"cuDNN takes head dims 8, 16 ... 128, not {config.actual_head_dim}"),
+            (not causal_window, "cuDNN's windows attend to earlier keys only"),
+            (sequence > 1, "cuDNN does not shard a sequence over devices"),
         ]
-    return next((why for holds, why in obstacles if holds), None)
+    return next((why for holds, why in reasons if holds), None)
 
 
-def takes(kernel: AttentionKernel, query: jax.Array, key: jax.Array) -> bool:
-    """Whether `kernel` takes query [B, T, N, H] and key [B, S, K, H].
+def takes(
+    kernel: AttentionKernel,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    rule: MaskRule,
+) -> bool:
+    """Whether `kernel` supports the lengths of query and key, with this mask.
 
-    `resolve_kernel` knows the longest row only: prompts and batches of pairs may be shorter.
+    `resolve_kernel` knows only the maximum length; prompts and batches of pairs may be shorter.
     """
     match kernel:
         case "splash":
-            queries = query.shape[1] // _sharers(query)
+            queries = query.shape[1] // _query_shards(query)
             return queries % LANES == 0 and key.shape[1] % LANES == 0
-        case "cudnn":
-            return True
+        case "cudnn":  # Its backward pass takes no bias, as which masks reach it, of odd lengths.
+            biased = rule.padding_mask is not None or rule.segment_ids is not None
+            return not (biased and (query.shape[1] % 2 or key.shape[1] % 2))
         case "auto" | "xla":
             return False
         case unknown:
@@ -139,55 +154,55 @@ def takes(kernel: AttentionKernel, query: jax.Array, key: jax.Array) -> bool:
 
 def attend_by(
     kernel: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     rule: MaskRule,
     scale: float,
     cap: float,
-) -> jax.Array:
-    """`attend` by a kernel that takes these shapes; see `splash`."""
+) -> Float[Array, "B T N H"]:
+    """`attend` by the kernel of that name; see `splash`."""
     if kernel == "splash":
         return splash(query, key, value, rule, scale, cap)
     return cudnn(query, key, value, rule, scale)
 
 
 def splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     rule: MaskRule,
     scale: float,
     cap: float = 0.0,
     *,
     interpret: bool = False,
-) -> jax.Array:
-    """`attend` on a TPU, [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """`attend` on a TPU, by splash attention.
 
-    On a mesh each device takes its rows, heads and queries, and all the keys of its rows. What the
-    backward pass needs is named "attention" for `jax.checkpoint`'s policies. A query that sees no
-    key gets something finite, and its gradient, too, is of no use.
+    On a mesh rows, heads and queries are sharded, and each device has all keys of its rows. The
+    backward pass's residuals are named "attention" for `jax.checkpoint`'s policies. A query whose
+    keys are all masked gets a finite output, which is meaningless, as is its gradient.
 
     Args:
-      query: [B, T, N, H]; T is a multiple of 128 on each device.
-      key: [B, S, K, H]; S is a multiple of 128.
-      value: [B, S, K, H].
+      query: queries; T is a multiple of 128 on each device.
+      key: keys; S is a multiple of 128.
+      value: values.
       rule: the mask.
       scale: of the scores.
-      cap: scores are bounded by cap · tanh(score / cap); 0 does not.
-      interpret: the kernel as plain JAX, which runs anywhere, slowly.
+      cap: scores become cap · tanh(score / cap); 0 leaves them.
+      interpret: run the kernel in Pallas's interpreter, which works on any platform, slowly.
     """
-    # Pallas takes a tenth of a second to import, and only TPUs need it.
+    # Importing Pallas takes 0.1 s, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, make_splash_mha
 
     (_, queries, heads, _), keys = query.shape, key.shape[1]
-    sharers = _sharers(query)
+    shards = _query_shards(query)
     kernel = make_splash_mha(
         _splash_mask(rule, heads, queries, keys),
-        block_sizes=_splash_blocks(queries // sharers, keys),
+        block_sizes=_splash_blocks(queries // shards, keys),
         attn_logits_soft_cap=cap or None,
         head_shards=1,
-        q_seq_shards=sharers,
+        q_seq_shards=shards,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -198,30 +213,33 @@ def splash(
         ids = None if segments is None else SegmentIds(*segments)
         return jax.vmap(kernel)(*by_head, ids).swapaxes(1, 2)
 
-    # Splash has no scale. That of heads of 64, 1 / 8, is exact in bfloat16; others round queries.
-    given = kernel, scale * query, key, value, segments
+    # Splash has no scale. Head dim 64's, 1 / 8, is exact in bfloat16; others round the queries.
+    args = kernel, scale * query, key, value, segments
     mesh = auto_mesh()
     if mesh is None:
-        return attend_by_head(*given)
-    parts = rows, places, parted_heads, _ = spec("BTNH", query.shape)
+        return attend_by_head(*args)
+    query_spec = rows, positions, sharded_heads, _ = spec("BTNH", query.shape)
     specs = (
-        kernel.manual_sharding_spec(NamedSharding(mesh, P(None, places))),
-        parts,
-        P(rows, None, parted_heads),
-        P(rows, None, parted_heads),
-        None if segments is None else (P(rows, places), P(rows)),
+        kernel.manual_sharding_spec(NamedSharding(mesh, P(None, positions))),
+        query_spec,
+        P(rows, None, sharded_heads),
+        P(rows, None, sharded_heads),
+        None if segments is None else (P(rows, positions), P(rows)),
     )
-    return _on_each_device(mesh, attend_by_head, specs, parts)(*given)
+    return _on_each_device(mesh, attend_by_head, specs, query_spec)(*args)
 
 
-def _segments(rule: MaskRule, queries: int) -> tuple[jax.Array, jax.Array] | None:
-    """Numbers of queries [B, T] and keys [B, S], of which equal ones see each other."""
-    valid, documents = rule.padding_mask, rule.segment_ids
-    if valid is None:
-        return None if documents is None else (documents, documents)
-    if documents is None:
-        return jnp.zeros((len(valid), queries), jnp.int32), jnp.where(valid, 0, -1)
-    return documents, jnp.where(valid, documents, -1)
+def _segments(
+    rule: MaskRule, queries: int
+) -> tuple[Int[Array | np.ndarray, "B T"], Int[Array | np.ndarray, "B S"]] | None:
+    """Segment ids of queries and keys: a query attends to the keys of its id."""
+    padding_mask, segment_ids = rule.padding_mask, rule.segment_ids
+    if padding_mask is None:
+        return None if segment_ids is None else (segment_ids, segment_ids)
+    if segment_ids is None:
+        zeros = jnp.zeros((len(padding_mask), queries), jnp.int32)
+        return zeros, jnp.where(padding_mask, 0, -1)
+    return segment_ids, jnp.where(padding_mask, segment_ids, -1)
 
 
 def _splash_mask(rule: MaskRule, heads: int, queries: int, keys: int) -> Any:
@@ -234,19 +252,19 @@ def _splash_mask(rule: MaskRule, heads: int, queries: int, keys: int) -> Any:
 
     shape = queries, keys
     if rule.window:
-        ahead = 0 if rule.causal else rule.window - 1
-        mask = LocalMask(shape, (rule.window - 1, ahead), offset=0)
+        later = 0 if rule.causal else rule.window - 1
+        mask = LocalMask(shape, (rule.window - 1, later), offset=0)
     else:
         mask = CausalMask(shape) if rule.causal else FullMask(shape)
     return MultiHeadMask([mask] * heads)
 
 
 def _splash_blocks(queries: int, keys: int) -> Any:
-    """The sizes of the blocks of `queries` of one device and of all the `keys`."""
+    """Splash's block sizes for one device's queries and all keys."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
     block_q, block_kv = (math.gcd(length, BLOCK) for length in (queries, keys))
-    fused = keys // block_kv <= MOST_FUSED_BLOCKS
+    fused = keys // block_kv <= MAX_FUSED_BLOCKS
     return BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -259,40 +277,40 @@ def _splash_blocks(queries: int, keys: int) -> Any:
 
 
 def cudnn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     rule: MaskRule,
     scale: float,
     *,
     implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> jax.Array:
-    """`attend` on a GPU, [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """`attend` on a GPU, by cuDNN.
 
-    Padding and documents reach cuDNN as a bias [B, 1, T, S], causality and windows as such. On a
-    mesh each device takes its rows and heads. To compile it needs cuDNN itself.
+    Padding and documents are passed to cuDNN as a bias [B, 1, T, S], causality and windows as
+    arguments. On a mesh rows and heads are sharded. Compiling needs the cuDNN library.
 
     Args:
-      query: [B, T, N, H], bfloat16.
-      key: [B, S, K, H].
-      value: [B, S, K, H].
+      query: queries, bfloat16.
+      key: keys.
+      value: values.
       rule: the mask.
       scale: of the scores.
-      implementation: of `jax.nn.dot_product_attention`; "xla" runs anywhere.
+      implementation: of `jax.nn.dot_product_attention`; "xla" runs on any platform.
     """
 
     def attend_rows(query: Any, key: Any, value: Any, rule: MaskRule) -> jax.Array:
-        shown = jnp.ones((query.shape[0], 1, query.shape[1], key.shape[1]), bool)
+        mask = jnp.ones((query.shape[0], 1, query.shape[1], key.shape[1]), bool)
         if rule.segment_ids is not None:
-            shown &= rule.segment_ids[:, None, :, None] == rule.segment_ids[:, None, None]
+            mask &= rule.segment_ids[:, None, :, None] == rule.segment_ids[:, None, None]
         if rule.padding_mask is not None:
-            shown &= rule.padding_mask[:, None, None]
-        everything = rule.segment_ids is None and rule.padding_mask is None
+            mask &= rule.padding_mask[:, None, None]
+        unmasked = rule.segment_ids is None and rule.padding_mask is None
         return jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=None if everything else shown,
+            mask=None if unmasked else mask,
             scale=scale,
             is_causal=rule.causal,
             local_window_size=(rule.window - 1, 0) if rule.window else None,
@@ -303,25 +321,25 @@ def cudnn(
     if mesh is None:
         return attend_rows(query, key, value, rule)
     rows, _, heads, _ = spec("BTNH", query.shape)
-    whole = P(rows, None, heads)
-    return _on_each_device(mesh, attend_rows, (whole, whole, whole, P(rows)), whole)(
+    by_head = P(rows, None, heads)
+    return _on_each_device(mesh, attend_rows, (by_head, by_head, by_head, P(rows)), by_head)(
         query, key, value, rule
     )
 
 
-def _sharers(query: jax.Array) -> int:
-    """Devices among which the places of queries [B, T, N, H] are parted."""
+def _query_shards(query: Float[Array, "B T N H"]) -> int:
+    """The number of shards of the query positions T."""
     mesh = auto_mesh()
     if mesh is None:
         return 1
-    parted = mesh_axes(P(spec("BTNH", query.shape)[1]))
-    return math.prod(dict(mesh.shape)[name] for name in parted)
+    sharded = mesh_axes(P(spec("BTNH", query.shape)[1]))
+    return math.prod(dict(mesh.shape)[name] for name in sharded)
 
 
 def _on_each_device(
     mesh: AbstractMesh, attend: Callable[..., jax.Array], in_specs: Any, out_specs: Any
 ) -> Callable[..., jax.Array]:
-    """`attend` of each device's part, since the compiler cannot part a kernel."""
+    """`attend` on each device's shard, since the compiler cannot partition a kernel."""
     return jax.shard_map(
         attend,
         in_specs=in_specs,

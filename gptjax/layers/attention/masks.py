@@ -2,9 +2,9 @@
 
 | `attention` | a query attends to | source |
 |---|---|---|
-| full | every key; the earlier ones where it is causal | Vaswani et al. 2017, section 3.2 |
-| local | the keys of a window that ends at (or, if not causal, surrounds) it | Child et al. 2019 |
-| compressed | joined groups of earlier keys | Liu et al. 2018, section 4.2.3 (DMCA) |
+| full | all keys; if causal, itself and earlier ones | Vaswani et al. 2017, section 3.2 |
+| local | a window of keys ending at it, or, if not causal, around it | Child et al. 2019 |
+| compressed | earlier keys, compressed by a strided convolution | Liu et al. 2018, 4.2.3 (DMCA) |
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MaskRule:
-    """A mask as the rule that it follows, for flash kernels, which hold no array [T, S].
+    """A mask described by its rule, for flash kernels, which materialise no array [T, S].
 
     The first query and the first key have the same position.
     """
@@ -25,28 +27,28 @@ class MaskRule:
     causal: bool = dataclasses.field(metadata={"static": True})
     """Whether later keys are masked."""
     window: int = dataclasses.field(default=0, metadata={"static": True})
-    """Keys at this distance and more are masked; 0 masks none."""
-    padding_mask: jax.Array | None = None
-    """[B, S], False at keys that are padding."""
-    segment_ids: jax.Array | None = None
-    """[B, S], S being T: the document of each token; keys of other documents are masked."""
+    """Keys at this distance or farther are masked; 0: no window."""
+    padding_mask: Bool[Array | np.ndarray, "B S"] | None = None
+    """False at keys that are padding."""
+    segment_ids: Int[Array | np.ndarray, "B S"] | None = None
+    """The document of each token, S being T; keys of other documents are masked."""
 
 
 class AttentionMask(NamedTuple):
-    """Which keys each query attends to."""
+    """Which keys each query attends to, as an array and as a rule."""
 
-    array: jax.Array | None
-    """[B or 1, T, S], True where the query attends to the key; None masks nothing."""
+    array: Bool[Array, "#B #T S"] | None
+    """True where the query attends to the key; None masks nothing."""
     rule: MaskRule | None = None
-    """The same as a rule; None in decoding and for compressed attention, which have none."""
+    """The same as a rule; None in decoding and in compressed attention, which follow none."""
 
 
-def attention_mask(distance: jax.Array, rule: MaskRule) -> jax.Array:
-    """The rule written out, [B or 1, T, S].
+def attention_mask(distance: Int[Array, "#B T S"], rule: MaskRule) -> Bool[Array, "#B T S"]:
+    """The mask that the rule describes, as an array.
 
     Args:
-      distance: [B or 1, T, S], position of the query minus position of the key.
-      rule: what it masks.
+      distance: query position minus key position.
+      rule: what is masked.
     """
     mask = distance >= 0 if rule.causal else jnp.ones_like(distance, bool)
     if rule.window:
@@ -56,11 +58,13 @@ def attention_mask(distance: jax.Array, rule: MaskRule) -> jax.Array:
     return mask if rule.padding_mask is None else mask & rule.padding_mask[:, None]
 
 
-def compressed_mask(positions: jax.Array, keys: int, compression: int) -> jax.Array:
-    """Queries at `positions` [B or 1, T] attend to the groups that end at or before them.
+def compressed_mask(
+    positions: Int[Array, "B T"], keys: int, compression: int
+) -> Bool[Array, "B T groups"]:
+    """The mask of compressed attention: queries attend to groups that end at or before them.
 
-    Of `keys` keys, each `compression` form a group; an empty key that all may attend to comes
-    first, so that the first queries have one. [B or 1, T, 1 + keys // compression].
+    Every `compression` consecutive keys form a group. A zero key that all queries attend to comes
+    first, so that the first queries have one: there are 1 + keys // compression groups.
     """
     last = jnp.arange(keys // compression) * compression + compression - 1
     last = jnp.concatenate([jnp.full(1, -1), last])

@@ -1,12 +1,13 @@
 """Multi-head attention with its projections (Vaswani et al. 2017, section 3.2.2)."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import TransformerConfig
 from gptjax.layers.attention import flash
@@ -26,22 +27,22 @@ from gptjax.layers.positions import rotate
 
 
 class AttentionInputs(NamedTuple):
-    """What attention takes beside the stream, the same for all blocks of a kind."""
+    """The inputs of attention besides the residual stream, the same for all blocks of a kind."""
 
     mask: AttentionMask
     """Which keys each query attends to."""
-    bias: jax.Array | None = None
-    """[B or 1, N, T, S], added to the scores."""
-    angles: jax.Array | None = None
-    """[B or 1, T, R / 2], the rotary angles of the positions; None rotates nothing."""
-    cache_index: Any = None
-    """The slot of a cache that the first position takes, a number or [B]; None without one."""
-    layer: jax.Array | int | None = None
-    """The block's number from 0, for what depends on depth."""
+    bias: Float[Array, "#B N T S"] | None = None
+    """Added to the scores."""
+    angles: Float[Array, "#B T pairs"] | None = None
+    """The rotary angles of the positions; None: no rotary embedding."""
+    cache_index: Int[Array, "*B"] | int | None = None
+    """The cache slot of the first position, a scalar or one per row [B]; None without a cache."""
+    layer: Int[Array, ""] | int | None = None
+    """The block's index, counted from 0, for what depends on depth."""
 
 
 class Attention(nnx.Module):
-    """Multi-head attention: self-attention, or from x to the keys and values of another sequence.
+    """Multi-head attention: self-attention, or cross-attention to another sequence's keys.
 
     MultiHead(x) = Concat(head_1 … head_N) W_O, head_i = softmax(q_i k_iᵀ / √H) v_i.
     """
@@ -70,21 +71,21 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B T D"],
         inputs: AttentionInputs,
         *,
         kv: KVCache | None = None,
         cache: KVCache | None = None,
         hook: Hooks = NO_HOOKS,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The output of all heads [B, T, D], and the cache with the keys and values of x.
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The attention output, and the cache updated with the keys and values of x.
 
         Args:
-          x: [B, T, D], normalised where the placement says so.
-          inputs: mask, position bias, rotary angles, and where x begins in the cache.
+          x: the layer's input, normalised in pre-norm placements.
+          inputs: mask, position bias, rotary angles, and the cache slot of x's first position.
           kv: keys and values [B, S, K, H] of another sequence (cross-attention); None takes x's.
-          cache: keys and values of the tokens before, stored as [B, K, S, H].
-          hook: what is captured, changed and dropped.
+          cache: keys and values of earlier tokens, stored as [B, K, S, H].
+          hook: capture, interventions and dropout.
         """
         if kv is None:
             key, value, query = self.heads(x, "key", "value", "query", angles=inputs.angles)
@@ -93,6 +94,7 @@ class Attention(nnx.Module):
             (query,) = self.heads(x, "query")
         kv_length = None
         if cache is not None:
+            assert inputs.cache_index is not None
             kv = cache.swapped().write(kv, inputs.cache_index)
             cache, kv_length = kv.swapped(), jnp.max(inputs.cache_index) + x.shape[1]
         query, kv = hook("query", query), KVCache(hook("key", kv.key), hook("value", kv.value))
@@ -100,14 +102,18 @@ class Attention(nnx.Module):
         return hook("attention_output", self._output(z, hook)), cache
 
     def heads(
-        self, x: jax.Array, *parts: str, angles: jax.Array | None = None
-    ) -> tuple[jax.Array, ...]:
-        """Of x [B, T, D] those of query, key and value that are named: [B, T, N or K, H] each.
+        self,
+        x: Float[Array, "B T D"],
+        *parts: str,
+        angles: Float[Array, "#B T pairs"] | None = None,
+    ) -> tuple[Float[Array, "B T _ H"], ...]:
+        """The "query", "key" or "value" projections of x, those that are named.
 
-        Queries and keys are normalised (QK-norm) and rotated by `angles`, where there are any.
+        Queries have N heads, keys and values K. Queries and keys are normalised (QK-norm, if the
+        config has it) and rotated by `angles` (RoPE, if given).
         """
 
-        def placed(part: str, heads: jax.Array) -> jax.Array:
+        def norm_and_rotate(part: str, heads: jax.Array) -> jax.Array:
             if part == "value":
                 return heads
             if self.config.qk_norm:
@@ -115,20 +121,23 @@ class Attention(nnx.Module):
             return heads if angles is None else rotate(heads, angles, self.config.pairing)
 
         projected = project(x, *(getattr(self, part) for part in parts))
-        return tuple(placed(part, heads) for part, heads in zip(parts, projected, strict=True))
+        return tuple(
+            norm_and_rotate(part, heads) for part, heads in zip(parts, projected, strict=True)
+        )
 
     def attend(
         self,
-        query: jax.Array,
+        query: Float[Array, "B T N H"],
         kv: KVCache,
         inputs: AttentionInputs,
-        kv_length: jax.Array | None,
+        kv_length: Int[Array, ""] | None,
         hook: Hooks,
-    ) -> jax.Array:
-        """softmax(Q Kᵀ / √H) V, [B, T, N, H], by the fastest way that computes what is asked.
+    ) -> Float[Array, "B T N H"]:
+        """softmax(Q Kᵀ / √H) V, by the fastest implementation that fits.
 
-        Scores and weights exist in no fast path: where they are captured, changed or dropped, they
-        are computed step by step. `kv_length` slots of a cache are filled; None is no cache.
+        If scores or weights are captured, changed or have dropout, they are computed step by step,
+        since no fast path materialises them. `kv_length` is the number of filled cache slots; None
+        without a cache.
         """
         config, mask = self.config, inputs.mask
         keys, values = self._compress(kv) if self.compressed else kv
@@ -137,30 +146,36 @@ class Attention(nnx.Module):
         normalize = NORMALIZERS[config.attention_normalizer]
         if hook.need("scores", "attention"):
             scores = biased(attention_scores(query, keys, scale), inputs.bias, softcap)
-            scores = self._hooked("scores", scores, kv, hook)
+            scores = self._observed("scores", scores, kv, hook)
             weights = normalize(scores, mask.array)
-            weights = hook.dropped("attention", self._hooked("attention", weights, kv, hook))
+            weights = hook.dropped("attention", self._observed("attention", weights, kv, hook))
             return checkpoint_name(weighted_values(weights, values), "attention")
-        if mask.rule is not None and kv_length is None and flash.takes(kernel, query, keys):
+        if (
+            mask.rule is not None
+            and kv_length is None
+            and flash.takes(kernel, query, keys, mask.rule)
+        ):
             return flash.attend_by(kernel, query, keys, values, mask.rule, scale, softcap)
-        how = inputs.bias, scale, softcap, normalize
+        options = inputs.bias, scale, softcap, normalize
         if kv_length is None or self.compressed or mask.array is None:
-            return attend(query, keys, values, mask.array, *how)
-        return attend_to_prefix(kv_length, query, kv, mask.array, *how)
+            return attend(query, keys, values, mask.array, *options)
+        return attend_to_prefix(kv_length, query, kv, mask.array, *options)
 
-    def _hooked(self, name: str, x: jax.Array, kv: KVCache, hook: Hooks) -> jax.Array:
-        """The hook point `name` with x [B, N, T, S].
+    def _observed(
+        self, name: str, x: Float[Array, "B N T S"], kv: KVCache, hook: Hooks
+    ) -> Float[Array, "B N T S"]:
+        """`hook.observed` of scores or weights, padded to S columns.
 
-        Layers are stacked in what is captured, so that compressed attention's 1 + S // c columns
-        are the first of S there, the others 0.
+        Captured arrays are stacked over layers, so that compressed attention's 1 + S // c columns
+        are followed by zeros there.
         """
         columns = x.shape[-1]
         missing = max(kv.key.shape[1] - columns, 0)
         padded = jnp.pad(x, ((0, 0),) * 3 + ((0, missing),)) if missing else x
         return hook.observed(name, padded)[..., :columns]
 
-    def _output(self, z: jax.Array, hook: Hooks) -> jax.Array:
-        """[B, T, N, H] → [B, T, D]; head by head where that is asked for."""
+    def _output(self, z: Float[Array, "B T N H"], hook: Hooks) -> Float[Array, "B T D"]:
+        """The output projection W_O, per head if `head_output` is captured or changed."""
         if not hook.need("head_output"):
             return self.output(z)
         kernel = self.output.kernel.astype(z.dtype)
@@ -170,13 +185,15 @@ class Attention(nnx.Module):
         )
 
     def _compress(self, kv: KVCache) -> KVCache:
-        """[B, S, K, H] → [B, 1 + S // c, K, H]: an empty key, then a convolution of stride c."""
+        """A zero key and value, then a convolution of stride c: [B, 1 + S // c, K, H]."""
 
-        def joined(slots: jax.Array, convolution: Linear) -> jax.Array:
-            batch, length, *head = slots.shape
+        def compressed(x: jax.Array, convolution: Linear) -> jax.Array:
+            batch, length, *head = x.shape
             stride = self.config.compression
-            groups = slots[:, : length // stride * stride].reshape(batch, -1, stride, *head)
-            empty = jnp.zeros((batch, 1, *head), slots.dtype)
-            return jnp.concatenate([empty, convolution(groups)], axis=1)
+            groups = x[:, : length // stride * stride].reshape(batch, -1, stride, *head)
+            zero = jnp.zeros((batch, 1, *head), x.dtype)
+            return jnp.concatenate([zero, convolution(groups)], axis=1)
 
-        return KVCache(joined(kv.key, self.compress_key), joined(kv.value, self.compress_value))
+        return KVCache(
+            compressed(kv.key, self.compress_key), compressed(kv.value, self.compress_value)
+        )

@@ -1,10 +1,11 @@
-"""Attention by XLA: the reference with its backward pass written out, and within a cache."""
+"""Attention in XLA: the reference with a custom backward pass, and over a cache's prefix."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.reference import (
@@ -18,19 +19,18 @@ from gptjax.layers.attention.reference import (
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #T S"] | None,
+    bias: Float[Array, "#B N T S"] | None,
     scale: float,
     softcap: float,
     normalize: Normalizer = masked_softmax,
-) -> jax.Array:
-    """`weighted_values(attention_weights(…), value)` [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """`weighted_values(attention_weights(…), value)`, with the arguments of `attention_weights`.
 
-    The arguments are those of `attention_weights`. The softmax's backward pass is written out; that
-    of any other normalizer is autodiff's.
+    With a softmax the backward pass is written out; other normalizers use autodiff.
     """
     if normalize is masked_softmax:
         return attend_by_softmax(query, key, value, mask, bias, scale, softcap)
@@ -41,17 +41,17 @@ def attend(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend_by_softmax(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    mask: jax.Array | None,
-    bias: jax.Array | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #T S"] | None,
+    bias: Float[Array, "#B N T S"] | None,
     scale: float,
     softcap: float,
-) -> jax.Array:
-    """`attend` with its backward pass.
+) -> Float[Array, "B T N H"]:
+    """`attend` with a softmax and a custom backward pass.
 
-    Left to autodiff, XLA recomputes the softmax on a CPU inside the products of the backward pass.
+    With autodiff, XLA on a CPU recomputes the softmax inside the products of the backward pass.
     """
     weights = attention_weights(query, key, mask, bias, scale=scale, softcap=softcap)
     return weighted_values(weights, value)
@@ -73,8 +73,8 @@ def _attend_backward(scale, softcap, residuals, gradient):
     weights_gradient = jnp.einsum(
         "btkgh,bskh->bkgts", by_group, value, preferred_element_type=jnp.float32
     ).reshape(weights.shape)
-    # Through the softmax: each row loses its mean gradient, Σ_s weights · weights_gradient, which
-    # equals Σ_h z · gradient and is cheaper so.
+    # The softmax's gradient subtracts each row's Σ_s weights · weights_gradient, which equals
+    # Σ_h z · gradient and is cheaper to compute that way (as in FlashAttention).
     row_mean = jnp.einsum("btnh,btnh->bnt", z, gradient, preferred_element_type=jnp.float32)
     scores_gradient = weights * (weights_gradient - row_mean[..., None])
     bias_gradient = None
@@ -99,36 +99,35 @@ def _attend_backward(scale, softcap, residuals, gradient):
 
 attend_by_softmax.defvjp(_attend_forward, _attend_backward)
 
-SHORTEST_PREFIX = 128
-"""The fewest slots of a cache that attention reads, where only so many are filled."""
+MIN_PREFIX = 128
+"""The fewest cache slots that attention reads."""
 
 
 def attend_to_prefix(
-    kv_length: jax.Array,
-    query: jax.Array,
+    kv_length: Int[Array, ""],
+    query: Float[Array, "B T N H"],
     kv: KVCache,
-    mask: jax.Array,
-    bias: jax.Array | None,
+    mask: Bool[Array, "#B #T S"],
+    bias: Float[Array, "#B N T S"] | None,
     scale: float,
     softcap: float,
     normalize: Normalizer = masked_softmax,
-) -> jax.Array:
-    """`attend` to a cache of which the first `kv_length` slots are filled, [B, T, N, H].
+) -> Float[Array, "B T N H"]:
+    """`attend` to a cache of which the first `kv_length` slots are filled.
 
-    It reads 128, 256 … S / 4 or all S slots, whichever are enough: while a text is short, a step of
-    decoding reads little beside the weights. Prefixes are copied before they are multiplied, which
-    for more than a quarter takes longer than all. One program holds all the cases.
+    It reads the smallest sufficient of 128, 256 … S / 4 or all S slots, so that decoding a short
+    text reads little besides the weights. A prefix is copied before it is multiplied; beyond a
+    quarter of the slots that takes longer than reading all. All cases are in one compiled program.
     """
     slots = kv.key.shape[1]
-    sizes = [SHORTEST_PREFIX << n for n in range(slots.bit_length())]
+    sizes = [MIN_PREFIX << n for n in range(slots.bit_length())]
     sizes = [size for size in sizes if size <= slots // 4] + [slots]
-    by_head = kv.swapped()  # As it is stored; the other way round it would be copied.
+    by_head = kv.swapped()  # Slices of the stored layout; slices of [B, S, K, H] would be copied.
 
     def attend_to(size: int) -> jax.Array:
         prefix = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
-        own_bias = None if bias is None else bias[..., :size]
-        own_mask = mask[..., :size]
-        return attend(query, *prefix, own_mask, own_bias, scale, softcap, normalize)
+        prefix_bias = None if bias is None else bias[..., :size]
+        return attend(query, *prefix, mask[..., :size], prefix_bias, scale, softcap, normalize)
 
     case = (kv_length > jnp.array(sizes[:-1], jnp.int32)).sum()
     return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])

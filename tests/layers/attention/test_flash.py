@@ -86,7 +86,7 @@ def test_splash_and_its_gradients_equal_the_reference(mask):
     assert_equal(interpreted, MASKS[mask], inputs())
 
 
-def test_splash_bounds_scores_softly():
+def test_splash_soft_caps_scores():
     assert_equal(interpreted, MaskRule(causal=True), inputs(kv_heads=2), cap=2.0)
 
 
@@ -96,7 +96,7 @@ def test_splash_with_a_fused_backward_pass_of_several_blocks(monkeypatch):
         assert_equal(interpreted, shortened(MASKS[mask], 256), inputs(256, 256))
 
 
-def test_splash_looks_at_another_sequence():
+def test_splash_attends_to_another_sequence():
     rule = MaskRule(causal=False, padding_mask=MASKS["padding"].padding_mask)
     assert_equal(interpreted, rule, inputs(queries=128))
 
@@ -232,28 +232,33 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
             "tpu",
             {"dropout": 0.1},
             "xla",
-            "since dropout 0.1 falls on weights that no kernel keeps.",
+            "since dropout 0.1 applies to attention weights, which kernels do not materialise.",
         ),
         (
             "tpu",
             {"position_embedding": "alibi"},
             "xla",
-            "XLA, since alibi positions add to scores.",
+            "XLA, since alibi positions add a bias to the scores.",
         ),
-        ("tpu", {"context_length": 1000}, "xla", "XLA, since context 1000 is no multiple of 128."),
+        (
+            "tpu",
+            {"context_length": 1000},
+            "xla",
+            "XLA, since context_length 1000 is not a multiple of 128.",
+        ),
         ("tpu", {"attention": "compressed"}, "xla", "XLA, since its keys are groups of tokens."),
         ("gpu", {}, "xla", "XLA, since cuDNN takes bfloat16, not float32."),
         (
             "gpu",
             {"dtype": "bfloat16", "attention_softcap": 5.0},
             "xla",
-            "cuDNN bounds no scores softly.",
+            "cuDNN does not soft-cap scores.",
         ),
         (
             "gpu",
             {"dtype": "bfloat16", "head_dim": 20},
             "xla",
-            "heads of 8, 16 ... 128, not of 20.",
+            "head dims 8, 16 ... 128, not 20.",
         ),
     ],
 )
@@ -267,18 +272,18 @@ def test_the_kernel_follows_from_the_platform_and_the_config(platform, changes, 
 def test_a_shared_sequence_and_mixed_layers_change_the_choice():
     assert resolve_kernel(GPT2, "tpu", sequence=8)[0].attention_kernel == "splash"
     _, lines = resolve_kernel(GPT2, "tpu", sequence=16)
-    assert lines == ["Attention: XLA, since context 1024 is no multiple of 2048."]
+    assert lines == ["Attention: XLA, since context_length 1024 is not a multiple of 2048."]
     half = dataclasses.replace(GPT2, dtype="bfloat16")
     _, lines = resolve_kernel(half, "gpu", sequence=2)
-    assert lines == ["Attention: XLA, since cuDNN does not share a sequence among devices."]
+    assert lines == ["Attention: XLA, since cuDNN does not shard a sequence over devices."]
     windowed = dataclasses.replace(half, family="encoder", attention="local", window=8)
-    assert "look back, not ahead" in resolve_kernel(windowed, "gpu")[1][0]
+    assert "attend to earlier keys only" in resolve_kernel(windowed, "gpu")[1][0]
     mixed = dataclasses.replace(GPT2, attention="full,compressed")
     config, lines = resolve_kernel(mixed, "tpu")
     assert config.attention_kernel == "splash"
     assert lines[1] == "Compressed attention: XLA, since its keys are groups of tokens."
     translator = dataclasses.replace(GPT2, family="encoder_decoder")
-    assert "no multiple of 128 tokens" in resolve_kernel(translator, "tpu")[1][1]
+    assert "not a multiple of 128 tokens" in resolve_kernel(translator, "tpu")[1][1]
     recurrent = dataclasses.replace(GPT2, family="recurrent", position_embedding="none")
     assert resolve_kernel(recurrent, "tpu")[0].attention_kernel == "xla"
 
@@ -296,7 +301,7 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
             "tpu",
             {"attention_kernel": "splash", "position_embedding": "relative"},
             "TransformerConfig.attention_kernel is 'splash': it must be auto or xla here, since "
-            "relative positions add to scores.",
+            "relative positions add a bias to the scores.",
         ),
     ],
 )
