@@ -150,12 +150,9 @@ class Attention(nnx.Module):
             weights = normalize(scores, mask.array)
             weights = hook.dropped("attention", self._observed("attention", weights, kv, hook))
             return checkpoint_name(weighted_values(weights, values), "attention")
-        if (
-            mask.rule is not None
-            and kv_length is None
-            and flash.takes(kernel, query, keys, mask.rule)
-        ):
-            return flash.attend_by(kernel, query, keys, values, mask.rule, scale, softcap)
+        rule = mask.rule if kv_length is None else None
+        if rule is not None and flash.takes(kernel, query, keys, rule):
+            return flash.attend_by(kernel, query, keys, values, rule, scale, softcap)
         options = inputs.bias, scale, softcap, normalize
         if kv_length is None or self.compressed or mask.array is None:
             return attend(query, keys, values, mask.array, *options)

@@ -133,7 +133,7 @@ def test_a_device_that_was_given_its_rows_takes_them_all():
     rule = MaskRule(causal=True)
 
     def attend(query, key, value):
-        assert flash.takes("splash", query, key)
+        assert flash.takes("splash", query, key, rule)
         return interpreted(query, key, value, rule)
 
     of_rows = jax.shard_map(
@@ -309,3 +309,14 @@ def test_a_kernel_that_cannot_be_is_refused(platform, changes, message):
     with pytest.raises(InputError) as refused:
         resolve_kernel(dataclasses.replace(GPT2, **changes), platform)
     assert str(refused.value) == message
+
+
+def test_cudnn_takes_no_odd_lengths_with_padding_or_documents():
+    odd, even = jnp.zeros((1, 5, 2, 8)), jnp.zeros((1, 4, 2, 8))
+    plain, padded = MaskRule(causal=True), MaskRule(True, padding_mask=jnp.ones((1, 5), bool))
+    packed = MaskRule(True, segment_ids=jnp.ones((1, 5), jnp.int32))
+    assert flash.takes("cudnn", odd, odd, plain)
+    assert flash.takes("cudnn", even, even, padded)
+    for rule in (padded, packed):
+        assert not flash.takes("cudnn", odd, odd, rule)
+        assert not flash.takes("cudnn", even, odd, rule)
