@@ -186,6 +186,7 @@ MAPPED = {
     "encoder_heads": ("masked_lm", {**BERT, "head_bias": True}),
 }
 REFUSED = {
+    "attention_normalizer": ("sigmoid", {}),
     "attention_softcap": (5.0, {}),
     "qk_norm": (True, {}),
     "num_experts": (2, {}),
