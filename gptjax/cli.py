@@ -1,7 +1,7 @@
 """The command line, thin over the modules: `python -m gptjax`, and the flags of experiments.
 
-What a user can mend is one sentence on standard error, and an exit code (`gptjax.system.exits`)
-that says of which kind it is; `--debug` shows where it was noticed.
+An error that a user can fix is one sentence on standard error, with an exit code by kind
+(`gptjax.system.exits`); `--debug` shows the traceback.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from gptjax.system.exits import Diverged, Exit, Interrupted, Interrupts
 from gptjax.system.memory import ran_out
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM)
-"""What is wrong with a path that no file can be at, or that is not this user's."""
+"""Errors of invalid or inaccessible paths."""
 
 OVERVIEW = """usage: gptjax COMMAND [OPTIONS]
 
-Train models of the GPT family, look inside, compare.
+Train, probe and compare models of the GPT family.
 
 {}
 
-gptjax COMMAND --help lists a command's flags; --debug shows the traceback of a
-mistake, and gptjax --version the version."""
+gptjax COMMAND --help lists a command's flags; --debug shows the traceback of an
+error, and gptjax --version the version."""
 HELP_WIDTH = 79
 
 SYNONYMS = {
@@ -78,10 +78,10 @@ SYNONYMS = {
     "output-dir": ("out",),
     "max-tokens": ("max-new-tokens",),
 }
-"""What flags are called elsewhere → the last part of ours, the first that the command has."""
+"""Names of flags elsewhere → the last part of ours; the first that the command has counts."""
 
 MOST_MEANT = 3
-"""Flags of which one may have been meant."""
+"""Most flags suggested for an unknown one."""
 
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
 
@@ -92,7 +92,7 @@ TYPES = tyro.constructors.ConstructorRegistry()
 def _text(
     type_info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """What stands for a string in help: TEXT, where tyro has the name of Python's type."""
+    """Show strings as TEXT in help, where tyro has STR."""
     if type_info.type is not str:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -105,7 +105,7 @@ def _text(
 
 
 def main() -> None:
-    """`gptjax COMMAND …`, of those in `gptjax.commands`."""
+    """Run `gptjax COMMAND …`, a command of `gptjax.commands`."""
 
     def parse_and_run(arguments: list[str]) -> None:
         if arguments == ["--version"]:
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def _overview(known: dict[str, Callable[..., None]]) -> str:
-    """What `gptjax --help` prints: the first line of each command's docstring."""
+    """Returns what `gptjax --help` prints: the first line of each command's docstring."""
     lines = [
         textwrap.fill(
             f"{name:<15}{(command.__doc__ or '').splitlines()[0]}",
@@ -155,8 +155,8 @@ def run_experiment(
     """Parse an experiment's flags and run it.
 
     Every field of the config is a flag; the first preset gives the defaults, and `--preset NAME`
-    picks another where there are several. Beside them: `--out`, `--overwrite`, `--debug`. Where the
-    experiment is for some objectives alone, another one is refused.
+    another if there are several. Further flags: `--out`, `--overwrite`, `--debug`. Objectives
+    other than `objectives`, if given, are refused.
     """
 
     def run_its_own(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
@@ -177,8 +177,8 @@ def _experiment(
     description: str | None,
     prog: str | None,
 ) -> Callable[[list[str]], None]:
-    """What parses an experiment's flags and runs it."""
-    help_text = f"{description}\n--debug shows the traceback of a mistake."
+    """Returns a function that parses an experiment's flags and runs it."""
+    help_text = f"{description}\n--debug shows the traceback of an error."
     if len(presets) > 1:
         first, *others = presets
         help_text += f" --preset NAME sets the defaults: {first}, or {', '.join(others)}."
@@ -198,9 +198,9 @@ def _experiment(
             """The experiment's own flags.
 
             Args:
-              config: Every choice of the run.
-              out: Directory for all that the run writes; the same one resumes it.
-              overwrite: Delete the run that is there and start anew.
+              config: The run's config.
+              out: Directory of all outputs; the same one resumes the run.
+              overwrite: Delete an existing run and start over.
             """
             with distributed.joined(config):
                 run(config, out, overwrite)
@@ -213,7 +213,7 @@ def _experiment(
 
 def run_command(command: Callable[..., None], description: str | None) -> None:
     """Parse the flags that are a function's parameters, and run it."""
-    help_text = f"{description}\n--debug shows the traceback of a mistake."
+    help_text = f"{description}\n--debug shows the traceback of an error."
 
     def parse_and_run(arguments: list[str]) -> None:
         _parse(command, arguments, description=help_text)()
@@ -222,7 +222,7 @@ def run_command(command: Callable[..., None], description: str | None) -> None:
 
 
 def _script_apart(arguments: list[str]) -> list[str]:
-    """What stands behind the script of `launch` is the script's, flags too: tyro wants a `--`."""
+    """Insert the `--` that tyro needs before the flags of `launch`'s script."""
     place = next((place for place, word in enumerate(arguments) if word.endswith(".py")), None)
     if arguments[:1] != ["launch"] or place is None:
         return arguments
@@ -233,7 +233,7 @@ def _script_apart(arguments: list[str]) -> list[str]:
 def _take_preset(
     arguments: list[str], presets: dict[str, ExperimentConfig]
 ) -> tuple[str, list[str]]:
-    """The value of `--preset` (the first preset without it), and the arguments without it."""
+    """Returns the value of `--preset`, by default the first, and the arguments without it."""
     rest, name = [], next(iter(presets))
     words = iter(arguments)
     for word in words:
@@ -248,7 +248,7 @@ def _take_preset(
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """The command with the same flags, which returns what is to be run and does not run it."""
+    """Returns the command with the same flags, returning a function instead of running."""
 
     @functools.wraps(command)
     def parsed(*arguments: Any, **flags: Any) -> Callable[[], None]:
@@ -258,7 +258,7 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
 
 
 def _parse(command: Callable[..., None], arguments: list[str], **options: Any):
-    """The command with its flags read; a mistake in them is a sentence instead of tyro's box.
+    """Returns the command with parsed flags; errors are sentences instead of tyro's box.
 
     Raises:
       InputError: an unknown flag, or a value that is not accepted.
@@ -277,9 +277,9 @@ def _parse(command: Callable[..., None], arguments: list[str], **options: Any):
 
 
 def _sentence(box: str, command: Callable[..., None], options: dict[str, Any]) -> str:
-    """The message in tyro's box; an unknown flag is followed by what was probably meant.
+    """Returns the message in tyro's box, with suggestions for unknown flags.
 
-    The box has parts with rules between them: a title, the message, and what tyro adds to it.
+    The box has parts separated by rules: a title, the message, and tyro's additions.
     """
     lines = "\n".join(line.strip(" │╭╮╰╯") for line in _colourless(box).splitlines())
     parts = re.split(r"^(?:─ .+ )?[─-]{3,}$", lines, flags=re.MULTILINE)
@@ -296,12 +296,12 @@ def _sentence(box: str, command: Callable[..., None], options: dict[str, Any]) -
 
 
 def _colourless(text: str) -> str:
-    """What a terminal shows of it, without the colours."""
+    """Returns the text without terminal colours."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def _flags(command: Callable[..., None], options: dict[str, Any]) -> list[str]:
-    """All flags of a command that its help names, but for those that switch something off."""
+    """Returns all flags in a command's help, except --no-… ones."""
     with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
         tyro.cli(_deferred(command), args=["--help"], registry=TYPES, **options)
     named = dict.fromkeys(re.findall(r"(?<![\w-])--\w[\w.-]*\w", _colourless(help.getvalue())))
@@ -309,23 +309,23 @@ def _flags(command: Callable[..., None], options: dict[str, Any]) -> list[str]:
 
 
 def _near_flags(given: str, known: list[str]) -> list[str]:
-    """The flags that `given` may have meant: of that last part or a synonym, or spelled alike."""
+    """Returns flags close to `given`: of the same last part, a synonym, or a similar spelling."""
     name = given.lstrip("-").partition("=")[0].replace("_", "-")
     last = name.rpartition(".")[2]
     for wanted in (*SYNONYMS.get(last, ()), last):
         if same := [flag for flag in known if flag[2:].rpartition(".")[2] == wanted]:
             return same
-    # What is given without the part of the config is compared without it.
+    # A flag given without its section is compared without it.
     parts = {flag: flag[2:] if "." in name else flag[2:].rpartition(".")[2] for flag in known}
     near = difflib.get_close_matches(name, set(parts.values()), cutoff=0.7)
     return [flag for part in near for flag in known if parts[flag] == part][:MOST_MEANT]
 
 
 def _guarded(command: Callable[[list[str]], None]) -> None:
-    """Run a command; what the user can mend is a sentence, and `--debug` shows the traceback."""
+    """Run a command; user errors are sentences, and `--debug` shows the traceback."""
     accept_all_characters()
     interrupts = Interrupts()
-    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Else it is a job's.
+    default = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Else a job's handler.
     if default:
         signal.signal(signal.SIGINT, interrupts)
     try:
@@ -339,8 +339,10 @@ def _guarded(command: Callable[[list[str]], None]) -> None:
 
 
 def accept_all_characters() -> None:
-    """Let standard output print a question mark for what its encoding lacks, and not fail."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's is of another kind, and has all.
+    """Print a question mark for characters outside standard output's encoding."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # A notebook's has another class, and all characters.
         sys.stdout.reconfigure(errors="replace")
 
 
@@ -360,14 +362,14 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
     except Interrupted as error:
         _fail_together(str(error), error.exit_code, debug)
     except BrokenPipeError:
-        _let_go_of_output()  # The reader, say `head`, has seen enough.
+        _let_go_of_output()  # The reader, such as `head`, has closed the pipe.
         raise SystemExit(128 + signal.SIGPIPE) from None
     except OSError as error:
         if error.filename and error.errno in UNUSABLE:
             _fail(f"{shown(error.filename)}: {error.strerror}.", Exit.MISTAKE, debug)
         if not is_failure(error):
             raise
-        _let_go_of_output()  # It may be what has no room.
+        _let_go_of_output()  # Its disk may be the full one.
         _fail(f"{error.filename or 'the output'}: {error.strerror}.", Exit.DISK, debug)
     except KeyboardInterrupt:
         _fail("Stopped.", Exit.INTERRUPTED, debug)
@@ -379,7 +381,7 @@ def _with_sentences(command: Callable[[list[str]], None]) -> None:
 
 
 def _let_go_of_output() -> None:
-    """Where nobody takes the output, what Python flushes at exit goes nowhere."""
+    """Redirect standard output to nowhere if it is broken, so that the flush at exit succeeds."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -387,7 +389,7 @@ def _let_go_of_output() -> None:
 
 
 def _fail_at_once(sentence: str, code: int, debug: bool) -> NoReturn:
-    """Do not wait for threads of Orbax, which would also tell of their own failures."""
+    """Exit without waiting for Orbax's threads, which would print their own errors."""
     with contextlib.suppress(SystemExit):
         _fail(sentence, code, debug)
     with contextlib.suppress(OSError):
@@ -396,7 +398,7 @@ def _fail_at_once(sentence: str, code: int, debug: bool) -> NoReturn:
 
 
 def _fail_together(sentence: str, code: int, debug: bool) -> NoReturn:
-    """What all processes of a run have come to, the first one tells."""
+    """Exit on all processes; only the first prints the sentence."""
     if distributed.is_first():
         _fail(sentence, code, debug)
     raise SystemExit(code)

@@ -103,10 +103,10 @@ def test_masked_lm_shows_what_it_finds(tmp_path):
     head, explained, *rows = (out / "predictions.txt").read_text().strip().split("\n\n")
     assert head in printed
     found, hidden, share = re.fullmatch(
-        r"([\d,]+) of ([\d,]+) hidden tokens found \(([\d.]+)%\)\.", head
+        r"([\d,]+) of ([\d,]+) masked tokens predicted correctly \(([\d.]+)%\)\.", head
     ).groups()  # pyright: ignore[reportOptionalMemberAccess]
     assert float(share) == pytest.approx(100 * int(found) / int(hidden), abs=0.05)
-    assert explained.startswith("What was hidden stands in brackets")
+    assert explained.startswith("Masked text is in brackets")
     assert 1 < len(rows) <= 20
     asked = re.compile(r"\[([^][]+?)(?:: [^][]*)?\]")
     frame = ("begin", "end")
@@ -224,7 +224,7 @@ def test_seeds_together_tells_what_is_saved():
     flags = ["--seeds=2", "--steps=12", "--width=16", "--rounds=1"]
     printed = output_of(start("benchmarks/seeds_together.py", *flags))
     assert "2 runs of 12 steps, 18,272 parameters" in printed
-    (apart,) = re.findall(r"ratio [\d.]+; losses differ by at most (\S+) of themselves", printed)
+    (apart,) = re.findall(r"ratio [\d.]+; losses differ by at most (\S+), relatively", printed)
     assert float(apart) < 1e-5
 
 
@@ -283,7 +283,7 @@ def test_gpu_changes_time_decoding_and_small_models():
     assert [row[1] for row in rows if row and row[0] == "a loop, no switch"] == ["1", "32"]
     assert [row[1] for row in rows if row and row[0] == "no biases"] == ["1", "10"]
     _, errors = start("benchmarks/gpu_changes.py").communicate(timeout=300)
-    assert errors.endswith("No GPU is there; --tiny runs small shapes without one.\n")
+    assert errors.endswith("There is no GPU; --tiny runs small shapes without one.\n")
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""The size of a page of attention, and how quickly a browser draws it.
+"""Size of an attention page, and how fast a browser draws it.
 
     python experiments/benchmarks/attention_page.py
 
-needs the extra `test` and Debian's `chromium`. The model is GPT-2 small with random weights, which
-look at everything a little: nothing compresses worse. A move of the mouse or a click is timed from
-its event until the canvas is painted, the wait for the display's next frame included; medians of
-20 (`--events`), and the longest.
+needs the extra `test` and Debian's `chromium`. The model is GPT-2 small with random weights, whose
+diffuse attention is the worst case for compression. A mouse move or a click is timed from its event
+until the canvas is painted, the wait for the display's next frame included; medians of 20
+(`--events`), and maxima.
 """
 
 import shutil
@@ -47,7 +47,7 @@ PAINTED = """([selector, kind, x, y]) => new Promise((done) => {
 
 
 def view_of(preset: str, tokens: int) -> AttentionView:
-    """The attention of an untrained model to random tokens."""
+    """Returns an untrained model's attention page of random tokens."""
     config = gptjax.preset(preset)
     model = gptjax.build(config, rngs=nnx.Rngs(0))
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, tokens))
@@ -60,7 +60,7 @@ def view_of(preset: str, tokens: int) -> AttentionView:
 
 
 def seconds_to_draw(page: Page, path: Path) -> tuple[float, float]:
-    """Until the first layer is drawn, and until all layers are unpacked."""
+    """Returns seconds until the first layer is drawn, and until all layers are unpacked."""
     begin = time.perf_counter()
     page.goto(f"file://{path}", wait_until="commit")
     page.wait_for_selector("#stage[data-drawn]")
@@ -70,7 +70,7 @@ def seconds_to_draw(page: Page, path: Path) -> tuple[float, float]:
 
 
 def milliseconds(page: Page, selector: str, kind: str, events: int) -> str:
-    """The median and the longest of so many events at places of the canvas."""
+    """Returns the median and the maximum over events at positions on the canvas."""
     places = [(300 + 31 * (n % 7), 150 + 23 * (n % 20)) for n in range(events)]
     taken = [
         page.evaluate(PAINTED, [selector.format(n % 5 + 1), kind, *place])
@@ -84,11 +84,11 @@ def main(preset: str = "gpt2", tokens: int = 512, events: int = 20) -> None:
 
     Args:
       preset: The model's shape.
-      tokens: How many the model reads.
+      tokens: Length of the text.
       events: Moves and clicks that are timed, of each kind.
 
     Raises:
-      InputError: less than one token or event, or a preset that there is not.
+      InputError: less than one token or event, or an unknown preset.
     """
     for name, value in (("tokens", tokens), ("events", events)):
         if value < 1:
@@ -112,7 +112,7 @@ def main(preset: str = "gpt2", tokens: int = 512, events: int = 20) -> None:
             shown = words.format(heads=heads)
 
             def timed(selector: str, kind: str, shown: str = shown) -> str:
-                page.goto(f"file://{path}#{shown}")  # Back to the view, where a click has left it.
+                page.goto(f"file://{path}#{shown}")  # Back to the view, if a click has left it.
                 page.wait_for_timeout(300)
                 return milliseconds(page, selector, kind, events)
 

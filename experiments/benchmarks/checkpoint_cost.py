@@ -1,11 +1,11 @@
-"""What the checksums of a checkpoint cost, as a share of the time that it takes to write it.
+"""Cost of a checkpoint's checksums, relative to the time of writing it.
 
     python experiments/benchmarks/checkpoint_cost.py --mebibytes 300
 
-Random float32 parameters and two moments of each, which hardly compress, written several times.
-Checksums are made in the background like the rest of the writing, each process those of its own
-files; the time of a whole save counts here, from its call until it is on the disk. The share is
-told of processor time too, which hardly depends on what else the machine does.
+Random float32 parameters and two moments of each, nearly incompressible, written several times.
+Checksums are computed in the background like the rest of the writing, each process those of its own
+files; the time of a whole save counts here, from its call until it is on disk. The share of CPU
+time is printed too, as it hardly depends on the machine's other load.
 """
 
 import tempfile
@@ -62,12 +62,12 @@ def checkpoint_cost(mebibytes: int = 300, rounds: int = 9) -> None:
     waits, seconds, own = (np.median(seen[1:], axis=0)[0] for seen in (blocked, whole, sums))
     print(
         f"{mebibytes} MiB: {seconds:.2f} s to write, for {waits:.3f} s of which the run waits; "
-        f"checksums {own * 1000:.0f} ms, {share:.1%}, {of_processor:.1%} of the processor time."
+        f"checksums {own * 1000:.0f} ms, {share:.1%}, {of_processor:.1%} of the CPU time."
     )
 
 
 def times() -> np.ndarray:
-    """Seconds of the clock, and of this process on all processors."""
+    """Returns wall time, and CPU time of this process over all cores, seconds."""
     return np.array([time.perf_counter(), time.process_time()])
 
 

@@ -1,9 +1,9 @@
-"""How much code a reader of the quickstart's forward pass meets: files, functions, lines.
+"""How much gptjax code one forward pass of the quickstart runs: files, functions, lines.
 
     python experiments/benchmarks/forward_trace.py
 
-The preset's model is called on a few tokens, and what runs of gptjax is counted: files, functions,
-the lines that are executed, and the lines of those functions' source. `--list` names the functions.
+The preset's model is called on a few tokens, and the gptjax code that runs is counted: files,
+functions, executed lines, and source lines of these functions. `--list` names the functions.
 """
 
 import inspect
@@ -58,7 +58,7 @@ def forward_trace(preset: str = "quickstart", list: bool = False) -> None:
 
 
 def _source(code: CodeType) -> range:
-    """The lines of a function, its docstring with them."""
+    """Returns the lines of a function, docstring included."""
     lines, first = inspect.getsourcelines(code)
     return range(first, first + len(lines))
 

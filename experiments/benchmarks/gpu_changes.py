@@ -1,17 +1,17 @@
-"""What changes of a training step, of decoding and of small models' steps are worth on a GPU.
+"""GPU ablations: effects of changes to the training step, decoding and small models' steps.
 
     python experiments/benchmarks/gpu_changes.py
     python experiments/benchmarks/gpu_changes.py --parts training --only base together
     python experiments/benchmarks/gpu_changes.py --tiny
 
-`training` times GPT-2 124M (32 rows of 1,024 random tokens, bfloat16, cuDNN's attention, no biases,
-no dropout, AdamW) as it is and with changes; `together` is bf16-logits, gelu-recomputed and
-no-condition. The first is timed again at the end, to show how far two times of the same differ.
-`plan` is the peak that XLA reckons with. `decoding` is greedy, of GPT-2 124M with random weights:
-as `generate` does it, a call a token, and as one program that loops on the device, with the switch
-of `attend_to_prefix` and without. `small` is the step of a model like the quickstart's, one and ten
-per call. Of loops and small steps one more run is profiled: how many kernels the GPU ran, and the
-sum of their times. The changes are put where `gptjax` has its own while this script traces.
+`training` times GPT-2 124M (32 rows of 1,024 random tokens, bfloat16, cuDNN attention, no biases,
+no dropout, AdamW) unchanged and with changes; `together` is bf16-logits, gelu-recomputed and
+no-condition. The first is timed again at the end, to show the noise. `plan` is the peak memory of
+XLA's plan. `decoding` is greedy, GPT-2 124M with random weights: as in `generate`, one call per
+token, and as one program that loops on the device, with the switch of `attend_to_prefix` and
+without. `small` is the step of a model like the quickstart's, one and ten per call. For loops and
+small steps another run is profiled: the number of kernels on the GPU, and the sum of their times.
+Changes are monkeypatched into `gptjax` while this script traces.
 """
 
 import argparse
@@ -60,12 +60,12 @@ from gptjax.training.step import State, lower_train_step, train_step
 TINY = {"depth": 1, "width": 16, "heads": 2, "context_length": 16, "vocab_size": 64}
 OPTIMIZER = OptimizerConfig(learning_rate=6e-4, schedule="constant", warmup_steps=0)
 Swap = tuple[Any, str, Any]
-"""A module, the name of something in it, and what stands there instead."""
+"""A module, the name of an attribute, and its replacement."""
 
 
 @contextlib.contextmanager
 def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
-    """Other things under those names for a while."""
+    """Temporarily replace these attributes."""
     with contextlib.ExitStack() as old:
         for module, name, new in swaps:
             old.callback(setattr, module, name, getattr(module, name))
@@ -95,7 +95,7 @@ def lean_loss(dtype: Any) -> Callable:
 
 @jax.custom_vjp
 def gelu_recomputed(x: jax.Array) -> jax.Array:
-    """`gelu_tanh`, of which the backward pass gets x and no derivative."""
+    """`gelu_tanh` that saves x for the backward pass instead of the derivative."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -106,12 +106,12 @@ gelu_recomputed.defvjp(
 
 
 def select(finite: jax.Array, update: Callable, keep: Callable, *state: Any) -> Any:
-    """`jax.lax.cond` that computes both, and chooses leaf by leaf."""
+    """A `jax.lax.cond` that computes both branches and selects leaf by leaf."""
     return jax.tree.map(functools.partial(jnp.where, finite), update(*state), keep(*state))
 
 
 def fused(x: jax.Array, *layers: linear.Linear) -> tuple[jax.Array, ...]:
-    """`project` as one product, without biases."""
+    """`project` as one fused product, without biases."""
     kernels = [layer.kernel.reshape(layer.inputs[0], -1) for layer in layers]
     product = x.reshape(-1, x.shape[-1]) @ jnp.concatenate(kernels, axis=1).astype(x.dtype)
     ends = np.cumsum([kernel.shape[1] for kernel in kernels])
@@ -120,12 +120,12 @@ def fused(x: jax.Array, *layers: linear.Linear) -> tuple[jax.Array, ...]:
 
 
 def cast_first(stacks: Sequence[Any], depth: int, unstacked: Callable = stack.unstacked) -> list:
-    """`unstacked` of kernels in bfloat16, whose gradients are joined in bfloat16 too."""
+    """`unstacked` with kernels cast to bfloat16, whose gradients are stacked in bfloat16 too."""
     return unstacked(cast(list(stacks), jnp.bfloat16, axes=3), depth)
 
 
 def cast(tree: Any, dtype: Any, axes: int = 2) -> Any:
-    """The leaves of so many axes, or more, in `dtype`."""
+    """Returns the tree with leaves of at least `axes` axes in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= axes else leaf, tree)
 
 
@@ -144,7 +144,7 @@ CAST_FIRST: Swap = (stack, "unstacked", cast_first)
 NO_SWITCH: Swap = (module, "attend_to_prefix", attend_to_all)
 TOGETHER = (BF16_LOGITS, GELU, NO_CONDITION)
 CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
-    # name: (what is swapped, fields of the model, options of the loss)
+    # name: (swaps, fields of the model, options of the loss)
     "base": ((), {}, {}),
     "bf16-logits": ((BF16_LOGITS,), {}, {}),
     "f32-logits-lean": ((F32_LOGITS,), {}, {}),
@@ -162,24 +162,24 @@ CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
 
 
 def gpt2(tiny: bool, **fields: Any) -> TransformerConfig:
-    """GPT-2 124M in bfloat16, layers unrolled, or something tiny that runs anywhere."""
+    """Returns GPT-2 124M in bfloat16, unrolled, or a tiny model that runs anywhere."""
     fields = {"dropout": 0.0, "dtype": "bfloat16", "scan_layers": False, **fields}
     return dataclasses.replace(preset("gpt2"), **{**fields, **(TINY if tiny else {})})
 
 
 def structure(config: TransformerConfig) -> nnx.GraphDef:
-    """Of the model, without its parameters."""
+    """Returns the model's graphdef."""
     return split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
 
 
 def first_state(config: TransformerConfig, optimizer: Any) -> State:
-    """Before the first step."""
+    """Returns the initial training state."""
     params = split(Decoder(config, rngs=nnx.Rngs(0)))[1]
     return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def timed(step: Callable, state: State, batch: Batch, calls: int) -> tuple[float, float, State]:
-    """Seconds a call, the last loss, and the state."""
+    """Returns seconds per call, the last loss, and the state."""
     state, metrics = step(state, batch)
     for _ in range(2):
         state, metrics = step(state, batch)
@@ -192,7 +192,7 @@ def timed(step: Callable, state: State, batch: Batch, calls: int) -> tuple[float
 
 
 def kernels(run: Callable[[], Any], times: int) -> tuple[str, str, str]:
-    """What a GPU ran in one of `times`: kernels, their milliseconds, and the two longest."""
+    """Returns kernels per run, their total milliseconds, and the two longest, over `times` runs."""
     count, spent = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -253,7 +253,7 @@ def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) ->
 def measure_decoding(tokens: int, tiny: bool) -> None:
     """The table of decoding."""
     head("decoding", "rows", "ms per token", "kernels", "ms of them", "longest")
-    calls, loop, all_seen = "a call a token", "a loop", "a loop, no switch"
+    calls, loop, no_switch = "one call per token", "a loop", "a loop, no switch"
     for rows in (1, 32):
         model = Decoder(gpt2(tiny), rngs=nnx.Rngs(0))
         decode = functools.partial(generate, model, [[1] * 8] * rows, max_new_tokens=tokens)
@@ -262,17 +262,17 @@ def measure_decoding(tokens: int, tiny: bool) -> None:
             collections.deque(decode(sampling=Sampling(temperature=0)), maxlen=0)
             row(name, rows, f"{1e3 * (time.perf_counter() - start) / tokens:.2f}", "", "", "")
         row(loop, rows, *device_loop(gpt2(tiny), rows, tokens, ()))
-        row(all_seen, rows, *device_loop(gpt2(tiny), rows, tokens, (NO_SWITCH,)))
+        row(no_switch, rows, *device_loop(gpt2(tiny), rows, tokens, (NO_SWITCH,)))
     float32, unbiased = gpt2(tiny, dtype="float32"), gpt2(tiny, bias=False)
-    row(f"{all_seen}, float32", 1, *device_loop(float32, 1, tokens, (NO_SWITCH,)))
-    row(f"{all_seen}, no biases", 1, *device_loop(unbiased, 1, tokens, (NO_SWITCH,)))
+    row(f"{no_switch}, float32", 1, *device_loop(float32, 1, tokens, (NO_SWITCH,)))
+    row(f"{no_switch}, no biases", 1, *device_loop(unbiased, 1, tokens, (NO_SWITCH,)))
     print()
 
 
 def device_loop(
     config: TransformerConfig, rows: int, tokens: int, swaps: Sequence[Swap]
 ) -> tuple[str, ...]:
-    """Milliseconds a token of a loop on the device, the best of three, and its kernels."""
+    """Returns milliseconds per token of a loop on the device, best of three, and its kernels."""
     model = Decoder(config, rngs=nnx.Rngs(0))
     graphdef, params = split(model)
     layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
@@ -309,7 +309,7 @@ def measure_small(steps: int, tiny: bool) -> None:
     """The table of a small model's steps."""
     quickstart = TransformerConfig(vocab_size=512, context_length=128, depth=4, width=128, heads=4)
     optimizer = build_optimizer(OPTIMIZER, steps=1)
-    head("small model", "steps a call", "ms per step", "kernels", "ms of them", "longest")
+    head("small model", "steps per call", "ms per step", "kernels", "ms of them", "longest")
     for bias in (True, False):
         config = dataclasses.replace(quickstart, bias=bias, **(TINY if tiny else {}))
         loss, batch = token_loss(structure(config)), random_batch(config, 16)
@@ -338,7 +338,7 @@ def main() -> None:
     asked = parser.parse_args()
     accept_all_characters()
     if jax.default_backend() != "gpu" and not asked.tiny:
-        parser.error("No GPU is there; --tiny runs small shapes without one.")
+        parser.error("There is no GPU; --tiny runs small shapes without one.")
     rows, steps, tokens, small_steps = (2, 2, 8, 20) if asked.tiny else (32, 15, 128, 100)
     print(environment())
     for part in asked.parts or parts:

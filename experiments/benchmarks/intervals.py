@@ -1,16 +1,16 @@
-"""How often intervals of a comparison are wrong: seeds added after a look, seeds that lie apart.
+"""Error rates of a comparison's intervals: seeds added after interim looks, and outlying seeds.
 
     python experiments/benchmarks/intervals.py
 
-The first table has studies of variants that are all like their baseline. A study that has called
-none better or worse adds the seeds that its report asks for, the fewest of those of all variants
-and at most `MOST`, and looks again. Counted are the studies that call a variant better or worse at
-any look, in percent: with the whole level at each look, and with the error spent over the looks, as
-`experiments/compare.py` does. Behind them, of one variant, two looks whose number of seeds is not
-what was asked for, but that of `CHOICES` that after the first look is likeliest to end wrongly.
+The first table simulates studies under the null: all variants equal their baseline. A study without
+a verdict adds the seeds that its report suggests, the fewest over all variants and at most `MOST`,
+and looks again. The table has the percentage of studies that call a variant better or worse at any
+look: with the whole level at each look, and with alpha spending, as in `experiments/compare.py`.
+The last columns have one variant and two looks, the second at the number of seeds of `CHOICES`
+that, after the first look, is most likely to end wrongly.
 
-The second table has the share of intervals that hold what they are of, in percent: Student's, of
-the mean, and that of the trimmed mean.
+The second table has the coverage, in percent, of Student's interval of the mean and of that of the
+trimmed mean.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MOST = 100
 CHOICES = (1, 2, 3, 4, 5, 7, 10, 15, 25, 50, 95)
 """More seeds."""
 CONTINUATIONS = 20_000
-"""Of a study, among which the wrong ends are counted."""
+"""Simulated continuations of a study, over which wrong verdicts are counted."""
 DIFFERENCES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "normal": lambda generator, seeds: generator.normal(size=seeds),
     "heavy tails: t, 3 degrees": lambda generator, seeds: generator.standard_t(3, seeds),
@@ -41,21 +41,21 @@ DIFFERENCES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
         generator.normal(size=seeds) + generator.choice([0, 100, -100], seeds, p=[0.9, 0.05, 0.05])
     ),
 }
-"""Of seeds, symmetric about 0."""
+"""Distributions of differences between seeds, symmetric about 0."""
 
 
 def ends_wrongly(
     generator: np.random.Generator, variants: int, seeds: int, looks: int, spent: bool
 ) -> bool:
-    """Whether a study of equal variants calls one better or worse at one of its looks."""
+    """Whether a study of equal variants calls one better or worse at any look."""
 
     def differences(more: int) -> np.ndarray:
-        """[variants, seeds], a baseline that scatters as much as they do taken from each."""
+        """Returns [variants, seeds] minus a baseline of equal variance."""
         return generator.normal(size=(variants, more)) - generator.normal(size=more)
 
     seen = differences(seeds)
     for look in range(1, looks + 1):
-        # Holm's first step decides whether any is called, and that is asked of the surest.
+        # Holm's first step, on the smallest p-value, decides whether there is any verdict.
         surest = seen[np.argmax(abs(seen.mean(1)) / seen.std(1, ddof=1))]
         number = look if spent else 0
         level = at_look(1 - (1 - LEVEL) / variants, number)
@@ -69,7 +69,7 @@ def ends_wrongly(
 
 
 def worst_case(generator: np.random.Generator, seeds: int, studies: int, spent: bool) -> float:
-    """The chance to end wrongly of two looks, the second at the seeds likeliest to do so."""
+    """Returns the error rate of two looks, the second at the worst number of seeds."""
     levels = [at_look(LEVEL, look) if spent else LEVEL for look in (1, 2)]
     normal = generator.normal(size=(CONTINUATIONS, max(CHOICES)))
     sums, squares = normal.cumsum(1), (normal**2).cumsum(1)
@@ -92,16 +92,16 @@ def worst_case(generator: np.random.Generator, seeds: int, studies: int, spent: 
 
 
 def print_added_seeds(studies: int) -> None:
-    """The first table."""
+    """Print the table of error rates."""
     generator = np.random.default_rng(0)
-    ways = [(looks, spent) for spent in (False, True) for looks in LOOKS]
-    heads = [f"{looks} looks, {'spent' if spent else 'whole level'}" for looks, spent in ways]
+    schemes = [(looks, spent) for spent in (False, True) for looks in LOOKS]
+    heads = [f"{looks} looks, {'spent' if spent else 'whole level'}" for looks, spent in schemes]
     print(f"| seeds | variants | {' | '.join(heads)} | at worst, whole level | at worst, spent |")
-    print(f"|{'---|' * (4 + len(ways))}")
+    print(f"|{'---|' * (4 + len(schemes))}")
     for seeds in SEEDS:
         for variants in VARIANTS:
             cells = []
-            for looks, spent in ways:
+            for looks, spent in schemes:
                 wrong = [
                     ends_wrongly(generator, variants, seeds, looks, spent) for _ in range(studies)
                 ]
@@ -113,7 +113,7 @@ def print_added_seeds(studies: int) -> None:
 
 
 def print_coverage(studies: int) -> None:
-    """The second table."""
+    """Print the table of coverage."""
     generator = np.random.default_rng(0)
     print("| differences | seeds | level | Student's | trimmed | width of trimmed, median |")
     print("|---|---|---|---|---|---|")

@@ -1,9 +1,9 @@
-"""The memory and time that it takes to look at one head in a long text.
+"""Memory and time of computing one head's attention in a long text.
 
     python experiments/benchmarks/long_attention.py --block 256
 
-GPT-2 small with random weights and room for 4,096 tokens; of each query the 16 keys with the
-largest weights. A process tells the peak of its whole life, so each setting needs its own.
+GPT-2 small with random weights and a context of 4,096 tokens; the 16 keys with the largest weights
+per query. Peak memory is that of the whole process, so each setting needs its own.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ GIB = 1 << 30
 def long_attention(
     tokens: int = 4096, block: int = 0, layer: int = 5, head: int = 1, model: str = "gpt2"
 ) -> None:
-    """Look at one head, and print what that took.
+    """Compute one head's attention, and print time and peak memory.
 
     Args:
       tokens: Length of the text.
@@ -47,7 +47,7 @@ def long_attention(
 
 
 def _peak() -> float:
-    """GiB of this process at its largest; Linux counts in KiB."""
+    """Returns the peak memory of this process, GiB; Linux counts in KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 

@@ -1,11 +1,11 @@
-"""The memory of large training steps, compiled for TPUs that are not there, as a table.
+"""Table of the memory of large training steps, compiled for absent TPUs.
 
     python experiments/benchmarks/preflight_table.py
 
-needs the extra `preflight`, some minutes a row and no TPU. `--rows 1 3` makes the first and the
-third row alone. MaxText's figures are of its own compilation of the same shapes (MaxText 0.2.5,
+needs the extra `preflight`, some minutes per row and no TPU. `--rows 1 3` makes only the first and
+the third row. MaxText's figures are of its own compilation of the same shapes (MaxText 0.2.5,
 `train_compile`, jax 0.11.1): float32 parameters, Adam, full remat. `gathered` and `summed` are the
-bytes of the weights and of their gradients along `fsdp`, beside what theory says.
+bytes of weights and gradients along `fsdp`, relative to theory.
 """
 
 import json
@@ -25,11 +25,11 @@ class Row:
 
     name: str
     shape: str
-    """Flags that say what is trained on what."""
+    """Flags of model and mesh."""
     choices: str
-    """Flags that save memory, beside full remat."""
+    """Flags that save memory, besides full remat."""
     peer: str
-    """What MaxText's step of the same shape peaks at (GiB per device), and its seconds of CPU."""
+    """Peak of MaxText's step of the same shape (GiB per device), and CPU seconds of compilation."""
 
 
 GPT2 = "gpt2 --topology v5e:4x4 --mesh data=1,fsdp=16 --seq 1024 --model.dropout 0"
@@ -76,12 +76,12 @@ ROWS = (
 
 
 def main(rows: tuple[int, ...] = tuple(range(1, len(ROWS) + 1))) -> None:
-    """Print the table as Markdown, a row as soon as it is compiled.
+    """Print the table as Markdown, each row as soon as it is compiled.
 
     Args:
       rows: Which of them, from 1.
     """
-    print("| | model | on, mesh | batch a device, tokens | saves memory | GiB | CPU s ", end="")
+    print("| | model | on, mesh | batch per device, tokens | saves memory | GiB | CPU s ", end="")
     print("| MaxText | gathered | summed |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for number in rows:
@@ -89,23 +89,23 @@ def main(rows: tuple[int, ...] = tuple(range(1, len(ROWS) + 1))) -> None:
 
 
 def line(row: Row) -> str:
-    """One row, compiled in a process of its own, whose CPU time is that of the compiler alone."""
+    """Returns one row, compiled in a subprocess, whose CPU time is the compiler's."""
     flags = [*shlex.split(row.shape), *shlex.split(row.choices)]
     command = [sys.executable, "-m", "gptjax", "preflight", *flags, "--json"]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if not ended.stdout:
         raise SystemExit(ended.returncode)
-    told = json.loads(ended.stdout)
-    axes = ", ".join(f"{name} {size}" for name, size in told["mesh"].items() if size > 1)
+    report = json.loads(ended.stdout)
+    axes = ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1)
     cells = [
         row.name,
-        f"{told['topology']}, {axes}",
-        f"{told['batch_per_device']:g}, {told['sequence']:,}",
+        f"{report['topology']}, {axes}",
+        f"{report['batch_per_device']:g}, {report['sequence']:,}",
         f"`{row.choices}`",
-        f"{told['peak_bytes'] / GIB:.2f}",
-        f"{told['compile_cpu_seconds']:.0f}",
+        f"{report['peak_bytes'] / GIB:.2f}",
+        f"{report['compile_cpu_seconds']:.0f}",
         row.peer,
-        *(f"{theory['found'] / theory['bytes']:.0%}" for theory in told["expected"][:2]),
+        *(f"{theory['found'] / theory['bytes']:.0%}" for theory in report["expected"][:2]),
     ]
     return f"| {' | '.join(cells)} |"
 

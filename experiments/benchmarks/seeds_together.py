@@ -1,11 +1,11 @@
-"""What it saves to train seeds together: their time beside that of one run after another.
+"""Time of training seeds as one ensemble, against one run after another.
 
     python experiments/benchmarks/seeds_together.py --seeds 5 --steps 300 --width 64
 
-The runs of `gptjax.runs.ensembles` share a program, each core taking one at a time; those of
-`gptjax.runs.trial` have all cores to themselves, and compile each. Every turn is a process of its
-own, the two in turn, A B A B; seconds are those of all runs, compilation included, imports not. The
-losses of the two must be the same.
+Runs of `gptjax.runs.ensembles` share a program, each core training one at a time; those of
+`gptjax.runs.trial` use all cores, and each compiles. Every timing is a process of its own,
+alternating A B A B; seconds are those of all runs, with compilation, without imports. The losses
+must be equal.
 """
 
 import argparse
@@ -28,13 +28,13 @@ BATCH, CONTEXT, VOCABULARY = 16, 64, 256
 
 
 def made(generator: np.random.Generator) -> Batch:
-    """Rows that count on from a token at random, in steps of 1 to 8."""
+    """Returns rows that count up from a random token, in steps of 1 to 8."""
     first, stride = generator.integers(VOCABULARY, size=(BATCH, 1)), 1 + generator.integers(8)
     return Batch.causal((first + stride * np.arange(CONTEXT + 1)) % VOCABULARY)
 
 
 def config(width: int, steps: int) -> ExperimentConfig:
-    """A decoder of four layers."""
+    """Returns the config of a decoder of four layers."""
     return ExperimentConfig(
         model=TransformerConfig(
             vocab_size=VOCABULARY, context_length=CONTEXT, depth=4, width=width, heads=4
@@ -45,7 +45,7 @@ def config(width: int, steps: int) -> ExperimentConfig:
 
 
 def run(width: int, steps: int, seeds: int, together: bool) -> tuple[float, list[float]]:
-    """Seconds of all runs, and their losses."""
+    """Returns seconds of all runs, and their losses."""
     from gptjax.runs.ensembles import train_ensemble
     from gptjax.runs.trial import train
 
@@ -76,7 +76,7 @@ def main() -> None:
         ("seeds", 5, "runs"),
         ("steps", 300, "steps of each"),
         ("width", 64, "of the model"),
-        ("rounds", 3, "turns of both ways"),
+        ("rounds", 3, "timings of each"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     asked = parser.parse_args()
@@ -98,7 +98,7 @@ def main() -> None:
         each = ", ".join(f"{taken:.1f}" for taken in seconds[together])
         print(f"{name:<18}{statistics.median(seconds[together]):8.1f} s, the median of {each}")
     ratio = statistics.median(seconds[True]) / statistics.median(seconds[False])
-    print(f"ratio {ratio:.2f}; losses differ by at most {apart:.1e} of themselves")
+    print(f"ratio {ratio:.2f}; losses differ by at most {apart:.1e}, relatively")
     print(environment()["versions"])
 
 

@@ -1,4 +1,4 @@
-"""How fast a training step runs here, and how that compares with PyTorch.
+"""Speed of training steps and decoding on this machine, against PyTorch.
 
     python experiments/benchmarks/steps_and_tokens.py
     python experiments/benchmarks/steps_and_tokens.py --against torch --json figures.json
@@ -12,10 +12,11 @@ machine's speed drifts, so the ratio is the figure to quote. `--against lean-tor
 with the leanest GPT-2 that eager PyTorch allows. Random tokens, float32, gradients clipped at
 norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
 
-`--decode` times greedy decoding of a preset (gpt2 unless named) instead, one sequence, a token at a
-time after the first, random weights. Each token reads all weights but the tables that are only
-looked up, so the memory sets a bound: the time of a compiled sum over an array of as many bytes, on
-all cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its cache.
+`--decode` times greedy decoding of a preset (default gpt2) instead, one sequence, token by token
+after the first, random weights. Each token reads all weights except embedding tables that are only
+indexed, so memory bandwidth sets a bound: the time of a compiled sum over an array of as many
+bytes, on all cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its
+cache.
 """
 
 import argparse
@@ -68,7 +69,7 @@ from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state
 
 CONFIGURATIONS = {
-    # name: (model, sequences a step, steps a round)
+    # name: (model, sequences per step, steps per round)
     "nanogpt-cpu": (
         TransformerConfig(
             vocab_size=65, context_length=64, depth=4, width=128, heads=4, bias=False
@@ -95,7 +96,7 @@ TOKENS_A_ROUND = 48
 
 
 def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """A function that runs a number of gptjax's training steps and waits for them."""
+    """Returns a function that runs training steps of gptjax and waits for them."""
     graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     beta1, beta2 = BETAS
     optimizer = build_optimizer(
@@ -127,7 +128,7 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
 
 
 def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
-    """Tokens of no meaning, the same at every call."""
+    """Returns random tokens, the same at every call."""
     shape = (batch_size, config.context_length + 1)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=shape, dtype=np.int32)
     ones = np.ones((batch_size, config.context_length), np.float32)
@@ -138,7 +139,7 @@ RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_s
 
 
 def jax_decoding(config: TransformerConfig) -> RunSteps:
-    """A function that decodes a number of tokens with gptjax."""
+    """Returns a function that decodes tokens with gptjax."""
     model, greedy = build(config, rngs=nnx.Rngs(0)), Sampling(temperature=0)
     tokens = iter(())
 
@@ -155,12 +156,12 @@ def jax_decoding(config: TransformerConfig) -> RunSteps:
 
 
 def memory_reads(config: TransformerConfig) -> RunSteps:
-    """A bound: reading as many bytes as a token needs of the weights."""
+    """The bandwidth bound of reading: as many bytes as the weights that a token reads."""
     return _passes(jnp.sum, decoding_bytes(config))
 
 
 def memory_copies(config: TransformerConfig) -> RunSteps:
-    """A bound: moving as many bytes as XLA copies, half of them read and half written."""
+    """The bandwidth bound of copying: as many bytes moved, half of them read and half written."""
     return _passes(jnp.copy, decoding_bytes(config) // 2)
 
 
@@ -175,7 +176,7 @@ def _passes(through: Callable[[jax.Array], jax.Array], size: int) -> RunSteps:
 
 
 def decoding_bytes(config: TransformerConfig) -> int:
-    """Bytes of the float32 weights that a decoded token reads, looked-up tables left out."""
+    """Returns bytes of float32 weights read per decoded token, without indexed tables."""
     looked_up = config.context_length if config.position_embedding == "learned" else 0
     looked_up += 0 if config.tie_embeddings else config.vocab_size
     return 4 * (model_cost(config).parameters - looked_up * config.width)
@@ -188,7 +189,7 @@ DECODERS = {"gptjax": jax_decoding, **BOUNDS, "torch": huggingface_decoding}
 def serve(
     runner: Callable[[], RunSteps], parameters: int, steps: int, connection: Connection
 ) -> None:
-    """Run steps of one runner in this process, a round at each request, answering with seconds."""
+    """Run one runner in this process, one round per request; answers with seconds."""
     configure_cpu(parameters)
     run = runner()
     run(steps)
@@ -203,15 +204,15 @@ def serve(
 def timed_rounds(
     runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds a step of each runner in each round, the runners in turn.
+    """Returns seconds per step of each runner in each round, the runners in turn.
 
-    Each lives in a process of its own, so that neither disturbs the other's threads and memory.
+    Each has a process of its own, so that threads and memory are separate.
     """
     spawn = multiprocessing.get_context("spawn")
     connections = {}
     for name, runner in runners.items():
         connections[name], other = spawn.Pipe()
-        # PyTorch stands as its users run it.
+        # PyTorch runs with its defaults.
         own = 0 if "torch" in name else parameters
         spawn.Process(target=serve, args=(runner, own, steps, other), daemon=True).start()
         assert connections[name].recv() == "ready"
@@ -226,7 +227,7 @@ def timed_rounds(
 
 
 def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
-    """The figures of decoding with the preset `name`."""
+    """Returns the figures of decoding with the preset `name`."""
     config = preset(name)
     runners = {
         runner: functools.partial(DECODERS[runner], config)
@@ -250,9 +251,9 @@ def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
 
 
 def print_decoding(figures: dict) -> None:
-    """A table of what `measure_decoding` found."""
+    """Print the figures of `measure_decoding` as a table."""
     megabytes = figures["weight_bytes"] / 1e6
-    print(f"{figures['preset']}: a token reads {megabytes:.1f} MB of weights, float32")
+    print(f"{figures['preset']}: {megabytes:.1f} MB of float32 weights read per token")
     shares = "".join(f"{f'of {name}':>12}" for name in BOUNDS)
     print(f"{'runner':<12}{'ms/token':>9}{'range':>16}{'GB/s':>8}{shares}{'ratio':>7}")
     for runner in DECODERS:
@@ -266,7 +267,7 @@ def print_decoding(figures: dict) -> None:
 
 
 def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
-    """The figures of one configuration."""
+    """Returns the figures of one configuration."""
     config, batch_size, steps = CONFIGURATIONS[name]
     batch = random_batch(config, batch_size)
     runners = {
@@ -293,7 +294,7 @@ def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
 
 
 def table_rows(figures: dict) -> Iterator[str]:
-    """A line of the table for each runner."""
+    """Yields a line of the table per runner."""
     for runner in RUNNERS:
         if row := figures.get(runner):
             span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
@@ -306,7 +307,7 @@ def table_rows(figures: dict) -> Iterator[str]:
 
 
 def write_figures(path: Path, figures: dict) -> None:
-    """Write what was found as JSON, with the versions and the device."""
+    """Write the figures as JSON, with the versions and the device."""
     content = json.dumps({**figures, **environment()}, indent=2, ensure_ascii=False)
     write_whole(path, f"{content}\n", overwrite=True)
 

@@ -1,8 +1,8 @@
-"""What steps_and_tokens.py compares with: GPT-2s in PyTorch, trained and decoding.
+"""PyTorch baselines of steps_and_tokens.py: training and decoding of GPT-2.
 
     python experiments/benchmarks/steps_and_tokens.py --against torch lean-torch
 
-PyTorch and transformers come with the extra `torch`, and are imported by name where they are used.
+PyTorch and transformers come with the extra `torch`, and are imported where they are used.
 """
 
 import importlib
@@ -13,21 +13,21 @@ from gptjax import TransformerConfig
 from gptjax.data.batch import Batch
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-3, (0.9, 0.99), 0.1
-"""What both sides train with."""
+"""Hyperparameters of both sides."""
 
 RunSteps = Callable[[int], None]
-"""Runs a number of steps, and waits for them."""
+"""Runs steps and waits for them."""
 
 
 def huggingface_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """Training steps of a Hugging Face GPT-2, eager, as its users run it."""
+    """Returns training steps of Hugging Face's GPT-2, eager, with its defaults."""
     model = huggingface_model(config)
     parameters = list(model.parameters())
     return torch_steps(lambda tokens: model(tokens, use_cache=False).logits, parameters, batch)
 
 
 def huggingface_model(config: TransformerConfig) -> Any:
-    """Hugging Face's GPT-2 of this shape."""
+    """Returns Hugging Face's GPT-2 of this shape."""
     transformers = importlib.import_module("transformers")
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -46,7 +46,7 @@ def huggingface_model(config: TransformerConfig) -> Any:
 
 
 def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """Training steps of as lean a GPT-2 as eager PyTorch allows, what nanoGPT trains.
+    """Returns training steps of the leanest GPT-2 in eager PyTorch, as nanoGPT trains it.
 
     No biases, one product for query, key and value, PyTorch's own attention kernel.
     """
@@ -94,7 +94,7 @@ def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
 
 
 def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
-    """A function that runs a number of training steps of a PyTorch model."""
+    """Returns a function that runs training steps of a PyTorch model."""
     torch = importlib.import_module("torch")
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
@@ -123,7 +123,7 @@ def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
 
 
 def huggingface_decoding(config: TransformerConfig) -> RunSteps:
-    """Greedy decoding with Hugging Face's generate and its cache, one sequence."""
+    """Returns greedy decoding with Hugging Face's `generate` and its cache, one sequence."""
     torch = importlib.import_module("torch")
     model = huggingface_model(config).eval()
     prompt = torch.zeros((1, 1), dtype=torch.long)

@@ -1,1 +1,1 @@
-"""Proofs by measurement: every choice of a config, held to its properties."""
+"""Certification: numerical checks that every variant has the properties it must have."""

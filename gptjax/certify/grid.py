@@ -1,7 +1,7 @@
-"""The grid: every variant, in tiny shapes, against every property of gptjax.certify.properties.
+"""The certificate: every variant, in tiny shapes, against every property of properties.py.
 
 The variants are the presets (`gpt2`) and every value of every axis of `gptjax.config.axes`
-(`position_embedding=alibi`), so that a new one is here without another line.
+(`position_embedding=alibi`), so that new values are included automatically.
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax.certify.properties import PROPERTIES, ROWS, Case, NotApplicable
+from gptjax.certify.cases import ROWS, Case
+from gptjax.certify.properties import PROPERTIES, NotApplicable
 from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.config.axes import AXES, OUTSIDE, companions
 from gptjax.models.presets import PRESETS
 from gptjax.runs.directory import environment
 
 BASE = TransformerConfig(vocab_size=11, context_length=12, depth=2, width=16, heads=4)
-"""What an axis value changes: the defaults, in tiny shapes."""
+"""The config that axis values modify: the defaults, in tiny shapes."""
 
 TINY: dict[str, tuple[Any, ...]] = {
     "head_dim": (8,),
@@ -30,20 +31,20 @@ TINY: dict[str, tuple[Any, ...]] = {
     "logit_scale": (0.25,),
     "encoder_depth": (1,),
 }
-"""Values that mean something in tiny shapes alone, of the axes that have no others."""
+"""Values of axes without a list in `AXES`, for tiny shapes."""
 
 NAME_WIDTH, CELL_WIDTH = 30, 5
-"""Characters of the printed table: the longest name and 14 properties fill 100."""
+"""Characters per column of the printed table: the longest name and 14 properties fill 100."""
 
 HEAD_WIDTH = 4
-"""Of a shrunk preset."""
+"""Head dim of a shrunk preset."""
 
 OF_REAL_SIZE = ("parameters",)
-"""Properties that are checked of a variant in its own size."""
+"""Properties checked at a variant's own size."""
 
 
 def axis_values() -> dict[str, TransformerConfig]:
-    """`axis=value` → the base with that value, for every value of every axis."""
+    """Returns `axis=value` → the base config with that value, for every value of every axis."""
     known = {**AXES, **TINY}
     return {
         f"{axis}={value}": _with_value(axis, value)
@@ -54,7 +55,7 @@ def axis_values() -> dict[str, TransformerConfig]:
 
 
 def variants(names: Iterable[str] = ()) -> dict[str, TransformerConfig]:
-    """The config of each of `names`, a preset's in its real size; of all where none is named.
+    """Returns the config of each of `names`, presets in their own size; of all if none is named.
 
     Raises:
       InputError: an unknown name; the near ones are listed.
@@ -67,11 +68,11 @@ def variants(names: Iterable[str] = ()) -> dict[str, TransformerConfig]:
 
 
 def shrunk(config: TransformerConfig) -> TransformerConfig:
-    """The same architecture in tiny shapes, float32, neither scanned nor recomputed.
+    """Returns the same architecture in tiny shapes, float32, neither scanned nor with remat.
 
-    What stays: how query heads share key heads, whether heads are a power of two, whether they fill
-    the width, the share of channels that turn, the pattern of attention and its window's part of
-    the context, more layers on one side than on the other. A cap is lowered until it is felt.
+    Kept: grouped-query attention's group size, whether heads are a power of two and fill the width,
+    the rotary fraction, the attention pattern, the window relative to the context length, unequal
+    depths of encoder and decoder. Soft caps are lowered until they matter.
     """
     if config == BASE or config in axis_values().values():
         return config
@@ -113,7 +114,7 @@ def shrunk(config: TransformerConfig) -> TransformerConfig:
 
 
 def _shrunk_heads(config: TransformerConfig) -> tuple[int, int]:
-    """Heads and `kv_heads` in the same relation as the config's."""
+    """Returns heads and `kv_heads` in the same relation as the config's."""
     sharing = config.heads // config.actual_kv_heads
     if sharing == 1:
         power_of_two = config.heads & (config.heads - 1) == 0
@@ -129,23 +130,23 @@ def _with_value(axis: str, value: Any) -> TransformerConfig:
 
 
 class Cell(NamedTuple):
-    """What came out for one variant and one property."""
+    """The result of one property for one variant."""
 
     error: float
-    """The largest; NaN where the property does not apply, infinite where the check itself broke."""
+    """The largest error; NaN if the property does not apply, infinite if the check raised."""
     tolerance: float
     """The largest error that passes."""
     reason: str = ""
-    """Why the property does not apply, or how the check broke."""
+    """Why the property does not apply, or what the check raised."""
 
     @property
     def applies(self) -> bool:
-        """Whether the property means anything for the variant."""
+        """Whether the property applies to the variant."""
         return not math.isnan(self.error)
 
     @property
     def passed(self) -> bool:
-        """Whether there is nothing to complain of."""
+        """Whether the error is within the tolerance, or the property does not apply."""
         return not self.applies or self.error <= self.tolerance
 
     def __str__(self) -> str:
@@ -159,7 +160,7 @@ Row = dict[str, Cell]
 
 
 def certify(config: TransformerConfig) -> Row:
-    """The grid's row of one variant."""
+    """Returns the results of all properties for one variant."""
     tiny = shrunk(config)
     row = _tiny_row(tiny) | checked(Case(tiny, config), OF_REAL_SIZE)
     return {name: row[name] for name in PROPERTIES}
@@ -167,12 +168,12 @@ def certify(config: TransformerConfig) -> Row:
 
 @functools.cache
 def _tiny_row(config: TransformerConfig) -> Row:
-    """What is the same for all variants that shrink to `config`."""
+    """Returns the results shared by all variants that shrink to `config`."""
     return checked(Case(config, config), [name for name in PROPERTIES if name not in OF_REAL_SIZE])
 
 
 def checked(case: Case, names: Iterable[str]) -> Row:
-    """The cells of some properties; a check that breaks is a cell that fails."""
+    """Returns the results of some properties; a check that raises is a failure."""
     cells = {}
     for name in names:
         _, tolerance, check = PROPERTIES[name]
@@ -187,10 +188,10 @@ def checked(case: Case, names: Iterable[str]) -> Row:
 
 
 def failures(rows: Mapping[str, Row]) -> list[str]:
-    """A sentence for each cell that fails."""
+    """Returns a sentence for each failure."""
     return [
         f"{variant}: {PROPERTIES[name].claim}: {cell.reason or f'error {cell.error:.1e}'}, "
-        f"where {cell.tolerance:g} passes."
+        f"above the tolerance {cell.tolerance:g}."
         for variant, row in rows.items()
         for name, cell in row.items()
         if not cell.passed
@@ -198,9 +199,9 @@ def failures(rows: Mapping[str, Row]) -> list[str]:
 
 
 def heading() -> str:
-    """What stands above the table: the properties, each with its number and the error that passes.
+    """Returns the table's header: the numbered properties with their tolerances.
 
-    Columns have the numbers, as the names would not fit into a terminal.
+    Columns are numbered, as the names would not fit into a terminal.
     """
     properties = [
         f"{number:>3} {name:<13}{each.claim:<60}≤ {each.tolerance:g}"
@@ -211,7 +212,7 @@ def heading() -> str:
 
 
 def line(variant: str, row: Row) -> str:
-    """The table's line of one variant; an error that does not pass has a mark."""
+    """Returns the table's line of one variant; failures are marked with !."""
     cells = (f"{'' if cell.passed else '!'}{cell}".replace("e-0", "e-") for cell in row.values())
     return _line(variant, cells)
 
@@ -221,7 +222,7 @@ def _line(first: str, cells: Iterable[str]) -> str:
 
 
 def verdict(rows: Mapping[str, Row]) -> str:
-    """The last line: how many variants, how many properties hold, which fail and of what."""
+    """Returns the last line: how many variants and properties pass, and which fail."""
     checks = sum(cell.applies for row in rows.values() for cell in row.values())
     failing = {
         name: [variant for variant, row in rows.items() if not row[name].passed]
@@ -229,16 +230,18 @@ def verdict(rows: Mapping[str, Row]) -> str:
     }
     failed = sum(map(len, failing.values()))
     held = sum(not variants for variants in failing.values())
-    told = [f"{name} of {', '.join(variants)}" for name, variants in failing.items() if variants]
+    failed_of = [
+        f"{name} of {', '.join(variants)}" for name, variants in failing.items() if variants
+    ]
     return (
         f"{len(rows)} variant{'s' if len(rows) > 1 else ''}: {held} of {len(PROPERTIES)} "
         f"properties hold, {checks - failed:,} of {checks:,} checks"
-        f"{'; failed: ' if failed else ''}{'; '.join(told)}."
+        f"{'; failed: ' if failed else ''}{'; '.join(failed_of)}."
     )
 
 
 def page(rows: Mapping[str, Row], command: str) -> str:
-    """The certificate in Markdown: what was claimed, on what machine, and every cell."""
+    """Returns the certificate in Markdown: the claims, the machine, and all results."""
     made = environment()
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     failed = failures(rows)
@@ -267,12 +270,12 @@ def page(rows: Mapping[str, Row], command: str) -> str:
             "",
             f"Each variant is run in tiny shapes (context {BASE.context_length}, width "
             f"{BASE.width} and more, {ROWS} rows) with random parameters. An error is the largest "
-            "difference over the largest value, of logits or of the loss and its gradient; "
-            "`bfloat16` is the gradient's as a vector, and a mixture of experts' loss's. "
+            "difference over the largest value, of logits or of the loss and its gradient; for "
+            "`bfloat16`, of the gradient as a vector, and for a mixture of experts of the loss. "
             "`scanned`, `accumulated` and `sharded` are one compiled step that is all three, and "
-            "each alone where that errs. `parameters` are of the variant in its own size.",
+            "each alone if that fails. `parameters` are of the variant in its own size.",
             "",
-            "| property | what is the same | largest error | passes up to |",
+            "| property | what equals what | largest error | tolerance |",
             "|---|---|---|---|",
             *properties,
             "",

@@ -1,15 +1,13 @@
-"""Ways of running a model that must give the same, each as a check of any config.
+"""Properties of every variant, each a numerical check: equivalent programs agree.
 
-A model is run in tiny shapes with random parameters and a batch whose rows weigh differently. An
-error is the largest difference over the largest value of what is compared. Gradients are computed
-operation by operation, so that models share what is compiled; `scanned`, `accumulated` and
-`sharded` are the compiled train step, and `cached` is `gptjax.generate`'s compiled decoding, held
-against them.
+A model is run in tiny shapes with random parameters and loss weights (cases.py). Gradients are
+computed op by op, not under one jit, so that models share compiled ops; `scanned`, `accumulated`
+and `sharded` compare the compiled train step with them, and `cached` compares the compiled decoding
+of `gptjax.generate` with the forward pass.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,162 +21,41 @@ import optax
 from flax import nnx
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from gptjax.config import MeshConfig, TransformerConfig
+from gptjax.certify.cases import ROUNDING, ROWS, Case, difference
+from gptjax.config import TransformerConfig
 from gptjax.costs.model import model_cost
-from gptjax.data.batch import Batch
 from gptjax.decoding.generate import Decoding
 from gptjax.layers.attention import module
 from gptjax.layers.attention.reference import attention_weights, weighted_values
-from gptjax.models.build import abstract, build, split
+from gptjax.models.build import abstract
 from gptjax.models.plain import gpt2
-from gptjax.parallel.sharding import build_mesh
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.losses import LossFunction, token_loss
-from gptjax.training.step import State, compile_train_step, init_state
+from gptjax.training.step import State
 
-ROWS = 16
-"""Sequences of the batch (B): two parts on each of eight devices."""
-ROUNDING = 1e-5
-"""What the order of float32 sums may change; a wrong program errs by far more."""
 BFLOAT16_ROUNDING = 0.05
-"""Of activations with 8 bits; see `_bfloat16`."""
+"""Tolerance of activations with 8 bits; see `_bfloat16`."""
 
 
 class NotApplicable(Exception):
-    """The property means nothing for this variant; the message says why."""
+    """The property does not apply to this variant; the message says why."""
 
 
 class Property(NamedTuple):
     """One column of the grid."""
 
     claim: str
-    """What is the same as what."""
+    """What equals what."""
     tolerance: float
     """The largest error that passes."""
     check: Callable[["Case"], float]
     """Case → error."""
 
 
-class Case:
-    """A model with parameters and a batch, and what several checks need of it."""
-
-    def __init__(self, config: TransformerConfig, real: TransformerConfig):
-        """`config` is run; of `real`, the variant in its own size, only shapes are made."""
-        self.config = config
-        self.real = real
-        draw = np.random.default_rng(0)
-        _, params = split(build(self.config, rngs=nnx.Rngs(0)))
-        # Further from zero than an initialisation: biases count, attention prefers, caps are felt.
-        self.params = jax.tree.map(
-            lambda leaf: leaf + 0.2 * draw.standard_normal(leaf.shape, np.float32), params
-        )
-        self.batch = _batch(self.config, draw)
-
-    def model(self, **changes: Any) -> Any:
-        """The variant with these parameters, and with `changes` of its config."""
-        return nnx.merge(self.graphdef(**changes), self.params)
-
-    def graphdef(self, **changes: Any) -> nnx.GraphDef:
-        """The structure of the variant with `changes` of its config."""
-        config = dataclasses.replace(self.config, **changes)
-        return abstract(config)[0]
-
-    def loss(self, *, chunk: int = 0, **changes: Any) -> LossFunction:
-        """The loss with all of its parts, of the variant with `changes` of its config."""
-        weights = {"label_smoothing": 0.1, "z_loss": 0.01, "balance_loss": 0.1}
-        return token_loss(self.graphdef(**changes), chunk=chunk, router_z_loss=0.01, **weights)
-
-    def gradients(self, **how: Any) -> Any:
-        """The mean loss and its gradient; `how` are arguments of `loss`."""
-        loss, weight = self.loss(**how), self.batch.loss_weights.sum()
-        return jax.value_and_grad(lambda params: loss(params, self.batch, None).loss / weight)(
-            self.params
-        )
-
-    @functools.cached_property
-    def plain(self) -> Any:
-        """`gradients` unrolled, nothing recomputed, all tokens' logits at once, one device."""
-        return self.gradients()
-
-    def step(self, *, devices: int = 1, grad_accumulation: int = 1, **changes: Any) -> Any:
-        """The loss and the gradient of the compiled train step; `changes` of the config."""
-        mesh = build_mesh(MeshConfig(), devices)
-        keep_gradient = optax.trace(decay=0.0)
-        state = init_state(lambda: self.params, keep_gradient, mesh)
-        step = compile_train_step(
-            self.loss(**changes),
-            keep_gradient,
-            state,
-            self.batch,
-            mesh,
-            grad_accumulation=grad_accumulation,
-        )
-        state, metrics = jax.block_until_ready(step(state, self.batch))
-        return metrics.loss, state.optimizer.trace
-
-    @functools.cached_property
-    def together(self) -> float:
-        """The error of a scanned step in two parts on each device: three properties at once.
-
-        To compile a program for each would take most of the grid's time.
-        """
-        return difference(
-            self.step(devices=ROWS, grad_accumulation=2, scan_layers=True), self.plain
-        )
-
-    def together_or(self, alone: Callable[[], Any]) -> float:
-        """The error of `together`; where that errs, of the gradients with one of its properties."""
-        if self.together <= ROUNDING:
-            return self.together
-        return difference(alone(), self.plain)
-
-    def logits(self, batch: Batch) -> np.ndarray:
-        """[B, T, V]."""
-        return np.asarray(self.model()(batch.tokens, **batch.inputs()))
-
-
-def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:
-    """Random tokens; padding where the family reads any, a place at least at each row's end."""
-    shape = (ROWS, config.context_length)
-
-    def tokens() -> np.ndarray:
-        return draw.integers(config.vocab_size, size=shape, dtype=np.int32)
-
-    valid = (
-        np.arange(config.context_length) < config.context_length - 1 - np.arange(ROWS)[:, None] % 3
-    )
-    batch = Batch(tokens(), tokens(), draw.uniform(size=shape).astype(np.float32))
-    if config.family == "encoder":
-        batch = batch._replace(padding_mask=valid, loss_weights=batch.loss_weights * valid)
-    if config.token_types:
-        batch = batch._replace(token_types=tokens() % config.token_types)
-    if config.family == "encoder_decoder":
-        batch = batch._replace(source=tokens(), source_mask=valid)
-    return batch
-
-
-def difference(found: Any, expected: Any) -> float:
-    """The largest difference of two trees over the largest value expected; infinite if not finite.
-
-    The loss, a tree's scalar, is held against its own size.
-    """
-    largest = [0.0, 0.0]
-    scale = [0.0, 0.0]
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        if not (np.isfinite(one).all() and np.isfinite(other).all()):
-            return math.inf
-        kind = int(other.ndim > 0)
-        largest[kind] = max(largest[kind], np.abs(one - other).max())
-        scale[kind] = max(scale[kind], np.abs(other).max())
-    return max(error / (size or 1.0) for error, size in zip(largest, scale, strict=True))
-
-
 def _mask(case: Case) -> float:
-    """What a query may not see moves nothing, and what it may see does.
+    """Masked tokens do not change the logits, and unmasked ones do.
 
-    Causal: row t of the batch has other tokens from place t on, which no earlier logit may notice.
-    Bidirectional: other tokens at padding; a later token is noticed.
+    Causal: row t of the batch has other tokens from position t on; earlier logits must not change.
+    Bidirectional: other tokens at padding change nothing; a later token changes earlier logits.
     """
     batch, places = case.batch, np.arange(case.config.context_length)
     if batch.padding_mask is not None:
@@ -201,9 +78,9 @@ def _mask(case: Case) -> float:
 
 
 def _moves(case, batch, changed, *, unmoved, moved, of="tokens") -> float:
-    """How far the logits [B, T, V] at `unmoved` [B, T] move with the tokens at `changed` [B, T].
+    """Returns how far logits at `unmoved` [B, T] change with the tokens at `changed` [B, T].
 
-    Infinite if one at `moved` [B, T] does not.
+    Infinite if a logit at `moved` [B, T] does not change.
     """
     tokens = getattr(batch, of)
     others = np.where(changed, (tokens + 1) % case.config.vocab_size, tokens)
@@ -215,9 +92,9 @@ def _moves(case, batch, changed, *, unmoved, moved, of="tokens") -> float:
 
 
 def _packed(case: Case) -> float:
-    """Two documents and padding in a row, and one of them alone in a row that is as long.
+    """Two packed documents and padding in a row, against one of them alone in a row.
 
-    Other tokens of its neighbours move nothing.
+    Other tokens in the other document change nothing.
     """
     config, batch, places = (
         case.config,
@@ -227,7 +104,7 @@ def _packed(case: Case) -> float:
     if config.family == "encoder_decoder":
         raise NotApplicable("an encoder-decoder takes one document per row")
     if "compressed" in config.attention_pattern:
-        raise NotApplicable("compressed attention joins tokens of several documents")
+        raise NotApplicable("compressed attention mixes tokens of several documents")
     first = places < 4
     documents = np.tile(np.where(first, 1, 2 * (places < places[-1])), (ROWS, 1))
     positions = np.tile(np.where(first, places, places - 4), (ROWS, 1))
@@ -250,7 +127,7 @@ def _remat(case: Case) -> float:
 
 
 def _cached(case: Case) -> float:
-    """Rows read a token at a time, unrolled, and rows of unequal beginnings, scanned."""
+    """Decoding token by token, unrolled; and with prompts of unequal lengths, scanned."""
     if case.config.family == "encoder":
         raise NotApplicable("an encoder predicts no next token")
     expected = case.logits(case.batch)
@@ -261,15 +138,15 @@ def _cached(case: Case) -> float:
     )
 
 
-def _decoded(case: Case, beginnings: np.ndarray, expected: np.ndarray, **changes: Any) -> float:
-    """The error of the logits after each read, `beginnings` [B] tokens first, then one by one."""
+def _decoded(case: Case, prompts: np.ndarray, expected: np.ndarray, **changes: Any) -> float:
+    """Returns the error of the logits: a prompt of `prompts` [B] tokens, then token by token."""
     batch, source, row = case.batch, None, np.arange(ROWS)
     tokens = np.asarray(batch.tokens)
     if batch.source is not None and batch.source_mask is not None:
         lengths = batch.source_mask.sum(axis=1)
         source = [given[:size] for given, size in zip(batch.source, lengths, strict=True)]
     decoding = Decoding(case.model(**changes), ROWS, source)
-    unread = [list(given[:size]) for given, size in zip(tokens, beginnings, strict=True)]
+    unread = [list(given[:size]) for given, size in zip(tokens, prompts, strict=True)]
     starts, error = np.zeros(ROWS, np.int32), 0.0
     while True:
         logits = decoding.read(unread, starts)
@@ -285,10 +162,10 @@ SIZES = ("vocab_size", "context_length", "depth", "width", "heads", "dropout", "
 
 
 def _plain(case: Case) -> float:
-    """GPT-2's choices are the config's defaults."""
+    """models/plain.py against the decoder; GPT-2's choices are the config's defaults."""
     for field in dataclasses.fields(TransformerConfig):
         if field.name not in SIZES and getattr(case.config, field.name) != field.default:
-            raise NotApplicable("models/plain.py is GPT-2, and this another model")
+            raise NotApplicable("models/plain.py is GPT-2, and this is another model")
     return difference(gpt2(case.params, jnp.asarray(case.batch.tokens)), case.logits(case.batch))
 
 
@@ -303,7 +180,7 @@ def _attention(case: Case) -> float:
 
 @contextlib.contextmanager
 def reference_attention() -> Iterator[None]:
-    """Attention of reference.py, left to autodiff, in place of `attend`."""
+    """Replace `attend` by the attention of reference.py, with autodiff's backward pass."""
 
     def reference(query, key, value, mask, bias, scale, softcap, normalize):
         how = {"scale": scale, "softcap": softcap, "normalize": normalize}
@@ -331,9 +208,9 @@ def _sharded(case: Case) -> float:
 
 
 def _bfloat16(case: Case) -> float:
-    """The gradient's error as a vector, since single small numbers have none of their own.
+    """The error of the gradient as one vector, as small entries have large relative errors.
 
-    Of a mixture of experts the loss alone: a token whose router wavers goes elsewhere.
+    For a mixture of experts only the loss: rounding may route a token to another expert.
     """
     (loss, found), (expected_loss, expected) = case.gradients(dtype="bfloat16"), case.plain
     error = difference(loss, expected_loss)
@@ -344,7 +221,7 @@ def _bfloat16(case: Case) -> float:
 
 
 def _restored(case: Case) -> float:
-    """Parameters and both moments of AdamW, by bits."""
+    """Parameters and both moments of AdamW, bit for bit."""
     optimizer = optax.adamw(1e-3)
     _, moments = optimizer.update(case.plain[1], optimizer.init(case.params), case.params)
     saved = State(jnp.int32(7), case.params, moments)
@@ -358,7 +235,7 @@ def _restored(case: Case) -> float:
 
 
 def _parameters(case: Case) -> float:
-    """Of the variant in its own size, of which only the shapes are made."""
+    """Parameter counts of the variant in its own size, by shapes alone."""
     _, params = abstract(case.real)
     built = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     return abs(built - model_cost(case.real).parameters) / built
@@ -377,10 +254,10 @@ def _flops(case: Case) -> float:
 
 
 def product_flops(jaxpr: Jaxpr) -> int:
-    """Two operations a multiply-add of every matrix product in `jaxpr`, sub-programs included.
+    """Returns the FLOPs, two per multiply-add, of all matrix products in `jaxpr` and its calls.
 
-    An inner product row by row, [B, D] · [B, D] → [B], is none: it costs what a norm costs. In a
-    grouped product (`ragged_dot`) each row meets one group's matrix.
+    Row-wise inner products, [B, D] · [B, D] → [B], do not count: they cost what a norm costs. In a
+    grouped product (`ragged_dot`) each row is multiplied by one group's matrix.
     """
     total = 0
     equations: list[Any] = jaxpr.eqns
@@ -405,7 +282,7 @@ def product_flops(jaxpr: Jaxpr) -> int:
 
 
 PROPERTIES = {
-    "mask": Property("a causal model sees no later token, no model padding", ROUNDING, _mask),
+    "mask": Property("no token attends to padding, or if causal to a later one", ROUNDING, _mask),
     "packed": Property("a document packed in a row = the document alone", ROUNDING, _packed),
     "scanned": Property("scanned layers = unrolled layers", ROUNDING, _scanned),
     "remat": Property("recomputed blocks = kept activations", ROUNDING, _remat),
@@ -413,13 +290,15 @@ PROPERTIES = {
     "plain": Property("Decoder = GPT-2 written out in models/plain.py", ROUNDING, _plain),
     "attention": Property("fast attention = reference attention", ROUNDING, _attention),
     "chunked": Property("the loss in chunks = the loss at once", ROUNDING, _chunked),
-    "accumulated": Property("a batch in 2 parts = the batch at once", ROUNDING, _accumulated),
+    "accumulated": Property(
+        "2 gradient accumulation steps = the batch at once", ROUNDING, _accumulated
+    ),
     "sharded": Property(
-        "2 parts on each of the devices = the batch at once on one", ROUNDING, _sharded
+        "2 accumulation steps on every device = 1 on one device", ROUNDING, _sharded
     ),
     "bfloat16": Property("bfloat16 activations ≈ float32", BFLOAT16_ROUNDING, _bfloat16),
-    "restored": Property("a checkpoint's state = the state saved", 0.0, _restored),
-    "parameters": Property("the model cost's parameters = the model's", 0.0, _parameters),
-    "flops": Property("the model cost's FLOPs = the traced products'", 0.0, _flops),
+    "restored": Property("the restored checkpoint = the state saved", 0.0, _restored),
+    "parameters": Property("counted parameters (costs/model.py) = the model's", 0.0, _parameters),
+    "flops": Property("counted FLOPs (costs/model.py) = those of traced products", 0.0, _flops),
 }
 """The columns, in order."""

@@ -1,6 +1,6 @@
-"""What `python -m gptjax` can do: one function a command, thin over the modules.
+"""The commands of `python -m gptjax`: one function per command, thin over the modules.
 
-The parameters are the flags, and the docstring is their help.
+Parameters are flags, and docstrings their help.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
-    """Every command by name; a preset among `arguments` gives the defaults of preflight's flags."""
+    """Returns the commands by name; a preset in `arguments` sets preflight's defaults."""
     return {
         "train": train,
         "compare": compare,

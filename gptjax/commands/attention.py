@@ -1,4 +1,4 @@
-"""The command that shows what a model's heads look at."""
+"""The `attention` command: what a model's heads attend to."""
 
 from pathlib import Path
 from typing import Annotated, Literal

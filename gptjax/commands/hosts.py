@@ -1,4 +1,4 @@
-"""Hosts of a run: `doctor` looks at them, `launch` makes some of this machine."""
+"""Commands about hosts: `doctor` checks them, `launch` starts several processes on this one."""
 
 import platform
 import socket
@@ -15,15 +15,15 @@ from gptjax.system.exits import Exit
 from gptjax.system.memory import check_fits
 
 PROCESS_BYTES = 200 << 20
-"""Of a process that has imported JAX and gptjax, at least."""
+"""Least memory of a process that has imported JAX and gptjax."""
 DEVICE_BYTES = 1 << 20
-"""Of a CPU device's threads and streams."""
+"""Memory of a CPU device's threads and streams."""
 
 
 def doctor() -> None:
-    """Versions, code and devices of this machine; started on several, whether they are the same.
+    """Print versions, code and devices of this machine; on several hosts, whether they agree.
 
-    A host that is missing or differs is named. A page for a bug report.
+    A host that is missing or differs is named. Paste the output into bug reports.
     """
     with distributed.joined():
         own = {"host": socket.gethostname(), "devices": distributed.devices()}
@@ -44,13 +44,13 @@ def launch(
     local: Annotated[int, tyro.conf.arg(help="Processes.")] = 2,
     devices: int = 1,
 ) -> None:
-    """Run a script as several processes of this machine, on its CPU, to try out many hosts.
+    """Run a script in several processes on this machine's CPU, to try out multi-host runs.
 
     Args:
-      script: An experiment, as experiments/quickstart.py.
-      arguments: Its own, behind it.
+      script: An experiment, such as experiments/quickstart.py.
+      arguments: The script's own flags.
       local: Processes to start.
-      devices: CPU devices of each.
+      devices: CPU devices per process.
     """
     for name, value in (("local", local), ("devices", devices)):
         if value < 1:

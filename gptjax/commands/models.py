@@ -18,7 +18,7 @@ from gptjax.system.memory import ACTIVATION_BYTES, check_fits
 from gptjax.system.outputs import whole_directory
 
 TOKEN_BYTES = 8
-"""Of a token in a list."""
+"""Bytes of a token in a list."""
 
 
 def sample(
@@ -37,23 +37,23 @@ def sample(
     sliding_window: bool = False,
     step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
-    """Continue a prompt with a trained run, printing both as one text, as it comes.
+    """Continue a prompt with a trained run, printing both as one text while it is decoded.
 
-    Why it ends is said on standard error.
+    The reason it ends is printed on standard error.
 
     Args:
       run: Directory of the run, such as runs/quickstart.
-      prompt: Text to continue, or to translate with a run of pairs.
-      max_new_tokens: Tokens to add; fewer at the end token or at the context's end.
+      prompt: Text to continue, or the source to translate.
+      max_new_tokens: Tokens to add; fewer if the end token or the end of the context comes first.
       temperature: Divides the logits; 0 takes the most likely token.
-      top_k: Choose among this many of the most likely tokens; 0 takes all.
-      top_p: Choose among the most likely tokens that together reach this probability.
-      min_p: Choose among tokens at least this times as likely as the most likely one.
+      top_k: Sample from this many of the most likely tokens; 0 takes all.
+      top_p: Sample from the smallest set of likely tokens that reaches this probability.
+      min_p: Sample from tokens at least this times as likely as the most likely one.
       repetition_penalty: Above 1, tokens that occurred become less likely.
-      beams: Print the best that a beam search of this width finds, and sample nothing.
-      seed: Seed of the choices; of several samples the first one's, each next one having the next.
+      beams: Print the best result of a beam search of this width instead of sampling.
+      seed: Random seed of the first sample; further samples have the next seeds.
       num_samples: Continuations, decoded as one batch; more than one are printed when all end.
-      sliding_window: Past the context's end, go on from its second half.
+      sliding_window: At the end of the context, continue from its second half.
       step: Checkpoint to load; the best by default.
     """
     import numpy as np
@@ -91,7 +91,7 @@ def sample(
     question = loaded.decoding_inputs(prompt)
 
     def say(tokens: Iterable[int]) -> None:
-        """Print the prompt and what continues it, as the tokens arrive, and why they end."""
+        """Print the prompt and its continuation as the tokens arrive, and why they end."""
         decoded: list[int] = []
 
         def text_tokens() -> Iterator[int]:
@@ -143,19 +143,19 @@ def sample(
 def _why_ended(
     decoded: Sequence[int], ends: Sequence[int], most: int, config: ExperimentConfig
 ) -> str:
-    """Why there are no more tokens; on standard error, so that a file has the text alone."""
+    """Returns why decoding ended; printed on standard error, so that a file has only the text."""
     if decoded[-1] in ends:
         why = "the model ended the text"
     elif len(decoded) == most:
         why = "as many as --max-new-tokens allows"
     else:
         length = config.model.context_length
-        why = f"the context of {length:,} is full, past which --sliding-window goes on"
+        why = f"the context of {length:,} is full, beyond which --sliding-window continues"
     return f"{len(decoded):,} new token{'s' if len(decoded) > 1 else ''}: {why}."
 
 
 def _check_unset(**flags: object) -> None:
-    """Flags of `sample` that beam search does not know stand at their defaults.
+    """Check that flags which beam search does not support are at their defaults.
 
     Raises:
       InputError: one that does not.
@@ -164,13 +164,13 @@ def _check_unset(**flags: object) -> None:
     for name, value in flags.items():
         if value != defaults[name].default:
             flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is for sampling: it cannot go with --beams.")
+            raise InputError(f"--{flag} is for sampling: it cannot be combined with --beams.")
 
 
 def _check_decoding_fits(model: TransformerConfig, rows: int, new_tokens: int) -> None:
-    """Refuse more sequences than this machine can hold: the logits of each, and its own tokens.
+    """Refuse more sequences than fit in memory: logits, tokens, and the KV cache.
 
-    Keys and values are counted where attention keeps those of the whole context.
+    The cache counts where attention keeps keys and values of the whole context.
 
     Raises:
       InputError: it cannot.
@@ -189,7 +189,7 @@ def params(
     /,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Print what a model is made of and what a token costs.
+    """Print a model's parameters by part and its FLOPs per token.
 
     Args:
       name: A preset's name, or the directory of a run.
@@ -200,7 +200,7 @@ def params(
 
 
 def _model_of_run(name: str) -> TransformerConfig:
-    """The config of the model in a run's directory.
+    """Returns the config of the model in a run's directory.
 
     Raises:
       InputError: there is none, and the name is no preset's either.
@@ -267,12 +267,12 @@ def certify(
     every: Annotated[bool, tyro.conf.arg(name="all")] = False,
     markdown: bool = False,
 ) -> None:
-    """Check that every way of running a variant gives the same; exit code 1 if one does not.
+    """Check that equivalent programs of a variant agree; exit code 1 if one does not.
 
     Args:
       names: Presets, or values of an axis such as position_embedding=alibi.
       every: Take every preset and every value of every axis.
-      markdown: Print the page experiments/certificate.md; the progress goes to standard error.
+      markdown: Print the page experiments/certificate.md; progress goes to standard error.
     """
     import jax
 
@@ -307,7 +307,7 @@ def convert(
 ) -> None:
     """Write a run as a Hugging Face directory, or a Hugging Face model or a GGUF file as a run.
 
-    A tokenizer.json goes along, both ways, and so does what a text begins and ends with.
+    A tokenizer.json is converted too, both ways, and so are the tokens that begin and end a text.
 
     Args:
       source: Directory of a run or of Hugging Face's, a name on its hub, or a GGUF file.
@@ -332,7 +332,7 @@ def convert(
 
 
 def _convert_run(run: Path, destination: Path, step: int | None) -> str:
-    """Write it, and say what it is."""
+    """Convert it; returns a description of what was written."""
     from gptjax.data.tokenizers import DESCRIPTION, SubwordTokenizer, load_tokenizer
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
@@ -346,7 +346,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     its = f"without a tokenizer: the run has none that a {TOKENIZER} describes"
     if isinstance(tokenizer, SubwordTokenizer):
         family = config.model.family
-        # The source of a Marian ends by its tokenizer; here the run puts the end behind it.
+        # Marian's tokenizer ends the source; in a run of ours the pipeline appends the end token.
         content = tokenizer.ended() if family == "encoder_decoder" else tokenizer.save()
         (destination / TOKENIZER).write_bytes(content)
         described = tokenizer_config(tokenizer.special_texts(), family)
@@ -356,7 +356,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
 
 
 def _convert_huggingface(source: str, destination: Path) -> str:
-    """Write it, and say what it is."""
+    """Convert it; returns a description of what was written."""
     from gptjax.data.tokenizers import read_huggingface, save_tokenizer
     from gptjax.data.tokenizers.special import read_decoding_tokens
     from gptjax.huggingface import from_huggingface
@@ -379,7 +379,7 @@ def _convert_huggingface(source: str, destination: Path) -> str:
 
 
 def _convert_gguf(path: Path, destination: Path) -> str:
-    """Write it, and say what it is."""
+    """Convert it; returns a description of what was written."""
     from gptjax.data.tokenizers.special import DecodingTokens
     from gptjax.huggingface import from_gguf
     from gptjax.huggingface.gguf_files import GGUFWeights

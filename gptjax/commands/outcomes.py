@@ -1,4 +1,4 @@
-"""What a finished run is shown by: its loss curve, and what its best checkpoint says."""
+"""Outputs of a finished run: loss curve, and samples of its best checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ SHOWN = 20
 
 
 def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
-    """Write the loss curve and what the objective is judged by; the names of the files."""
+    """Write the loss curve and the objective's outputs; returns the names of the files."""
     plots.save(plots.loss_curve(read_jsonl(out / METRICS)), out / "loss.png")
     if run.config.data.objective in ("masked_lm", "next_sentence"):
         shown = predictions(run, sources, corpus, out)
@@ -39,7 +39,7 @@ def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
 
 
 def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
-    """Write the run's attention and samples, by its best checkpoint."""
+    """Write attention and samples of the run's best checkpoint."""
     line = first_line(sources.validation[0])
     sentence = run.tokenizer.encode_prompt(line)
     while len(sentence) > run.config.model.context_length and " " in line:
@@ -69,10 +69,10 @@ def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
 def attention_of_words(
     weights: np.ndarray, tokens: np.ndarray, tokenizer: Tokenizer, known: Vocabulary, title: str
 ) -> Figure:
-    """Attention [L, N, T, T] among `tokens` [T] as that among their words, however they are cut."""
+    """Plots attention [L, N, T, T] between `tokens` [T] aggregated to words."""
     texts = labels(tokens, tokenizer, known)
     starts = known.word_starts(tokens)
-    # A space belongs to the word behind it, as in GPT-2's tokens.
+    # A space belongs to the word after it, as in GPT-2's tokens.
     starts[1:] &= np.array([text != SPACE for text in texts[:-1]], bool)
     words = [
         tokenizer.decode(tokens[group]).strip() or "".join(texts[place] for place in group)
@@ -88,10 +88,10 @@ def attention_of_words(
 
 
 def first_line(documents: Sequence[str] | Documents, least: int = 24, most: int = 60) -> str:
-    """The first line of at least `least` characters, or else the text, as far as whole words go.
+    """Returns the first line of at least `least` characters, else the text, cut at a word.
 
-    Of the first document that is not empty; a source has one. Its first line comes last: where a
-    document was parted, the beginning of that line is in the other part.
+    It takes the first nonempty document; a source has one. Its first line is tried last: where a
+    document was split, that line begins in the other part.
     """
     text = next(filter(None, map(documents.__getitem__, range(len(documents)))))
     first, *others = (line.strip() for line in text.splitlines())
@@ -100,7 +100,7 @@ def first_line(documents: Sequence[str] | Documents, least: int = 24, most: int 
 
 
 def predictions(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
-    """Write rows of the validation part with the model's guesses, by its best checkpoint."""
+    """Write validation rows with the best checkpoint's predictions."""
     lines, found, hidden = [], 0, 0
     for batch in EvaluationBatches(corpus.validation, SHOWN):
         inputs = {name: jnp.asarray(array) for name, array in batch.inputs().items()}
@@ -120,16 +120,16 @@ def predictions(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
                     for text, guess, hid in zip(texts, guessed, asked[row][read], strict=True)
                 ]
                 lines.append("".join(marked))
-    head = f"{found:,} of {hidden:,} hidden tokens found ({found / hidden:.1%})."
+    head = f"{found:,} of {hidden:,} masked tokens predicted correctly ({found / hidden:.1%})."
     print(head)
-    explained = "What was hidden stands in brackets, and behind it a guess that is wrong."
+    explained = "Masked text is in brackets, followed by the prediction if it is wrong."
     text = "\n\n".join([head, explained, *lines])
     (out / "predictions.txt").write_text(text + "\n", encoding="utf-8")
     return "predictions.txt"
 
 
 def translations(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
-    """Write translations of validation sentences, by the best checkpoint and a beam of 4."""
+    """Write translations of validation sentences by the best checkpoint, with 4 beams."""
     shown = []
     for number in range(min(SHOWN, len(sources.validation[0]))):
         text, reference = sources.validation[0][number], sources.validation_targets[0][number]

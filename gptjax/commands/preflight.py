@@ -1,4 +1,4 @@
-"""The command that compiles a step for machines that are not there."""
+"""The `preflight` command: compile a step for absent accelerators."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from gptjax.preflight.settings import default_config, with_sizes
 
 
 def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
-    """The command, its flags with the defaults of the preset that `arguments` name."""
+    """Returns the command, with the defaults of the preset in `arguments`."""
     named = next((word for word in arguments if word in PRESETS), "gpt2")
     defaults = default_config(named)
 
@@ -31,23 +31,23 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
         as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
         config: Annotated[ExperimentConfig, tyro.conf.arg(name="")] = defaults,
     ) -> None:
-        """Compile a step for chips that are not there: does it fit, and how long does it take.
+        """Compile a step for absent accelerators: does it fit, and how long does it take?
 
-        Exit code 1 if it does not fit. Unless told otherwise: bfloat16, scanned layers, full remat
+        Exit code 1 if it does not fit. By default: bfloat16, scanned layers, full remat
         and the loss in chunks of 1,024 tokens (--model.dtype, --model.scan-layers, --model.remat,
-        --train.loss-chunk); all else as in the preset, dropout too, with which attention takes no
-        kernel: --model.dropout 0. Needs the extra `preflight`.
+        --train.loss-chunk); all else as in the preset, dropout too, which rules out attention
+        kernels: --model.dropout 0 allows them. Needs the extra `preflight`.
 
         Args:
           name: A preset's name.
           topology: v5e:4x4, v5p:8x8x8, tpu7x:4x4x4, h100:8, b200:64 ...
-          mesh: Devices along each axis, as data=1,fsdp=16; what is not named stays at --mesh.*.
+          mesh: Devices along each axis, as data=1,fsdp=16; other axes are as in --mesh.*.
           slices: TPU slices of that topology.
-          batch_per_device: Sequences over devices; sets --train.batch-size.
-          seq: Tokens a sequence; sets --model.context_length, 0 leaves it.
-          decode: One step of decoding with a full cache instead of a training step.
+          batch_per_device: Sequences per device; sets --train.batch-size.
+          seq: Tokens per sequence; sets --model.context-length, 0 leaves it.
+          decode: Compile a decoding step with a full cache instead of a training step.
           search: Try meshes, remat policies and batches, and rank those that fit.
-          tries: With --search, programs to compile at most.
+          tries: With --search, the most programs to compile.
           as_json: Print JSON for machines.
           config: Every choice of the run, as in experiments.
         """

@@ -24,21 +24,21 @@ def data(
     context_length: int = 1024,
     batch_size: int = 64,
 ) -> None:
-    """Show what a run will see: documents, tokens, lengths, rows, three batches, speed.
+    """Show the training data of a run: documents, tokens, lengths, rows, three batches, speed.
 
-    Nine tenths are shown, as that is what trains; flags are those of --data in an experiment.
+    That is the nine tenths used for training; flags are those of --data in an experiment.
 
     Args:
-      sources: What is read, such as embedded, a file, a glob, tfds:NAME.
-      tokenizer: How text becomes tokens.
-      target: What each source is to become, for sequence_to_sequence.
+      sources: The text, such as embedded, a file, a glob, tfds:NAME.
+      tokenizer: The tokenizer.
+      target: The target of each source, for sequence_to_sequence.
       weights: Share of the rows from each source.
-      objective: What is predicted.
-      packing: Rows of documents one after another, or side by side.
-      whole_words: Hide words, not tokens.
-      cache: Directory that keeps tokenised text.
-      context_length: Tokens of a row.
-      batch_size: Rows of a batch.
+      objective: The training objective.
+      packing: How documents are packed into rows.
+      whole_words: Mask whole words instead of tokens.
+      cache: Directory of cached tokens.
+      context_length: Tokens per row.
+      batch_size: Rows per batch.
     """
     from gptjax.data.corpus import learn_tokenizer, open_corpus, open_sources
     from gptjax.data.objectives.rows import FAMILIES
@@ -81,13 +81,13 @@ def build_dataset(
     target: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
     validation_fraction: float = 0.0,
 ) -> None:
-    """Write text as a TensorFlow dataset, which is read in any order and without TensorFlow.
+    """Write text as a TensorFlow dataset, readable at random and without TensorFlow.
 
     Args:
       source: The text, as data.source names it.
-      name: Of the dataset, such as my_corpus.
+      name: Name of the dataset, such as my_corpus.
       data_dir: Directory of datasets; this one is NAME/VERSION in it.
-      version: Three numbers; a version that is there is not overwritten.
+      version: Three numbers; an existing version is not overwritten.
       target: Text whose documents translate those of the source, one by one; the fields are then
         called source and target, and otherwise text.
       validation_fraction: Share of the documents, the last ones, for a split named validation.

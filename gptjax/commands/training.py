@@ -14,7 +14,7 @@ from gptjax.runs.defaults import defaults
 
 
 def trainable() -> dict[str, ExperimentConfig]:
-    """A run of every preset, its vocabulary the tokenizer's; the first is the default."""
+    """Returns a run config per preset, with the tokenizer's vocabulary; the first is default."""
     names = ["quickstart", *(name for name in PRESETS if name != "quickstart")]
     return {name: defaults(name) for name in names}
 
@@ -22,7 +22,7 @@ def trainable() -> dict[str, ExperimentConfig]:
 def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     """Train a model on any text: `--preset NAME` sets the defaults, every field is a flag.
 
-    The directory `--out` holds all that the run makes; the same command resumes it.
+    All outputs are in the directory `--out`; the same command resumes the run.
     """
     from gptjax.commands.outcomes import outcome
     from gptjax.runs.run import run
@@ -40,14 +40,14 @@ def compare(
     out: Path = Path("runs/compare"),
     dry_run: bool = False,
 ) -> None:
-    """Is B better than A? Variants under one budget, several seeds, intervals, costs, a report.
+    """Is B better than A? Compare variants under one budget, with several seeds and a report.
 
     `--variants quickstart llama-style lstm --budget tokens=1M`: the first is the baseline. The same
-    command goes on where it was stopped, and trains only what is missing.
+    command resumes where it was stopped, and trains only what is missing.
 
     Args:
-      comparison: The question.
-      out: Directory of all runs and the report; runs that are there are not repeated.
+      comparison: The comparison.
+      out: Directory of all runs and the report; finished runs are not repeated.
       dry_run: Print the plan and how long it would take, and train nothing.
     """
     from gptjax.compare.study import compare, describe, summary
@@ -58,7 +58,7 @@ def compare(
     try:
         answer = compare(comparison, out, _command())
     except KeyboardInterrupt:
-        print(f"\nWhat has finished is kept in {out}: the same command goes on.", file=sys.stderr)
+        print(f"\nFinished runs are kept in {out}: the same command resumes.", file=sys.stderr)
         raise
     print(
         f"{summary(answer)}\nIn {out}: report.html, report.md, results.csv, results.jsonl, runs/."
@@ -66,7 +66,7 @@ def compare(
 
 
 def _command() -> str:
-    """The command line, as the report has it."""
+    """Returns the command line for the report."""
     name, *words = sys.argv
     own = Path(name).name in ("gptjax", "__main__.py")
     return f"python {'-m gptjax' if own else name} {shlex.join(words)}"

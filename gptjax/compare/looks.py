@@ -1,9 +1,8 @@
-"""The looks at each difference: which seeds earlier reports of the same runs showed, and when.
+"""Looks (interim analyses) at each difference: which seeds earlier reports showed, and when.
 
-Whoever adds seeds because of what the first ones showed looks again, and each look may spend less
-of the error that all may have together (analysis/statistics.py). So the looks are kept in
-looks.json, each before its report is written; a report of what an earlier one showed is no new
-look.
+Adding seeds after seeing the first results is a group-sequential test: each further look may spend
+less of the total error (analysis/statistics.py). So looks are kept in looks.json, each written
+before its report; a report of runs that an earlier one showed is no new look.
 """
 
 import dataclasses
@@ -14,21 +13,21 @@ from pathlib import Path
 from gptjax.compare.analysis.verdicts import finished_runs
 from gptjax.compare.report.files import LINES, read_results
 from gptjax.compare.results import Entry, Look, Outcome, read_record
-from gptjax.compare.versioned_files import read_saved, write_saved
+from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import InputError, to_dict
 
 LOOKS = "looks.json"
 
 
 def with_looks(entries: Sequence[Entry], out: Path) -> tuple[Entry, ...]:
-    """The entries with all looks at their differences, those of this report kept in `out` too.
+    """Returns the entries with all looks at their differences; new looks are written to `out`.
 
     Args:
-      entries: by size, of each size the baseline first.
-      out: the directory of the comparison.
+      entries: by size, the baseline of each size first.
+      out: the comparison's directory.
 
     Raises:
-      InputError: looks that cannot be read, or that another version of gptjax wrote.
+      InputError: a looks.json that cannot be read, or that another version of gptjax wrote.
     """
     kept = _read(out)
     known = len(kept)
@@ -43,12 +42,12 @@ def with_looks(entries: Sequence[Entry], out: Path) -> tuple[Entry, ...]:
             kept += [each for each in looks[-1:] if each not in kept]
             found.append(dataclasses.replace(entry, looks=looks))
     if len(kept) > known:
-        write_saved(out / LOOKS, {"looks": [to_dict(look) for look in kept]})
+        write_versioned(out / LOOKS, {"looks": [to_dict(look) for look in kept]})
     return tuple(found)
 
 
 def _look(finals: Iterable[Outcome], baseline: Iterable[Outcome], day: str) -> Look | None:
-    """At the seeds that finished of both; None of fewer than two, which have no interval."""
+    """Returns the look at the seeds that finished in both; None for fewer than two: no interval."""
     ours, theirs = finished_runs(finals), finished_runs(baseline)
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
@@ -64,11 +63,11 @@ def _look(finals: Iterable[Outcome], baseline: Iterable[Outcome], day: str) -> L
 
 
 def _up_to(look: Look, kept: Sequence[Look]) -> tuple[Look, ...]:
-    """The looks at the same difference before this one, and this one as it was first taken."""
+    """Returns the earlier looks at the same difference, then this one as first recorded."""
     same = [number for number, each in enumerate(kept) if _shown(each) == _shown(look)]
     before = kept[: same[0]] if same else kept
     return (
-        *(each for each in before if _saw(each, look)),
+        *(each for each in before if _overlaps(each, look)),
         kept[same[0]] if same else look,
     )
 
@@ -77,25 +76,25 @@ def _shown(look: Look) -> set[str]:
     return {*look.runs, *look.baseline_runs}
 
 
-def _saw(earlier: Look, look: Look) -> bool:
-    """Whether a run of either side was shown; the sides may have been the other way round."""
+def _overlaps(earlier: Look, look: Look) -> bool:
+    """Whether `earlier` showed runs of both sides, in either role."""
     shown = _shown(earlier)
     return not shown.isdisjoint(look.runs) and not shown.isdisjoint(look.baseline_runs)
 
 
 def _read(out: Path) -> list[Look]:
-    """The looks that are kept; without any, that of a report from before they were."""
+    """Returns the looks in looks.json; without it, those of a report older than that file."""
     path = out / LOOKS
     if not path.exists():
         return _reported(out)
-    saved = read_saved(path).get("looks")
+    saved = read_versioned(path).get("looks")
     if not isinstance(saved, list):
         raise InputError(f"{path} is damaged: it has no list of looks.")
     return [read_record(Look, each, f"look {n + 1} of {path}") for n, each in enumerate(saved)]
 
 
 def _reported(out: Path) -> list[Look]:
-    """The looks of the report in `out`, if there is one."""
+    """Returns the looks of the report in `out`, if there is one."""
     path = out / LINES
     if not path.exists():
         return []

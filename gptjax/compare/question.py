@@ -1,4 +1,4 @@
-"""The question that a comparison answers, and what may be spent on it."""
+"""The config of a comparison: variants, what they are matched by, and the budget."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,11 +7,11 @@ from gptjax.config import DataConfig, InputError, OptimizerConfig, near_names
 from gptjax.config.checks import check, check_minimum, check_types
 
 MEASURES = ("params", "flops", "seconds")
-"""Of a variant: its parameters, training FLOPs per token, seconds per token."""
+"""What variants can be matched by: parameters, training FLOPs per token, seconds per token."""
 BUDGETS = ("tokens", "flops", "seconds")
-"""Of a run: what it may spend."""
+"""Units of a run's budget."""
 SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-"""Behind a number, as it is written; read in capitals and small letters alike."""
+"""Suffixes of a number, as written; read case-insensitively."""
 
 
 @dataclass(frozen=True)
@@ -22,37 +22,38 @@ class Comparison:
     """Presets, presets with overrides (gpt2:norm=rmsnorm,activation=swiglu), or with all values of
     an axis (gpt2:position_embedding=*). The first is the baseline."""
     match: str = "params"
-    """What all variants have in common, by their width: params, flops (of training, a token),
-    seconds (measured, a token) as the baseline has; params=1M sets it for all; none changes no
+    """What all variants have in common, by their width: params, flops (of training, per token) or
+    seconds (measured, per token) of the baseline; params=1M sets it for all; none changes no
     width."""
     tolerance: float = 0.01
-    """How far from it a variant may be."""
+    """Relative deviation allowed from the matched value."""
     budget: str = "tokens=1M"
-    """What each run may spend: tokens=20M, tokens=100k, flops=1e15, seconds=60."""
+    """Budget of each run: tokens=20M, tokens=100k, flops=1e15, seconds=60."""
     seeds: int = 5
     """Runs of each variant that are compared."""
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    """Peak learning rates, of which each variant takes its best; one is taken by all."""
+    """Peak learning rates, of which each variant takes its best; a single one is taken by all."""
     search_seeds: int = 2
-    """Runs of each variant and rate that choose; their seeds are not compared."""
+    """Runs of each variant and rate that choose the rate; their seeds are not compared."""
     mup_width: int = 0
-    """Rates are chosen at this width, and carried to the real one by muP; 0 chooses there."""
+    """Rates are chosen at this width and transferred to the real one by muP; 0 chooses at the
+    real width."""
     confidence: float = 0.95
-    """Of all statements together."""
+    """Family-wise confidence level of all verdicts."""
     evaluations: int = 10
     """Points of each curve."""
     context_length: int = 0
-    """Tokens of a row, for all; 0 takes the baseline's."""
+    """Tokens per row, for all; 0 takes the baseline's."""
     batch_size: int = 16
-    """Rows of a step."""
+    """Rows per step."""
     dropout: float = 0.0
-    """Of all variants that say none themselves."""
+    """Dropout of all variants that set none themselves."""
     scale: str = ""
-    """Sizes to compare at, in the place of match: params=0.3M,1M,3M."""
+    """Sizes to compare at, instead of match: params=0.3M,1M,3M."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What is read."""
+    """The data."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Of all variants; rates are in the place of its learning_rate."""
+    """The optimizer of all variants; rates replace its learning_rate."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -67,10 +68,10 @@ class Comparison:
 
 
 def parse_quantity(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, tuple[float, ...]]:
-    """`params=0.3M,1M` → the name of what is counted, and how much; none of a name alone.
+    """Returns the measure and the amounts of `params=0.3M,1M`; no amounts for a name alone.
 
     Raises:
-      InputError: an unknown name, or what is no number.
+      InputError: an unknown name, or an invalid number.
     """
     name, equals, values = text.partition("=")
     if name not in known:
@@ -79,7 +80,7 @@ def parse_quantity(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, t
 
 
 def quantity(number: float) -> str:
-    """1500000 as 1.5M, as `parse_quantity` reads it."""
+    """Returns a number as `parse_quantity` reads it: 1500000 as 1.5M."""
     for suffix, factor in reversed(SUFFIXES.items()):
         if suffix != "G" and number >= factor:
             return f"{number / factor:g}{suffix}"

@@ -1,4 +1,4 @@
-"""What a comparison comes to: outcomes of single runs, and what is known of each variant."""
+"""Results of a comparison: outcomes of single runs, and what is known of each variant."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ Record = TypeVar("Record", "Outcome", "Look")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to: a line of results.jsonl."""
+    """The outcome of one run: a line of results.jsonl."""
 
     variant: str
     size: str
-    """Of --scale, as params=1M; empty without."""
+    """A size of --scale, as params=1M; empty without --scale."""
     purpose: Literal["search", "final"]
-    """Whether it helped to choose the learning rate, or is compared."""
+    """Whether it served to choose the learning rate, or is compared."""
     seed: int
     learning_rate: float
     steps: int
     tokens: int
-    """That it was trained on."""
+    """Training tokens."""
     validation_loss: float | None
     """After the last step, nats per token; None of a run that failed."""
     curve_steps: tuple[int, ...]
-    """When it was evaluated."""
+    """Steps of the evaluations."""
     curve_losses: tuple[float, ...]
-    """What came out, nats per token."""
+    """Validation losses at these steps, nats per token."""
     seconds: float
-    """Its share of the wall time of the runs that it was trained with, compilation included."""
+    """Its share of the wall time of the runs trained together, compilation included."""
     error: str
-    """Why it failed, in a sentence; empty if it did not."""
+    """Why it failed, as a sentence; empty if it did not."""
     directory: str
-    """Of the run, below that of the comparison."""
+    """The run's directory, relative to the comparison's."""
 
 
 def read_record(kind: type[Record], values: Any, where: str) -> Record:
-    """An outcome or a look from what JSON has of it; `where` names it in an error.
+    """Returns an outcome or a look from its JSON; `where` names it in errors.
 
     Raises:
       InputError: a field that is missing, unknown or of another type.
@@ -48,7 +48,7 @@ def read_record(kind: type[Record], values: Any, where: str) -> Record:
     fields = values if isinstance(values, dict) else {}
     missing = [field.name for field in dataclasses.fields(kind) if field.name not in fields]
     if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}: it is of no comparison, or another.")
+        raise InputError(f"{where} lacks {', '.join(missing)}: it is not of this comparison.")
     record = from_dict(kind, fields, where)
     lost = {name: None for name, value in vars(record).items() if value != value}  # A loss, if nan.
     try:
@@ -59,33 +59,33 @@ def read_record(kind: type[Record], values: Any, where: str) -> Record:
 
 
 class Costs(NamedTuple):
-    """What a variant takes, measured in turn with all others."""
+    """Costs of a variant, all variants timed in turn."""
 
     tokens_per_second: float
-    """Of training, one run on all devices."""
+    """Training throughput, one run on all devices."""
     peak_bytes: int
-    """That the step holds at once, by XLA's plan of it: arguments, results and all between."""
+    """Peak memory of the step by XLA's plan: arguments, results and temporaries."""
     compile_seconds: float
-    """Of the training step."""
+    """Compilation time of the training step."""
     decode_tokens_per_second: float | None
-    """One sequence with its cache; None of a family that does not decode."""
+    """One sequence with its KV cache; None for a family that does not decode."""
     tpu_peak_bytes: int | None
-    """Of the same step compiled for a TPU v5e; None without libtpu."""
+    """Peak memory of the same step compiled for a TPU v5e; None without libtpu."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """A report of a variant's difference from the baseline, on the seeds that both finished."""
+    """A look (interim analysis): a report of a difference, on the seeds that both finished."""
 
     variant: str
     size: str
     day: str
-    """When it was made, as 2026-11-27."""
+    """Date of the report, as 2026-11-27."""
     seeds: tuple[int, ...]
     runs: tuple[str, ...]
     """[seeds], directories of the variant's runs."""
     baseline_runs: tuple[str, ...]
-    """[seeds], of the baseline's."""
+    """[seeds], directories of the baseline's runs."""
 
 
 @dataclass(frozen=True)
@@ -95,48 +95,48 @@ class Entry:
     variant: str
     size: str
     model: TransformerConfig
-    """As matched."""
+    """The matched model."""
     optimizer: OptimizerConfig
-    """With the learning rate that its final runs took."""
+    """With the learning rate of its final runs."""
     parameters: int
     training_flops: int
-    """A token."""
+    """Per token."""
     target: float | None
-    """Of what was matched; None where nothing was."""
+    """Target value of the matched measure; None where nothing is matched."""
     reached: float | None
-    """What the variant has of it."""
+    """The variant's value of it."""
     steps: int
     searched: dict[float, tuple[float | None, ...]]
-    """Validation losses of the search's seeds by learning rate; empty where there was no choice."""
+    """Validation losses of the search seeds by learning rate; empty without a search."""
     finals: tuple[Outcome, ...]
-    """By seed, failed ones too."""
+    """By seed, including failed runs."""
     costs: Costs | None
     """None where they could not be measured."""
     looks: tuple[Look, ...] = ()
-    """At the difference from the baseline, this report's the last; empty where seeds are too few,
-    and where their number was fixed beforehand, so that there is one look only."""
+    """Looks at the difference from the baseline, this report's last; empty where seeds are too few,
+    or where their number was fixed in advance, so that there is a single look."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that the report is made of."""
+    """Everything the report is made from."""
 
     comparison: Comparison
     command: str
-    """That was run."""
+    """The command line."""
     commit: str
-    """Of the code; empty outside a repository."""
+    """Git commit of the code; empty outside a repository."""
     environment: dict[str, Any]
-    """Of `gptjax.runs.directory.environment`: versions, device, machine."""
+    """From `gptjax.runs.directory.environment`: versions, device, machine."""
     data: str
-    """What was trained and evaluated on, in a line."""
+    """Description of the data, in one line."""
     sizes: tuple[str, ...]
-    """One empty one without --scale."""
+    """A single empty string without --scale."""
     entries: tuple[Entry, ...]
-    """By size, then by variant in the order asked for; the first of each size is the baseline."""
+    """By size, then by variant in the order given; the first of each size is the baseline."""
     outcomes: tuple[Outcome, ...]
-    """Of all runs, the search's and the failed ones too."""
+    """Outcomes of all runs, including the search's and failed ones."""
     notes: tuple[str, ...]
-    """Sentences on what could not be done or matched."""
+    """Sentences on what could not be measured or matched."""
     seconds: float
-    """Wall time of all runs, in whichever calls they ran."""
+    """Wall time of all runs, over all calls."""

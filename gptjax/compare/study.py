@@ -1,4 +1,4 @@
-"""A comparison from its question to its report."""
+"""`compare`: plan, train, measure and report a comparison."""
 
 import dataclasses
 import math
@@ -11,16 +11,16 @@ import jax
 import numpy as np
 
 from gptjax.compare.analysis.verdicts import standings
-from gptjax.compare.grid.grid import run_cells, work
+from gptjax.compare.grid.grid import run_grid, work
 from gptjax.compare.grid.progress import GridProgress, clock
 from gptjax.compare.looks import with_looks
 from gptjax.compare.plan import costs
-from gptjax.compare.plan.plan import ENDLESS, MEASURED, Plan, Planned, make_plan
-from gptjax.compare.plan.runs import RUNS, Cell, finished
+from gptjax.compare.plan.plan import ENDLESS, TIMINGS, Plan, Planned, make_plan
+from gptjax.compare.plan.runs import RUNS, GridRun, finished
 from gptjax.compare.question import Comparison
 from gptjax.compare.report.files import write_report
 from gptjax.compare.results import Answer, Costs, Entry, Outcome
-from gptjax.compare.versioned_files import read_saved, write_saved
+from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import InputError, to_dict
 from gptjax.costs.model import model_cost
 from gptjax.runs.directory import environment, hold
@@ -28,17 +28,17 @@ from gptjax.system.disk import write_error
 from gptjax.system.locks import LOCK
 
 QUESTION = "comparison.json"
-HALF_MADE = {MEASURED, "measured.tmp", "comparison.tmp", LOCK}
-"""What there may be before the question is written."""
+HALF_MADE = {TIMINGS, "measured.tmp", "comparison.tmp", LOCK}
+"""Files that may exist before the question is written."""
 
 
 def compare(comparison: Comparison, out: Path, command: str) -> Answer:
-    """Train what is missing of the grid, and write the report.
+    """Train the missing runs of the grid, and write the report.
 
     Raises:
-      InputError: a flag, a variant or a match that cannot be, or results of another version, or
-        a directory in which another process compares.
-      DiskError: a disk that is full or fails; the runs that have finished stay.
+      InputError: an invalid flag, variant or match, results of another version, or a directory
+      in which another process compares.
+      DiskError: a disk that is full or fails; finished runs are kept.
       Interrupted: a signal while a large model trained; its state is saved.
     """
     _open(out)
@@ -51,8 +51,8 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
     _begin(comparison, out)
     with GridProgress(_all_work(plan)) as progress:
 
-        def outcomes(cells: Sequence[Cell]) -> list[Outcome]:
-            return run_cells(cells, out, plan.material, progress)
+        def outcomes(runs: Sequence[GridRun]) -> list[Outcome]:
+            return run_grid(runs, out, plan.data, progress)
 
         tried = [outcomes(plan.search(each)) for each in plan.planned]
         finals = [
@@ -63,8 +63,8 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
         taken, notes = _costs(plan)
     if comparison.mup_width:
         notes.append(
-            f"Learning rates are those of width {comparison.mup_width}, carried by muP: that is "
-            "cheaper than a search at the real width, and may end at a higher loss."
+            f"Learning rates were chosen at width {comparison.mup_width} and transferred by muP: "
+            "this is cheaper than a search at the real width, and may end at a higher loss."
         )
     entries = with_looks(list(map(_entry, plan.planned, tried, finals, taken)), out)
     runs = [outcome for of in (*tried, *finals) for outcome in of]
@@ -73,7 +73,7 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
         command=command,
         commit=_commit(),
         environment=environment(),
-        data=plan.material.description,
+        data=plan.data.description,
         sizes=plan.sizes,
         entries=entries,
         outcomes=tuple(runs),
@@ -85,7 +85,7 @@ def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Ans
 
 
 def describe(comparison: Comparison, out: Path) -> str:
-    """The plan as a table, what of it is done, and how long the rest would take.
+    """Returns the plan as a table, how much of it is done, and how long the rest would take.
 
     Raises:
       InputError: as `compare`.
@@ -94,27 +94,27 @@ def describe(comparison: Comparison, out: Path) -> str:
     plan = make_plan(comparison, out)
     rate = comparison.rates[0]
     lines = [
-        f"{plan.material.description}.",
-        f"{'variant':<40}{'size':<14}{'width':>6}{'heads':>6}{'hidden':>7}{'depth':>6}"
+        f"{plan.data.description}.",
+        f"{'variant':<40}{'size':<14}{'width':>6}{'heads':>6}{'mlp_dim':>8}{'depth':>6}"
         f"{'parameters':>12}{'FLOPs/token':>13}{'off':>8}{'steps':>8}{'runs':>6}",
     ]
     configs = [plan.example(each) for each in plan.planned]
-    seconds = costs.estimated_seconds(configs, next(plan.material.batches(0)))
+    seconds = costs.estimated_seconds(configs, next(plan.data.batches(0)))
     left, done, total = 0.0, 0, 0
     for each, takes in zip(plan.planned, seconds, strict=True):
         model, cost = each.model, model_cost(each.model)
-        cells = [*plan.search(each), *plan.finals(each, rate)]
-        missing = [cell for cell in cells if finished(cell, out, plan.material) is None]
-        total, done = total + len(cells), done + len(cells) - len(missing)
+        runs = [*plan.search(each), *plan.finals(each, rate)]
+        missing = [run for run in runs if finished(run, out, plan.data) is None]
+        total, done = total + len(runs), done + len(runs) - len(missing)
         left += len(missing) * each.steps * takes
         off = each.reached / each.target - 1 if each.reached and each.target else 0.0
         lines.append(
             f"{each.variant.name:<40}{each.size:<14}{model.width:>6}{model.heads:>6}"
-            f"{model.actual_mlp_dim:>7}{model.depth:>6}{cost.parameters:>12,}"
-            f"{cost.training_flops:>13,}{off:>+8.2%}{each.steps:>8,}{len(cells):>6}"
+            f"{model.actual_mlp_dim:>8}{model.depth:>6}{cost.parameters:>12,}"
+            f"{cost.training_flops:>13,}{off:>+8.2%}{each.steps:>8,}{len(runs):>6}"
         )
     lines.append(
-        f"{total} runs, of which {out} has {done}; training the others takes about "
+        f"{total} runs, of which {out} has {done}; training the rest takes about "
         f"{clock(left)}, by {plan.planned[0].variant.name}'s measured step and the FLOPs of "
         "each, without evaluations and compilation."
     )
@@ -122,7 +122,7 @@ def describe(comparison: Comparison, out: Path) -> str:
 
 
 def summary(answer: Answer) -> str:
-    """What may be said of each variant, a line each."""
+    """Returns the verdict on each variant, one line per variant."""
     lines = []
     for size in answer.sizes:
         for standing in standings(answer, size):
@@ -132,9 +132,9 @@ def summary(answer: Answer) -> str:
 
 
 def _open(out: Path) -> None:
-    """Refuse a directory that is not a comparison's, or another version's, or cannot be written.
+    """Refuse a directory that is no comparison's, of another version, or not writable.
 
-    Nothing is made yet: a mistake in another flag leaves nothing.
+    Nothing is created yet, so that a mistake in another flag leaves nothing behind.
 
     Raises:
       InputError: it is.
@@ -147,7 +147,7 @@ def _open(out: Path) -> None:
         if not os.access(around, os.W_OK | os.X_OK):
             raise InputError(f"--out is {out}, and {around} may not be written: choose another.")
         if (out / QUESTION).exists():
-            read_saved(out / QUESTION)
+            read_versioned(out / QUESTION)
         elif out.exists() and {path.name for path in out.iterdir()} - HALF_MADE:
             raise InputError(f"{out} holds files but no {QUESTION}: choose another --out.")
     except OSError as error:
@@ -155,12 +155,12 @@ def _open(out: Path) -> None:
 
 
 def _begin(comparison: Comparison, out: Path) -> None:
-    """Make the directory, with the question and room for runs.
+    """Create the directory, with the question and an empty runs/.
 
     Raises:
       InputError: it cannot be written.
     """
-    write_saved(out / QUESTION, {"comparison": to_dict(comparison)})
+    write_versioned(out / QUESTION, {"comparison": to_dict(comparison)})
     try:
         (out / RUNS).mkdir(exist_ok=True)
     except OSError as error:
@@ -170,14 +170,14 @@ def _begin(comparison: Comparison, out: Path) -> None:
 def _all_work(plan: Plan) -> float:
     rate = plan.comparison.rates[0]
     return sum(
-        work(cell.config)
+        work(run.config)
         for each in plan.planned
-        for cell in (*plan.search(each), *plan.finals(each, rate))
+        for run in (*plan.search(each), *plan.finals(each, rate))
     )
 
 
 def _by_rate(searched: Sequence[Outcome]) -> dict[float, tuple[float | None, ...]]:
-    """The losses of the search's seeds."""
+    """Returns the losses of the search seeds by learning rate."""
     rates = dict.fromkeys(outcome.learning_rate for outcome in searched)
     return {
         rate: tuple(each.validation_loss for each in searched if each.learning_rate == rate)
@@ -186,7 +186,7 @@ def _by_rate(searched: Sequence[Outcome]) -> dict[float, tuple[float | None, ...
 
 
 def _best_rate(searched: Sequence[Outcome], plan: Plan) -> float:
-    """The rate with the least mean loss; one at which a run failed comes behind all others."""
+    """Returns the rate with the least mean loss; rates at which a run failed come last."""
     means = {
         rate: math.inf if None in losses else np.mean(np.array(losses, float))
         for rate, losses in _by_rate(searched).items()
@@ -195,8 +195,8 @@ def _best_rate(searched: Sequence[Outcome], plan: Plan) -> float:
 
 
 def _costs(plan: Plan) -> tuple[list[Costs | None], list[str]]:
-    """Of each variant at each size, in order; and a sentence where they could not be measured."""
-    batch, taken, notes = next(plan.material.batches(0)), [], []
+    """Returns the costs by size and variant, None where unmeasured, and sentences on these."""
+    batch, taken, notes = next(plan.data.batches(0)), [], []
     for size in plan.sizes:
         configs = {
             each.variant.name: plan.example(each._replace(steps=ENDLESS))
@@ -209,7 +209,7 @@ def _costs(plan: Plan) -> tuple[list[Costs | None], list[str]]:
 
         of = {name: to_dict(config) for name, config in configs.items()}
         try:
-            known = plan.measured.known("costs", of, measure)
+            known = plan.timings.get_or_measure("costs", of, measure)
         except jax.errors.JaxRuntimeError as error:
             notes.append(f"Costs {size} could not be measured: {' '.join(str(error).split())}")
             taken += [None] * len(configs)
@@ -245,7 +245,7 @@ def _entry(
 
 
 def _commit() -> str:
-    """Of the code, with a + where files differ from it; empty outside a repository."""
+    """Returns the Git commit, with a + if files differ from it; empty outside a repository."""
     here = Path(__file__).parent
     try:
         commit, changes = (

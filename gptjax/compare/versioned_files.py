@@ -1,4 +1,4 @@
-"""JSON files that a comparison leaves, each with the number of its format."""
+"""JSON files of a comparison, each with a format version."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ from gptjax.config import InputError, read_sealed, sealed
 from gptjax.system.disk import write_error, write_json
 
 FORMAT = 1
-"""Another one's is refused."""
+"""Files of other versions are refused."""
 
 
-def write_saved(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` under this format, whole or not at all.
+def write_versioned(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` with the format version, atomically.
 
     Raises:
       InputError: a file that cannot be written.
@@ -23,8 +23,8 @@ def write_saved(path: Path, content: dict[str, Any]) -> None:
         raise write_error(error, path) from error
 
 
-def read_saved(path: Path) -> dict[str, Any]:
-    """What `write_saved` wrote.
+def read_versioned(path: Path) -> dict[str, Any]:
+    """Returns what `write_versioned` wrote.
 
     Raises:
       InputError: a file that another version of gptjax wrote, or that cannot be read.

@@ -1,4 +1,4 @@
-"""Models of Hugging Face's, read and written: `config.json` and safetensors, both ways.
+"""Convert Hugging Face models, both ways: `config.json` and safetensors.
 
 | family | `model_type` |
 |---|---|
@@ -8,8 +8,8 @@
 | BERT | bert |
 | the Transformer itself, as Marian (OPUS-MT) has it | marian |
 
-tensors.py says which tensor is which of our parameters, families.py and particulars.py which field
-of `config.json` is which of ours; each serves both directions. gguf_files.py reads Llamas in GGUF.
+tensors.py maps tensors to our parameters, families.py and particulars.py fields of `config.json` to
+ours; each serves both directions. gguf_files.py reads Llamas in GGUF.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,34 +38,34 @@ __all__ = [
 ]
 
 DECODED = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-"""The fields by which transformers decodes."""
+"""Token ids of generation_config.json."""
 Sharding = jax.sharding.Sharding
-Place = Callable[[str, jax.ShapeDtypeStruct], Sharding]
+Placement = Callable[[str, jax.ShapeDtypeStruct], Sharding]
 
 
 def from_huggingface(
     source: str | Path,
     *,
     dtype: Any = jnp.float32,
-    sharding: Sharding | Place | Mapping[str, Any] | None = None,
+    sharding: Sharding | Placement | Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model in a directory of Hugging Face's, or on the hub under this name.
+    """Loads a model from a Hugging Face directory, or from the hub.
 
     Args:
       source: a directory with `config.json` and safetensors, or a name such as
         openai-community/gpt2 (which needs the extra `huggingface`, and the network).
       dtype: of the parameters.
-      sharding: where they go: one for all, a tree of them in the structure of the parameters, or a
-        function of a parameter's path (embedding.table) and its shape. Each goes there as it is
-        read. None is the default device.
+      sharding: of the parameters: one for all, a tree of them in the parameters' structure, or a
+      function of a parameter's path (embedding.table) and its shape. Each parameter is placed as
+      it is read. None is the default device.
 
     Returns:
       A model as `gptjax.build` makes it.
 
     Raises:
-      InputError: a family or a field that gptjax lacks; tensors that are missing, unexpected or of
-        another shape, many of them at once; damaged files, or pickles alone; numbers that are
-        not finite, or not in `dtype`.
+      InputError: a family or a field that gptjax does not support; tensors that are missing,
+      unexpected or of another shape, listed together; damaged files, or only pickles; numbers
+      that are not finite, or too large for `dtype`.
     """
     directory = files.find(source)
     given = read_json_object(directory / files.CONFIG)
@@ -80,17 +80,17 @@ def from_gguf(
     path: str | Path,
     *,
     dtype: Any = jnp.float32,
-    sharding: Sharding | Place | Mapping[str, Any] | None = None,
+    sharding: Sharding | Placement | Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model in a GGUF file of the Llama family (which needs the extra `gguf`).
+    """Loads a model of the Llama family from a GGUF file (needs the extra `gguf`).
 
     Args:
       path: of the file.
-      dtype: of the parameters; what is quantised is computed back.
+      dtype: of the parameters; quantised tensors are dequantised.
       sharding: as `from_huggingface`.
 
     Raises:
-      InputError: another architecture, and all that `from_huggingface` raises.
+      InputError: another architecture, and as `from_huggingface`.
     """
     weights = GGUFWeights(Path(path))
     config = config_from_huggingface(weights.config, str(path))
@@ -104,13 +104,13 @@ def _load(
     dtype: Any,
     sharding: Any,
 ) -> Any:
-    """The model, each parameter read, put into our axes and placed, one after another."""
+    """Builds the model: each parameter is read, converted to our axes and placed, one by one."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype is {np.dtype(dtype).name}: parameters are floating-point numbers.")
     depth, held = max(config.depth, config.encoder_depth), len(weights.names)
     if depth > held:
         raise InputError(
-            f"{weights.directory} does not fit its config: of {depth:,} layers it has {held:,} "
+            f"{weights.directory} does not fit its config: for {depth:,} layers it has {held:,} "
             "tensors."
         )
     graphdef, shapes = abstract(config)
@@ -131,16 +131,16 @@ def _load(
 def to_huggingface(
     model: Any, directory: str | Path, *, fields: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a model as a directory that transformers loads.
+    """Write a model as a directory that transformers can load.
 
     Args:
       model: as `gptjax.build` makes it.
-      directory: where to; it must be empty or new.
-      fields: to add to `config.json`, such as the end token's `eos_token_id`, which a model of ours
-        does not know; generation_config.json holds those of `DECODED` too.
+      directory: the output; it must be empty or new.
+      fields: added to `config.json`, such as `eos_token_id`, which our models do not have; those
+      in `DECODED` go to generation_config.json too.
 
     Raises:
-      InputError: a model that no family of theirs computes exactly, or a directory in use.
+      InputError: a model that no family of transformers computes exactly, or a directory in use.
     """
     files.check_unused(Path(directory))
     given = config_to_huggingface(model.config)
@@ -161,13 +161,13 @@ def to_huggingface(
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path, as `decoder.blocks.attention.query.kernel`."""
+    """Returns the leaves of a tree by path, such as `decoder.blocks.attention.query.kernel`."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
 
 
 def _as_tree(leaves: Mapping[str, Any], like: Any) -> Any:
-    """What `_by_path` took apart."""
+    """Inverse of `_by_path`."""
     return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in _by_path(like)])
 
 
@@ -180,10 +180,10 @@ def _plan(tables: Tables, leaves: Mapping[str, Any], config: TransformerConfig) 
 
 
 def _stored_names(tables: Tables, names: list[str]) -> dict[str, str]:
-    """The name that the table has → the name in the file.
+    """Maps names in the table to names in the file.
 
-    Checkpoints of a model without heads lack the prefix, and TensorFlow's called the scale of a
-    norm gamma and its bias beta. Of a tensor that several names share, any may have been kept.
+    Checkpoints of models without heads lack the prefix, and those from TensorFlow call the scale of
+    a norm gamma and its bias beta. Of tied tensors, any name may have been kept.
     """
     bare = not any(name.startswith(tables.prefix) for name in names)
     stored = {}
@@ -206,7 +206,7 @@ def _check(
     stored: Mapping[str, str],
     weights: files.Weights | GGUFWeights,
 ) -> None:
-    """Every tensor that is missing, unexpected, or of another shape, in one sentence."""
+    """Refuse tensors that are missing, unexpected, or of another shape, all in one sentence."""
     expected = {}
     for entry in plan:
         shape = leaves[entry.paths[0]].shape[1 if entry.stacked else 0 :]
@@ -238,7 +238,7 @@ def _read(
     weights: files.Weights | GGUFWeights,
     dtype: Any,
 ) -> list[np.ndarray]:
-    """The leaves of an entry, one of several where the tensor is fused."""
+    """Returns the leaves of an entry, several if the tensor is fused."""
     shape = leaf_shape[1:] if entry.stacked else leaf_shape
     arrays = [np.empty(leaf_shape, dtype) for _ in entry.paths]
     for index, name in enumerate(entry.names):
@@ -251,7 +251,7 @@ def _read(
 
 
 def _sharding(sharding: Any, path: str, shape: jax.ShapeDtypeStruct) -> Any:
-    """Where one parameter goes."""
+    """Returns the sharding of one parameter."""
     if sharding is None or isinstance(sharding, Sharding):
         return sharding
     if callable(sharding):

@@ -1,7 +1,7 @@
-"""A Hugging Face `config.json` as a `TransformerConfig`, and back: exactly, or not at all.
+"""Convert `config.json` to `TransformerConfig` and back: exactly, or not at all.
 
-Fields that no table of families.py has do not change what a model computes. Dropout is one rate
-here; of their several the first is read, and all are written.
+Fields that no table of families.py has do not change what a model computes. We have one dropout
+rate: the first of theirs is read, and all are written.
 """
 
 from typing import Any
@@ -21,20 +21,19 @@ IRRELEVANT = {
     "remat_layers": "is of how many blocks it does so at once",
     "microbatches": "is how a pipeline splits a batch",
 }
-"""The fields of ours that change nothing of what a model computes, and what each is instead. Every
-other one survives `config.json`, or the model is refused."""
+"""Our fields that do not change what a model computes, with reasons. Every other field is preserved
+in `config.json`, or the model is refused."""
 UNSEGMENTED = 2
-"""Kinds of segments of a BERT for a model without: BERT always has some, and theirs are zero."""
+"""Token types written for a model without: BERT always has some; their embeddings are zero."""
 
 
 def config_from_huggingface(
     given: HuggingFaceConfig, where: str = "config.json"
 ) -> TransformerConfig:
-    """The config of a model whose `config.json`, at `where`, holds `given`.
+    """Returns the config of `given`, the content of a `config.json` at `where`.
 
     Raises:
-      InputError: another family, a missing size, or a field with a value that gptjax does not
-        compute.
+      InputError: another family, a missing size, or an unsupported value of a field.
     """
     model_type = str(given.get("model_type"))
     if model_type not in TRANSLATIONS:
@@ -77,10 +76,10 @@ def _read(given: HuggingFaceConfig, model_type: str) -> TransformerConfig:
 
 
 def config_to_huggingface(config: TransformerConfig) -> dict[str, Any]:
-    """The `config.json` of the first family that computes exactly what `config` says.
+    """Returns the `config.json` of the first family that computes exactly `config`'s model.
 
     Raises:
-      InputError: none does; the sentence has the nearest and what it would change.
+      InputError: none does; the message has the nearest and what it would change.
     """
     misfits = {}
     for model_type in TRANSLATIONS:
@@ -88,7 +87,7 @@ def config_to_huggingface(config: TransformerConfig) -> dict[str, Any]:
         try:
             changed = differences(_resolved(config), _resolved(config_from_huggingface(given)))
         except InputError:
-            continue  # Not even a model of that family.
+            continue  # Not valid in that family.
         if not changed:
             return given
         misfits[model_type] = changed
@@ -102,7 +101,7 @@ def config_to_huggingface(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
-    """The config of that family which is nearest to ours."""
+    """Returns that family's config nearest to ours."""
     family, ours = TRANSLATIONS[model_type], _resolved(config)
     activation, known, default = family.activation
     names = {our_name: name for name, our_name in reversed(list(known.items()))}
@@ -114,14 +113,14 @@ def _written(config: TransformerConfig, model_type: str) -> dict[str, Any]:
         activation: names.get(config.activation, default),
         **dict.fromkeys(family.dropouts, config.dropout),
         **family.constant,
-        # Which tokens they are, a model of ours does not know; theirs would be other models'.
+        # Our models do not have these token ids; transformers' defaults are other models'.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         **family.write(config),
     }
 
 
 def _resolved(config: TransformerConfig) -> dict[str, Any]:
-    """What of a config changes what a model computes, its defaults spelt out."""
+    """Returns the fields that change what a model computes, with defaults resolved."""
     resolved = {name: value for name, value in to_dict(config).items() if name not in IRRELEVANT}
     rotary = config.position_embedding == "rotary"
     resolved |= {
@@ -137,7 +136,7 @@ def _resolved(config: TransformerConfig) -> dict[str, Any]:
         "rope_theta": float(config.rope_theta) if rotary else None,
     }
     if config.encoder_heads == "pooler":
-        resolved["encoder_heads"] = "none"  # A pooler changes nothing of the tokens.
+        resolved["encoder_heads"] = "none"  # A pooler does not change the tokens' outputs.
     if config.position_embedding not in ("rotary", "sinusoidal"):
         del resolved["pairing"]
     if not config.num_experts:

@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face `config.json` in each family, as tables; configs.py reads them."""
+"""Tables that map fields of a `config.json` to ours, one per family; used by configs.py."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,26 +40,26 @@ _GPT1 = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 @dataclass(frozen=True)
 class Translation:
-    """The fields of a family."""
+    """The fields of one family."""
 
     architecture: str
-    """The class of transformers that computes logits with it."""
+    """The transformers class that computes logits."""
     sizes: Mapping[str, str]
-    """Their field, which must be there → ours."""
+    """Their required field → ours."""
     optional: Mapping[str, tuple[str, Any]]
-    """Their field → ours, and the value of theirs that an absence means; null is our 0."""
+    """Their field → ours, and its default if absent; null is our 0."""
     activation: tuple[str, Mapping[str, str], str]
-    """Their field, their names → ours, and the name that an absence means."""
+    """Their field, their names → ours, and the default name."""
     dropouts: tuple[str, ...]
-    """Their rates of dropout; the first is ours."""
+    """Their dropout rates; the first is ours."""
     ours: Mapping[str, Any] = field(default_factory=dict)
-    """What is so in every model of the family."""
+    """Our fields that are fixed in the family."""
     constant: Mapping[str, Any] = field(default_factory=dict)
-    """Their fields with the only value that gptjax computes, which an absence means too."""
+    """Their fields with the only supported value, which is also the default."""
     read: Callable[[HuggingFaceConfig], dict[str, Any]] = lambda given: {}
-    """Further fields of ours."""
+    """Returns further fields of ours from theirs."""
     write: Callable[[TransformerConfig], dict[str, Any]] = lambda config: {}
-    """Further fields of theirs."""
+    """Returns further fields of theirs from ours."""
 
 
 _GPT_SIZES = {
@@ -249,4 +249,4 @@ TRANSLATIONS: dict[str, Translation] = {
         write=write_marian,
     ),
 }
-"""By `model_type`; where several fit a model of ours, the first is written."""
+"""By `model_type`; the first that fits a model is written."""

@@ -1,7 +1,7 @@
-"""The directories of Hugging Face models: `config.json` and safetensors, read without executing.
+"""Directories of Hugging Face models: `config.json` and safetensors, read without executing code.
 
-Weights are mapped into memory, and a tensor is read when it is asked for. A pickle (`.bin`, `.pt`)
-can run any code when it is read, so none is.
+Weights are memory-mapped, and tensors are read on demand. Pickles (`.bin`, `.pt`) can run any code
+when read, so they are refused.
 """
 
 import json
@@ -22,16 +22,16 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 TIMEOUT_SECONDS = 5
 MOST_LISTED = 20
-"""Problems in one sentence."""
+"""Most problems listed in one sentence."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """OWNER/NAME."""
 
 
 class Weights:
-    """The tensors of a directory, in one file or else in several with an index.
+    """The tensors of a directory, in one file or in several with an index.
 
-    Where both are there the one file counts, as in transformers: saving a model again, smaller,
-    leaves the index of the shards that were there.
+    If both exist the single file counts, as in transformers: saving a smaller model over a sharded
+    one leaves the old index.
     """
 
     def __init__(self, directory: Path):
@@ -46,15 +46,15 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, without reading it."""
+        """Returns a tensor's shape without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor.
+        """Returns a tensor.
 
         Raises:
           InputError: numbers that are not floating-point, a NaN or an infinity among them.
@@ -66,7 +66,7 @@ class Weights:
         return checked(tensor, f"{self.directory}: {name}")
 
     def _open(self, name: str) -> tuple[list[str], Any]:
-        """The names of a file's tensors, and the file opened."""
+        """Opens a file; returns the names of its tensors, and the file."""
         path = self.directory / name
         try:
             if not path.is_file():
@@ -86,7 +86,7 @@ class Weights:
         return opened.keys(), opened
 
     def _read_shards(self, indexed: Mapping[str, str]) -> None:
-        """Open all shards; every tensor lies in one of them, the one that the index says."""
+        """Open all shards, checking that every tensor is in the shard that the index says."""
         held: dict[str, str] = {}
         for shard in sorted(set(indexed.values())):
             names, opened = self._open(shard)
@@ -103,13 +103,13 @@ class Weights:
 
 
 def checked(tensor: np.ndarray, what: str) -> np.ndarray:
-    """The tensor itself, called `what`.
+    """Returns the tensor, called `what` in errors, if it is valid.
 
     Raises:
       InputError: numbers that are not floating-point, a NaN or an infinity among them.
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise InputError(f"{what} is of {tensor.dtype}: gptjax reads floating-point weights alone.")
+        raise InputError(f"{what} is {tensor.dtype}: gptjax reads only floating-point weights.")
     if not np.isfinite(tensor).all():
         found = "a NaN" if np.isnan(tensor).any() else "an infinity"
         raise InputError(f"{what} holds {found}, so no output would be right.")
@@ -117,10 +117,10 @@ def checked(tensor: np.ndarray, what: str) -> np.ndarray:
 
 
 def converted(tensor: np.ndarray, dtype: Any, what: str) -> np.ndarray:
-    """The tensor called `what`, whose numbers are finite, in another type.
+    """Returns the finite tensor, called `what` in errors, as another dtype.
 
     Raises:
-      InputError: a number too large for the type.
+      InputError: a number too large for the dtype.
     """
     with np.errstate(over="ignore"):
         result = tensor.astype(dtype)
@@ -134,14 +134,14 @@ def converted(tensor: np.ndarray, dtype: Any, what: str) -> np.ndarray:
 
 
 def listed(problems: Iterable[str]) -> str:
-    """Some of the problems, and how many there are beside them."""
+    """Returns the first problems, and the number of the rest."""
     every = list(problems)
     more = len(every) - MOST_LISTED
     return "; ".join(every[:MOST_LISTED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _shards(path: Path) -> dict[str, str]:
-    """The file of each tensor."""
+    """Returns the file of each tensor."""
     shards = read_json_object(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{path} has no weight_map, which names the file of each tensor.")
@@ -163,12 +163,12 @@ def _no_weights(directory: Path) -> str:
 
 
 def find(source: str | Path) -> Path:
-    """The directory of a model: `source` itself, or what the hub has as this OWNER/NAME.
+    """Returns the directory of a model: `source` itself, or a download of OWNER/NAME from the hub.
 
-    Where there is a directory OWNER, `source` is a path, and the hub is not asked.
+    If there is a directory OWNER, `source` is a path, and the hub is not queried.
 
     Raises:
-      InputError: neither; or a download that fails.
+      InputError: neither; or a failed download.
     """
     path = Path(source)
     try:
@@ -182,7 +182,7 @@ def find(source: str | Path) -> Path:
     if not _HUB_ID.fullmatch(str(source)):
         near = near_directories(path)
         raise InputError(f"{source} is no directory, and no OWNER/NAME of the hub's: {near}")
-    if local:  # A run's name with a mistake is asked of no network.
+    if local:  # A misspelt run is not looked up on the hub.
         raise InputError(f"{source} is no directory: {near_directories(path)}")
     try:
         import huggingface_hub
@@ -207,10 +207,10 @@ def find(source: str | Path) -> Path:
 
 
 def check_unused(directory: Path) -> None:
-    """Nothing is overwritten.
+    """Refuse a directory that is not new or empty.
 
     Raises:
-      InputError: a directory that holds something, or a file.
+      InputError: a directory with content, or a file.
     """
     try:
         there = directory.exists() or directory.is_symlink()
@@ -227,9 +227,9 @@ def write(
     tensors: Mapping[str, np.ndarray],
     generation: Mapping[str, Any],
 ) -> None:
-    """A directory that transformers loads; the config last, so that it is whole or no model.
+    """Write a directory that transformers can load, the config last, so that a partial one is none.
 
-    What `generation` holds is its generation_config.json, if it holds anything.
+    `generation`, if not empty, becomes generation_config.json.
 
     Raises:
       InputError: a directory that is in use, or cannot be written.

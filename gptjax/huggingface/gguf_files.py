@@ -1,8 +1,8 @@
-"""Models of the Llama family in a GGUF file, llama.cpp's format, quantised or not.
+"""Read models of the Llama family from GGUF, llama.cpp's format, quantised or not.
 
-A file is seen as the Hugging Face checkpoint that it was made from: its keys as `config.json`, its
-tensors under their names there. llama.cpp pairs the channels that rotate as neighbours, and its
-conversion reorders the rows of query and key so; they are put back here.
+A file is presented as the Hugging Face checkpoint that it was made from: its keys as `config.json`,
+its tensors under their names there. llama.cpp's rotary embedding is interleaved, and its conversion
+permutes the rows of query and key accordingly; this is undone here.
 """
 
 import re
@@ -17,7 +17,7 @@ from gptjax.huggingface.gguf_format import read_layout
 from gptjax.huggingface.gguf_keys import config_of_keys
 
 REORDERED = ("llama",)
-"""Models whose queries and keys are in the order of neighbours."""
+"""Models whose queries and keys are in interleaved order."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -38,11 +38,11 @@ _TOKENS = {
     "eos_token_id": ("eos", "eot", "eom"),
     "pad_token_id": ("padding",),
 }
-"""Fields of a config.json, and which of llama.cpp's tokens they have; it ends at each of three."""
+"""Fields of config.json and llama.cpp's keys for them; it stops at any of three end tokens."""
 
 
 class GGUFWeights:
-    """The tensors of a file under the names of Hugging Face's."""
+    """The tensors of a file under their Hugging Face names."""
 
     def __init__(self, path: Path):
         try:
@@ -88,10 +88,10 @@ class GGUFWeights:
         return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, float32.
+        """Returns a tensor, dequantised to float32.
 
         Raises:
-          InputError: a quantisation that the package cannot undo, a NaN or an infinity.
+          InputError: a quantisation that the package does not support, a NaN or an infinity.
         """
         shape, kind, start, size = self._tensors[name]
         stored = np.frombuffer(self._content, np.uint8, size, start).reshape(*shape[:-1], -1)
@@ -108,7 +108,7 @@ class GGUFWeights:
         return checked(tensor, f"{self.directory}: {name}")
 
     def token_ids(self) -> dict[str, list[int]]:
-        """The tokens that begin, end and pad a text, as the fields of a `config.json`."""
+        """Returns the ids of the begin, end and pad tokens, as fields of a `config.json`."""
         ids = {}
         for name, tokens in _TOKENS.items():
             found = (self._keys.get(f"tokenizer.ggml.{token}_token_id") for token in tokens)
@@ -117,7 +117,7 @@ class GGUFWeights:
 
 
 def _their_name(name: str) -> str:
-    """`blk.0.attn_q.weight` → `model.layers.0.self_attn.q_proj.weight`; others as they are."""
+    """Maps `blk.0.attn_q.weight` to `model.layers.0.self_attn.q_proj.weight`; others unchanged."""
     found = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if found is None or found[3] not in _NAMES:
         return name

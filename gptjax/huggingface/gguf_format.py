@@ -1,8 +1,8 @@
-"""The layout of a GGUF file: its keys with their values, and where each tensor lies.
+"""A parser of GGUF files: keys with their values, and the offset of each tensor.
 
-Source: docs/gguf.md of ggml-org/ggml. The package gguf has a reader too, which believes a header:
-a damaged list of 2**63 numbers is read for ever, and tensors may lie in each other. Here every
-length is held against the bytes that there are, and what is long is a view of the file.
+Source: docs/gguf.md of ggml-org/ggml. The package gguf has a reader too, but it trusts the header:
+a damaged list of 2**63 numbers is read forever, and tensors may overlap. Here every length is
+checked against the file's size, and long arrays are views of the file.
 """
 
 import mmap
@@ -30,41 +30,41 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-"""The type's number in the file → its letter in `struct` and in NumPy."""
+"""Type id in the file → format letter of `struct` and NumPy."""
 MOST_ENTRIES = 1 << 22
-"""Of keys, tensors and strings in a list; the largest vocabularies have 260,000 tokens."""
+"""Most keys, tensors and strings in a list; the largest vocabularies have 260,000 tokens."""
 MOST_DIMENSIONS = 4
-"""As in ggml."""
+"""ggml's limit."""
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies."""
+    """A tensor's position in the file."""
 
     shape: tuple[int, ...]
-    """Rows first, as NumPy has it; ggml counts from the last axis."""
+    """In NumPy's order of axes; ggml has the reverse."""
     kind: int
     """Its `GGMLQuantizationType`."""
     start: int
-    """Its first byte in the file."""
+    """Offset of its first byte."""
     size: int
-    """Its bytes."""
+    """Size in bytes."""
 
 
 class Layout(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
     content: mmap.mmap
     keys: dict[str, Any]
-    """Numbers, texts, and lists: of numbers as arrays, of texts as their count alone."""
+    """Numbers, strings, and lists: of numbers as arrays, of strings only their count."""
     tensors: dict[str, Tensor]
 
 
 def read_layout(path: Path, blocks: Mapping[Any, tuple[int, int]]) -> Layout:
-    """The layout of a file; `blocks` has, of each type, the numbers in a block and its bytes.
+    """Returns a file's layout; `blocks` has, per type, the numbers per block and its bytes.
 
     Raises:
       OSError: a file that cannot be read.
-      ValueError: something else than GGUF, or a damaged one.
+      ValueError: not a GGUF file, or a damaged one.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
@@ -92,7 +92,7 @@ def _tensors(
     keys: Mapping[str, Any],
     blocks: Mapping[Any, tuple[int, int]],
 ) -> dict[str, Tensor]:
-    """The tensors, each within the file and none in another."""
+    """Returns the tensors, checked to be within the file and disjoint."""
     described = [(header.text(), *header.tensor()) for _ in range(count)]
     alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -121,10 +121,10 @@ def _tensors(
 
 
 class _Header:
-    """A place in the bytes, which moves on as they are read.
+    """A cursor in the bytes that advances as they are read.
 
     Raises:
-      ValueError: bytes that the file does not have, or that mean nothing.
+      ValueError: bytes beyond the end of the file, or invalid ones.
     """
 
     def __init__(self, content: mmap.mmap):
@@ -132,35 +132,35 @@ class _Header:
         self.at = 0
 
     def skip(self, size: int) -> int:
-        """Where the next `size` bytes begin."""
+        """Returns the offset of the next `size` bytes, and skips them."""
         if size > len(self.content) - self.at:
             raise ValueError("its header is longer than the file")
         self.at += size
         return self.at - size
 
     def take(self, size: int) -> bytes:
-        """The next bytes."""
+        """Returns the next bytes."""
         start = self.skip(size)
         return self.content[start : start + size]
 
     def number(self, letter: str) -> Any:
-        """The next number."""
+        """Returns the next number."""
         form = f"<{letter}"
         return struct.unpack_from(form, self.content, self.skip(struct.calcsize(form)))[0]
 
     def count(self, what: str) -> int:
-        """The next length, of things that take some time each."""
+        """Returns the next length, if it is plausible."""
         count = self.number("Q")
         if count > MOST_ENTRIES:
             raise ValueError(f"it says that it has {count} {what}")
         return count
 
     def text(self) -> str:
-        """The next text."""
+        """Returns the next string."""
         return self.take(self.number("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """The next value of this type."""
+        """Returns the next value of this type."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -179,7 +179,7 @@ class _Header:
         return np.frombuffer(self.content, dtype, count, self.skip(count * dtype.itemsize))
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
-        """Shape, type and offset of the next tensor, whose name was read."""
+        """Returns shape, type and offset of the next tensor, after its name."""
         dimensions = self.number("I")
         if not 1 <= dimensions <= MOST_DIMENSIONS:
             raise ValueError(f"a tensor has {dimensions} axes")

@@ -1,9 +1,9 @@
-"""What the keys of a GGUF file say of a model, as the fields of a Hugging Face `config.json`.
+"""Convert the keys of a GGUF file to fields of a Hugging Face `config.json`.
 
-A key means here what it means to llama.cpp (`load_hparams` in src/llama-model.cpp, the graphs in
-src/models/llama.cpp and qwen2.cpp, and rotary scaling in src/llama-context.cpp). One that may
-change what is computed is read, or has the value that changes nothing, or is refused by its name;
-and so is every key of the model's that stands in no table.
+Keys have llama.cpp's meaning (`load_hparams` in src/llama-model.cpp, the graphs in
+src/models/llama.cpp and qwen2.cpp, and rotary scaling in src/llama-context.cpp). A key that may
+change the output is converted, or has a neutral value, or is refused by name; so is every key of
+the model's that is in no table.
 """
 
 import math
@@ -31,9 +31,9 @@ READ = {
 }
 """A key → the field of `config.json`."""
 BY_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
-"""Keys that may hold a number for each layer."""
+"""Keys that may have one number per layer."""
 FACTORS = ("rope.scaling.factor", "rope.scale_linear")
-"""The factor of scaled positions; its older name counts where the first is absent."""
+"""The rotary scaling factor; its older name counts if the first is absent."""
 WITHOUT_EFFECT = {
     "vocab_size": "the table of the tokens has as many rows as there are",
     "tensor_data_layout": "a note of the conversion, which llama.cpp does not read",
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = {
     "rope.scaling.yarn_beta_fast": "read where the scaling is yarn",
     "rope.scaling.yarn_beta_slow": "read where the scaling is yarn",
 }
-"""Keys that change no logit, and why."""
+"""Keys that do not change the logits, with reasons."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -65,15 +65,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "use_parallel_residual": (False,),
 }
-"""Keys with the values that change nothing."""
+"""Keys with their neutral values."""
 
 
 def config_of_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `config.json` that the keys of a file give.
+    """Returns the fields of a `config.json` from the keys of a file.
 
     Raises:
       InputError: another architecture; a part of a model, or an adapter of one; a key that is
-        missing, or that asks for what gptjax does not compute.
+        missing, or whose value gptjax does not support.
     """
     architecture = keys.get("general.architecture")
     if architecture not in FAMILIES:
@@ -91,7 +91,7 @@ def config_of_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Keys:
-    """The keys of an architecture, without its name `prefix` before them."""
+    """The keys of an architecture, without its `prefix`."""
 
     def __init__(self, keys: Mapping[str, Any], prefix: str):
         self._prefix = prefix
@@ -102,7 +102,7 @@ class _Keys:
         }
 
     def config(self) -> dict[str, Any]:
-        """The fields of a `config.json`, and nothing beside them that is not computed."""
+        """Returns the fields of a `config.json`, after checking all other keys."""
         width, depth = self._size("embedding_length"), self._size("block_count")
         heads = self._size("attention.head_count", depth=depth)
         found = {
@@ -121,7 +121,7 @@ class _Keys:
         return {READ[key]: value for key, value in found.items()}
 
     def _size(self, key: str, default: int | None = None, *, depth: int = 0) -> int:
-        """A size, which a key of `BY_LAYER` may give `depth` times over."""
+        """Returns a size; a key of `BY_LAYER` may give it once per layer."""
         value = self._values.get(key, default)
         if key in BY_LAYER and isinstance(value, np.ndarray):
             if len(value) != depth or len(set(value.tolist())) != 1:
@@ -132,7 +132,7 @@ class _Keys:
         return value
 
     def _number(self, key: str, default: float | None = None) -> float:
-        """A float32: the shortest decimal is the one meant."""
+        """Returns a float32 as its shortest decimal."""
         value = self._values.get(key, default)
         with np.errstate(over="ignore"):
             number = float(str(np.float32(value))) if isinstance(value, float) else math.nan
@@ -141,7 +141,7 @@ class _Keys:
         return number
 
     def _check_rotary_scaling(self) -> None:
-        """Without a type llama.cpp takes the scaling for linear, and 0 for no factor.
+        """Check that positions are not scaled; llama.cpp's defaults are linear scaling, 0 for none.
 
         Raises:
           InputError: positions that are scaled.
@@ -151,10 +151,10 @@ class _Keys:
             self._check(key, (0.0, 1.0))
 
     def _check_others(self, found: Mapping[str, Any]) -> None:
-        """Every key that was not read changes nothing.
+        """Check that no other key changes the output.
 
         Raises:
-          InputError: one that does, or that is not known.
+          InputError: one that does, or that is unknown.
         """
         head, context_length = found["attention.key_length"], found["context_length"]
         default = found["embedding_length"] // found["attention.head_count"]
@@ -190,7 +190,7 @@ class _Keys:
 
 
 def _shown(value: Any) -> str:
-    """A value in a line."""
+    """Returns a value as one line."""
     if not isinstance(value, np.ndarray):
         return shown(value)
     return f"{shown(value[:8].tolist())}{' and so on' * (len(value) > 8)}"

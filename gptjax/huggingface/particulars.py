@@ -1,6 +1,6 @@
-"""What of a Hugging Face config a table of fields cannot say: rotary positions, who looks where.
+"""Conversions that the tables of fields cannot express: rotary positions, attention patterns.
 
-A `read` function gives further fields of ours from theirs, a `write` function the other way.
+A `read` function returns further fields of ours from theirs, a `write` function the reverse.
 """
 
 import itertools
@@ -14,12 +14,12 @@ HuggingFaceConfig = Mapping[str, Any]
 
 
 def refusal(name: str, value: Any, accepted: str) -> InputError:
-    """The error for a field with a value that gptjax does not compute."""
+    """Returns the error for a field with an unsupported value."""
     return InputError(f"{name} is {shown(value)}: gptjax computes {accepted} alone.")
 
 
 def pattern(kinds: Sequence[str]) -> str:
-    """The shortest pattern that, repeated, gives the kinds of attention of all layers."""
+    """Returns the shortest repeating pattern of the layers' kinds of attention."""
     length = next(
         length
         for length in range(1, len(kinds) + 1)
@@ -29,14 +29,14 @@ def pattern(kinds: Sequence[str]) -> str:
 
 
 def turns(config: TransformerConfig, names: Mapping[str, str]) -> list[str]:
-    """Their name of each layer's attention; one that they lack is full."""
+    """Returns their name of each layer's kind of attention; full if they have none."""
     pattern = config.attention_pattern
     turns = (pattern[layer % len(pattern)] for layer in range(config.depth))
     return [names.get(kind, names["full"]) for kind in turns]
 
 
 def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
-    """Rotary positions, in the fields of transformers 5 or of those before."""
+    """Reads rotary positions from the fields of transformers 5 or earlier."""
     parameters: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         found = given.get(name) or {}
@@ -54,12 +54,12 @@ def _rope(given: HuggingFaceConfig, fraction: float) -> dict[str, Any]:
 
 
 def read_neo(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Global and local attention in turn."""
+    """Alternating global and local attention."""
     types = given.get("attention_types") or [[["global", "local"], given["num_layers"] // 2]]
     described = (
         kind for kinds, times in types for _ in range(times * bool(kinds)) for kind in kinds
     )
-    # One more than there should be is enough to refuse them.
+    # One more than needed suffices to refuse them.
     described = list(itertools.islice(described, given["num_layers"] + 1))
     layers = given.get("attention_layers") or described
     names = {"global": "full", "local": "local"}
@@ -71,7 +71,7 @@ def read_neo(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_neo(config: TransformerConfig) -> dict[str, Any]:
-    """Global and local attention in turn."""
+    """Alternating global and local attention."""
     layers = turns(config, {"full": "global", "local": "local"})
     turn = pattern(layers).split(",")
     return {
@@ -81,7 +81,7 @@ def write_neo(config: TransformerConfig) -> dict[str, Any]:
 
 
 def read_gptj(given: HuggingFaceConfig) -> dict[str, Any]:
-    """The number of channels that turn."""
+    """The number of rotated channels."""
     actual_head_dim = given["n_embd"] // given["n_head"]
     turning = given.get("rotary_dim", 64)
     if not isinstance(turning, int) or turning % 2 or not 0 < turning <= actual_head_dim:
@@ -94,7 +94,7 @@ def read_gptj(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def read_neox(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Rotary positions, the biases of attention, and whether both layers run side by side."""
+    """Rotary positions, attention biases, and parallel residuals."""
     rope = _rope(given, 0.25)
     actual_head_dim = given["hidden_size"] // given["num_attention_heads"]
     if int(rope["rotary_fraction"] * actual_head_dim) % 2:
@@ -110,7 +110,7 @@ def read_neox(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_neox(config: TransformerConfig) -> dict[str, Any]:
-    """The rotary fields of transformers 5 and of those before."""
+    """The rotary fields of transformers 5 and of earlier ones."""
     fraction = config.rotary_fraction if config.position_embedding == "rotary" else 1.0
     return {
         "use_parallel_residual": config.norm_placement != "pre",
@@ -126,7 +126,7 @@ def write_neox(config: TransformerConfig) -> dict[str, Any]:
 
 
 def read_llama(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Rotary positions of all channels, and the biases of attention."""
+    """Rotary positions over all channels, and attention biases."""
     rope = _rope(given, 1.0)
     if rope["rotary_fraction"] != 1:
         raise refusal("partial_rotary_factor", rope["rotary_fraction"], "1.0")
@@ -135,7 +135,7 @@ def read_llama(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_llama(config: TransformerConfig) -> dict[str, Any]:
-    """The rotary fields of transformers 5 and of those before."""
+    """The rotary fields of transformers 5 and of earlier ones."""
     return {
         "num_key_value_heads": config.actual_kv_heads,
         "head_dim": config.actual_head_dim,
@@ -146,7 +146,7 @@ def write_llama(config: TransformerConfig) -> dict[str, Any]:
 
 
 def read_mistral(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Llama's, with a window in every layer."""
+    """Llama's, with sliding-window attention in every layer."""
     window = given.get("sliding_window", 4096)
     return {
         **read_llama(given),
@@ -156,12 +156,12 @@ def read_mistral(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_mistral(config: TransformerConfig) -> dict[str, Any]:
-    """Llama's, with a window in every layer."""
+    """Llama's, with sliding-window attention in every layer."""
     return write_llama(config) | {"attention_bias": False, "sliding_window": config.window or None}
 
 
 def read_qwen2(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Llama's, with biases of query, key and value, and a window in some layers."""
+    """Llama's, with query, key and value biases, and sliding windows in some layers."""
     depth = given["num_hidden_layers"]
     window = given.get("sliding_window", 4096) if given.get("use_sliding_window") else None
     first = given.get("max_window_layers", 28) if window else depth
@@ -183,7 +183,7 @@ def read_qwen2(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_qwen2(config: TransformerConfig) -> dict[str, Any]:
-    """Llama's, with a window in some layers."""
+    """Llama's, with sliding windows in some layers."""
     layers = turns(config, {"full": "full_attention", "local": "sliding_attention"})
     return write_llama(config) | {
         "use_sliding_window": config.window > 0,
@@ -202,7 +202,7 @@ _BERT_HEADS = {
 
 
 def read_bert(given: HuggingFaceConfig) -> dict[str, Any]:
-    """The heads of the class of transformers that `given` names; a bare one's pooler may lack."""
+    """The heads of the transformers class that `given` names; a bare model may lack the pooler."""
     named = (given.get("architectures") or [_BERT_HEADS["pretraining"]])[0]
     bare = "pooler" if given.get("add_pooling_layer", True) else "none"
     heads = {"BertForPreTraining": "pretraining", "BertForMaskedLM": "masked_lm"}.get(named, bare)
@@ -214,12 +214,12 @@ def read_bert(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_bert(config: TransformerConfig) -> dict[str, Any]:
-    """The class of transformers that has the heads."""
+    """The transformers class that has the heads."""
     return {"architectures": [_BERT_HEADS[config.encoder_heads]]}
 
 
 def stored_bert_heads(names: Sequence[str]) -> dict[str, Any]:
-    """What `read_bert` needs, of the tensors called `names`: configs name any class."""
+    """Returns what `read_bert` needs, from tensor names: the config's class is unreliable."""
     of = {"cls.seq_relationship": "pretraining", "cls.predictions": "masked_lm", "pooler": "pooler"}
     held = [heads for part, heads in of.items() if any(part in name for name in names)]
     architecture = _BERT_HEADS[held[0] if held else "none"]
@@ -227,7 +227,7 @@ def stored_bert_heads(names: Sequence[str]) -> dict[str, Any]:
 
 
 def read_marian(given: HuggingFaceConfig) -> dict[str, Any]:
-    """Both sides must be of one size, as they are in ours."""
+    """Encoder and decoder must have equal sizes, as in ours."""
     for name, other in (
         ("decoder_vocab_size", "vocab_size"),
         ("encoder_attention_heads", "decoder_attention_heads"),
@@ -239,7 +239,7 @@ def read_marian(given: HuggingFaceConfig) -> dict[str, Any]:
 
 
 def write_marian(config: TransformerConfig) -> dict[str, Any]:
-    """The same sizes for both sides."""
+    """Equal sizes of encoder and decoder."""
     return {
         "decoder_vocab_size": config.vocab_size,
         "encoder_layers": config.encoder_depth or config.depth,

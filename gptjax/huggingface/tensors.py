@@ -1,13 +1,13 @@
-"""Which tensor of a Hugging Face checkpoint is which of our parameters: one table per family.
+"""Tables that map tensors of Hugging Face checkpoints to our parameters, one per family.
 
 A row names our leaf, their tensor and the order of its axes, and serves both directions. In
-"PDNH -> NPH D" the left side are the axes of our leaf, the right side those of the tensor, groups
-of axes joined into one: here a matrix [N·3·H, D]. A group "1" is an axis of length 1. Axes are
-those of the whole codebase (D, N, K, H, F, V; T places, G segments, O any other output), and P are
-the leaves that one tensor holds, which in our path is `{part}`: query, key and value.
+"PDNH -> NPH D" the left side has the axes of our leaf, the right side those of the tensor, where a
+group of axes is merged into one: here a matrix [N·3·H, D]. A group "1" is an axis of length 1. Axes
+are those of the whole codebase (D, N, K, H, F, V; T positions, G token types, O any other output),
+and P are the leaves fused in one tensor, `{part}` in our path: query, key and value.
 
-A row counts where the model has its leaves: the bias of a layer without biases, or the head of a
-tied model, has a row and no tensor.
+A row applies if the model has its leaves: the bias of a layer without biases, or the head of a
+model with tied embeddings, has a row but no tensor.
 """
 
 import math
@@ -22,7 +22,7 @@ BUFFERS = re.compile(
     r"(\.|^)(attn|attention)\.(attention\.)?(masked_)?bias$"
     r"|rotary_emb\.inv_freq$|position_ids$|embed_positions\.weights?$"
 )
-"""What checkpoints hold beside parameters: causal masks, and positions that are computed."""
+"""Buffers in checkpoints that are no parameters: causal masks, and computed positions."""
 
 TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 
@@ -32,27 +32,27 @@ class Row:
     """One line of a table."""
 
     path: str
-    """Our leaf; those of a block carry a leading axis of layers, which `layout` leaves out."""
+    """Our leaf; those of blocks have a leading axis of layers, which `layout` omits."""
     name: str
-    """Their tensor; `{layer}` counts the blocks."""
+    """Their tensor; `{layer}` is the block's index."""
     layout: str
     """Our axes -> theirs."""
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Our leaves, several where the tensor holds P of them."""
+        """Our leaves, several if the tensor is fused."""
         if "{part}" not in self.path:
             return (self.path,)
         return tuple(self.path.replace("{part}", part) for part in PARTS)
 
     def shape(self, leaf_shape: Sequence[int]) -> tuple[int, ...]:
-        """The tensor's shape, of leaves of this shape."""
+        """Returns the tensor's shape for leaves of this shape."""
         sizes = self._sizes(leaf_shape)
         groups = self.layout.split(" -> ")[1].split()
         return tuple(math.prod(sizes[axis] for axis in group) for group in groups)
 
     def leaves(self, tensor: np.ndarray, leaf_shape: Sequence[int]) -> list[np.ndarray]:
-        """Our leaves, of this shape each, out of their tensor."""
+        """Converts their tensor to our leaves, each of this shape."""
         ours, theirs = self._axes()
         sizes = self._sizes(leaf_shape)
         array = tensor.reshape([sizes[axis] for axis in theirs])
@@ -60,7 +60,7 @@ class Row:
         return list(array) if ours.startswith("P") else [array]
 
     def tensor(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
-        """Their tensor out of our leaves."""
+        """Converts our leaves to their tensor."""
         ours, theirs = self._axes()
         array = np.stack(leaves) if ours.startswith("P") else leaves[0]
         array = array.transpose([ours.index(axis) for axis in theirs])
@@ -77,15 +77,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Tables:
-    """All that is known of the tensors of a family."""
+    """The tensors of a family."""
 
     rows: tuple[Row, ...]
     prefix: str
-    """Of the names of the model without its heads; a checkpoint of that alone leaves it out."""
+    """Prefix of the base model's names; a checkpoint of the base model alone omits it."""
     heads: tuple[str, ...] = ()
-    """The names that never carry the prefix begin so."""
+    """Beginnings of the names that never have the prefix."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some checkpoints hold twice: the second name → the first."""
+    """Tensors that some checkpoints store twice: the second name → the first."""
 
 
 QUERY, KEY, OUTPUT = "DNH -> NH D", "DKH -> KH D", "NHD -> D NH"
@@ -112,7 +112,7 @@ def _norm(path: str, name: str) -> tuple[Row, Row]:
 
 
 def _gpt(tokens: str, positions: str) -> tuple[Row, ...]:
-    """GPT-1 and GPT-2 differ in the names of the embeddings alone."""
+    """GPT-1 and GPT-2 differ only in the names of the embeddings."""
     block, layer = "decoder.blocks", "transformer.h.{layer}"
     return (
         Row("embedding.table", f"transformer.{tokens}.weight", TABLE),
@@ -131,7 +131,7 @@ def _gpt(tokens: str, positions: str) -> tuple[Row, ...]:
 
 
 def _attention(path: str, name: str, output: str) -> tuple[Row, ...]:
-    """Query, key and value apart, as most have them."""
+    """Separate query, key and value, as in most families."""
     return (
         *_linear(f"{path}.query", f"{name}.q_proj", QUERY),
         *_linear(f"{path}.key", f"{name}.k_proj", KEY),
@@ -295,13 +295,13 @@ TABLES: dict[str, Tables] = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A row in a model of known depth: the tensors of all layers that one set of leaves stacks."""
+    """A row for a model of known depth: the tensors of all layers stacked in one set of leaves."""
 
     row: Row
     paths: tuple[str, ...]
     """Our leaves."""
     names: tuple[str, ...]
-    """Their tensors, one a layer of the stack; outside of blocks the only one."""
+    """Their tensors, one per layer of the stack; outside of blocks a single one."""
     stacked: bool
     """Whether the leaves have an axis of layers."""
 
@@ -309,12 +309,12 @@ class Entry:
 def entries(
     tables: Tables, leaf_shapes: Mapping[str, Sequence[int]], kinds: int = 1
 ) -> list[Entry]:
-    """What of the table a model has.
+    """Returns the entries of the table that a model has.
 
     Args:
       tables: of the family.
       leaf_shapes: of every leaf of the model, by path.
-      kinds: of attention that take turns (p): block l is layer l // p of stack l % p.
+      kinds: length p of the attention pattern: block l is layer l // p of stack l % p.
     """
     found = []
     for row in tables.rows:

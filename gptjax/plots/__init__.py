@@ -1,10 +1,10 @@
-"""Matplotlib figures of what a run measured and of what a model does: numpy in, a `Figure` out.
+"""Matplotlib figures of runs and of model internals: NumPy arrays in, a `Figure` out.
 
-Made for paper: no wider than a page, no text under 6 points, colours that the colour-blind tell
-apart and that stay in order in grey. A notebook shows them as they are (inline.py).
+Made for print: no wider than a page, no text under 6 points, colour-blind safe colours whose order
+survives greyscale. Notebooks show them as they are (inline.py).
 
-The first layer is on top, in all of them and in the page of attention. Blue is above 0, orange
-below; attention weights go from 0 to 1, other values from the least to the largest there is.
+The first layer is on top, in all figures and in the attention page. Blue is above 0, orange below;
+attention weights are scaled from 0 to 1, other values from their minimum to their maximum.
 """
 
 from gptjax.plots.comparisons import (

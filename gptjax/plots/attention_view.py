@@ -1,15 +1,14 @@
-"""Attention weights as one HTML page, a file or a cell of a notebook, that asks for no network.
+"""Attention weights as one self-contained HTML page, for a browser or a notebook cell.
 
 | view | what it shows |
 |---|---|
-| head view | tokens in two columns, and lines from each query to its keys |
+| head view | tokens in two columns, with lines from each query to its keys |
 | model view | every head of every layer, small |
 | heat map | one head, tokens on both axes |
-| neuron view | a query and the keys that it is held against, channel by channel |
+| neuron view | the products of a query with its keys, channel by channel |
 
-The page is written by hand, in attention_page/. What it shows is packed into it: whole numbers of
-16 bits, deflated, and of causal attention the lower half alone; the browser unpacks a layer when it
-is looked at.
+The page's source is in attention_page/. Its data is embedded: quantised to 16 bits, deflated, for
+causal attention only the lower triangle; the browser unpacks a layer when it is shown.
 """
 
 import base64
@@ -43,60 +42,60 @@ SCRIPTS = (
     "neurons_view.js",
     "page.js",
 )
-"""In this order they are one script."""
+"""Concatenated in this order."""
 
 FEW = 1 << 22
-"""So many numbers of a kind are kept in 16 bits; of more, the page would grow too large."""
+"""Up to this many numbers of a kind are stored at the finer of the two precisions below."""
 WEIGHT_LEVELS = (65535, 16383)
-"""Steps from 0 to 1 of a few weights, and of many."""
+"""Quantisation steps from 0 to 1 for few weights, and for many."""
 VECTOR_LEVELS = (32767, 127)
-"""Steps from 0 to the largest number of a query or key, of a few numbers and of many."""
+"""Quantisation steps from 0 to a query's or key's largest number, for few numbers and for many."""
 FONT = "Noto Sans CJK SC"
 FIRST_CJK = "\u2e80"
-"""From this character on a browser may have no font of its own."""
+"""First of the characters for which a browser may have no font."""
 FRAME_HEIGHT = 680
-"""Pixels of the frame in a notebook."""
+"""Height of the frame in a notebook, pixels."""
 
 
 class AttentionPart(NamedTuple):
-    """One kind of a model's attention to one text."""
+    """One kind of a model's attention in one text."""
 
     name: str
-    """Which: "decoder", "encoder" or "cross"; "attention" where there is one kind."""
+    """Its kind: "decoder", "encoder" or "cross"; "attention" if there is one kind."""
     rows: Sequence[str]
-    """[T], the tokens that look, as they are to be read (`plots.token_label`)."""
+    """[T], the queries' tokens as labels (`plots.token_label`)."""
     columns: Sequence[str]
-    """[S], the tokens that are looked at."""
+    """[S], the keys' tokens."""
     weights: np.ndarray
     """[L, N, T, S], each from 0 to 1."""
     query: np.ndarray | None = None
-    """[L, T, N, H], what the scores are computed of; None leaves the neuron view out."""
+    """[L, T, N, H]; None leaves out the neuron view."""
     key: np.ndarray | None = None
     """[L, S, K, H], where K divides N."""
     layers: Sequence[int] | None = None
-    """[L], their numbers in the model; None counts from 0."""
+    """[L], the layers' numbers in the model; None counts from 0."""
     heads: Sequence[int] | None = None
     """[N], likewise."""
     windows: Sequence[int] | None = None
-    """[L], of layers with local attention: keys at this distance and more are hidden; 0 hides none.
-    None if no layer has it. What a causal mask hides is seen by the weights."""
+    """[L], windows of local attention: keys at this distance and more are masked; 0 masks none.
+    None if no layer is local. A causal mask is inferred from the weights."""
     next_tokens: Sequence[Sequence[tuple[str, float]]] | None = None
-    """[T], the likeliest tokens behind each that looks, with their probabilities (`likeliest`)."""
+    """[T], the most likely next tokens after each query, with their probabilities (`likeliest`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionView:
-    """A page of the attention to one text; a notebook shows it where it ends a cell.
+    """The attention page of one text; a notebook displays it as a cell's result.
 
     Raises:
-      InputError: arrays that do not fit each other, or weights that are none.
+      InputError: arrays of inconsistent shapes, or weights outside 0 to 1.
     """
 
     parts: Sequence[AttentionPart]
     title: str = "Attention"
-    """The text that is read."""
+    """The text."""
     model: str = ""
-    """What reads it; below the page."""
+    """The model's name, shown at the bottom."""
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -119,7 +118,7 @@ class AttentionView:
         )
 
     def _font(self) -> str:
-        """The glyphs of the Chinese, Japanese and Korean characters: not every system has them."""
+        """Returns an embedded font of the CJK characters used, as not every system has one."""
         texts = [self.title]
         for part in self.parts:
             texts += [*part.rows, *part.columns]
@@ -138,16 +137,16 @@ class AttentionView:
         return f'@font-face {{ font-family: Tokens; src: url("data:font/woff;base64,{data}"); }}\n'
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the page, whole or not at all.
+        """Write the page, atomically.
 
         Raises:
-          InputError: a file that is there already, unless `overwrite`; or what else
-            `gptjax.system.outputs.check_output` refuses.
+          InputError: the file exists, unless `overwrite`; or anything else that
+          `gptjax.system.outputs.check_output` refuses.
         """
         write_whole(path, self.html, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
-        """A frame with the page in it: neither can change the other."""
+        """Returns a sandboxed iframe of the page, isolated from the notebook."""
         return (
             f'<iframe srcdoc="{html.escape(self.html)}" title="{html.escape(self.title)}" '
             f'width="100%" height="{FRAME_HEIGHT}" sandbox="allow-scripts" '
@@ -158,27 +157,27 @@ class AttentionView:
 def likeliest(
     logits: np.ndarray, label: Callable[[int], str], count: int = 5
 ) -> list[list[tuple[str, float]]]:
-    """For each place the likeliest tokens, most likely first, with their probabilities.
+    """Returns the most likely next tokens at each position, with probabilities, in order.
 
-    Of 512 places and 5 tokens each, a page grows by about 40 kB.
+    For 512 positions and 5 tokens each, a page grows by about 40 kB.
 
     Args:
       logits: [T, V].
-      label: what a token is called.
-      count: how many of them.
+      label: token id → label.
+      count: tokens per position.
     """
     logits = np.asarray(logits, np.float64)
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     shares /= shares.sum(-1, keepdims=True)
     best = np.argsort(-shares, axis=-1, kind="stable")[:, :count]
     return [
-        [(label(int(token)), float(of_place[token])) for token in chosen]
-        for of_place, chosen in zip(shares, best, strict=True)
+        [(label(int(token)), float(of_position[token])) for token in chosen]
+        for of_position, chosen in zip(shares, best, strict=True)
     ]
 
 
 def _ramps() -> dict[str, dict[str, str]]:
-    """The colours of `gptjax.plots.colours` by theme: bytes of red, green and blue, as base64."""
+    """Returns the colour ramps by theme: bytes of red, green and blue, as base64."""
 
     def packed(colours: np.ndarray) -> str:
         return base64.b64encode(np.rint(255 * colours).astype(np.uint8).tobytes()).decode()
@@ -199,7 +198,7 @@ def _check(part: AttentionPart) -> None:
             f"The weights of {part.name} are {list(shape)}: they must be [L, N, T, S], here "
             f"[L, N, {tokens[0]}, {tokens[1]}]."
         )
-    # What rounding adds to 1 is not seen.
+    # Tolerate rounding above 1.
     if not (part.weights.min() >= 0 and part.weights.max() <= 1.001):
         raise InputError(f"The weights of {part.name} are not all from 0 to 1.")
     layers, heads = shape[:2]
@@ -228,7 +227,7 @@ def _check(part: AttentionPart) -> None:
 
 
 def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
-    """What the page is told of a part, and the blocks of its numbers."""
+    """Returns a part's JSON header, and the blocks of its numbers."""
     layers, heads, rows, columns = part.weights.shape
     causal = rows == columns and not np.triu(part.weights, 1).any()
     levels = WEIGHT_LEVELS[part.weights.size > FEW]
@@ -241,8 +240,8 @@ def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
         "causal": causal,
         "windows": [int(n) for n in (part.windows or [0] * layers)],
         "next": [
-            [(label, round(share, 4)) for label, share in of_place]
-            for of_place in part.next_tokens or ()
+            [(label, round(share, 4)) for label, share in of_position]
+            for of_position in part.next_tokens or ()
         ],
         "same": list(part.rows) == list(part.columns),
         "levels": levels,
@@ -271,14 +270,14 @@ def _pack(part: AttentionPart, index: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def _vectors(vectors: np.ndarray, levels: int) -> bytes:
-    """[T, N, H] → the largest number of each vector [T, N], float32, then all as parts of it."""
+    """Quantises [T, N, H]: each vector's largest number [T, N], float32, then numbers over it."""
     largest = np.abs(vectors).max(-1).astype("<f4")
     parts = vectors / np.where(largest, largest, 1)[..., None]
     return largest.tobytes() + _planes(levels + levels * parts)
 
 
 def _planes(numbers: np.ndarray) -> bytes:
-    """Numbers from 0 to 65535, rounded: all high bytes, then all low ones, as they deflate best."""
+    """Packs numbers from 0 to 65535, rounded: high bytes, then low bytes, which deflates best."""
     codes = np.clip(np.rint(numbers), 0, 65535).astype(np.uint16)
     return (codes >> 8).astype(np.uint8).tobytes() + codes.astype(np.uint8).tobytes()
 
@@ -289,6 +288,6 @@ def _block(identity: str, content: bytes) -> str:
 
 
 def _script_json(content: Any) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element."""
+    """Returns JSON escaped for a script element."""
     text = json.dumps(content, ensure_ascii=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,15 +1,15 @@
-"""What a colour means, in figures and in pages alike.
+"""Colour maps of figures and pages.
 
 | colour | meaning |
 |---|---|
-| blue | above 0: the darker (on a dark page the brighter), the more |
+| blue | above 0: darker is more (brighter on a dark page) |
 | orange | below 0, likewise |
-| white | 0, or the least there is (on a dark page, the page's own) |
-| hatched | hidden by a mask: no value at all |
-| grey | not known |
+| white | 0, or the minimum (on a dark page, the page's colour) |
+| hatched | masked: no value |
+| grey | unknown (NaN) |
 
-Ramps go evenly through lightness in OKLab (Ottosson 2020), so that equal steps of a value look
-equal, stay in order in grey, and are told apart by the colour-blind.
+Ramps are uniform in OKLab lightness (Ottosson 2020): perceptually uniform, ordered in greyscale and
+colour-blind safe.
 """
 
 import numpy as np
@@ -37,18 +37,18 @@ _LINEAR = np.array(
 
 
 def sequential(*, dark: bool = False) -> np.ndarray:
-    """Colours of values from 0 up: [256, 3], red, green and blue from 0 to 1.
+    """Returns colours [256, 3] of values from 0 up: red, green and blue from 0 to 1.
 
     Args:
-      dark: for a dark page, on which the strongest is the brightest.
+      dark: for a dark page, where the largest value is the brightest.
     """
     return _ramp(BLUE, np.linspace(0.21, 0.95, STEPS) if dark else np.linspace(0.985, 0.2, STEPS))
 
 
 def diverging(*, dark: bool = False) -> np.ndarray:
-    """Colours of values about 0, from the least to the largest: as `sequential`.
+    """Returns colours [256, 3] of signed values, centred at 0; as `sequential`.
 
-    Both ends keep more of their hue, by which alone they are told apart.
+    Both ends are more saturated, as only the hue distinguishes them.
     """
     lightness = np.linspace(*((0.21, 0.82) if dark else (0.985, 0.33)), STEPS // 2)
     return np.concatenate([_ramp(ORANGE, lightness)[::-1], _ramp(BLUE, lightness)])
@@ -56,7 +56,7 @@ def diverging(*, dark: bool = False) -> np.ndarray:
 
 def _ramp(hue: float, lightness: np.ndarray) -> np.ndarray:
     part = np.linspace(0, 1, len(lightness))
-    # Screens have little colour near white and near black; at 0 it is nearly grey.
+    # The sRGB gamut has little chroma near white and black; 0 is nearly grey.
     chroma = np.minimum(MOST_CHROMA, np.minimum(0.42 * (1 - lightness), 0.38 * lightness))
     chroma *= np.minimum(1, 0.2 + 4 * part)
     angle = np.deg2rad(hue)

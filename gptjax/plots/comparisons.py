@@ -1,7 +1,7 @@
-"""Figures that set variants side by side: who differs, at what cost, at which rate, at which size.
+"""Figures that compare variants: differences, costs, learning rates, model sizes.
 
-A variant has the same colour, dashes and mark in all of them, by its place among the names. NaN is
-what is not known, and is not drawn.
+A variant has the same colour, dashes and marker in all of them, by its index among the names. NaN
+is unknown and not drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ from gptjax.plots.legible import LINE, LINES, PAGE, finish, wrap
 from gptjax.plots.names import NAME, legend_below, legend_height, name_label, pitch
 
 SIGNS = (("v", LINES[0]), ("^", LINES[1]), ("o", "0.45"))
-"""Of a difference surely below zero, surely above, and neither: mark and colour."""
+"""Marker and colour of a difference below zero, above zero, and not separated."""
 PANEL, WIDE_PANEL = 145.0, 250.0
-"""Points across the smallest panel, and one with marks of all variants."""
+"""Width in points of the smallest panel, and of one with markers of all variants."""
 
 
 class Points(NamedTuple):
-    """What was measured of a variant along an axis."""
+    """Measurements of a variant along an axis."""
 
     places: np.ndarray
     """[points]."""
@@ -38,27 +38,26 @@ def differences(
     intervals: np.ndarray,
     *,
     runs: Sequence[np.ndarray] = (),
-    told: Sequence[bool] = (),
+    separated: Sequence[bool] = (),
     label: str,
     sides: tuple[str, str],
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """Differences with their intervals against a line at zero, first on top.
+    """Plots differences with their intervals against a line at zero, first on top.
 
-    Those whose interval lies on one side of zero, if that may be told, are marked and coloured by
-    the side; the others are grey and hollow. Each is printed beside its row, and so is what is not
-    known.
+    Separated ones, whose interval excludes zero, have the marker and colour of their side; the
+    others are grey and hollow. Values are printed beside the rows, unknown ones too.
 
     Args:
-      names: of what differs.
+      names: of the variants.
       intervals: [names, 3], the difference and the ends of its interval; NaN where there is none.
-      runs: [names] of [seeds], each seed's own difference, as dots; none leaves them out.
-      told: [names], whether it may be told on which side a difference lies; none if all may be.
-      label: what the differences are.
-      sides: what it means to be below zero, and above.
-      title: above them.
-      width: points across, `PAGE` or `NARROW`.
+      runs: [names] of [seeds], differences of single seeds, as dots; empty leaves them out.
+      separated: [names], whether a verdict allows colouring by side; empty allows all.
+      label: axis label.
+      sides: meaning of below zero, and of above.
+      title: above the figure.
+      width: in points, `PAGE` or `NARROW`.
     """
     room = NAME * width / PAGE
     figure, axes = page_axes(100 + pitch(names, room) * len(names), title, width)
@@ -66,7 +65,7 @@ def differences(
     axes.axvline(0, color="0.2", linewidth=1)
     for row, (middle, low, high) in enumerate(intervals):
         sign = 0 if high < 0 else 1 if low > 0 else 2
-        sign = sign if not told or told[row] else 2
+        sign = sign if not separated or separated[row] else 2
         marker, colour = SIGNS[sign]
         axes.hlines(row, low, high, color=colour, linewidth=1.6)
         axes.plot([low, high], [row, row], "|", color=colour, markersize=7)
@@ -92,7 +91,7 @@ def differences(
             fontsize=SIZE,
         )
     printed = axes.secondary_yaxis("right")
-    values = ["not known" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
+    values = ["unknown" if np.isnan(middle) else signed(middle) for middle in intervals[:, 0]]
     printed.set_yticks(range(len(names)), values, fontsize=SIZE)
     for side in (axes, printed):
         side.tick_params(axis="y", length=0)
@@ -101,7 +100,7 @@ def differences(
 
 
 def signed(value: float) -> str:
-    """A difference of losses with its sign, to four places."""
+    """Returns a difference of losses with its sign, to four decimals."""
     return f"{value:+z.4f}".replace("-", "−")
 
 
@@ -113,15 +112,15 @@ def curves_by_variant(
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """Measurements over training, each variant at places of its own: the mean, its range a band.
+    """Plots measurements over training, each variant at its own steps: mean, and range as a band.
 
-    Upwards the axis ends where a fifth of the way is gone: before, all fall steeply and alike.
+    The y axis is cut off above the values after a fifth of training, as all fall steeply before.
 
     Args:
-      curves: by name; without places where nothing is known.
-      xlabel, ylabel: what the axes show.
-      title: above them.
-      width: points across, `PAGE` or `NARROW`.
+      curves: by name; empty points if unknown.
+      xlabel, ylabel: axis labels.
+      title: above the figure.
+      width: in points, `PAGE` or `NARROW`.
     """
     figure, axes = page_axes(250 + legend_height(list(curves), width), title, width)
     for index, (name, (places, values)) in enumerate(curves.items()):
@@ -146,16 +145,16 @@ def difference_panels(
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """How differences go over training, a panel each: the mean, its range a band, a line at zero.
+    """Plots differences over training, one panel each: mean, range as a band, a line at zero.
 
-    All panels have the same axes; they end where a fifth of the way is gone, as the first steps
+    All panels share their axes, cut off at the values after a fifth of training, as the first steps
     would hide the rest.
 
     Args:
       curves: by name.
-      xlabel, ylabel: what the axes show.
-      title: above them.
-      width: points across, `PAGE` or `NARROW`.
+      xlabel, ylabel: axis labels.
+      title: above the figure.
+      width: in points, `PAGE` or `NARROW`.
     """
     columns = min(int(width // PANEL), len(curves))
     rows = -(-len(curves) // columns)
@@ -196,15 +195,15 @@ def frontier(
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """What is reached for what it takes, a panel a cost; a line joins what none beats in both.
+    """Plots loss against cost, one panel per cost, with the Pareto front as a line.
 
     Args:
       names: of the variants.
-      costs: [names] by what is counted, less is better; NaN where it is not known.
-      intervals: [names, 3], what is reached, less is better, and the ends of its interval.
-      ylabel: what is reached.
+      costs: [names] by axis label, lower is better; NaN if unknown.
+      intervals: [names, 3], the loss, lower is better, and the ends of its interval.
+      ylabel: axis label of the loss.
       title: above all panels.
-      width: points across, `PAGE` or `NARROW`.
+      width: in points, `PAGE` or `NARROW`.
     """
     columns = min(int(width // WIDE_PANEL), len(costs))
     rows = -(-len(costs) // columns)
@@ -226,7 +225,7 @@ def frontier(
             color="0.3",
             markerfacecolor="none",
             markersize=11,
-            label="no other is better in both",
+            label="Pareto front",
         )
         axes.tick_params(labelsize=SIZE)
         axes.xaxis.set_major_locator(MaxNLocator(4))
@@ -242,7 +241,7 @@ def frontier(
 
 
 def pareto(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Which of the points none other beats in both, by rising cost: [front] indices; no NaN."""
+    """Returns the indices [front] of the Pareto front, by rising cost; no NaN."""
     front: list[int] = []
     for index in np.lexsort((loss, cost)):
         known = np.isfinite(cost[index]) and np.isfinite(loss[index])
@@ -259,17 +258,17 @@ def loss_by_rate(
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """What each learning rate came to: the mean of its seeds, a dot for each, a ring if chosen.
+    """Plots loss by learning rate: the mean over seeds, a dot per seed, a ring if chosen.
 
-    Upwards the axis ends at four times the distance from the best to the middle one of all, so
-    that a rate which diverges leaves the others to be seen.
+    The y axis is cut off at four times the distance from the best to the median of all, so that a
+    diverging rate does not hide the others.
 
     Args:
       searched: by name, losses at rates; NaN where a run failed.
-      chosen: [names], the rate that was taken.
-      ylabel: what came out.
-      title: above it.
-      width: points across, `PAGE` or `NARROW`.
+      chosen: [names], the chosen rate.
+      ylabel: axis label.
+      title: above the figure.
+      width: in points, `PAGE` or `NARROW`.
     """
     figure, axes = page_axes(230 + legend_height(list(searched), width), title, width)
     for index, ((name, (rates, losses)), taken) in enumerate(
@@ -298,7 +297,7 @@ def loss_by_rate(
 
 
 class FittedLine(NamedTuple):
-    """A law along an axis, and between what its bootstrap puts it."""
+    """A fitted law along an axis, with its bootstrap interval."""
 
     places: np.ndarray
     """[points]."""
@@ -319,14 +318,14 @@ def scaling(
     title: str = "",
     width: float = PAGE,
 ) -> Figure:
-    """Losses over sizes, both axes logarithmic: a mark a run, a line a law, its interval a band.
+    """Plots losses over sizes, log-log: a marker per run, a line per law, its interval as a band.
 
     Args:
-      measured: by name, at sizes.
-      fitted: by the same names, where a law could be fitted.
-      xlabel, ylabel: what the axes show.
-      title: above it.
-      width: points across, `PAGE` or `NARROW`.
+      measured: losses at sizes, by name.
+      fitted: laws by the same names, where one could be fitted.
+      xlabel, ylabel: axis labels.
+      title: above the figure.
+      width: in points, `PAGE` or `NARROW`.
     """
     figure, axes = page_axes(280 + legend_height(list(measured), width), title, width)
     for index, (name, (places, values)) in enumerate(measured.items()):
@@ -354,7 +353,7 @@ def scaling(
 
 
 def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = False) -> None:
-    """Limit what is shown to what is reached behind the first fifth of the way."""
+    """Limit the y axis to the values after the first fifth of training."""
     late = [
         points.values[points.places >= 0.2 * points.places.max()]
         for points in curves
@@ -370,7 +369,7 @@ def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = Fal
 
 
 def _round(low: float, high: float) -> np.ndarray:
-    """A few round places on a logarithmic axis."""
+    """Returns a few round tick positions of a logarithmic axis."""
     if high / low < 10:
         places = np.array(MaxNLocator(5).tick_values(low, high))
     else:
@@ -380,6 +379,6 @@ def _round(low: float, high: float) -> np.ndarray:
 
 
 def _name_places(axis: Axis, places: np.ndarray) -> None:
-    """Let an axis name these places and no other."""
+    """Label exactly these ticks of an axis."""
     axis.set_major_locator(FixedLocator(places.tolist()))
     axis.set_minor_locator(NullLocator())

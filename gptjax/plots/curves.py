@@ -1,4 +1,4 @@
-"""Figures over training, and of several measurements side by side."""
+"""Training curves, and bar-like comparisons of measurements."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from gptjax.plots.legible import DASHES, LINES, MARKERS, PAGE, finish, wrap
 
 SIZE = 8.0  # Points of text.
 FEW = 8
-"""Points on a logarithmic axis that are ticks themselves: powers of ten might be none of them."""
+"""Most points of a logarithmic axis that are ticks themselves: none might be a power of ten."""
 
 
 def page_axes(height: float, title: str, width: float = PAGE) -> tuple[Figure, Axes]:
-    """Axes as wide as a page, `height` points high, with what stands around them."""
+    """Returns a figure and its axes, `height` and `width` points large, with labels."""
     figure = InlineFigure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.subplots()
     axes.set_title(wrap(title, SIZE + 1, width - 60), fontsize=SIZE + 1)
@@ -29,9 +29,9 @@ def page_axes(height: float, title: str, width: float = PAGE) -> tuple[Figure, A
 
 
 def line_style(index: int, points: int) -> dict[str, Any]:
-    """How the line of a number looks: a colour, and dashes and marks that are told apart in grey.
+    """Returns the style of the index-th line: a colour, with dashes and markers for greyscale.
 
-    No two of the first 49 are alike; points are marked where there are few.
+    The first 49 are distinct; points have markers if they are few.
     """
     turn, place = divmod(index, len(LINES))
     return {
@@ -44,7 +44,7 @@ def line_style(index: int, points: int) -> dict[str, Any]:
 
 
 def loss_curve(lines: Sequence[dict[str, Any]], title: str = "") -> Figure:
-    """Training and validation loss over steps, from the lines of `metrics.jsonl`."""
+    """Plots training and validation loss over steps, from the lines of `metrics.jsonl`."""
     figure, axes = page_axes(290, title)
     trained = [(line["step"], line["cross_entropy"]) for line in lines]
     held_out = [
@@ -84,17 +84,17 @@ def curves(
     log_x: bool = False,
     log_y: bool = False,
 ) -> Figure:
-    """Several measurements over training: a line each, and of several seeds a band.
+    """Plots measurements over training: one line each, with a band over several seeds.
 
     Args:
-      steps: [steps], or what else the values go along.
-      values: by name, [steps], or [steps, seeds]: their mean is the line, their range the band.
-      xlabel, ylabel: what the axes show.
-      title: above them.
-      log_x, log_y: equal ratios are equal distances.
+      steps: [steps], or another x axis.
+      values: by name, [steps], or [steps, seeds]: the mean is the line, the range the band.
+      xlabel, ylabel: axis labels.
+      title: above the figure.
+      log_x, log_y: logarithmic axes.
 
     Raises:
-      InputError: a shape that is neither, or a logarithm of 0 asked for.
+      InputError: another shape, or values of 0 or below on a logarithmic axis.
     """
     if log_x and np.min(steps) <= 0:
         raise InputError(f"steps begin at {np.min(steps):g}: with log_x they must be above 0.")
@@ -148,14 +148,14 @@ def bars(
     label: str,
     title: str = "",
 ) -> Figure:
-    """Measurements to compare, in the order given, first on top: points, with their intervals.
+    """Plots measurements in the order given, first on top: points with their intervals.
 
     Args:
-      names: of what is compared.
+      names: of the values.
       values: [names].
       intervals: [names, 2], the lower and the upper end of each.
-      label: what the values are.
-      title: above them.
+      label: axis label.
+      title: above the figure.
     """
     figure, axes = page_axes(72 + 1.8 * SIZE * len(names), title)
     places = np.arange(len(names))

@@ -1,4 +1,4 @@
-"""Every head of every layer at once."""
+"""Attention of all heads of all layers in one grid."""
 
 from collections.abc import Sequence
 
@@ -32,25 +32,24 @@ def attention_grid(
     hidden: np.ndarray | None = None,
     names: tuple[str, str] = ("query", "key"),
 ) -> Figure:
-    """Attention of heads side by side: a row of the grid is a layer, the first on top.
+    """Plots the attention of all heads: a row of the grid is a layer, the first on top.
 
-    A column is a head. In a panel, a row is a query's token and a column a key's; each row sums to
-    1, and what a mask hides is hatched. The grid is as wide as a page at most: where a panel has no
-    room for all its tokens, it names one in several and says so, and small panels are called 3.5
-    for layer 3, head 5.
+    A column is a head. In a panel, a row is a query and a column a key; each row sums to 1, and
+    masked keys are hatched. The grid is a page wide at most: if a panel has no room for all token
+    labels, it shows one in several and says so; small panels are titled 3.5 for layer 3, head 5.
 
     Args:
       weights: [L, N, T, S].
       tokens: T labels.
       title: above the grid.
       columns: S labels, where the keys are other tokens than the queries.
-      layers, heads: the L and N numbers that the panels have, if not all are shown.
-      hidden: bool, whose last axes are [T, S], as far as they are not all alike; where a mask hides
-        the weights. None takes what a causal mask hides, if nothing there has any weight.
-      names: what the rows are, and the columns.
+      layers, heads: the L and N numbers of the panels, if not all are shown.
+      hidden: bool, broadcastable to the weights, with last axes [T, S]: masked keys. None takes the
+      causal mask, if all weights there are 0.
+      names: of rows and columns.
 
     Raises:
-      InputError: labels or numbers are not as many as the weights have.
+      InputError: numbers of labels, layers or heads that do not match the weights.
     """
     depth, count, queries, keys = weights.shape
     columns = tokens if columns is None else columns

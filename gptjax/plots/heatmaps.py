@@ -34,7 +34,7 @@ from gptjax.plots.sheet import (
     weight_label,
 )
 
-LONGEST = 620.0  # Points that the cells take of a page, from top to bottom.
+LONGEST = 620.0  # Greatest height of the cells, points.
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -51,24 +51,23 @@ def heat_map(
     texts: Sequence[Sequence[str]] | None = None,
     hidden: np.ndarray | None = None,
 ) -> Figure:
-    """A figure of one heat map with its labels and, below, what its colours mean.
+    """Plots one heat map with labels and a colour bar.
 
     Args:
       values: [R, C].
       rows, columns: R and C labels.
-      names: what the rows are, and the columns.
-      cell: the largest width and height of a cell in points; a page makes them smaller.
-      label: what the values are.
+      names: of rows and columns.
+      cell: the largest width and height of a cell in points; shrunk to fit the page.
+      label: label of the colour bar.
       title: above the map.
-      most: the value at which the colours end that begin at 0; else they go from the least value
-        to the largest, or about 0 if some are negative.
-      texts: [R][C], to be printed in the cells, shortened where they must be. Without, the values
-        are, if they fit; if not, a minus sign marks negative ones, which grey would not tell from
-        positive ones.
-      hidden: [R, C], bool, what has no value, and is hatched; None if all have one.
+      most: upper end of the colours, which then begin at 0; else they go from the minimum to the
+      maximum, or symmetrically about 0 if some are negative.
+      texts: [R][C], printed in the cells, shortened to fit. Without, the values are printed if they
+      fit; else a minus sign marks negative ones, which greyscale would not distinguish.
+      hidden: [R, C], bool, cells without a value, which are hatched; None for none.
 
     Raises:
-      InputError: labels are not as many as rows and columns.
+      InputError: numbers of labels that do not match rows and columns.
     """
     if values.shape != (len(rows), len(columns)):
         raise InputError(
@@ -100,7 +99,7 @@ def heat_map(
 
 
 def _numbers(values: np.ndarray, colours: Colours, width: float) -> list[list[str]]:
-    """The values where all fit into `width` points, else a minus where one is clearly negative."""
+    """Returns the values as text if all fit into `width` points, else a minus for negative ones."""
     largest, least = colours.largest, max(0.0, colours.least)
     power = math.floor(math.log10(largest - least))
     places = max(0, 2 - power if power >= 0 else 1 - power)
@@ -120,7 +119,7 @@ def _write(
     shown: Sequence[Sequence[str]],
     cell: tuple[float, float],
 ) -> None:
-    """Print texts in cells of so many points, where they fit."""
+    """Print texts in cells of this size in points, where they fit."""
     width, height = cell
     longest = max(widest(row, 1.0) for row in shown)
     if not longest or height < SMALLEST:
@@ -149,17 +148,16 @@ def attention_map(
     columns: Sequence[str] | None = None,
     hidden: np.ndarray | None = None,
 ) -> Figure:
-    """One head's attention, large: a row is a token that looks, a column one that is looked at.
+    """Plots one head's attention: a row is a query, a column a key.
 
-    What a mask hides is hatched. Where there are at most 12 tokens the other weights are printed.
+    Masked keys are hatched. With at most 12 tokens the other weights are printed.
 
     Args:
       weights: [T, S], each row summing to 1.
       tokens: T labels.
       title: above the map.
       columns: S labels, where the keys are other tokens than the queries.
-      hidden: [T, S], bool, where a mask hides the weights; None takes what a causal mask hides, if
-        nothing there has any weight.
+      hidden: [T, S], bool, masked keys; None takes the causal mask, if all weights there are 0.
     """
     hidden = hidden_cells(weights, hidden)
     columns = tokens if columns is None else columns
@@ -180,7 +178,7 @@ def attention_map(
 
 
 def restored(values: np.ndarray, clean: float, corrupted: float) -> np.ndarray:
-    """A metric after patching, relative to two runs: 0 as the corrupted one, 1 as the clean one.
+    """Returns a metric after patching, normalised: 0 is the corrupted run, 1 the clean run.
 
     Raises:
       InputError: both runs have the same metric.
@@ -193,7 +191,7 @@ def restored(values: np.ndarray, clean: float, corrupted: float) -> np.ndarray:
 def _metric(
     values: np.ndarray, label: str, clean: float | None, corrupted: float | None
 ) -> tuple[np.ndarray, str]:
-    """The values and their label, relative to the two runs where they are given.
+    """Returns the values and their label, normalised by the two runs if given.
 
     Raises:
       InputError: one of them alone, or as `restored`.
@@ -213,15 +211,15 @@ def score_grid(
     clean: float | None = None,
     corrupted: float | None = None,
 ) -> Figure:
-    """A value for every head: a row is a layer, the first on top, and a column a head.
+    """Plots a value per head: a row is a layer, the first on top, a column a head.
 
-    Colours go from the least value to the largest, or about 0 if some are negative.
+    Colours go from the minimum to the maximum, or symmetrically about 0 if some are negative.
 
     Args:
       values: [L, N], printed where they fit.
       label: what they are.
       title: above the grid.
-      clean, corrupted: the metric of both runs, to which the values are then relative (`restored`).
+      clean, corrupted: the metric of both runs, by which values are normalised (`restored`).
     """
     values, label = _metric(values, label, clean, corrupted)
     layers, heads = (list(map(str, range(size))) for size in values.shape)
@@ -241,9 +239,9 @@ def patching_map(
     clean: float | None = None,
     corrupted: float | None = None,
 ) -> Figure:
-    """What a change at each layer and token does, the first layer on top.
+    """Plots the effect of patching each layer and token, the first layer on top.
 
-    Colours go from the least value to the largest, or about 0 if some are negative.
+    Colours go from the minimum to the maximum, or symmetrically about 0 if some are negative.
 
     Args:
       values: [L, T], printed where they fit.
@@ -251,7 +249,7 @@ def patching_map(
       label: what the values are.
       title: above the map.
       rows: what a row is.
-      clean, corrupted: the metric of both runs, to which the values are then relative (`restored`).
+      clean, corrupted: the metric of both runs, by which values are normalised (`restored`).
     """
     values, label = _metric(values, label, clean, corrupted)
     return heat_map(
@@ -273,7 +271,7 @@ def logit_lens_table(
     *,
     label: str = "probability",
 ) -> Figure:
-    """What the model would say after each layer, the embeddings on top, coloured by a value.
+    """Plots the logit lens: predictions after each layer, embeddings on top, coloured by a value.
 
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens". A guess that is wider than
     its cell is cut with an ellipsis: twenty positions leave room for words.

@@ -1,4 +1,4 @@
-"""A figure as a notebook shows it: sharp on any screen, and in words for who does not see it."""
+"""Notebook display of figures: sharp on any screen, with alternative text."""
 
 import base64
 import html
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from matplotlib.figure import Figure
 
 PIXELS = 96
-"""Of a browser's, an inch: a point of a figure is a point on its page."""
+"""CSS pixels per inch: a point of a figure is a point on the page."""
 DENSITY = 2
-"""Pixels of a screen of high density for one of those, each way."""
+"""Device pixels per CSS pixel of a high-density screen."""
 COLOUR_BAR = "colour bar"
-"""The label of axes that say what colours mean."""
+"""The label of a colour bar's axes."""
 
 
 class InlineFigure(Figure):
-    """A figure that any notebook shows without being told how to, Colab's too.
+    """A figure that any notebook displays without configuration, Colab too.
 
-    It is an element of HTML, since notebooks show an image's own metadata in different ways or not
-    at all: https://github.com/jupyter/accessibility/issues/98.
+    It is an HTML element, since notebooks treat image metadata differently or ignore it:
+    https://github.com/jupyter/accessibility/issues/98.
     """
 
     def _repr_html_(self) -> str:
@@ -33,9 +33,9 @@ class InlineFigure(Figure):
 
 
 def in_words(figure: Figure) -> str:
-    """The alternative text of a figure: its label where it has one, or what is written around it.
+    """Returns a figure's alternative text: its label, or else the text around it.
 
-    That is its titles, what goes along its axes and what its lines and colours are called.
+    That is its titles, axis labels, legends and colour bar labels.
     """
     if figure.get_label():
         return str(figure.get_label())

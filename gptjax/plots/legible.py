@@ -1,4 +1,4 @@
-"""What makes a figure legible in print, in grey and in any script: sizes, fonts, colours."""
+"""Sizes, fonts and colours that are legible in print, in greyscale and in any script."""
 
 import dataclasses
 import functools
@@ -25,27 +25,27 @@ from gptjax.plots.colours import diverging, sequential
 from gptjax.system.outputs import whole_file
 
 PAGE = 518.0
-"""Points across what is printed of a page: A4 or letter, half an inch of margin."""
+"""Printable width of a page in points: A4 or letter, with margins of half an inch."""
 
 NARROW = 290.0
-"""Points across a figure for the screen of a phone, whose 360 pixels leave its texts legible."""
+"""Width in points of a figure that is legible on a phone's 360 pixels."""
 
 SMALLEST = 6.0
-"""Points of the smallest text."""
+"""Smallest text size, points."""
 
 LINE = 1.2
-"""Height of a line of text in units of its size."""
+"""Line height relative to the text size."""
 
 SEQUENTIAL, DIVERGING = "gptjax_above", "gptjax_signed"
-"""Blue above 0, orange below: `gptjax.plots.colours` has them, of pages too."""
+"""Colour maps of `gptjax.plots.colours`: blue above 0, orange below."""
 UNKNOWN, HIDDEN, HATCH = "0.8", "0.95", "0.75"
-"""Grey of NaN, and of what a mask hides, with the lines across it."""
+"""Grey of NaN, grey of masked cells, and the colour of their hatching."""
 
 CLEAR = 0.1
-"""Which part of the largest value is clearly not 0."""
+"""The share of the largest value above which a value is clearly not 0."""
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Colours that the colour-blind tell apart (Okabe and Ito 2008), without the yellow."""
+"""Colour-blind safe palette (Okabe and Ito 2008), without the yellow."""
 
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 4)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -53,7 +53,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 @functools.cache
 def colour_map(name: str) -> Colormap:
-    """`SEQUENTIAL` or `DIVERGING`, as Matplotlib has it from now on."""
+    """Returns `SEQUENTIAL` or `DIVERGING`, registering it with Matplotlib."""
     colours = sequential() if name == SEQUENTIAL else diverging()
     colormaps.register(ListedColormap(colours, name=name), force=True)
     return colormaps[name]
@@ -61,9 +61,9 @@ def colour_map(name: str) -> Colormap:
 
 @functools.cache
 def fonts() -> tuple[str, ...]:
-    """Families in the order in which a glyph is looked for: Matplotlib's own, then Noto's CJK.
+    """Returns font families in fallback order: Matplotlib's own, then Noto's CJK.
 
-    Of a character that Chinese, Japanese and Korean write differently it has the Chinese form.
+    Characters that Chinese, Japanese and Korean write differently have the Chinese form.
     """
     fontManager.addfont(str(noto_cjk_sans_otc.FONT_PATH))
     return ("DejaVu Sans", "Noto Sans CJK SC")
@@ -71,14 +71,14 @@ def fonts() -> tuple[str, ...]:
 
 @functools.cache
 def _glyphs() -> frozenset[int]:
-    """Code points that one of the fonts has a glyph for."""
+    """Returns the code points for which one of the fonts has a glyph."""
     return frozenset().union(*(get_font(findfont(family)).get_charmap() for family in fonts()))
 
 
 def token_label(text: str) -> str:
-    """A token's text as it can stand in a figure.
+    """Returns a token's text as a label for figures.
 
-    White space becomes visible; control characters, and what no font has, are escaped.
+    White space becomes visible; control characters, and characters in no font, are escaped.
     """
     text = text.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
     return "".join(
@@ -90,7 +90,7 @@ def token_label(text: str) -> str:
 
 
 def check_covered(text: str) -> None:
-    """Refuse a text with a character that none of the fonts has, which would be a box."""
+    """Refuse a text with a character in none of the fonts, which would be drawn as a box."""
     for character in text:
         if character != "\n" and ord(character) not in _glyphs():
             raise InputError(
@@ -111,7 +111,7 @@ def typeset(figure: Figure) -> None:
 
 
 def finish(figure: Figure) -> Figure:
-    """The figure, its texts in our fonts and taken literally: a token may have dollar signs."""
+    """Returns the figure with our fonts and literal text: a token may have dollar signs."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     typeset(figure)
@@ -119,9 +119,9 @@ def finish(figure: Figure) -> Figure:
 
 
 def save(figure: Figure, path: str | Path, *, most_pixels: int = 4000) -> None:
-    """Write a figure as its name's suffix says: .png of at most `most_pixels` a side, .pdf, .svg.
+    """Write a figure as its suffix says: .png of at most `most_pixels` per side, .pdf, .svg.
 
-    A figure that is there already is replaced; see `gptjax.system.outputs` for what is not.
+    An existing figure is replaced; `gptjax.system.outputs` says what is not.
 
     Raises:
       InputError: a character of the figure is in no font, or a suffix that Matplotlib does not
@@ -137,13 +137,13 @@ def save(figure: Figure, path: str | Path, *, most_pixels: int = 4000) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as one svg element for a page: the same figure always gives the same text.
+    """Returns a figure as one svg element, deterministically.
 
-    Texts are texts, in the reader's own font, so that they can be found and copied.
+    Text stays text, in the reader's font, so that it can be searched and copied.
 
     Args:
       figure: to be drawn.
-      name: of the figure on its page; begins all ids in it, so that no two figures share one.
+      name: of the figure on its page; prefixes all its ids, so that figures share none.
 
     Raises:
       InputError: a character of the figure is in no font.
@@ -159,14 +159,14 @@ def to_svg(figure: Figure, name: str) -> str:
     with rc_context(settings):
         figure.savefig(drawn, format="svg", metadata=nothing)
     element = drawn.getvalue()[drawn.getvalue().index("<svg") :]
-    return re.sub(  # In tags alone: a text may say id=" too.
+    return re.sub(  # Only in tags: text may contain id=" too.
         "<[^>]*>", lambda tag: re.sub(r'( id="|url\(#|href="#)', rf"\1{name}-", tag[0]), element
     )
 
 
 @functools.lru_cache(maxsize=4096)
 def text_width(text: str, size: float) -> float:
-    """Points from the beginning of a text to its end.
+    """Returns the width of a text in points.
 
     Raises:
       InputError: no font has one of its characters.
@@ -177,12 +177,12 @@ def text_width(text: str, size: float) -> float:
 
 
 def widest(texts: Sequence[str], size: float) -> float:
-    """Points that the longest of several texts takes; 0 of none."""
+    """Returns the largest width of several texts in points; 0 for none."""
     return max((text_width(text, size) for text in texts), default=0.0)
 
 
 def shorten(text: str, size: float, width: float) -> str:
-    """As much of a text as fits into `width` points, with an ellipsis where some does not."""
+    """Returns a text cut to `width` points, with an ellipsis if cut."""
     if text_width(text, size) <= width:
         return text
     kept = text
@@ -192,7 +192,7 @@ def shorten(text: str, size: float, width: float) -> str:
 
 
 def wrap(text: str, size: float, width: float) -> str:
-    """A text in lines of at most `width` points, broken at spaces, or where there are none."""
+    """Returns a text in lines of at most `width` points, broken at spaces, or within long words."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -209,7 +209,7 @@ def wrap(text: str, size: float, width: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Colours:
-    """Which colour stands for which value."""
+    """A colour map with its range."""
 
     cmap: Colormap
     least: float
@@ -217,24 +217,24 @@ class Colours:
 
     @property
     def norm(self) -> Normalize:
-        """Values to numbers from 0 to 1."""
+        """Normalises values to 0 to 1."""
         return Normalize(self.least, self.largest)
 
     def of(self, value: float) -> tuple[float, float, float]:
-        """Red, green and blue of a value, each from 0 to 1."""
+        """Returns red, green and blue of a value, each from 0 to 1."""
         red, green, blue, _ = self.cmap(float(self.norm(value)))
         return red, green, blue
 
     def mappable(self) -> ScalarMappable:
-        """What Matplotlib draws a colour bar of."""
+        """Returns Matplotlib's mappable for a colour bar."""
         return ScalarMappable(self.norm, self.cmap)
 
 
 def scale(values: np.ndarray, most: float | None = None) -> Colours:
-    """Colours for values: about 0 where some are negative; grey for NaN.
+    """Returns colours for values: centred at 0 if some are negative; grey for NaN.
 
-    They go from 0 to `most`; without it, from the least value there is to the largest, so that
-    values which hardly differ are told apart.
+    They go from 0 to `most`; without it, from the minimum to the maximum, so that small
+    differences are visible.
     """
     finite = values[np.isfinite(values)]
     largest = most or float(np.abs(finite).max(initial=0)) or 1.0
@@ -242,18 +242,18 @@ def scale(values: np.ndarray, most: float | None = None) -> Colours:
         name, least = DIVERGING, -largest
     else:
         name, least = SEQUENTIAL, 0.0 if most else float(finite.min(initial=largest))
-        least = least if least < largest else 0.0  # One value alone has no range.
+        least = least if least < largest else 0.0  # A single value has no range.
     return Colours(colour_map(name).with_extremes(bad=UNKNOWN), least, largest)
 
 
 def luminance(colour: ColorType) -> float:
-    """How bright a colour is, from 0 to 1 (WCAG 2.2, relative luminance)."""
+    """Returns the relative luminance of a colour, from 0 to 1 (WCAG 2.2)."""
     channels = np.array(to_rgb(colour))
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def ink(background: ColorType) -> str:
-    """Black or white, whichever stands out from a background: by 4.58 to 1 at least (WCAG 2.2)."""
+    """Returns black or white, whichever contrasts more: at least 4.58 to 1 (WCAG 2.2)."""
     bright = luminance(background) + 0.05
     return "black" if bright / 0.05 > 1.05 / bright else "white"

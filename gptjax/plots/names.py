@@ -1,4 +1,4 @@
-"""Names of variants beside a figure: whole, in lines that end where a name has parts."""
+"""Labels of variants in figures: full names, broken into lines between their parts."""
 
 import re
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from gptjax.plots.curves import SIZE
 from gptjax.plots.legible import LINE, PAGE, shorten, text_width, token_label
 
 NAME = 200.0
-"""Points that a line of a name may take."""
+"""Greatest width of a line of a name, points."""
 HANDLE = 50.0
-"""Points that the sample of a line beside its name takes."""
+"""Width of a legend's line sample, points."""
 MOST_LINES = 4
 
 
 def name_label(name: str, width: float = NAME) -> str:
-    """A variant's name in lines of at most `width` points, what no font has escaped.
+    """Returns a variant's name in lines of at most `width` points, characters in no font escaped.
 
-    Lines end behind a comma, colon or equals sign; what is longer than four ends in an ellipsis.
+    Lines end after a comma, colon or equals sign; more than four lines end in an ellipsis.
     """
     shown = "".join(character if character == " " else token_label(character) for character in name)
     lines = [""]
@@ -33,23 +33,23 @@ def name_label(name: str, width: float = NAME) -> str:
 
 
 def pitch(names: Sequence[str], width: float = NAME) -> float:
-    """Points that a row needs whose name is as high as the highest one."""
+    """Returns the row height in points that fits the name with most lines."""
     lines = max((name_label(name, width).count("\n") + 1 for name in names), default=1)
     return SIZE * (1 + LINE * lines)
 
 
 def legend_columns(width: float) -> int:
-    """Columns of names that a figure of so many points has room for."""
+    """Returns the legend columns that fit into `width` points."""
     return 2 if width >= 2 * (NAME + HANDLE) else 1
 
 
 def legend_height(names: Sequence[str], width: float = PAGE) -> float:
-    """Points that `legend_below` takes of as many such names."""
+    """Returns the height of `legend_below` for these names, in points."""
     return -(-len(names) // legend_columns(width)) * (pitch(names) - SIZE / 2)
 
 
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """All labels of the axes, in columns under the figure."""
+    """Draw the axes' legend in columns below the figure."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(

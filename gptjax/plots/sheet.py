@@ -1,4 +1,4 @@
-"""A figure laid out in points: a title, room for what is shown, and what its colours mean."""
+"""Figure layout in points: a title, a content area, and a colour bar."""
 
 import dataclasses
 import math
@@ -15,20 +15,20 @@ from gptjax.plots.legible import HATCH, HIDDEN, LINE, SMALLEST, Colours, shorten
 
 MARGIN, GAP = 6.0, 4.0  # Points around a figure, and between its parts.
 LARGEST, TITLE = 8.0, 10.0  # Points of the largest text, and of the title.
-NAME = LINE * LARGEST + GAP  # Points that the name of an axis takes.
-BAR = 3 * LINE * LARGEST  # Points that a colour bar takes with its numbers and its label.
-LABEL = 72.0  # Points that the label of a tick may take: "implementation", whole.
+NAME = LINE * LARGEST + GAP  # Points for an axis label.
+BAR = 3 * LINE * LARGEST  # Points for a colour bar with its numbers and its label.
+LABEL = 72.0  # Widest tick label in points: fits "implementation".
 
 
 class Sheet:
-    """A figure around a room of so many points."""
+    """A figure around a content area of a given size in points."""
 
     def __init__(
         self, width: float, height: float, *, title: str, left: float = 0, below: float = 0
     ) -> None:
-        """A room of `width` and `height`, beside it `left` points and under it `below` for labels.
+        """A content area of `width` and `height`, with `left` and `below` points for labels.
 
-        There is a margin around all, room for a colour bar at the bottom and the title on top.
+        A margin is around all, space for a colour bar at the bottom, the title on top.
         """
         self.left, self.bottom = MARGIN + left, MARGIN + BAR + GAP + below
         self.width, self.height = width, height
@@ -40,7 +40,7 @@ class Sheet:
         self.figure.suptitle(title, y=1 - MARGIN / self.tall, fontsize=TITLE, va="top")
 
     def axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
-        """Axes so many points from the left and the bottom of the room."""
+        """Returns axes at an offset in points from the lower left of the content area."""
         return self._axes(self.left + left, self.bottom + bottom, width, height)
 
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -48,7 +48,7 @@ class Sheet:
         return self.figure.add_axes(place)
 
     def name_axes(self, across: str, down: str) -> None:
-        """What the columns and the rows of the room are."""
+        """Label the columns and the rows of the content area."""
         centre = (self.left + self.width / 2) / self.across
         middle = (self.bottom + self.height / 2) / self.tall
         low, left = (MARGIN + BAR + GAP) / self.tall, MARGIN / self.across
@@ -56,7 +56,7 @@ class Sheet:
         self.figure.supylabel(down, x=left, y=middle, fontsize=LARGEST, ha="left")
 
     def colour_bar(self, colours: Colours, label: str) -> None:
-        """What the colours mean, at the bottom."""
+        """Draw a colour bar at the bottom."""
         long = min(max(self.width, 100.0), 200.0)
         begin = self.left + (self.width - long) / 2
         begin = min(max(begin, 3 * MARGIN), self.across - long - 3 * MARGIN)
@@ -71,7 +71,7 @@ class Sheet:
 def draw_cells(
     axes: Axes, values: np.ndarray, colours: Colours, hidden: np.ndarray | None = None
 ) -> None:
-    """A heat map of values [R, C], hatched where they are `hidden` [R, C]."""
+    """Draw a heat map of values [R, C], hatched where `hidden` [R, C]."""
     shown = values if hidden is None else np.ma.masked_array(values, hidden)
     axes.imshow(shown, cmap=colours.cmap, norm=colours.norm, aspect="auto")
     if hidden is None or not hidden.any():
@@ -87,9 +87,9 @@ def draw_cells(
 
 
 def hidden_cells(weights: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
-    """Where a mask hides the weights [..., T, S], as a bool array of their shape.
+    """Returns where weights [..., T, S] are masked, as a bool array of their shape.
 
-    None takes what a causal mask hides, if nothing there has any weight.
+    None takes the causal mask, if all weights there are 0.
     """
     if hidden is None:
         queries, keys = weights.shape[-2:]
@@ -99,13 +99,13 @@ def hidden_cells(weights: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
 
 
 def weight_label(hidden: np.ndarray) -> str:
-    """What the colours of attention weights mean, and the hatching where there is any."""
-    return f"attention weight{'; hatched: hidden' if hidden.any() else ''}"
+    """Returns the colour bar label of attention weights, with the hatching if there is any."""
+    return f"attention weight{'; hatched: mask' if hidden.any() else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """Labels along one side of a heat map: from the first, one in `step`, as room allows."""
+    """Tick labels along one side of a heat map: every `step`-th from the first, as space allows."""
 
     labels: list[str]
     step: int
@@ -114,29 +114,29 @@ class Ticks:
 
     @property
     def depth(self) -> float:
-        """Points that the labels of columns take from top to bottom."""
+        """Height of column labels in points."""
         return widest(self.labels, self.size) if self.turned else LINE * self.size
 
     def put(self, axis: Axis) -> None:
-        """Write them."""
+        """Set the ticks of an axis."""
         places, shown = range(0, len(self.labels), self.step), self.labels[:: self.step]
         axis.set_ticks(places, shown, fontsize=self.size, rotation=90 if self.turned else 0)
         axis.set_tick_params(length=0, pad=2)
 
     def named(self, what: str) -> str:
-        """What an axis is called, and how many of its labels are there."""
-        return what if self.step == 1 else f"{what} (one in {self.step} is named)"
+        """Returns an axis label that says how many tick labels are shown."""
+        return what if self.step == 1 else f"{what} (1 in {self.step} labelled)"
 
 
 def row_ticks(labels: Sequence[str], pitch: float) -> Ticks:
-    """Labels of rows that are `pitch` points high."""
+    """Returns tick labels of rows that are `pitch` points high."""
     size = min(max(pitch / LINE, SMALLEST), LARGEST)
     step = math.ceil(LINE * SMALLEST / pitch)
     return Ticks([shorten(label, size, LABEL) for label in labels], step, size)
 
 
 def column_ticks(labels: Sequence[str], pitch: float) -> Ticks:
-    """Labels of columns that are `pitch` points wide: turned where that leaves room for more."""
+    """Returns tick labels of columns `pitch` points wide: rotated if more fit then."""
     lying = row_ticks(labels, pitch)
     apart = 1 if max(map(len, labels)) == 1 else GAP
     step = math.ceil((widest(lying.labels, lying.size) + apart) / pitch)

@@ -1,4 +1,4 @@
-"""A text whose tokens are coloured by a value each."""
+"""A text with each token coloured by a value."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,18 @@ PITCH = 1.8 * LARGEST  # Points from one line to the next.
 def token_values(
     tokens: Sequence[str], values: np.ndarray, *, label: str, title: str = ""
 ) -> Figure:
-    """A text in lines, every token coloured by its value: its loss, say.
+    """Plots a text with each token coloured by its value, such as its loss.
 
-    Clearly negative ones are underlined, since in grey they look like positive ones.
+    Clearly negative ones are underlined, since in greyscale they look like positive ones.
 
     Args:
       tokens: T labels; after one that ends in ↵ a new line begins.
       values: [T].
-      label: what the values are.
+      label: label of the colour bar.
       title: above the text.
 
     Raises:
-      InputError: there are more values or fewer than tokens.
+      InputError: unequal numbers of values and tokens.
     """
     if np.shape(values) != (len(tokens),):
         raise InputError(f"values have shape {np.shape(values)}: there are {len(tokens)} tokens.")
@@ -58,7 +58,7 @@ def token_values(
 
 
 def _lines(tokens: Sequence[str], width: float) -> tuple[list[tuple[float, float, float]], int]:
-    """Where each token stands (points from the left and the top, points across), and the lines."""
+    """Returns each token's left, top and width in points, and the number of lines."""
     places, x, line = [], 0.0, 0
     for token in tokens:
         across = min(text_width(token, LARGEST) + 3, width)

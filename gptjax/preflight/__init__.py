@@ -1,1 +1,1 @@
-"""Compile a run for machines that are not there: does it fit, what takes the memory, how long."""
+"""Compile a run ahead of time for absent accelerators: memory, communication, step time."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a step: found in the compiled program, and as theory has it."""
+"""Collectives of a compiled step, compared with what theory predicts."""
 
 import math
 import re
@@ -12,11 +12,11 @@ from gptjax.preflight.hlo import HOST_SPACE, Instruction, Program
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SUMS = ("all-reduce", "reduce-scatter", "collective-permute")
-"""A ring of permutes between the parts of a product is how TPUs sum its gradient."""
+"""TPUs may sum a product's gradient by a ring of permutes between its parts."""
 ALL_REDUCES = {"all-reduce": 1, "all-gather": 0.5, "reduce-scatter": 0.5, "collective-permute": 0.5}
-"""A gather and a scatter, or rings of permutes in their stead, are half an all-reduce each."""
+"""All-reduces per collective: a gather, a scatter, or a ring of permutes is half of one."""
 SCATTERS = "all-reduce-scatter"
-"""Begins the name of a TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
+"""Name prefix of a TPU's fusion of an all-reduce and a slice, which is a reduce-scatter."""
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,27 @@ class Collective:
 
     kind: str
     bytes: int
-    """Of the whole that is gathered, summed or exchanged, on one device, each time."""
+    """Bytes of the full array gathered, summed or exchanged, on one device, per execution."""
     count: int
-    """Times a step."""
+    """Executions per step."""
     group: tuple[int, ...]
-    """Devices that take part, as places in the mesh; one group of those that do so at once."""
+    """Devices of one of the concurrent groups, as flat indices into the mesh."""
     axes: tuple[str, ...]
-    """The mesh's axes along which they lie."""
+    """The mesh axes that the group spans."""
 
     @property
     def sent(self) -> float:
-        """Bytes a step that a device sends, by a ring."""
+        """Bytes per step that a device sends, by a ring algorithm."""
         others = (len(self.group) - 1) / max(len(self.group), 1)
         rounds = {"all-reduce": 2 * others, "collective-permute": 1.0}
         return self.count * self.bytes * rounds.get(self.kind, others)
 
 
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
-    """Those of a program that was compiled for a mesh of these sizes; groups of one are none.
+    """Returns the collectives of a program compiled for this mesh; groups of one do not count.
 
-    Parts of an asynchronous one share a channel and count once; with several slices, collectives
-    of other kinds may have the same.
+    Parts of an asynchronous collective share a channel and count once; with several slices, a
+    collective of another kind may have the same channel.
     """
     found: dict[tuple[str, str], Collective] = {}
     for name, computation in program.computations.items():
@@ -68,7 +68,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
 def _within_a_slice(
     instruction: Instruction, computation: str, times: int, mesh: Mapping[str, int]
 ) -> Collective | None:
-    """A collective among the devices of a slice, or of GPUs wherever they are."""
+    """Returns a collective within a TPU slice, or among GPUs on any hosts; None for others."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -82,7 +82,7 @@ def _within_a_slice(
 def _between_slices(
     instruction: Instruction, _: str, times: int, mesh: Mapping[str, int]
 ) -> Collective | None:
-    """What a TPU's hosts do for it with those of other slices: a device sends them its part.
+    """Returns a collective between TPU slices over their hosts; None for other instructions.
 
     The text has a `send` with `_xla_megascale_transfer_type="ALL_REDUCE"` and the slices that take
     part, `_xla_megascale_target="{1,2}x{0:3}"`. Slices lie along `data`.
@@ -106,7 +106,7 @@ def _between_slices(
 
 
 def _whole(instruction: Instruction, kind: str, devices: int) -> int:
-    """Bytes of the whole; what `…-start` gives begins with what it is given."""
+    """Returns bytes of the full array; the result of `…-start` begins with its operands."""
     given = [array for array in instruction.arrays if array.space != HOST_SPACE]
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         given = given[1:2] if kind == "collective-permute" else given[len(given) // 2 :]
@@ -115,7 +115,7 @@ def _whole(instruction: Instruction, kind: str, devices: int) -> int:
 
 
 def device_group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices in an instruction's attributes, in any of XLA's ways to say it.
+    """Returns the first group of devices in an instruction's attributes, in any XLA notation.
 
     They are `replica_groups={{0,1},{2,3}}`, `replica_groups=[2,2]<=[4]` (rows of an iota, with
     `T(1,0)` transposed), `replica_groups=mesh['a'=2,'b'=2] {'a'}`, `source_target_pairs={{0,1}}`;
@@ -138,7 +138,7 @@ def device_group(attributes: str, devices: int) -> tuple[int, ...]:
 
 
 def _chain(pairs: np.ndarray) -> list[int]:
-    """The devices that are reached from the first pair's source, one sending to the next."""
+    """Returns the devices reached by following the pairs from the first pair's source."""
     following = dict(pairs.tolist())
     chain = [int(pairs[0, 0])]
     while (after := following.get(chain[-1])) is not None and after not in chain:
@@ -147,7 +147,7 @@ def _chain(pairs: np.ndarray) -> list[int]:
 
 
 def _named_group(sizes: str, used: str) -> tuple[int, ...]:
-    """A group along axes of XLA's own mesh; `'a':(2)4` is 4 of them, from 2 on, of a split axis."""
+    """Returns a group along axes of XLA's mesh; `'a':(2)4` is the sub-axis of size 4 after 2."""
     lengths = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
     places = np.arange(math.prod(lengths.values())).reshape(tuple(lengths.values()))
     taken: list[int | slice] = [0] * len(lengths)
@@ -170,56 +170,56 @@ def _axes(group: tuple[int, ...], mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 class Weight(NamedTuple):
-    """A parameter, as its sharding has it."""
+    """A parameter with its sharding."""
 
     elements: int
-    """Of the whole."""
+    """Elements of the full array."""
     axes: tuple[str, ...]
-    """The mesh's axes over which it is parted."""
+    """The mesh axes over which it is sharded."""
     gathers: int = 2
-    """Times that a step of training needs it whole."""
+    """All-gathers per training step."""
     sums: int = 1
-    """Times that its gradient is summed."""
+    """Gradient reductions per training step."""
 
 
 class Expected(NamedTuple):
-    """What theory says of one kind of traffic."""
+    """The predicted traffic of one kind, beside the compiled one."""
 
     what: str
     axis: str
     kinds: tuple[str, ...]
-    """The collectives that are compared with it."""
+    """The kinds of collectives compared with it."""
     bytes: float
-    """A step, on one device, as `Collective.bytes` times its count."""
+    """Predicted bytes per step and device, as `Collective.bytes` times its count."""
     found: float
-    """The same, of the program."""
+    """The same in the compiled program."""
     note: str
-    """What the compiler chose that theory did not ask for."""
+    """Choices of the compiler that theory does not predict."""
 
 
 class Shapes(NamedTuple):
-    """What theory is told of a step."""
+    """The sizes of a step from which its traffic is predicted."""
 
     weights: Iterable[Weight]
     element: int
-    """Bytes of a number in the products."""
+    """Bytes per element in matrix products."""
     layers: int
     tokens: int
-    """Of a step, on one device's part of the batch; along `tensor` they count whole."""
+    """Tokens per step in one device's shard of the batch; not divided along `tensor`."""
     width: int
     parts: int
-    """That a batch is computed in."""
+    """Gradient accumulation steps."""
     remat: bool
-    """Whether the forward pass runs twice."""
+    """Whether the forward pass is recomputed."""
     training: bool
 
 
 def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -> list[Expected]:
-    """Theory beside what was found, an axis of the mesh at a time.
+    """Returns predicted and compiled traffic, by mesh axis.
 
     Sources: FSDP, Zhao et al. 2023, section 3; tensor parallelism, Shoeybi et al. 2019, section 3,
     where an all-gather and a reduce-scatter together are one all-reduce (Korthikanti et al. 2022).
-    Of the other axes nothing is said. A program may send more: sums of losses and norms, masks.
+    Other axes are not predicted. A program may send more: sums of losses and norms, masks.
     """
     rows = []
     weights = list(shapes.weights)
@@ -241,7 +241,7 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
             add(_summed(weights), "fsdp", SUMS, sums * size)
     if mesh.get("data", 1) > 1 and shapes.training:
         if mesh["data"] == math.prod(mesh.values()):
-            # A device has whole gradients of its own, in float32, and sends them together.
+            # Each device has full float32 gradients and sends them together.
             amount = 4 * sum(one.elements for one in weights)
             add("gradients summed once", "data", SUMS, amount)
         else:
@@ -249,7 +249,7 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
             add(_summed(weights), "data", SUMS, amount * shapes.element)
     if mesh.get("tensor", 1) > 1:
         passes = (2 + shapes.remat) if shapes.training else 1
-        what = f"activations, {2 * passes} all-reduces a layer"
+        what = f"activations, {2 * passes} all-reduces per layer"
         own = [one for one in found if one.axes == ("tensor",) and one.kind in ALL_REDUCES]
         total = sum(one.count * one.bytes * ALL_REDUCES[one.kind] for one in own)
         note = _note(own, sum(one.count * one.bytes for one in own), "tensor")
@@ -259,7 +259,7 @@ def expected(shapes: Shapes, mesh: Mapping[str, int], found: list[Collective]) -
 
 
 def _note(own: list[Collective], total: float, axis: str) -> str:
-    """What theory did not ask for, where that is a tenth of what was found or more."""
+    """Returns the unpredicted kinds that are a tenth of the compiled traffic or more."""
     said = []
     for kind, means in (
         ("all-reduce", "a plain all-reduce, which sends twice as much" if axis == "fsdp" else ""),
@@ -273,11 +273,11 @@ def _note(own: list[Collective], total: float, axis: str) -> str:
 
 def _summed(weights: list[Weight]) -> str:
     tied = any(one.sums > 1 for one in weights)
-    return "gradients summed once" + (", a tied table's once a use" if tied else "")
+    return "gradients summed once" + (", tied embeddings' once per use" if tied else "")
 
 
 def _gathered(weight: Weight, mesh: Mapping[str, int]) -> float:
-    """Numbers on a device of a weight that is parted over `fsdp`, once it is gathered."""
+    """Returns elements per device of a weight after gathering it along `fsdp`."""
     return weight.elements / _parted(weight, mesh) * mesh["fsdp"]
 
 

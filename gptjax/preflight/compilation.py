@@ -1,4 +1,4 @@
-"""A program compiled for a topology, and all that its text and XLA's plans say of it."""
+"""A step compiled for a topology, with its HLO text and XLA's buffer assignment."""
 
 import re
 import tempfile
@@ -17,23 +17,23 @@ from gptjax.preflight.program import Lowered, bytes_held, lower_decoding, lower_
 from gptjax.preflight.topology import Topology
 
 TEXTS = "*after_optimizations.txt"
-"""Of XLA's dumps, the compiled program: there too where it does not fit."""
+"""The compiled program among XLA's dumps, which exists even if it does not fit."""
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """What a compiled step is made of."""
+    """A compiled step."""
 
     lowered: Lowered
     program: Program
     memory: Memory
     collectives: list[Collective]
     exhausted: bool
-    """Whether the compiler itself gave up, since the program does not fit."""
+    """Whether XLA ran out of memory, as the program does not fit."""
     seconds: float
-    """Of compiling, by the clock."""
+    """Wall time of compilation, seconds."""
     cpu_seconds: float
-    """Of compiling, by the processor's cores together."""
+    """CPU time of compilation over all cores, seconds."""
 
 
 def compile_step(config: ExperimentConfig, topology: Topology, *, decode: bool) -> Compilation:
@@ -41,7 +41,7 @@ def compile_step(config: ExperimentConfig, topology: Topology, *, decode: bool) 
 
     Raises:
       InputError: a mesh that does not match the devices, the batch or a parameter; a family that
-        does not decode; a program that XLA does not compile for another reason than its size.
+        does not decode; a program that XLA refuses for a reason other than its size.
     """
     lower = lower_decoding if decode else lower_training
     lowered = lower(config, topology.devices)
@@ -72,7 +72,7 @@ def compile_step(config: ExperimentConfig, topology: Topology, *, decode: bool) 
 
 
 def _compile(lowered: Lowered, options: dict[str, Any]) -> Any:
-    """The compiled program; None where it takes more memory than there is."""
+    """Returns the compiled program; None if it takes more memory than the device has."""
     try:
         return lowered.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -84,12 +84,12 @@ def _compile(lowered: Lowered, options: dict[str, Any]) -> Any:
                 "XLA needs cuDNN to compile attention's kernel for GPUs: pip install "
                 "nvidia-cudnn-cu12, or --model.attention-kernel xla."
             ) from error
-        said = re.sub(r"\s+", " ", message)[:400].rstrip(".")
-        raise InputError(f"XLA does not compile the step: {said}.") from error
+        reason = re.sub(r"\s+", " ", message)[:400].rstrip(".")
+        raise InputError(f"XLA does not compile the step: {reason}.") from error
 
 
 def _sizes(config: ExperimentConfig, lowered: Lowered) -> Model:
-    """The sizes by which the rules of `gptjax.preflight.memory` tell buffers apart."""
+    """Returns the sizes by which `gptjax.preflight.memory` classifies buffers."""
     model, mesh = config.model, lowered.mesh.shape
     turns = {
         depth // len(model.attention_pattern)
@@ -98,7 +98,7 @@ def _sizes(config: ExperimentConfig, lowered: Lowered) -> Model:
     }
     leaves = jax.tree.leaves(lowered.params)
     shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
-    # Before they are summed, gradients are whole along the axes of the batch.
+    # Before the reduction, gradients are not sharded along the batch axes.
     shapes += [leaf.shape for leaf in leaves]
     return Model(
         vocabulary=frozenset({model.vocab_size, model.vocab_size // mesh["tensor"]}),

@@ -1,8 +1,8 @@
-"""The text of a compiled program (`compiled.as_text()`), read: what runs how often on what.
+"""A parser of optimised HLO (`compiled.as_text()`): instructions, shapes, execution counts.
 
-XLA's text has a line an instruction, but for kernels, whose metadata goes on over lines that begin
-at column 0; so a computation ends only at a line that is `}`. Which source line an instruction
-comes from stands in tables before the first computation.
+HLO has one line per instruction, except for kernels, whose metadata continues over lines that begin
+at column 0; so a computation ends only at a line that is `}`. Source lines of instructions are in
+tables before the first computation.
 """
 
 import functools
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 CALLS = ("calls", "body", "condition", "to_apply", "true_computation", "false_computation")
-"""What names a computation that an instruction runs."""
+"""Attributes that name a called computation."""
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16}
-"""Of the types whose name does not end with them."""
+"""Bits of types whose name does not end with the number."""
 HOST_SPACE = 5
-"""XLA's memory spaces: 0 is HBM, 5 the host's memory, the others are on the processor."""
+"""XLA's memory spaces: 0 is HBM, 5 host memory, the others are on-chip."""
 
 
 class Array(NamedTuple):
@@ -26,11 +26,11 @@ class Array(NamedTuple):
     type: str
     dimensions: tuple[int, ...]
     space: int
-    """The memory in which it lies."""
+    """Its memory space."""
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """Size in bytes, without padding."""
         return math.prod(self.dimensions) * _bits(self.type) // 8
 
 
@@ -42,7 +42,7 @@ def _bits(name: str) -> int:
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape, of a tuple all of them in order."""
+    """Returns the arrays of a shape; of a tuple, all of them in order."""
     return [
         Array(
             kind,
@@ -62,32 +62,32 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    """All that follows the operands."""
+    """Everything after the operands."""
     root: bool = False
 
     @functools.cached_property
     def arrays(self) -> list[Array]:
-        """What it gives."""
+        """The result's arrays."""
         return arrays(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Of all it gives."""
+        """Bytes of the result."""
         return sum(array.bytes for array in self.arrays)
 
     @property
     def op_name(self) -> str:
-        """Where in the traced program it comes from: `jit(step)/jvp()/while/body/dot_general`."""
+        """JAX's name of the operation: `jit(step)/jvp()/while/body/dot_general`."""
         return self._attribute(r'op_name="([^"]*)"')
 
     @property
     def channel(self) -> str:
-        """The channel of a collective, which its repeated parts share."""
+        """The channel of a collective, shared by its asynchronous parts."""
         return self._attribute(r"channel_id=(\d+)")
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs: a fusion's, a loop's, a condition's."""
+        """The computations that it calls: a fusion's, a loop's, a conditional's."""
         names = re.findall(rf"\b(?:{'|'.join(CALLS)})=%?([\w.-]+)", self.attributes)
         several = re.search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
         return names + (re.findall(r"[\w.-]+", several[1]) if several else [])
@@ -102,22 +102,22 @@ class Program:
     """A compiled program."""
 
     computations: dict[str, dict[str, Instruction]]
-    """By name, their instructions by name, in order."""
+    """Instructions by name, in order, by computation."""
     entry: str
-    """The computation that runs first."""
+    """The entry computation."""
     frames: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
-    """By `stack_frame_id`: file, function and line, the innermost first."""
+    """By `stack_frame_id`: file, function and line, innermost first."""
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
-        """How often each computation runs in one step; both branches of a condition run once."""
+        """Executions of each computation per step; each branch of a conditional counts once."""
         counts: dict[str, int] = {}
 
         def run(name: str, times: int) -> None:
             counts[name] = counts.get(name, 0) + times
             for instruction in self.computations[name].values():
                 if instruction.opcode.endswith(("-update", "-done")):
-                    continue  # The rest of what was counted at its start.
+                    continue  # Counted at its start.
                 inner = times
                 if instruction.opcode == "while":
                     inner *= self.trips(instruction)
@@ -129,11 +129,11 @@ class Program:
         return counts
 
     def trips(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs.
+        """Returns the trip count of a `while`.
 
-        Where XLA does not say, it is the constant that the loop's condition compares a counter
-        with, over what the body adds to the counter: XLA unrolls its own loops by twos. 1 if there
-        is no such constant.
+        If XLA does not annotate it, it is the constant that the condition compares a counter with,
+        over the body's increment of that counter: XLA unrolls its own loops by two. 1 if there is
+        no such constant.
         """
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
@@ -150,7 +150,7 @@ class Program:
         return math.ceil(max([1, *limits]) / self._step(condition, body))
 
     def _step(self, condition: str, body: str) -> int:
-        """What the body of a loop adds to the counter that its condition reads."""
+        """Returns a loop body's increment of the counter that its condition reads."""
         inside = self.computations.get(body, {})
         root = next((one for one in inside.values() if one.root), None)
         for read in self.computations.get(condition, {}).values():
@@ -174,7 +174,7 @@ class Program:
 
     @functools.cached_property
     def instructions(self) -> dict[str, Instruction]:
-        """Every instruction by name, which is one in all of the program."""
+        """Every instruction by name; names are unique in a program."""
         return {
             instruction.name: instruction
             for computation in self.computations.values()
@@ -182,13 +182,13 @@ class Program:
         }
 
     def source(self, instruction: Instruction) -> list[tuple[str, str, int]]:
-        """File, function and line that traced it, the innermost first."""
+        """Returns file, function and line that traced it, innermost first."""
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         return self.frames.get(frame[1], []) if frame else []
 
 
 def _number(instruction: Instruction) -> int | None:
-    """The value of an integer constant."""
+    """Returns the value of an integer constant, else None."""
     scalar = [array.dimensions for array in instruction.arrays] == [()]
     whole = instruction.shape.startswith(("s", "u"))
     if instruction.opcode != "constant" or not (scalar and whole):
@@ -197,7 +197,7 @@ def _number(instruction: Instruction) -> int | None:
 
 
 def read_program(text: str) -> Program:
-    """The program in `compiled.as_text()`."""
+    """Parses `compiled.as_text()`."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -237,7 +237,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, opening: int) -> int:
-    """The place after the parenthesis that closes the one at `opening`."""
+    """Returns the index after the parenthesis that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(line)):
         depth += {"(": 1, ")": -1}.get(line[place], 0)
@@ -247,7 +247,7 @@ def _closing(line: str, opening: int) -> int:
 
 
 def _frames(text: str) -> dict[str, list[tuple[str, str, int]]]:
-    """The tables of source lines, by the number of a stack frame."""
+    """Parses the tables of source lines, by stack frame id."""
 
     def rows(title: str) -> dict[str, str]:
         table = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, flags=re.MULTILINE)
@@ -271,7 +271,7 @@ def _frames(text: str) -> dict[str, list[tuple[str, str, int]]]:
             functions[place["function_name_id"]].strip('"'),
             int(place["line"]),
         )
-        # A frame's parent is numbered from 1 where 1 is none.
+        # Parents are numbered from 1, and 1 is none.
         parent = str(int(frame.get("parent_frame_id", "0")) - 1)
         return [here, *stack(parent, (*seen, number))]
 

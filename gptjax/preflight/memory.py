@@ -1,9 +1,9 @@
-"""What is in a device's memory at the step's peak, read from XLA's own plan of it.
+"""A device's memory at the step's peak by kind, from XLA's buffer assignment.
 
-XLA's plan (`…-buffer-assignment.txt` among its dumps) gives each value of the program a place and
-a size, padding included; when the values live follows from the order of the instructions in the
-compiled text. The parameters and the optimizer's state are exact. The other kinds are told apart
-by rule (`_kind`), and what no rule names is temporary.
+The buffer assignment (`…-buffer-assignment.txt` among XLA's dumps) gives each value of the program
+an offset and a size, padding included; live ranges follow from the order of instructions in the
+compiled text. Parameters and optimizer state are exact. Other kinds are classified by rule
+(`_kind`); whatever no rule names is temporary.
 """
 
 import re
@@ -24,26 +24,26 @@ KINDS = (
     "temporaries",
 )
 ALIASES = ("get-tuple-element", "bitcast", "tuple", "copy-done", "opt-barrier")
-"""Instructions that give a value another name and copy nothing."""
+"""Instructions that alias a value without copying it."""
 CONTROL = ("while", "conditional", "call")
 PLUMBING = ("sharding.py", "linear.py")
-"""Modules that every layer goes through: a value is named by who called them."""
+"""Modules that every layer calls: a value is named by their caller."""
 LISTED = 12
 LEAST_LISTED = 0.001
-"""Of the peak; a smaller buffer says nothing."""
+"""Smallest share of the peak of a listed buffer."""
 SMALLEST = 1 / 4096
-"""Values below this share of all are left out of the search for the peak."""
+"""Values below this share of all bytes are left out of the search for the peak."""
 
 
 class Buffer(NamedTuple):
-    """A piece of memory that is in use at the peak."""
+    """A buffer that is live at the peak."""
 
     bytes: int
-    """With padding."""
+    """Size with padding."""
     kind: str
     shape: str
     source: str
-    """The function of ours that it comes from, or the name of a parameter."""
+    """The gptjax function that it comes from, or the name of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,29 @@ class Memory:
     peak: int
     """Bytes, by XLA's `peak_memory_in_bytes`."""
     kinds: dict[str, int]
-    """Bytes a kind, all of which add up to the peak."""
+    """Bytes by kind, adding up to the peak."""
     padding: int
-    """Of the arguments: what their tiles hold beside numbers, counted with the temporaries."""
+    """Tile padding of the arguments, counted with the temporaries."""
     largest: tuple[Buffer, ...] = ()
-    """Largest first, arguments left out; none where XLA wrote no plan."""
+    """Largest first, without arguments; empty if XLA wrote no buffer assignment."""
 
 
 class Model(NamedTuple):
-    """What the rules know of the program's sizes, on one device."""
+    """Sizes of the program on one device, for the classification rules."""
 
     vocabulary: frozenset[int]
-    """Lengths of an axis of tokens' scores."""
+    """Possible lengths of the vocabulary axis of logits."""
     width: frozenset[int]
-    """Of the residual stream."""
+    """Width of the residual stream."""
     layers: frozenset[int]
-    """Of a stack that a scan makes."""
+    """Layers of a scanned stack."""
     gradients: frozenset[tuple[int, ...]]
-    """Shapes of parameters, sorted and without axes of 1."""
+    """Shapes of parameters, sorted and without axes of length 1."""
 
 
 @dataclass
 class _Value:
-    """One value of the plan."""
+    """One value of the buffer assignment."""
 
     name: str
     index: tuple[int, ...]
@@ -89,13 +89,13 @@ class _Value:
 @dataclass
 class _Plan:
     arguments: dict[int, int] = field(default_factory=dict)
-    """Bytes a parameter of the program."""
+    """Bytes per parameter of the program."""
     values: list[_Value] = field(default_factory=list)
-    """Of the memory that is given out and back during the step."""
+    """Values in memory allocated and freed during the step."""
 
 
 def read_plan(directory: Path) -> _Plan:
-    """XLA's plan of HBM in a directory of its dumps; empty where there is none."""
+    """Parses XLA's buffer assignment of HBM in a dump directory; empty if there is none."""
     plan = _Plan()
     paths = sorted(directory.glob("*buffer-assignment.txt"))
     inside = False
@@ -120,7 +120,7 @@ def read_plan(directory: Path) -> _Plan:
 def memory_at_peak(
     program: Program, plan: _Plan, peak: int, held: dict[str, int], model: Model
 ) -> Memory:
-    """Split the peak into kinds.
+    """Returns the peak split into kinds.
 
     Args:
       program: the compiled program.
@@ -135,7 +135,7 @@ def memory_at_peak(
     buffers = []
     for value in alive:
         if value.shape.startswith("("):
-            continue  # A tuple is a list of places.
+            continue  # A tuple is a list of pointers.
         instruction = program.instructions.get(value.name)
         kind = _kind(value, instruction, model, backward)
         buffers.append(Buffer(value.size, kind, _bare(value.shape), _source(program, instruction)))
@@ -152,7 +152,7 @@ def memory_at_peak(
 
 
 def _alive_at_peak(program: Program, plan: _Plan) -> list[_Value]:
-    """The values that are in use when most is, one a place."""
+    """Returns the values live at the peak, one per offset."""
     least = SMALLEST * max((value.size + value.offset for value in plan.values), default=0)
     values = [value for value in plan.values if value.size >= least]
     times = _Times(program)
@@ -172,7 +172,7 @@ def _alive_at_peak(program: Program, plan: _Plan) -> list[_Value]:
 
 
 class _Times:
-    """When the instructions of a program run, loops once, and until when their values are read."""
+    """Live ranges: the time at which each instruction runs (loops once) and its last read."""
 
     def __init__(self, program: Program):
         self._starts: dict[str, int] = {}
@@ -196,7 +196,7 @@ class _Times:
             self._stops[instruction.name] = self._clock
 
     def lives(self, name: str, index: tuple[int, ...]) -> tuple[int, int]:
-        """From when to when a value is needed: an instruction's, or a part of its tuple."""
+        """Returns the live range of an instruction's value, or of an element of its tuple."""
         instruction = self._program.instructions.get(name)
         if instruction is None or name not in self._starts:
             return 0, -1
@@ -211,7 +211,7 @@ class _Times:
                 if place and int(place[1]) != index[0]:
                     continue
             last = max(last, self._starts[user.name])
-            if user.opcode in CONTROL:  # What a loop carries stays in its place all the while.
+            if user.opcode in CONTROL:  # A loop's carry is live throughout.
                 last = max(last, self._stops[user.name])
             if user.opcode == "while":
                 last = max(last, self._last_read(user.name, index))
@@ -224,11 +224,11 @@ class _Times:
 
 
 def _kind(value: _Value, instruction: Instruction | None, model: Model, backward: bool) -> str:
-    """What a value is, by its shape and by where in the program it is made.
+    """Returns the kind of a value, by its shape and where it is computed.
 
-    Logits have the vocabulary as an outer axis and none of the width. Gradients have the shape of a
-    parameter and are made in the backward pass, or by a product. Saved activations are made in the
-    forward pass and are a stack of layers, or are there when the backward pass is at the peak.
+    Logits have the vocabulary as an outer axis and no axis of the width. Gradients have the shape
+    of a parameter and are computed in the backward pass, or by a product. Saved activations are
+    computed in the forward pass and are a stack of layers, or live at a peak in the backward pass.
     """
     found = re.match(r"[a-z]\w*\[([\d,]*)\]", value.shape)
     sizes = [int(size) for size in found[1].split(",") if size] if found else []
@@ -237,7 +237,7 @@ def _kind(value: _Value, instruction: Instruction | None, model: Model, backward
     name = instruction.op_name if instruction else ""
     shape = tuple(sorted(size for size in sizes if size > 1))
     if shape in model.gradients:
-        # Products that give a parameter's shape; in the forward pass that is the head's gradient.
+        # Products of a parameter's shape; in the forward pass that is the head's gradient.
         made = not name or "transpose(" in name or name.endswith(("dot_general", "while"))
         return "gradients" if made else "temporaries"
     forward = "jvp(" in name and "transpose(" not in name
@@ -251,7 +251,7 @@ def _is_backward(instruction: Instruction | None) -> bool:
 
 
 def _source(program: Program, instruction: Instruction | None) -> str:
-    """The function of ours that a value comes from, with its line, and in which pass."""
+    """Returns the gptjax function that a value comes from, with its line and pass."""
     if instruction is None:
         return "unknown"
     ours = [frame for frame in program.source(instruction) if "gptjax/" in frame[0]]
@@ -274,7 +274,7 @@ def _bare(shape: str) -> str:
 
 
 def parameter_shapes(shapes: Iterable[Sequence[int]]) -> frozenset[tuple[int, ...]]:
-    """Shapes as the rules compare them: also those of one layer of a stack."""
+    """Returns the shapes that the rules compare, with those of single layers of a stack."""
     found = set()
     for shape in shapes:
         for part in (tuple(shape), tuple(shape)[1:]):

@@ -1,7 +1,7 @@
-"""The program that is compiled: the very step that `fit` or `generate` would run, of shapes alone.
+"""Lower the exact step that `fit` or `generate` would run, from shapes alone.
 
-A training step is put together as in `gptjax.runs.run`; a step of decoding reads one token per
-sequence with a full cache, by the compiled function of `gptjax.generate`.
+A training step is assembled as in `gptjax.runs.run`; a decoding step reads one token per sequence
+with a full KV cache, by the compiled function of `gptjax.generate`.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ from gptjax.training.step import State, lower_train_step, state_shapes
 
 
 class Lowered(NamedTuple):
-    """A program that is ready to be compiled, and what it is a program of."""
+    """A lowered program, with the shapes of its arguments."""
 
     lowered: jax.stages.Lowered
     mesh: Mesh
     params: Any
     """Shapes of the parameters, with their shardings."""
     optimizer: Any
-    """Of the optimizer's state; None in decoding."""
+    """Shapes of the optimizer state; None in decoding."""
     cache: Any
-    """Of the decoding cache; None in training."""
+    """Shapes of the KV cache; None in training."""
     kernel: str
-    """What computes attention, and why."""
+    """The attention implementation, and why."""
 
 
 def batch_shapes(config: ExperimentConfig) -> Batch:
-    """The arrays of a training batch, as data/objectives/rows.py makes them, at full length."""
+    """Returns the shapes of a full training batch, as data/objectives/rows.py makes it."""
     rows, length = config.train.batch_size, config.model.context_length
 
     def array(dtype: Any) -> Any:
@@ -64,7 +64,7 @@ def batch_shapes(config: ExperimentConfig) -> Batch:
 
 
 def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowered:
-    """The training step of `config` on `devices`.
+    """Returns the lowered training step of `config` on `devices`.
 
     Raises:
       InputError: a mesh that does not match the devices, the batch or a parameter.
@@ -89,9 +89,9 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
 
 
 def _with_kernel(model: TransformerConfig, mesh: Mesh) -> tuple[TransformerConfig, str]:
-    """The model with the attention that its devices take, as an experiment chooses it.
+    """Returns the config with the attention kernel that a run on these devices would choose.
 
-    Without cuDNN, which XLA needs to compile its kernel, XLA's own attention stands for it.
+    Without cuDNN, which XLA needs to compile its kernel, XLA's own attention is used instead.
     """
     platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
     chosen, lines = resolve_kernel(model, platform, sequence=mesh.shape["sequence"])
@@ -107,9 +107,9 @@ def _init(model: TransformerConfig) -> Any:
 
 
 def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowered:
-    """A step of decoding `batch_size` sequences, one token each, the cache full.
+    """Returns the lowered decoding step of `batch_size` sequences, one token each, cache full.
 
-    Parameters and cache are parted by the same rules as in training.
+    Parameters and cache are sharded by the same rules as in training.
 
     Raises:
       InputError: a family that does not decode, layers that are not scanned, or a mesh as above.
@@ -122,7 +122,7 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     mesh = build_mesh(config.mesh, rows, devices)
     model, kernel = _with_kernel(model, mesh)
     graphdef, _ = abstract(model)
-    # The shardings of parameters are the state's, whatever the optimizer.
+    # Parameters are sharded as in the training state, for any optimizer.
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     params = state_shapes(_init(model), optimizer, mesh, parameter_axes(model)).params
 
@@ -159,14 +159,14 @@ def _empty_cache(graphdef: nnx.GraphDef, rows: int, params: Any, source: Any) ->
 
 
 def _cache_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Of a leaf [L, B, K, S, H], or an LSTM's [L, B, D]: rows and heads are parted."""
+    """Returns the spec of a cache leaf [L, B, K, S, H], or an LSTM's [L, B, D]: B and K sharded."""
     tensor = mesh.shape["tensor"]
     parted = len(shape) == 5 and shape[2] % tensor == 0
     return P(None, BATCH, "tensor") if parted else P(None, BATCH)
 
 
 def bytes_held(tree: Any) -> int:
-    """Bytes of one device's part of a tree of shapes with shardings."""
+    """Returns bytes per device of a tree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

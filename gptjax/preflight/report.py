@@ -1,4 +1,4 @@
-"""What a preflight says: as values for machines, as a table for people."""
+"""The report of a preflight, as JSON and as a table."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from gptjax.preflight.topology import MEMORY_FRACTION, Topology
 
 GIB = 2**30
 SMALL = 0.001
-"""Share of all that devices send, below which a kind of traffic is not listed by itself."""
+"""The share of sent bytes below which a kind of traffic is not listed by itself."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +32,39 @@ class Report:
     memory: Memory
     exhausted: bool
     kernel: str
-    """What computes attention, and why."""
+    """The attention implementation, and why."""
     collectives: list[Collective]
     expected: list[Expected]
     model_flops: float
-    """Useful operations a step, of all devices, by exact counting."""
+    """Model FLOPs per step over all devices, counted exactly."""
     roofline: Roofline
     compile_seconds: float
     compile_cpu_seconds: float
 
     @property
     def spare(self) -> int:
-        """Bytes that a device has left; below 0 the program does not fit."""
+        """Free bytes per device; below 0 the program does not fit."""
         return self.topology.available - self.memory.peak
 
     @property
     def fits(self) -> bool:
-        """Whether the program runs there at all."""
+        """Whether the program fits."""
         return not self.exhausted and self.spare >= 0
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Devices of the mesh."""
         return math.prod(self.mesh.values())
 
     @property
     def tokens(self) -> int:
-        """Read in a step, of all devices."""
+        """Tokens per step over all devices."""
         rows = self.config.train.batch_size
         return rows if self.decode else rows * self.config.model.context_length
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Model FLOPs utilisation in the longest and in the shortest step."""
+        """Model FLOPs utilisation of the longest and of the shortest step."""
         chip = self.topology.chip
         least = self.model_flops / (self.devices * chip.flops / chip.devices)
         shortest, longest = self.roofline.seconds
@@ -74,7 +74,7 @@ class Report:
 def preflight(
     name: str, config: ExperimentConfig, topology: Topology, *, decode: bool = False
 ) -> Report:
-    """Compile one step and say what it needs.
+    """Compile one step and report its memory, communication and time.
 
     Raises:
       InputError: a mesh that does not match, a family that does not decode, or what XLA refuses.
@@ -114,14 +114,14 @@ def preflight(
 
 
 def _recomputed(model: TransformerConfig) -> int:
-    """Operations a token that the backward pass repeats of the blocks' forward pass, at most."""
+    """Returns FLOPs per token that remat recomputes in the backward pass, an upper bound."""
     cost = model_cost(model)
     everything = cost.forward_flops - cost.unembedding_flops
     return {"none": 0, "dots": cost.attention_flops}.get(model.remat, everything)
 
 
 def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
-    """What theory is told."""
+    """Returns the sizes from which traffic is predicted."""
     model, mesh = config.model, lowered.mesh.shape
 
     def weight(path: Any, leaf: Any) -> Weight:
@@ -129,7 +129,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
         axes = [name for axis in named for name in (axis if isinstance(axis, tuple) else (axis,))]
         axes = tuple(name for name in axes if mesh[name] > 1)
         where = jax.tree_util.keystr(path)
-        # The layers' are let go after the forward pass. Each reader of the table has its gradient.
+        # Layers are gathered again in the backward pass; each use of the table has a gradient.
         reads = 1 + model.tie_embeddings + (model.family == "encoder_decoder")
         return Weight(
             leaf.size,
@@ -155,7 +155,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
 
 
 def _crosses(compiled: Compilation) -> Any:
-    """Whether a collective leaves the slice of a TPU or the host of a GPU."""
+    """Returns whether a collective leaves a TPU's slice or a GPU's host."""
     devices = list(compiled.lowered.mesh.devices.flat)
 
     def place(device: Any) -> tuple[Any, Any]:
@@ -166,7 +166,7 @@ def _crosses(compiled: Compilation) -> Any:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """All of a report as plain values: bytes, seconds, counts."""
+    """Returns the whole report as plain values: bytes, seconds, counts."""
     config, line = report.config, report.roofline
     shortest, longest = line.seconds
     return {
@@ -217,7 +217,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def assumptions(report: Report) -> list[str]:
-    """What the figures rest on beside the compiled program."""
+    """Returns the assumptions behind the figures, besides the compiled program."""
     chip = report.topology.chip
     shares = ", ".join(f"{name} {share:.0%}" for name, share in SHARES.items())
     peaks = (
@@ -227,10 +227,10 @@ def assumptions(report: Report) -> list[str]:
     counted = f", which are {chip.devices} devices each" if chip.devices > 1 else ""
     lines = [
         f"peaks of {chip.name} chips{counted}: {peaks} ({chip.source})",
-        "shortest step: these peaks, all three at once, every link in use",
-        f"longest: one after another at {shares} of them, on the links of one axis of {chip.axes}",
+        "shortest step: these peaks, fully overlapped, every link in use",
+        f"longest: no overlap, at {shares} of the peaks, on the links of one axis of {chip.axes}",
         "memory traffic by rule: every instruction reads its inputs and writes its outputs once",
-        "parameters, optimizer, cache: exact; gradients, saved activations, logits: told apart by "
+        "parameters, optimizer, cache: exact; gradients, saved activations, logits: classified by "
         "rule; temporaries: the rest of the peak",
     ]
     if not chip.available:
@@ -240,14 +240,16 @@ def assumptions(report: Report) -> list[str]:
 
 
 def table(report: Report) -> str:
-    """A report for people."""
+    """Returns the report as a table."""
     config, memory = report.config, report.memory
     model = config.model
     sizes = " x ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1)
-    step = "a step of decoding" if report.decode else "a training step"
+    step = "a decoding step" if report.decode else "a training step"
     slices = f", {report.topology.slices} slices" if report.topology.slices > 1 else ""
     parts = (
-        f", in {config.train.grad_accumulation} parts" if config.train.grad_accumulation > 1 else ""
+        f", {config.train.grad_accumulation} accumulation steps"
+        if config.train.grad_accumulation > 1
+        else ""
     )
     lines = [
         f"{report.name}: {step} on {report.topology.name}{slices}, "
@@ -257,7 +259,7 @@ def table(report: Report) -> str:
         f"  {_choices(report)}",
         *([f"  {report.kernel}"] if report.kernel else []),
         _verdict(report),
-        "memory a device at the peak, GiB",
+        "memory per device at the peak, GiB",
     ]
     lines += [
         f"  {kind:<28}{size / GIB:>12.3f}{size / max(memory.peak, 1):>8.1%}"
@@ -277,7 +279,7 @@ def table(report: Report) -> str:
 
 
 def _choices(report: Report) -> str:
-    """What decides most of the memory, whether by default or by a flag."""
+    """Returns the settings that decide most of the memory."""
     config, model = report.config, report.config.model
     said = [model.dtype, f"layers {'scanned' if model.scan_layers else 'unrolled'}"]
     if not report.decode:
@@ -298,14 +300,14 @@ def _verdict(report: Report) -> str:
 
 
 def _traffic(report: Report) -> list[str]:
-    """Collectives by kind and axes, and theory beside them."""
+    """Returns lines of collectives by kind and axes, and of the predicted traffic."""
     if not report.collectives:
         return []
     by_kind: dict[tuple[str, str], list[Collective]] = {}
     for one in report.collectives:
         by_kind.setdefault((one.kind, " x ".join(one.axes)), []).append(one)
     header = f"{'times':>10}{'GB':>12}{'GB sent':>12}"
-    lines = [f"  {'collectives a step':<40}{header}"]
+    lines = [f"  {'collectives per step':<40}{header}"]
     total = sum(one.sent for one in report.collectives)
     for (kind, axes), ones in sorted(by_kind.items()):
         sent = sum(one.sent for one in ones)
@@ -328,7 +330,7 @@ def _traffic(report: Report) -> list[str]:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, or as many as stand before the point."""
+    """Returns milliseconds with three digits, or all before the point."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -343,7 +345,7 @@ def _times(report: Report) -> list[str]:
         for name in line.shortest
     }
     return [
-        "a step by the roofline, not measured",
+        "step time by the roofline, not measured",
         f"  {'model FLOPs, all devices':<28}{report.model_flops:>14.4g}",
         f"  {'FLOPs per device, as computed':<28}{line.flops:>14.4g}",
         f"  {'FLOPs per byte of HBM':<28}{line.intensity:>14.1f}",

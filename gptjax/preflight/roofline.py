@@ -1,9 +1,9 @@
-"""How long a step takes at least and at most, by a roofline (Williams et al. 2009).
+"""Lower and upper bounds of a step's time, by a roofline (Williams et al. 2009).
 
-Three things take time: products, traffic with HBM, traffic with other devices. The shortest step
-has them at the data sheet's peaks and all at once; the longest has them one after another at the
-shares of the peaks in `SHARES`, and each collective on the links of a single axis of the torus.
-Neither is a measurement.
+Three things take time: matrix products, HBM traffic, communication. In the shortest step they run
+at the data sheet's peaks, fully overlapped; in the longest without overlap, at the shares of the
+peaks in `SHARES`, with each collective on the links of a single axis of the torus. Neither is a
+measurement.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from gptjax.preflight.collectives import Collective
 from gptjax.preflight.hlo import Instruction, Program
 
 SHARES = {"compute": 0.5, "memory": 0.6, "interconnect": 0.6}
-"""Of the data sheet's peaks in the longest step: what well-tuned programs still fall below."""
+"""Shares of the peaks in the longest step: even well-tuned programs stay below the peaks."""
 FREE = (
     "parameter",
     "constant",
@@ -30,39 +30,39 @@ FREE = (
     "replica-id",
     "opt-barrier",
 )
-"""Instructions that move nothing themselves."""
+"""Instructions that move no data themselves."""
 HBM = 0
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a step costs a device."""
+    """The cost of a step per device."""
 
     flops: float
-    """Operations with recomputation."""
+    """FLOPs, recomputation included."""
     memory_bytes: float
-    """Read from and written to HBM, by `memory_traffic`."""
+    """Bytes read from and written to HBM, by `memory_traffic`."""
     sent_bytes: float
-    """Sent to other devices of the slice or host, by rings."""
+    """Bytes sent within the slice or host, by ring algorithms."""
     network_bytes: float
-    """Sent to other slices or hosts."""
+    """Bytes sent to other slices or hosts."""
     shortest: dict[str, float]
-    """Seconds of each of the three."""
+    """Seconds of each of the three, in the shortest and in the longest step."""
     longest: dict[str, float]
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """The shortest and the longest step."""
+        """Seconds of the shortest and of the longest step."""
         return max(self.shortest.values()), sum(self.longest.values())
 
     @property
     def bound(self) -> str:
-        """What the shortest step waits for."""
+        """What bounds the shortest step."""
         return max(self.shortest, key=lambda name: self.shortest[name])
 
     @property
     def intensity(self) -> float:
-        """FLOPs per byte of HBM's traffic."""
+        """Arithmetic intensity: FLOPs per byte of HBM traffic."""
         return self.flops / max(self.memory_bytes, 1.0)
 
 
@@ -73,14 +73,14 @@ def roofline(
     chip: Chip,
     crosses: Callable[[Collective], bool],
 ) -> Roofline:
-    """The times of a step.
+    """Returns the times of a step.
 
     Args:
-      flops: of a device and step, with recomputation.
-      memory_bytes: of a device and step.
+      flops: per device and step, with recomputation.
+      memory_bytes: HBM traffic per device and step.
       found: the collectives.
-      chip: the peaks; a chip's are shared out among its devices.
-      crosses: whether a collective leaves the slice, or the host.
+      chip: the peaks, divided among the chip's devices.
+      crosses: whether a collective leaves the slice or the host.
     """
     found = list(found)
     network = sum(one.sent for one in found if crosses(one))
@@ -97,11 +97,10 @@ def roofline(
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes a step between HBM and the processor, if every instruction reads and writes its own.
+    """Returns bytes per step between HBM and the cores, if every instruction reads and writes HBM.
 
-    A slice reads what it gives and an update in place writes what it changes, inside of fusions
-    too. What lies in the processor's own memory costs nothing. Collectives count as reads and
-    writes of their arrays.
+    A slice reads only its result and an in-place update writes only its update, inside fusions
+    too. On-chip memory is free. Collectives count as reads and writes of their arrays.
     """
     inside = {
         called
@@ -135,7 +134,7 @@ def _moved(program: Program, computation: dict[str, Instruction], one: Instructi
         return 2 * _in_hbm(operands[1] if one.opcode != "scatter" else operands[-1])
     written = _in_hbm(one)
     read = sum(_in_hbm(operand) for operand in operands)
-    # What `…-start` gives begins with what it is given.
+    # The result of `…-start` begins with its operands.
     return max(read, written) if one.opcode.endswith("-start") else read + written
 
 

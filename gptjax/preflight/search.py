@@ -1,4 +1,4 @@
-"""Other meshes, remat policies and batches: found by compiling them, one after another."""
+"""Search meshes, remat policies and batches that fit, by compiling them one after another."""
 
 import dataclasses
 import itertools
@@ -11,15 +11,15 @@ from gptjax.preflight.report import GIB, Report, milliseconds, preflight
 from gptjax.preflight.topology import Topology
 
 REMATS = ("none", "dots", "names", "full", "offload")
-"""From the most memory to the least, about."""
+"""Roughly from the most memory to the least."""
 MOST_TENSOR = 16
-"""Devices that share a head's work; their traffic grows with every one."""
+"""Sizes of the tensor axis; its traffic grows with each device."""
 TRIES_A_KIND = 3
-"""Changes of one kind that are tried before the next kind is."""
+"""Changes tried per kind."""
 
 
 class Change(NamedTuple):
-    """A config that was tried, and what came of it."""
+    """A config that was tried, and its report."""
 
     what: str
     report: Report
@@ -28,11 +28,11 @@ class Change(NamedTuple):
 def nearest_changes(
     report: Report, say: Callable[[str], None], tries: int = TRIES_A_KIND
 ) -> list[Change]:
-    """The smallest change of each kind (remat, accumulation, batch, axes) that fits.
+    """Returns the smallest change of each kind (remat, accumulation, batch, mesh) that fits.
 
     Args:
       report: of a program that does not fit.
-      say: is told what is tried.
+      say: prints progress.
       tries: changes of each kind at most.
     """
     fitting = []
@@ -55,7 +55,7 @@ Changes = Iterator[tuple[str, ExperimentConfig]]
 
 
 def _remats(report: Report) -> Changes:
-    """Every policy that keeps less."""
+    """Yields every remat policy that saves less."""
     if report.decode:
         return
     config = report.config
@@ -65,7 +65,7 @@ def _remats(report: Report) -> Changes:
 
 
 def _accumulations(report: Report) -> Changes:
-    """The same batch in more parts, as long as each device has a sequence of every part."""
+    """Yields more accumulation steps, while each device has a sequence of every step."""
     if report.decode:
         return
     config = report.config
@@ -78,7 +78,7 @@ def _accumulations(report: Report) -> Changes:
 
 
 def _batches(report: Report) -> Changes:
-    """Half the batch, and half of that."""
+    """Yields half the batch, and half of that."""
     config, batch = report.config, report.config.train.batch_size
     while batch % 2 == 0:
         batch //= 2
@@ -88,7 +88,7 @@ def _batches(report: Report) -> Changes:
 
 
 def _axes(report: Report) -> Changes:
-    """Parameters over more devices, then heads over more, with as many sequences a device."""
+    """Yields larger fsdp, then tensor axes, with as many sequences per device."""
     now = (report.mesh["data"], report.mesh["fsdp"], report.mesh["tensor"])
     held = now[1] * now[2]
     for data, fsdp, tensor in sorted(
@@ -99,12 +99,12 @@ def _axes(report: Report) -> Changes:
 
 
 def _free(mesh: dict[str, int]) -> int:
-    """Devices that the axes which are searched share."""
+    """Returns the devices along the searched axes."""
     return mesh["data"] * mesh["fsdp"] * mesh["tensor"]
 
 
 def meshes(config: ExperimentConfig, devices: int) -> list[tuple[int, int, int]]:
-    """(data, fsdp, tensor) whose product is `devices`, and that divide heads and width."""
+    """Returns all (data, fsdp, tensor) of product `devices` that divide heads and width."""
     model, slices = config.model, config.mesh.slices
     found = []
     for tensor in range(1, min(devices, MOST_TENSOR) + 1):
@@ -137,11 +137,11 @@ def search(
     tries: int,
     say: Callable[[str], None],
 ) -> list[Change]:
-    """Programs that fit, the one with most tokens per second in its longest step first.
+    """Returns programs that fit, by decreasing tokens per second in the longest step.
 
-    Meshes of data, fsdp and tensor, remat policies, and the batch, its half and its double. What
-    cannot fit by its parameters alone is not compiled; of the rest at most `tries`, those first
-    that send least, and the policies that keep all and nothing before the one between them.
+    Searched are meshes of data, fsdp and tensor, remat policies, and half, the same and double the
+    batch. Configs whose state alone does not fit are not compiled; of the rest at most `tries`,
+    first those that send least, and remat policies none and full before dots.
     """
     fitting = []
     candidates = sorted(_candidates(config, topology, decode), key=lambda found: found[0])
@@ -164,7 +164,7 @@ def search(
 def _candidates(
     config: ExperimentConfig, topology: Topology, decode: bool
 ) -> Iterator[tuple[tuple[float, ...], str, ExperimentConfig]]:
-    """Configs with their place in the order in which they are tried."""
+    """Yields configs with a sort key: the order in which they are tried."""
     devices = len(topology.devices)
     others = config.mesh.sequence * config.mesh.expert * config.mesh.pipeline
     held = sum(model_cost(config.model).state_bytes.values()) if not decode else 0
@@ -190,7 +190,7 @@ def _candidates(
 
 
 def ranking(found: list[Change]) -> str:
-    """The programs that fit, as a table."""
+    """Returns the programs that fit, as a table."""
     lines = [f"{'GiB':>8}{'spare':>8}{'ms per step':>20}{'tokens per second':>26}  flags"]
     for what, report in found:
         shortest, longest = report.roofline.seconds

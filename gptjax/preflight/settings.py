@@ -1,4 +1,4 @@
-"""What is compiled when nothing else is said, and the flags that say it shortly."""
+"""The default config of a preflight, and its short flags."""
 
 import dataclasses
 import math
@@ -16,12 +16,13 @@ from gptjax.config import (
 from gptjax.models.presets import preset
 
 LOSS_CHUNK = 1024
-"""Tokens whose scores are there at once. For GPT-2, 8 sequences of 1,024 have 1.5 GiB of them."""
+"""Tokens whose logits are computed at once: GPT-2's of 8 sequences of 1,024 take 1.5 GiB."""
 
 
 def default_config(name: str) -> ExperimentConfig:
-    """A preset as it is trained at scale: bfloat16 products, layers scanned and recomputed, the
-    loss in chunks. All else, dropout too, is the preset's.
+    """Returns a preset as trained at scale: bfloat16, scanned layers, full remat, chunked loss.
+
+    All else, dropout too, is the preset's.
 
     Raises:
       InputError: an unknown preset.
@@ -32,7 +33,7 @@ def default_config(name: str) -> ExperimentConfig:
 
 
 def _data(model: TransformerConfig) -> DataConfig:
-    """What a model of the family is trained to predict."""
+    """Returns the data config with the family's objective."""
     if model.family == "encoder":
         pairs = model.encoder_heads == "pretraining"
         return DataConfig(objective="next_sentence" if pairs else "masked_lm")
@@ -50,10 +51,10 @@ def with_sizes(
     batch_per_device: float = 0,
     sequence: int = 0,
 ) -> ExperimentConfig:
-    """The config with what the short flags say; 0 and "" leave it as it is.
+    """Returns the config with the short flags applied; 0 and "" leave it as it is.
 
     Raises:
-      InputError: a mesh that cannot be read, or a batch that is not whole.
+      InputError: a mesh that cannot be read, or a batch that is not a whole number.
     """
     axes = dataclasses.replace(config.mesh, **{**parse_mesh(mesh), "slices": slices})
     model, train = config.model, config.train
@@ -63,7 +64,7 @@ def with_sizes(
         batch = batch_per_device * devices
         if not batch >= 1 or math.isinf(batch) or batch != int(batch):
             raise InputError(
-                f"--batch-per-device is {batch_per_device:g}: on {devices} devices that is no "
+                f"--batch-per-device is {batch_per_device:g}: on {devices} devices that is not a "
                 "whole number of sequences."
             )
         train = dataclasses.replace(train, batch_size=int(batch))
@@ -71,10 +72,10 @@ def with_sizes(
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The axes of `data=1,fsdp=16`.
+    """Parses `data=1,fsdp=16` into sizes by axis.
 
     Raises:
-      InputError: an unknown axis, or what is no number.
+      InputError: an unknown axis, or an invalid number.
     """
     known = [item.name for item in dataclasses.fields(MeshConfig) if item.name != "pmap"]
     axes = {}

@@ -1,7 +1,7 @@
-"""The machine that is compiled for: chips that are not there, as JAX devices.
+"""The compilation target: absent accelerators as JAX devices.
 
-`v5e:4x4` is a TPU slice of that shape, `h100:64` so many GPUs on hosts of 8. libtpu and the CUDA
-plugin describe them without any accelerator (the extra `preflight`).
+`v5e:4x4` is a TPU slice of that shape, `h100:64` 64 GPUs on hosts of 8. libtpu and the CUDA plugin
+(the extra `preflight`) describe them without any accelerator.
 """
 
 import importlib.metadata
@@ -18,9 +18,9 @@ from gptjax.config import InputError, near_names, whole_number
 from gptjax.costs.chips import Chip, known_chips
 
 ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # libtpu asks the metadata server of a TPU VM otherwise.
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # It locks the machine's TPUs otherwise, which are not used.
-    # What it would ask for and complain about on standard error.
+    "TPU_SKIP_MDS_QUERY": "1",  # Else libtpu queries a TPU VM's metadata server.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Else it locks the machine's TPUs, which are not used.
+    # Else it would query these and warn on standard error.
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -30,14 +30,14 @@ ENVIRONMENT = {
 }
 MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MOST_DEVICES = 1 << 20
-"""That are described: each is a Python object, and no cluster has as many."""
+"""Limit of described devices: each is a Python object, and no cluster has as many."""
 DEFAULT_MEMORY_FRACTION = 0.75
-"""Of a GPU's memory, which JAX takes when it starts (its documentation, GPU memory allocation)."""
+"""Share of a GPU's memory that JAX preallocates (its documentation, GPU memory allocation)."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that can be compiled for."""
+    """Devices to compile for."""
 
     name: str
     chip: Chip
@@ -46,7 +46,7 @@ class Topology:
 
     @property
     def available(self) -> int:
-        """Bytes that a program may take on one device."""
+        """Bytes available to a program on one device."""
         if self.chip.available:
             return self.chip.available
         fraction = float(os.environ.get(MEMORY_FRACTION, DEFAULT_MEMORY_FRACTION))
@@ -54,10 +54,10 @@ class Topology:
 
 
 def prepare_environment() -> None:
-    """Keep JAX on the CPU and libtpu to itself; before either has started.
+    """Keep JAX on the CPU and libtpu off the hardware; call it before either starts.
 
-    A setting of the user's stands. What is compiled is not looked up in JAX's cache, from which
-    XLA's plans would be missing.
+    The user's settings take precedence. JAX's compilation cache is disabled, as cached programs
+    lack XLA's dumps.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,11 +66,11 @@ def prepare_environment() -> None:
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
-    """The devices of `v5e:4x4` or `h100:8`.
+    """Returns the devices of `v5e:4x4` or `h100:8`.
 
     Raises:
-      InputError: an unknown chip or shape; libtpu or the CUDA plugin missing, or another version
-        than JAX goes with; a libtpu that another process has locked.
+      InputError: an unknown chip or shape; libtpu or the CUDA plugin missing, or not of the
+      version that JAX needs; a libtpu that another process has locked.
     """
     kind, _, shape = name.partition(":")
     chips = known_chips()
@@ -82,7 +82,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     chip = chips[kind]
     _check_shape(name, chip, shape)
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
-        accepted = "at least 1" if slices < 1 else "1 with GPUs, which have hosts, as h100:16"
+        accepted = "at least 1" if slices < 1 else "1 for GPUs, which have no slices"
         raise InputError(f"--slices is {slices}: it must be {accepted}.")
     devices = slices * math.prod(map(int, shape.split("x")))
     if devices > MOST_DEVICES:
@@ -99,7 +99,7 @@ def _example(chip: Chip) -> str:
 
 def _check_shape(name: str, chip: Chip, shape: str) -> None:
     if chip.platform == "tpu":
-        # libtpu itself takes shapes that cannot be had, as v5e:4x4x4.
+        # libtpu itself accepts shapes that do not exist, as v5e:4x4x4.
         known = shape in chip.topologies
         accepted = ", ".join(f"{chip.name}:{shape}" for shape in chip.topologies)
     else:
@@ -111,10 +111,10 @@ def _check_shape(name: str, chip: Chip, shape: str) -> None:
 
 
 def check_packages(chip: Chip) -> None:
-    """What compiles for `chip` is installed, in the version that this JAX goes with.
+    """Check that the compiler for `chip` is installed, in the version that this JAX needs.
 
     Raises:
-      InputError: it is not; the sentence ends with the command.
+      InputError: it is not; the message ends with the command to install it.
     """
     tpu = chip.platform == "tpu"
     version = importlib.metadata.version("jax")
@@ -129,13 +129,11 @@ def check_packages(chip: Chip) -> None:
             ) from None
         wanted = _libtpu_of_jax() if tpu else version
         if wanted and not f"{found}.".startswith(f"{wanted}."):
-            raise InputError(
-                f"{package} is {found}, and jax {version} goes with {wanted}: {command}."
-            )
+            raise InputError(f"{package} is {found}, but jax {version} needs {wanted}: {command}.")
 
 
 def _libtpu_of_jax() -> str:
-    """The version of libtpu that `jax[tpu]` asks for, "" where it does not say."""
+    """Returns the version of libtpu that `jax[tpu]` requires, "" if it states none."""
     for requirement in importlib.metadata.requires("jax") or []:
         if wanted := re.match(r"libtpu==([\d.]+?)(?:\.\*)?\s*;", requirement):
             return wanted[1]
@@ -147,7 +145,7 @@ def _tpu_devices(chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     if slices > 1:
         options["num_slices"] = slices
     if shape == "1x1":
-        options["chips_per_host_bounds"] = (1, 1, 1)  # A host has 4 of them otherwise.
+        options["chips_per_host_bounds"] = (1, 1, 1)  # The default is 4 chips per host.
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{chip.name}:{shape}", **options
@@ -173,9 +171,9 @@ def _gpu_devices(chip: Chip, count: int) -> tuple[Any, ...]:
 
 
 def gpu_target(chip: Chip) -> str:
-    """XLA's `GpuTargetConfigProto` of a chip, in text form.
+    """Returns XLA's `GpuTargetConfigProto` of a chip, in text form.
 
-    What all of them share is in the CUDA C++ programming guide (compute capabilities 8.0 to 10.0).
+    The common limits are from the CUDA C++ programming guide (compute capabilities 8.0 to 10.0).
     """
     gpu = chip.gpu
     major, minor = gpu["capability"]

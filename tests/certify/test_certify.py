@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptjax.certify import properties
+from gptjax.certify.cases import Case, difference
 from gptjax.certify.grid import (
     BASE,
     TINY,
@@ -26,7 +27,7 @@ from gptjax.certify.grid import (
     shrunk,
     variants,
 )
-from gptjax.certify.properties import PROPERTIES, Case, difference, product_flops
+from gptjax.certify.properties import PROPERTIES, product_flops
 from gptjax.config import InputError, TransformerConfig, to_dict
 from gptjax.config.axes import COMPANIONS, OUTSIDE, SETTINGS
 from gptjax.layers import linear, stack
@@ -355,7 +356,7 @@ def test_the_page_shows_what_fails():
     failing = page({"a": good, "c": bad}, "certify")
     assert "**1 fail**" in failing
     assert "| `c` | **2e-01** | 0 |" in failing
-    assert "- c: a causal model sees no later token" in failing
+    assert "- c: no token attends to padding, or if causal" in failing
 
 
 @pytest.fixture
@@ -403,7 +404,9 @@ def test_the_command_fails_with_a_sentence(command, monkeypatch):
     code, out, _ = command("certify", "gpt2")
     assert code == 1
     *_, sentence, verdict = out.splitlines()
-    assert sentence.startswith("gpt2: the model cost's FLOPs = the traced products': error")
+    assert sentence.startswith(
+        "gpt2: counted FLOPs (costs/model.py) = those of traced products: error"
+    )
     assert verdict == "1 variant: 1 of 2 properties hold, 1 of 2 checks; failed: flops of gpt2."
 
 

@@ -305,11 +305,11 @@ BAD_SAMPLES = {
     "beams": (["--beams", "-1"], "beams is -1: it must be at least 1."),
     "beams and top-k": (
         ["--beams", "2", "--top-k", "3"],
-        "--top-k is for sampling: it cannot go with --beams.",
+        "--top-k is for sampling: it cannot be combined with --beams.",
     ),
     "beams and samples": (
         ["--beams", "2", "--num-samples", "3"],
-        "--num-samples is for sampling: it cannot go with --beams.",
+        "--num-samples is for sampling: it cannot be combined with --beams.",
     ),
     "samples": (["--num-samples", "0"], "num-samples is 0: it must be at least 1."),
     "tokens": (["--max-new-tokens", "0"], "max-new-tokens is 0: it must be at least 1 and below"),
@@ -420,7 +420,7 @@ def test_a_sample_ends_with_the_context_unless_the_window_slides(gptjax, tiny_ru
     ended = gptjax("sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40)
     # The prompt, positions 31 and 32, the token after them, a line end.
     assert len(ended.out) == 30 + 2 + 1 + 1
-    full = "3 new tokens: the context of 32 is full, past which --sliding-window goes on.\n"
+    full = "3 new tokens: the context of 32 is full, beyond which --sliding-window continues.\n"
     assert ended.err == full
     slides = gptjax(
         "sample", tiny_run, "--prompt", "a" * 30, "--max-new-tokens", 40, "--sliding-window"
@@ -558,7 +558,7 @@ def test_a_mistake_is_the_same_sentence_in_a_coloured_terminal(gptjax, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (["--help"], ["sample", "Continue a prompt", "params", "Print what a model"]),
+        (["--help"], ["sample", "Continue a prompt", "params", "Print a model"]),
         (
             ["sample", "--help"],
             ["--max-new-tokens", "(default: 200)", "--temperature", "0.8)", "--sliding-window"],

@@ -8,7 +8,7 @@ from compared import COSTS, tiny
 from gptjax.compare import study
 from gptjax.compare.analysis.statistics import paired_differences
 from gptjax.compare.analysis.verdicts import standings
-from gptjax.compare.grid.grid import run_cells
+from gptjax.compare.grid.grid import run_grid
 from gptjax.compare.grid.progress import GridProgress
 from gptjax.compare.plan import costs
 from gptjax.compare.plan.plan import make_plan
@@ -47,7 +47,7 @@ def test_eight_seeds_against_eight_others_are_not_told_apart(tmp_path):
     plan = make_plan(riddles(tmp_path, SOUND, seeds=16), tmp_path / "out")
     (each,) = plan.planned
     with GridProgress(1.0) as progress:
-        outcomes = run_cells(plan.finals(each, 1e-2), tmp_path / "out", plan.material, progress)
+        outcomes = run_grid(plan.finals(each, 1e-2), tmp_path / "out", plan.data, progress)
     losses = np.array([outcome.validation_loss for outcome in outcomes], float)
     assert len(set(losses)) == 16
     groups = {"first": losses[:8], "second": losses[8:]}

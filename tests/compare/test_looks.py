@@ -119,4 +119,4 @@ def test_a_report_says_at_which_look_it_is(tmp_path):
     write_report(answers.answer(list(found), seeds=5), tmp_path)
     said = (tmp_path / "report.md").read_text()
     assert "this is look 2 at `llama-style` (3 seeds on 20" in said
-    assert "which may spend 1/6 of the error" in said
+    assert "which may spend 1/6 of the total error" in said

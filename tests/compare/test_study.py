@@ -50,11 +50,11 @@ def test_all_variants_see_the_same(tmp_path):
         assert {cell.config.optimizer.learning_rate for cell in finals} == {3e-2}
         assert {cell.config.model.context_length for cell in (*search, *finals)} == {16}
         assert {cell.config.model.vocab_size for cell in (*search, *finals)} == {
-            plan.material.corpus.vocabulary.size
+            plan.data.corpus.vocabulary.size
         }
-    first, again = plan.material.batches(0), plan.material.batches(0)
+    first, again = plan.data.batches(0), plan.data.batches(0)
     np.testing.assert_array_equal(next(first).tokens, next(again).tokens)
-    assert (next(plan.material.batches(1)).tokens != next(plan.material.batches(0)).tokens).any()
+    assert (next(plan.data.batches(1)).tokens != next(plan.data.batches(0)).tokens).any()
 
 
 def test_one_rate_and_a_variants_own_need_no_search(tmp_path):
@@ -138,13 +138,13 @@ def test_with_mup_the_rate_is_chosen_at_another_width(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"budget": "tokens=200"}, "--budget is 'tokens=200': of quickstart"),
+        ({"budget": "tokens=200"}, "--budget is 'tokens=200': for quickstart"),
         ({"budget": "tokens=200"}, "that is 3 steps of 64 tokens, too small for 4 evaluations"),
         ({"budget": "tokens=1M,2M"}, "it must be one amount, as tokens=1M"),
         ({"budget": "tokens"}, "it must be one amount, as tokens=1M"),
         ({"match": "seconds=3"}, "--match is 'seconds=3': seconds takes no amount"),
         ({"match": "params=1M,2M"}, "params takes one amount; --scale takes several"),
-        ({"scale": "params"}, "--scale is 'params': it must say sizes"),
+        ({"scale": "params"}, "--scale is 'params': it must give sizes"),
         ({"scale": "seconds=3"}, "--scale has an unknown measure 'seconds'"),
         ({"match": "size"}, "--match has an unknown measure 'size'"),
         ({"match": "params=10"}, "cannot be matched: "),

@@ -381,7 +381,7 @@ def test_a_header_is_not_believed(damage, tmp_path):
 
 def test_a_depth_that_the_tensors_lack_is_refused_at_once(tmp_path):
     keys = {"llama.block_count": 60_000}
-    with pytest.raises(InputError, match=r"of 60,000 layers it has \d+ tensors"):
+    with pytest.raises(InputError, match=r"for 60,000 layers it has \d+ tensors"):
         from_gguf(_write(GOLDEN / "llama", tmp_path / "model.gguf", keys=keys))
     keys = {"llama.block_count": 1_000_000_000}
     with pytest.raises(InputError, match=r"1000000000: it must be at most 65536"):

@@ -272,7 +272,7 @@ def test_a_field_that_is_not_computed_is_refused(name, fields, sentence, tmp_pat
 ABSURD = [
     # A family, a field of its config.json as text, and what is said of it.
     ("gpt2", '"n_layer": 1000000000', r"n_layer is 1000000000: it must be at most 65536"),
-    ("gpt2", '"n_layer": 65536', r"does not fit its config: of 65,536 layers it has \d+ tensors"),
+    ("gpt2", '"n_layer": 65536', r"does not fit its config: for 65,536 layers it has \d+ tensors"),
     ("gpt2", '"vocab_size": 1099511627776', "vocab_size is 1099511627776: .* below 2"),
     ("gpt2", '"n_embd": 2147483647, "n_head": 1', "does not fit its config: "),
     ("gpt2", '"n_inner": 1e30', "TransformerConfig.mlp_dim is 1e"),
@@ -397,8 +397,8 @@ def test_damaged_weights_are_refused(gpt2):
         (np.full(8, -np.inf, np.float32), "ln_f.bias holds an infinity"),
         (np.full(8, np.inf, np.float16), "ln_f.bias holds an infinity"),
         (np.full(8, 1e39, np.float64), r"holds a number of size 1e\+39, too large for float32"),
-        (np.full(8, True), "ln_f.bias is of bool"),
-        (np.ones(8, np.int32), "ln_f.bias is of int32"),
+        (np.full(8, True), "ln_f.bias is bool"),
+        (np.ones(8, np.int32), "ln_f.bias is int32"),
     ],
 )
 def test_weights_that_are_no_numbers_are_refused(gpt2, value, sentence):

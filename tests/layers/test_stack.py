@@ -8,7 +8,8 @@ import jax
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from gptjax.certify.properties import ROUNDING, ROWS, Case, difference, product_flops
+from gptjax.certify.cases import ROUNDING, ROWS, Case, difference
+from gptjax.certify.properties import product_flops
 from gptjax.config import TransformerConfig
 
 L, T, D, N, H, F = 3, 6, 8, 2, 5, 14

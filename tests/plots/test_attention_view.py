@@ -367,7 +367,7 @@ def test_the_map_shows_each_weight_by_its_colour_and_its_number(opened):
         pair = f"{WORDS[t]} ({t}) attends to {WORDS[s]} ({s})\n"
         (tip,) = [tip for tip in found if tip.startswith(pair)]
         if s > t:
-            assert tip == pair + "nothing: it comes later and is hidden"
+            assert tip == pair + "masked: a later token"
             continue  # It has no weight, and no colour of one.
         told = float(tip.removeprefix(pair + "weight "))
         assert told == pytest.approx(weight, abs=0.00005 + 0.000008)
@@ -472,7 +472,7 @@ def test_a_picture_of_the_model_view_opens_its_head(opened):
     assert {tip.split("\n")[0] for tip in found} == {
         f"layer {layer}, head {head}" for layer in range(2) for head in range(3)
     }
-    place = found["layer 1, head 2\na click opens it"]
+    place = found["layer 1, head 2\nclick to open"]
     frame.page.mouse.move(*place)
     picture(frame)  # With its frame, twice as wide as that of the map.
     frame.page.mouse.click(*place)
@@ -635,7 +635,7 @@ def test_what_a_mask_hides_looks_like_no_weight(theme, opened):
     assert len(np.unique(cell(2, 0), axis=0)) == 1  # A weight of 0 is one colour alone.
     for t, s in ((0, 1), (0, 3), (3, 0)):
         assert len(np.unique(cell(t, s), axis=0)) > 1
-    assert any(tip.endswith("\nnothing: it is too far away and is hidden") for tip in found)
+    assert any(tip.endswith("\nmasked: outside the window") for tip in found)
     assert frame.locator("#hidden").is_visible()
     chip(frame, "layers", "1").click()
     found, pixels = tips(frame), picture(frame)
@@ -659,7 +659,7 @@ def test_the_header_speaks_of_the_colours_that_are_drawn(opened):
     frame.evaluate("location.hash = 'view=map'")
     picture(frame)
     assert frame.inner_text("#least") == "0"
-    assert frame.inner_text("#meaning") == "Rows attend to columns; stronger colour: more."
+    assert frame.inner_text("#meaning") == "Rows: queries; columns: keys; stronger: more."
 
 
 def drawn_by(frame: Any, method: str) -> list[list[Any]]:

@@ -54,7 +54,7 @@ def test_its_words_are_those_around_it():
     words = in_words(plots.attention_grid(weights, ["a", "b", "c"], "the title"))
     assert re.fullmatch(
         r"the title; layer 0, head 0; layer 0, head 1\. down: query\. "
-        r"across: key\. colours: attention weight; hatched: hidden",
+        r"across: key\. colours: attention weight; hatched: mask",
         words,
     )
 

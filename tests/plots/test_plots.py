@@ -470,7 +470,7 @@ def test_the_attention_grid_has_a_row_for_each_layer_and_a_column_for_each_head(
     bottom_left = panels[3]  # The outer panels are labelled.
     assert _ticks(bottom_left.xaxis) == _ticks(bottom_left.yaxis) == tokens
     assert _ticks(panels[1].xaxis) == _ticks(panels[1].yaxis) == []
-    assert colorbar.get_xlabel() == "attention weight; hatched: hidden"
+    assert colorbar.get_xlabel() == "attention weight; hatched: mask"
     assert figure.get_suptitle() == "heads"
     assert figure.get_supxlabel() == "key"
     assert figure.get_supylabel() == "query"
@@ -499,8 +499,8 @@ def test_where_labels_are_left_out_it_is_said():
     step = len(_tokens(24)) // len(_ticks(panel.yaxis))
     assert step > 1
     assert _ticks(panel.yaxis) == _tokens(24)[::step]
-    assert figure.get_supylabel() == f"query (one in {step} is named)"
-    assert "named" in figure.get_supxlabel()
+    assert figure.get_supylabel() == f"query (1 in {step} labelled)"
+    assert "labelled" in figure.get_supxlabel()
 
 
 def test_a_head_of_64_chinese_tokens_names_every_one_upright():

@@ -170,7 +170,7 @@ def test_theory_of_a_tied_table_is_one_gather_and_a_sum_for_each_use():
     gathers, sums = expected(shapes(weights=weights), {"data": 1, "fsdp": 4}, [])
     assert gathers.bytes == 2 * (2 * 1000 + 500)
     assert sums.bytes == 2 * (1000 + 2 * 500)
-    assert sums.what.endswith("a tied table's once a use")
+    assert sums.what.endswith("tied embeddings' once per use")
     # Where rows alone are parted, a device adds up its own gradients first.
     (alone,) = expected(shapes(weights=weights), {"data": 4, "fsdp": 1}, [])
     assert alone.bytes == 4 * 1500
@@ -184,5 +184,5 @@ def test_theory_of_data_and_tensor():
     mesh = {"data": 2, "fsdp": 1, "tensor": 2}
     data, tensor = expected(shapes(weights=[Weight(1000, ("tensor",))]), mesh, found)
     assert data.bytes == 500 * 2
-    # 2 all-reduces a layer in the forward pass, its repetition and the backward pass.
+    # 2 all-reduces per layer in the forward pass, its repetition and the backward pass.
     assert tensor.bytes == tensor.found == 6 * 3 * 10 * 8 * 2

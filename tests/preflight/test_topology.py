@@ -37,7 +37,7 @@ def test_the_longest_fitting_name_of_a_device_counts():
         ("v5e:4x4x4", 1, "Unknown topology 'v5e:4x4x4': accepted are v5e:1x1, "),
         ("h100:12", 1, "accepted are h100:1 to h100:8, and multiples of 8."),
         ("h100:x", 1, "accepted are h100:1 to h100:8, and multiples of 8."),
-        ("h100:8", 2, "--slices is 2: it must be 1 with GPUs"),
+        ("h100:8", 2, "--slices is 2: it must be 1 for GPUs"),
         ("v5e:4x4", 0, "--slices is 0: it must be at least 1."),
     ],
 )
@@ -81,10 +81,10 @@ def test_a_package_that_is_missing_or_of_another_version_comes_with_the_command(
     assert refusal("h100").endswith('pip install "jax[cuda12-local]==0.10.2".')
     installed(jax="0.10.2", libtpu="0.0.50", jax_cuda12_plugin="0.10.1", jax_cuda12_pjrt="0.10.2")
     assert refusal("v5e") == (
-        'libtpu is 0.0.50, and jax 0.10.2 goes with 0.0.42: pip install "jax[tpu]==0.10.2".'
+        'libtpu is 0.0.50, but jax 0.10.2 needs 0.0.42: pip install "jax[tpu]==0.10.2".'
     )
     assert refusal("h100") == (
-        "jax-cuda12-plugin is 0.10.1, and jax 0.10.2 goes with 0.10.2: "
+        "jax-cuda12-plugin is 0.10.1, but jax 0.10.2 needs 0.10.2: "
         'pip install "jax[cuda12-local]==0.10.2".'
     )
     installed(jax="0.10.2", libtpu="0.0.42.1", jax_cuda12_plugin="0.10.2", jax_cuda12_pjrt="0.10.2")
@@ -165,5 +165,5 @@ def test_a_mesh_that_cannot_be_read_is_one_sentence(mesh, sentence):
 
 
 def test_a_batch_that_is_not_whole_is_refused():
-    with pytest.raises(InputError, match="no whole number of sequences"):
+    with pytest.raises(InputError, match="not a whole number of sequences"):
         with_sizes(default_config("gpt2"), 16, batch_per_device=0.3)

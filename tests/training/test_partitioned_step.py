@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from gptjax.certify.properties import ROUNDING, ROWS, Case, difference
+from gptjax.certify.cases import ROUNDING, ROWS, Case, difference
 from gptjax.config import MeshConfig, TransformerConfig
 from gptjax.models.build import parameter_axes
 from gptjax.models.presets import preset

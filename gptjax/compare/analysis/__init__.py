@@ -1,1 +1,1 @@
-"""What may be said of the runs: intervals, verdicts, scaling laws."""
+"""Analysis of the runs: intervals, verdicts, scaling laws."""

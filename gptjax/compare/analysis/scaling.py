@@ -1,10 +1,10 @@
-"""Laws of scaling: how the loss falls with size, for each variant, and where two of them cross.
+"""Scaling laws: the loss as a function of model size for each variant, and where two laws cross.
 
 L(N) = E + A N^-α (Kaplan et al. 2020), and L(N, D) = E + A N^-α + B D^-β where sizes were trained
 on several numbers of tokens (Hoffmann et al. 2022, equation 2): N parameters, D tokens, L the
 validation loss in nats per token. They are fitted as in Hoffmann's approach 3, by the Huber loss of
-log L from several starts. Intervals come from the bootstrap over the seeds of each size: they know
-how seeds scatter, and do not know whether the law is the right one.
+log L from several starts. Intervals come from the bootstrap over the seeds of each size: they cover
+the variance between seeds, not whether the law has the right form.
 """
 
 import itertools
@@ -17,19 +17,19 @@ from gptjax.compare.results import Answer
 from gptjax.config import InputError
 
 HUBER = 1e-2
-"""Of log L, from where on a residual counts linearly: about what a small run scatters by. Hoffmann
-takes 1e-3 for hundreds of runs; of three seeds that would follow the middle one."""
+"""The residual of log L above which the Huber loss is linear: about the spread of small runs.
+Hoffmann takes 1e-3 for hundreds of runs; with three seeds that would follow the median."""
 RESAMPLES = 200
 SIZES = 3
-"""At least; fewer leave the exponent to the starting point."""
+"""The fewest sizes; with fewer, the exponent is that of the starting point."""
 STEEPEST = 4.0
-"""Bound of α and β; what is measured lies below 1."""
+"""Upper bound of α and β; measured ones are below 1."""
 NO_FLOOR = 1e-4
-"""E below this share of the lowest loss is none."""
+"""An E below this share of the lowest loss counts as 0."""
 APART = 1.5
-"""Numbers of tokens of one size that differ by less say nothing about β."""
+"""The least ratio of token counts at one size that identifies β."""
 GRID = 2000
-"""Points between which a crossing is a straight line's."""
+"""Points between which crossings are linearly interpolated."""
 Numbers = np.ndarray | float
 NAMES = ("E", "A", "alpha", "B", "beta")
 
@@ -40,37 +40,37 @@ class Law(NamedTuple):
     coefficients: dict[str, float]
     """E, A and alpha; of L(N, D) also B and beta."""
     intervals: dict[str, tuple[float, float]]
-    """Of each coefficient, by the bootstrap; nan where no size has two seeds."""
+    """Bootstrap interval of each coefficient; nan where no size has two seeds."""
     level: float
-    """Of the intervals."""
+    """Confidence level of the intervals."""
     parameters: np.ndarray
-    """[points], N of the runs that it was fitted to."""
+    """[points], N of the fitted runs."""
     tokens: np.ndarray
-    """[points], D of them."""
+    """[points], D of the fitted runs."""
     losses: np.ndarray
-    """[points], L of them."""
-    missed: float
-    """The most that a size's mean loss is off the curve, nats."""
+    """[points], L of the fitted runs."""
+    largest_residual: float
+    """Largest distance of a size's mean loss from the curve, nats."""
     resamples: np.ndarray
-    """[resamples, coefficients], fitted to seeds drawn again; empty where no size has two."""
+    """[resamples, coefficients] of bootstrap resamples; empty where no size has two seeds."""
     notes: tuple[str, ...]
-    """Sentences on what the fit cannot tell."""
+    """Caveats of the fit, as sentences."""
 
     def predict(self, parameters: Numbers, tokens: Numbers | None = None) -> np.ndarray:
-        """L at each N, and of L(N, D) at that D.
+        """Returns L at each N, for L(N, D) also at that D.
 
         Raises:
-          InputError: a law with D that is given none.
+          InputError: a law L(N, D) without `tokens`.
         """
         return self._curves(np.array([list(self.coefficients.values())]), parameters, tokens)[0]
 
     def predict_interval(
         self, parameters: Numbers, tokens: Numbers | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Between what the curve lies at each N, one N at a time; nan without resamples.
+        """Returns the pointwise interval (low, high) of L at each N; nan without resamples.
 
         Raises:
-          InputError: a law with D that is given none.
+          InputError: a law L(N, D) without `tokens`.
         """
         low, high = _quantiles(self._curves(self.resamples, parameters, tokens), self.level)
         return low, high
@@ -78,7 +78,7 @@ class Law(NamedTuple):
     def _curves(
         self, coefficients: np.ndarray, parameters: Numbers, tokens: Numbers | None
     ) -> np.ndarray:
-        """[curves, points] of [curves, coefficients]."""
+        """Returns L [curves, points] of coefficients [curves, coefficients]."""
         floor, scale, exponent, *of_tokens = coefficients.T[..., None]
         losses = floor + scale * np.asarray(parameters, float) ** -exponent
         if not of_tokens:
@@ -89,18 +89,18 @@ class Law(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """Where one variant's curve goes below another's."""
+    """Where two fitted curves cross."""
 
     parameters: float
     """N."""
     better_above: bool
-    """Whether the first law is the lower one at larger N, rather than the second."""
+    """Whether the first law has the lower loss above the crossing."""
     extrapolated: bool
-    """Whether N is outside what was measured of both."""
+    """Whether N is outside the range measured for both."""
     share: float
-    """Of resamples in which they cross in this direction within the range; nan without any."""
+    """Share of resamples that cross in this direction within the range; nan without resamples."""
     interval: tuple[float, float]
-    """Of N in those resamples; nan without any."""
+    """Interval of N over those resamples; nan without any."""
 
 
 def fit_law(
@@ -114,16 +114,16 @@ def fit_law(
 ) -> Law:
     """Fit L(N, D) where D varies at the same N and there are enough of both, else L(N).
 
-    Two laws whose sizes have as many seeds draw the same ones for the same `seed`, so that what a
-    seed does to both variants alike drops out of the comparison of their resamples.
+    Laws with equal numbers of seeds per size draw the same resamples for the same `seed`, so that
+    effects of a seed on both variants cancel when their resamples are compared.
 
     Args:
       parameters: [points], N of each run.
       losses: [points], L of each, nats per token; the seeds of a size in the same order for all.
       tokens: [points], D of each.
-      resamples: how often seeds are drawn again, each size's on its own.
-      seed: of the drawing.
-      level: of the intervals.
+      resamples: number of bootstrap resamples, stratified by size.
+      seed: of the bootstrap.
+      level: confidence level of the intervals.
 
     Raises:
       InputError: fewer than three sizes, or losses that are not above 0.
@@ -146,30 +146,30 @@ def fit_law(
         parameters=parameters,
         tokens=tokens,
         losses=losses,
-        missed=0.0,
+        largest_residual=0.0,
         resamples=again,
         notes=(),
     )
     off = law.predict(parameters, tokens) - losses
-    missed = max(abs(float(np.mean(off[group]))) for group in groups)
-    return law._replace(missed=missed, notes=tuple(_notes(law, both, len(groups))))
+    largest = max(abs(float(np.mean(off[group]))) for group in groups)
+    return law._replace(largest_residual=largest, notes=tuple(_notes(law, both, len(groups))))
 
 
 def crossings(
     first: Law, second: Law, within: tuple[float, float], tokens: float | None = None
 ) -> list[Crossing]:
-    """Where two fitted curves cross, by N; none where they do not in `within`.
+    """Returns where two fitted curves cross, by N; empty if they do not within `within`.
 
-    The difference of two such curves has at most one minimum or maximum, so that they cross at
-    most once in each direction, and a resample's crossing is the one of the same direction.
+    The difference of two such curves has at most one extremum, so they cross at most once in each
+    direction; a resample's crossing is the one in the same direction.
 
     Args:
-      first, second: of the same seeds in the same order, best.
-      within: the smallest and the largest N that are looked at.
-      tokens: D, for laws that have it.
+      first, second: ideally of the same seeds in the same order.
+      within: the smallest and the largest N searched.
+      tokens: D, for laws L(N, D).
 
     Raises:
-      InputError: a law with D that is given none.
+      InputError: a law L(N, D) without `tokens`.
     """
     counts = np.geomspace(*within, GRID)
     smallest = max(first.parameters.min(), second.parameters.min())
@@ -197,7 +197,7 @@ def crossings(
 
 
 def laws(answer: Answer) -> dict[str, Law]:
-    """The law of each variant, over the sizes of a comparison; without those of `unfitted`."""
+    """Returns the fitted law of each variant over the sizes, without those of `unfitted`."""
     return {
         name: fit_law(*points, level=answer.comparison.confidence)
         for name, points in _points(answer).items()
@@ -206,13 +206,13 @@ def laws(answer: Answer) -> dict[str, Law]:
 
 
 def unfitted(answer: Answer) -> tuple[str, ...]:
-    """A sentence for each variant of which no law can be fitted, and why."""
+    """Returns a sentence for each variant without a law, with the reason."""
     lacks = {name: _lack(*points[:2]) for name, points in _points(answer).items()}
     return tuple(f"{name} has no law: {lack}" for name, lack in lacks.items() if lack)
 
 
 def _points(answer: Answer) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """N, L and D of the final runs that finished, by variant, in the order of their seeds."""
+    """Returns N, L and D of the finished final runs, by variant, in the order of their seeds."""
     points = {}
     for name in dict.fromkeys(entry.variant for entry in answer.entries):
         runs = [
@@ -226,30 +226,30 @@ def _points(answer: Answer) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _lack(parameters: np.ndarray, losses: np.ndarray) -> str:
-    """Why nothing can be fitted, in a sentence; empty if something can."""
+    """Returns why no law can be fitted, as a sentence; empty if one can."""
     sizes = len(np.unique(parameters))
     if sizes < SIZES:
         return f"{sizes} sizes finished: a law of E, A and alpha needs at least {SIZES}."
     if not np.all(losses > 0):
-        return f"The lowest loss is {np.min(losses):g}: its logarithm needs one above 0."
+        return f"The lowest loss is {np.min(losses):g}: log L needs losses above 0."
     return ""
 
 
 def _identified(parameters: np.ndarray, tokens: np.ndarray) -> bool:
-    """Whether B and beta can be told from A and alpha: D varies, and at the same N."""
+    """Whether B and beta are identifiable: D varies at the same N."""
     spreads = [np.ptp(np.log(tokens[parameters == size])) for size in np.unique(parameters)]
     enough = len(_groups(parameters, tokens)) >= len(NAMES) and len(np.unique(tokens)) >= 3
     return enough and max(spreads) > np.log(APART)
 
 
 def _groups(*inputs: np.ndarray) -> list[np.ndarray]:
-    """Indices of the runs of each N, or of each pair of N and D, in order."""
+    """Returns the indices of the runs of each N, or of each pair (N, D), in order."""
     _, group = np.unique(np.stack(inputs, axis=1), axis=0, return_inverse=True)
     return [np.flatnonzero(group.ravel() == index) for index in range(group.max() + 1)]
 
 
 def _fit(inputs: np.ndarray, losses: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """[coefficients] with the least Huber loss of log L over all starts.
+    """Returns the coefficients with the least Huber loss of log L over all starts.
 
     Args:
       inputs: [1 or 2, points], N, and D.
@@ -257,7 +257,7 @@ def _fit(inputs: np.ndarray, losses: np.ndarray, starts: np.ndarray) -> np.ndarr
       starts: [starts, coefficients], each an E, A, alpha(, B, beta).
     """
     logs = np.log(inputs)
-    centre = logs.mean(axis=1)  # About it A and alpha hardly depend on each other.
+    centre = logs.mean(axis=1)  # Centred, A and alpha are nearly uncorrelated.
     logs = logs - centre[:, None]
     target = np.log(losses)
 
@@ -296,7 +296,7 @@ def _fit(inputs: np.ndarray, losses: np.ndarray, starts: np.ndarray) -> np.ndarr
 
 
 def _inner(coefficients: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Logarithms of E and of each term at the centre, and the exponents."""
+    """Returns the parameters fitted: logs of E and of each term at the centre, and exponents."""
     inner = np.array(coefficients, float)
     inner[0] = np.log(coefficients[0])
     inner[1::2] = np.log(coefficients[1::2]) - coefficients[2::2] * centre
@@ -311,7 +311,7 @@ def _outer(inner: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def _starts(inputs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """[starts, coefficients]: several floors and exponents, the terms sharing what is above."""
+    """Returns [starts, coefficients]: several E and exponents; terms share the loss above E."""
     starts = []
     centre = np.exp(np.log(inputs).mean(axis=1))
     for floor, exponent in itertools.product((0.1, 0.6, 0.95), (0.1, 0.3, 0.8)):
@@ -329,12 +329,12 @@ def _resample(
     count: int,
     level: float,
 ) -> np.ndarray:
-    """[resamples, coefficients], each of seeds drawn with replacement, size by size.
+    """Returns bootstrap fits [resamples, coefficients], seeds drawn with replacement at each size.
 
-    n drawn values scatter by (n - 1) / n of what the population does, and their scatter is itself
-    not known well: they are stretched by the first, and by Student's quantile over the normal's.
-    In simulations of 3 seeds at 4 sizes, intervals for 95% then held the curve 82 to 97 times of
-    100, most rarely at the smallest size, and without Student's 78 to 88 times.
+    The bootstrap variance of n values is (n - 1) / n of the sample variance, which is itself
+    uncertain: deviations are scaled up by that, and by Student's quantile over the normal one.
+    In simulations of 3 seeds at 4 sizes, 95% intervals then covered the curve 82 to 97 times of
+    100, least often at the smallest size, and without Student's factor 78 to 88 times.
     """
     groups = _groups(*inputs)
     freedom = len(losses) - len(groups)
@@ -355,19 +355,19 @@ def _resample(
 
 
 def _quantiles(values: np.ndarray, level: float) -> np.ndarray:
-    """[2, ...], between which the share `level` of [resamples, ...] lies; nan of none."""
+    """Returns the central `level` interval [2, ...] of [resamples, ...]; nan if empty."""
     if not len(values):
         return np.full((2, *values.shape[1:]), np.nan)
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def _falls_through_zero(gaps: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[curves], the N at which each of [curves, points] goes from above zero to below it."""
+    """Returns the N [curves] at which each of [curves, points] falls through zero."""
     falls = (gaps[:, :-1] > 0) & (gaps[:, 1:] <= 0)
     before = np.argmax(falls, axis=1)
     rows = np.arange(len(gaps))
     above, below = gaps[rows, before], gaps[rows, before + 1]
-    with np.errstate(invalid="ignore", divide="ignore"):  # Of those that do not fall.
+    with np.errstate(invalid="ignore", divide="ignore"):  # Curves that do not fall.
         way = above / (above - below)
     logs = np.log(counts)
     where = np.exp(logs[before] + way * (logs[before + 1] - logs[before]))
@@ -375,25 +375,25 @@ def _falls_through_zero(gaps: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _notes(law: Law, both: bool, sizes: int) -> list[str]:
-    """What the fit cannot tell, in sentences."""
+    """Returns the caveats of a fit, as sentences."""
     notes = []
     if sizes == len(law.coefficients):
         notes.append(
-            f"{sizes} sizes for {sizes} coefficients: the curve can go through all of them, so "
-            "nothing tests its form, and E is a guess."
+            f"{sizes} sizes for {sizes} coefficients: the curve can pass through all of them, so "
+            "its form is not tested, and E is a guess."
         )
     if not both and np.ptp(law.tokens) > 0.01 * np.max(law.tokens):
         notes.append(
             f"Its runs were trained on {np.min(law.tokens):,.0f} to {np.max(law.tokens):,.0f} "
-            "tokens, and N and D do not vary apart: the curve is the loss along their pairs, what "
-            "either does alone cannot be told, and a minimum among the sizes would not fit it."
+            "tokens, and N and D do not vary independently: the curve is the loss along these "
+            "pairs, their separate effects are not identified, and a minimum would not fit it."
         )
     if not len(law.resamples):
-        notes.append("No size has two seeds: nobody knows how far off the curve is.")
+        notes.append("No size has two seeds: the uncertainty of the curve is unknown.")
     if law.coefficients["E"] < NO_FLOOR * np.min(law.losses):
-        notes.append("E is 0 as far as these sizes tell: they show no floor.")
+        notes.append("The fitted E is 0: these sizes show no irreducible loss.")
     if law.coefficients["alpha"] < 1e-3:
-        notes.append("The loss does not fall with size: there is no exponent to speak of.")
+        notes.append("The loss does not fall with size: the exponent means nothing.")
     elif law.coefficients["alpha"] > 0.99 * STEEPEST:
-        notes.append(f"alpha is at {STEEPEST:g}, the most that is tried: no law fits these sizes.")
+        notes.append(f"alpha is at its upper bound {STEEPEST:g}: no law fits these sizes.")
     return notes

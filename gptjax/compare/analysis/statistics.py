@@ -1,17 +1,16 @@
-"""What a few runs let one say: intervals, and differences that are told apart from chance.
+"""Statistics of a few runs: confidence intervals, and tests of paired differences.
 
-Seeds are few, so a mean is worth little without its interval; variants are several, so the least
-of many differences is worth less than one alone (Holm 1979).
+Seeds are few, so means come with intervals; variants are several, so tests are corrected for
+multiple comparisons (Holm 1979).
 
-Seeds are added after a look at the first ones, and a study that goes on until it finds something
-finds it too often. So the error that is allowed, α = 1 - level, is spent over the looks as Slud
-and Wei (1982) and Lan and DeMets (1983) spend it: the k-th look at a difference may spend
-α / (k (k + 1)), a half, a sixth, a twelfth …, whose sum is α however many looks there will be. By
-the union bound p k (k + 1) of the k-th look is a p-value of a difference that is looked at again
-and again, and Holm's test takes it like any other. Boundaries that count on how the looks depend on
-each other would be narrower, and hold only where what was seen does not decide how many seeds come
-next, which here it does; the slack of the bound pays for that
-(`experiments/benchmarks/intervals.py`).
+Seeds are added after a look at the first ones (an interim analysis), and a study that continues
+until it finds something finds it too often. So the error α = 1 - level is spent over the looks by
+an alpha-spending function (Slud and Wei 1982, Lan and DeMets 1983): the k-th look at a difference
+may spend α / (k (k + 1)), a half, a sixth, a twelfth …, whose sum is α for any number of looks. By
+the union bound p k (k + 1) at the k-th look is a p-value of the difference over all looks, and
+Holm's test takes it like any other. Boundaries that use the correlation between looks would be
+narrower, but are valid only where the results do not decide how many seeds come next; here they
+do, and the slack of the bound pays for that (`experiments/benchmarks/intervals.py`).
 """
 
 import bisect
@@ -25,7 +24,7 @@ from gptjax.config import InputError
 
 
 class Interval(NamedTuple):
-    """A mean, and where the true one lies with the confidence that was asked for."""
+    """A mean and its confidence interval."""
 
     mean: float
     low: float
@@ -33,19 +32,19 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the sign of the true mean is known."""
+        """Whether the mean differs significantly from zero."""
         return self.low > 0 or self.high < 0
 
 
 def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
-    """Student's interval for the mean of normal values: mean ± t s / √n.
+    """Returns Student's interval for the mean of normal values: mean ± t s / √n.
 
     Args:
       values: [n], of independent runs.
-      level: the share of such intervals that hold the true mean.
+      level: confidence level, the share of such intervals that contain the true mean.
 
     Raises:
-      InputError: a single value, of which nobody knows how much it scatters.
+      InputError: a single value, whose variance is unknown.
     """
     mean, error = _mean_and_error(values)
     reach = float(special.stdtrit(len(values) - 1, (1 + level) / 2)) * error
@@ -53,20 +52,20 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def trimmed_interval(values: np.ndarray, level: float = 0.95, share: float = 0.2) -> Interval:
-    """Student's interval for the trimmed mean, which single outlying values leave where it is.
+    """Returns Student's interval for the trimmed mean, which is robust to single outliers.
 
-    A share of the values is left out at either end; the error is that of the sample in which they
-    are moved to the ends of what remains (Tukey and McLaughlin 1963; of one sample what Yuen 1974
-    is of two). Of normal values it misses the mean a little more often than it should, 6.3% instead
-    of 5% for five of them. With fewer than five nothing is left out: it is `t_interval`.
+    A share of the values is dropped at either end; the standard error is that of the winsorised
+    sample (Tukey and McLaughlin 1963; the one-sample case of Yuen 1974). For normal values it
+    misses the mean slightly more often than its level says: 6.3% instead of 5% for five values.
+    With fewer than five nothing is dropped: it is `t_interval`.
 
     Args:
       values: [n], of independent runs.
-      level: the share of such intervals that hold the true trimmed mean, approximately.
-      share: of the values that is left out at either end, rounded down.
+      level: confidence level, approximately.
+      share: of the values dropped at either end, rounded down.
 
     Raises:
-      InputError: a single value, of which nobody knows how much it scatters.
+      InputError: a single value, whose variance is unknown.
     """
     ordered = np.sort(np.asarray(values, float))
     out = int(share * len(ordered))
@@ -83,22 +82,22 @@ def trimmed_interval(values: np.ndarray, level: float = 0.95, share: float = 0.2
 def paired_differences(
     values: Mapping[str, np.ndarray], baseline: str, level: float = 0.95
 ) -> dict[str, Interval]:
-    """How far each variant is from the baseline, seed by seed: value minus baseline's value.
+    """Returns each variant's paired difference from the baseline: value minus baseline, by seed.
 
-    What a seed does to all alike (its batches, say) drops out of a difference. Over all variants
-    together, the chance that an interval wrongly excludes zero is at most 1 - `level`: each has
-    the level of `holm_levels`, so that it excludes zero exactly where Holm's test rejects it.
+    Effects of a seed on all variants (its batches, say) cancel in a difference. The family-wise
+    error rate, that any interval wrongly excludes zero, is at most 1 - `level`: each has the
+    level of `holm_levels`, so that it excludes zero exactly where Holm's test rejects.
 
     Args:
       values: [seeds] by variant, the same seeds in the same order.
       baseline: the variant that the others are compared with.
-      level: of all statements together.
+      level: family-wise confidence level.
 
     Returns:
       By variant, without the baseline.
 
     Raises:
-      InputError: a baseline that is not there, a single seed, or not as many seeds of each.
+      InputError: an unknown baseline, a single seed, or unequal numbers of seeds.
     """
     if baseline not in values:
         raise InputError(f"baseline is {baseline!r}: it must be one of {', '.join(values)}.")
@@ -122,17 +121,17 @@ def paired_differences(
 def holm_levels(
     differences: Sequence[np.ndarray], level: float = 0.95, looks: Sequence[int] = ()
 ) -> list[float]:
-    """The level that each difference is asked for, so that `level` is that of all together.
+    """Returns the level at which each difference is tested, for a family-wise `level`.
 
-    Holm's test asks the k-th surest of m differences for the level 1 - (1 - level) / (m - k + 1),
-    and stops at the first that fails it; those behind the stop are asked for the level of the stop,
-    which they fail too. A difference at its second or a later look is that much less sure.
+    Holm's test takes the k-th smallest of m p-values at level 1 - (1 - level) / (m - k + 1) and
+    stops at the first that fails; the remaining ones get the level of the stop, which they fail
+    too. A difference at its second or a later look has its p-value multiplied accordingly.
 
     Args:
-      differences: [seeds] each, and each may have seeds of its own.
-      level: of all statements together, at all their looks.
-      looks: [differences], which look each is at, from 1; 0, or none at all, where the number of
-        seeds was fixed before any was seen and there is no other look.
+      differences: [seeds] each; the numbers of seeds may differ.
+      level: family-wise confidence level over all looks.
+      looks: [differences], the number of each one's look, from 1; 0, or None, where the number
+      of seeds was fixed in advance and there is a single look.
 
     Raises:
       InputError: a difference of a single seed.
@@ -149,22 +148,22 @@ def holm_levels(
 
 
 def at_look(level: float, look: int) -> float:
-    """The level of the `look`-th look, for `level` to be that of all looks at a difference.
+    """Returns the level of the `look`-th look, for `level` over all looks at a difference.
 
-    The first look is 1; 0 is the only one that there will be, and has the whole level.
+    Looks count from 1; 0 is a single look fixed in advance, which has the whole level.
     """
     return 1 - (1 - level) * _share(look)
 
 
 def at_next_look(level: float, look: int) -> float:
-    """The level of the next look, if the `look`-th was asked for `level`; behind 0 the same."""
+    """Returns the level of the next look, given that of the `look`-th; unchanged if `look` is 0."""
     return 1 - (1 - level) * _share(look + 1) / _share(look) if look else level
 
 
 def power(effect: float, deviation: float, seeds: int, level: float = 0.95) -> float:
-    """How often the interval of a difference excludes zero, if the true one is `effect`.
+    """Returns the power: how often the interval excludes zero if the true difference is `effect`.
 
-    Of the two-sided t-test: (√n · mean / s)² has a noncentral F distribution with 1 and n - 1
+    Two-sided t-test: (√n · mean / s)² has a noncentral F distribution with 1 and n - 1
     degrees of freedom and noncentrality n (effect / deviation)².
 
     Args:
@@ -188,20 +187,20 @@ def power(effect: float, deviation: float, seeds: int, level: float = 0.95) -> f
 def seeds_needed(
     differences: np.ndarray, level: float = 0.95, wanted: float = 0.8, most: int = 1000
 ) -> int | None:
-    """About how many more seeds would separate a difference of this size and spread from zero.
+    """Returns about how many more seeds would separate such a difference from zero.
 
-    As if the observed mean and deviation were the true ones, which after a few seeds is a guess:
-    it says what kind of effort is needed, and promises nothing.
+    It takes the observed mean and deviation for the true ones, which after a few seeds is a
+    guess: an order of magnitude, not a promise.
 
     Args:
       differences: [seeds], paired.
-      level: that the difference was asked for, which Holm's test may make stricter.
-      wanted: how often a study with that many seeds in all should separate it.
-      most: how many more seeds anyone would run.
+      level: at which the difference was tested, after Holm's correction.
+      wanted: the power that the study should have with that many seeds in all.
+      most: the largest number of further seeds considered.
 
     Returns:
-      0 of a difference that is separated already, else at least 1; None where `most` more would
-      not do, so that a mean near zero is given no number that means nothing.
+      0 for a difference that is separated already, else at least 1; None where `most` more would
+      not suffice, so that a mean near zero gets no meaningless number.
 
     Raises:
       InputError: a single seed.
@@ -220,19 +219,19 @@ def seeds_needed(
 
 
 def _share(look: int) -> float:
-    """Of the error, that a look may spend."""
+    """Returns the share of the error that a look may spend."""
     return 1 / (look * (look + 1)) if look else 1.0
 
 
 def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean, and the standard error of it."""
+    """Returns the mean and its standard error."""
     if len(values) < 2:
         raise InputError(f"There are {len(values)} values: an interval needs at least 2.")
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def _chance(values: np.ndarray) -> float:
-    """p of the two-sided t-test of a mean of zero."""
+    """Returns the two-sided p-value of the t-test that the mean is zero."""
     mean, error = _mean_and_error(values)
     if error == 0:
         return float(mean == 0)

@@ -1,9 +1,8 @@
-"""What may be said of each variant: better, worse, or not separated, and what would separate it.
+"""Verdicts: each variant better, worse or not separated, and how many seeds would separate it.
 
-A verdict is a statement of Holm's test on paired differences (statistics.py) and nothing else. A
-run that failed has no loss, and the seeds that are left are those on which a variant did well:
-dropping the others flatters it. So nothing is said in favour of a side whose runs failed; what is
-said against it, although flattered, may stand.
+A verdict is the result of Holm's test on paired differences (statistics.py) and nothing else. A
+failed run has no loss, and the remaining seeds are those on which a variant did well: dropping the
+others is survivorship bias. So no verdict favours a side whose runs failed; one against it stands.
 """
 
 import math
@@ -23,10 +22,10 @@ from gptjax.compare.analysis.statistics import (
 from gptjax.compare.results import Answer, Entry, Outcome
 
 Tone = Literal["baseline", "better", "worse", "open", "failed"]
-"""A verdict in a word: open is not told apart, or withheld because of failed runs; failed is a
-variant of which no run finished."""
+"""A verdict in a word: open is not separated, or withheld because runs failed; failed is a variant
+without a finished run."""
 MOST_SEEDS = 1000
-"""More than these is told as such, not as a number."""
+"""Larger numbers of seeds are not given as a number."""
 
 
 class Standing(NamedTuple):
@@ -34,28 +33,28 @@ class Standing(NamedTuple):
 
     entry: Entry
     losses: np.ndarray
-    """[runs], of the final runs that finished, by seed; nats per token."""
+    """[runs], losses of the final runs that finished, by seed; nats per token."""
     mean: float
-    """Of them; nan where none finished."""
+    """Mean of the losses; nan where none finished."""
     deviation: float | None
-    """Of the sample; None of a single run."""
+    """Sample standard deviation; None for a single run."""
     interval: Interval | None
-    """Student's, of the mean, at the comparison's confidence for itself alone."""
+    """Student's interval of the mean, at the comparison's confidence, without Holm's correction."""
     difference: Interval | None
-    """From the baseline, over the seeds that finished in both, with Holm's level at this look; None
-    for the baseline and where there are fewer than two such seeds."""
+    """Difference from the baseline over the seeds that finished in both, with Holm's level at this
+    look; None for the baseline and for fewer than two such seeds."""
     trimmed: Interval | None
-    """The same of the trimmed mean, of which no verdict is taken."""
+    """The same for the trimmed mean, which decides no verdict."""
     tone: Tone
     verdict: str
-    """What the differences let one say, in words."""
+    """The verdict as a phrase."""
 
 
 def standings(answer: Answer, size: str) -> list[Standing]:
-    """Where each variant of a size stands, in the order asked for.
+    """Returns the standing of each variant of a size, in the order given.
 
-    All verdicts of a size together, those of earlier looks too, are wrong with at most the chance
-    1 - confidence; those of several sizes are so each for itself.
+    The family-wise error rate of all verdicts of a size, over all looks, is at most
+    1 - confidence; each size is a family of its own.
     """
     entries = [entry for entry in answer.entries if entry.size == size]
     confidence = answer.comparison.confidence
@@ -74,9 +73,9 @@ def standings(answer: Answer, size: str) -> list[Standing]:
 
 
 def edge(entry: Entry) -> str | None:
-    """A sentence where the best learning rate ended its grid; None where it did not.
+    """Returns a sentence if the best learning rate is at the edge of its grid, else None.
 
-    Beyond the grid there may be a better one, by which the variant was not judged.
+    A better rate may lie beyond the grid.
     """
     rates = sorted(entry.searched)
     rate = entry.optimizer.learning_rate
@@ -84,30 +83,30 @@ def edge(entry: Entry) -> str | None:
         return None
     end, beyond = ("smallest", "smaller") if rate <= rates[0] else ("largest", "larger")
     return (
-        f"{entry.variant} did best at {rate:g}, the {end} learning rate that was tried: "
+        f"{entry.variant} did best at {rate:g}, the {end} learning rate tried: "
         f"a {beyond} one may be better still."
     )
 
 
 def finished_runs(runs: Iterable[Outcome]) -> dict[int, Outcome]:
-    """The runs by seed, without those that failed."""
+    """Returns the runs by seed, without those that failed."""
     return {run.seed: run for run in runs if _reached(run) is not None}
 
 
 def finished(entry: Entry) -> dict[int, float]:
-    """The losses of final runs by seed, without those that failed."""
+    """Returns the losses of final runs by seed, without those that failed."""
     reached = {run.seed: _reached(run) for run in entry.finals}
     return {seed: loss for seed, loss in reached.items() if loss is not None}
 
 
 def _reached(run: Outcome) -> float | None:
-    """The loss of a run that finished."""
+    """Returns the loss of a run that finished."""
     loss = run.validation_loss
     return loss if loss is not None and math.isfinite(loss) else None
 
 
 def seed_differences(entry: Entry, baseline: Entry) -> np.ndarray:
-    """[seeds], of those that finished in both: above 0 where the variant is worse."""
+    """Returns the paired differences [seeds that finished in both], above 0 where it is worse."""
     losses, reference = finished(entry), finished(baseline)
     return np.array([losses[seed] - reference[seed] for seed in losses if seed in reference], float)
 
@@ -140,7 +139,7 @@ def _with_failures(verdict: str, entry: Entry) -> str:
 
 
 def _verdict(entry: Entry, baseline: Entry, gaps: np.ndarray, level: float) -> tuple[Tone, str]:
-    """In a word and in more, of the differences seed by seed."""
+    """Returns the verdict as a word and as a phrase, from the paired differences."""
     name = baseline.variant
     if not finished(entry):
         return "failed", f"nothing to compare with {name}"
@@ -150,7 +149,7 @@ def _verdict(entry: Entry, baseline: Entry, gaps: np.ndarray, level: float) -> t
         return "open", f"{('no seed', 'one seed')[len(gaps)]} in common with {name}: no interval"
     interval = t_interval(gaps, level)
     if not interval.excludes_zero:
-        # Whoever adds seeds looks once more, and may spend less of the error then.
+        # Adding seeds takes another look, which may spend less of the error.
         then = at_next_look(level, len(entry.looks))
         return "open", f"not separated from {name}; {_what_would(gaps, then)}"
     tone: Tone = "worse" if interval.low > 0 else "better"

@@ -1,1 +1,1 @@
-"""The runs of a comparison, trained and timed."""
+"""Training and timing of a comparison's runs."""

@@ -1,12 +1,12 @@
-"""The grid of runs: what is missing is trained, side by side where that is faster, and kept."""
+"""The grid of runs: missing runs are trained, as one ensemble where that is faster, and kept."""
 
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gptjax.compare.grid.progress import GridProgress
-from gptjax.compare.plan.data import Material
-from gptjax.compare.plan.runs import RUNS, Cell, failed, finished, keep, keep_diverged
+from gptjax.compare.plan.data import SharedData
+from gptjax.compare.plan.runs import RUNS, GridRun, failed, finished, keep, keep_diverged
 from gptjax.compare.results import Outcome
 from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.costs.model import model_cost
@@ -18,110 +18,107 @@ from gptjax.system.locks import InUse
 
 
 def work(config: ExperimentConfig) -> float:
-    """FLOPs of a run's training."""
+    """Returns the training FLOPs of a run."""
     tokens = config.train.steps * config.train.batch_size * config.model.context_length
     return float(tokens * model_cost(config.model).training_flops)
 
 
-def run_cells(
-    cells: Sequence[Cell], out: Path, material: Material, progress: GridProgress
+def run_grid(
+    runs: Sequence[GridRun], out: Path, data: SharedData, progress: GridProgress
 ) -> list[Outcome]:
-    """What each cell came to, in their order; those that an earlier call finished are read.
+    """Returns the outcome of each run in order; runs finished by an earlier call are read.
 
-    Cells that follow each other and differ in seed and learning rate alone share a program. One
-    that fails is an outcome with its error, and is tried again by the next call unless its numbers
-    themselves failed.
+    Consecutive runs that differ only in seed and learning rate share a program. A run that fails is
+    an outcome with its error, and is tried again by the next call unless it diverged.
 
     Raises:
       InputError: results of another version in `out`.
     """
     outcomes: list[Outcome] = []
-    for round_ in _rounds(cells, material):
-        found = [finished(cell, out, material) for cell in round_]
-        missing = [cell for cell, outcome in zip(round_, found, strict=True) if outcome is None]
-        progress.skip(sum(work(cell.config) for cell in round_ if cell not in missing))
-        goal = progress.done + sum(work(cell.config) for cell in missing)
-        trained = iter(_train(missing, out, material, progress))
-        progress.add(goal - progress.done)  # What a run that failed has not done.
+    for round_ in _rounds(runs, data):
+        found = [finished(run, out, data) for run in round_]
+        missing = [run for run, outcome in zip(round_, found, strict=True) if outcome is None]
+        progress.skip(sum(work(run.config) for run in round_ if run not in missing))
+        goal = progress.done + sum(work(run.config) for run in missing)
+        trained = iter(_train(missing, out, data, progress))
+        progress.add(goal - progress.done)  # The rest of failed runs.
         outcomes += [outcome or next(trained) for outcome in found]
     return outcomes
 
 
-def _rounds(cells: Iterable[Cell], material: Material) -> list[list[Cell]]:
-    """Cells that are trained side by side."""
+def _rounds(runs: Iterable[GridRun], data: SharedData) -> list[list[GridRun]]:
+    """Returns groups of runs that are trained together."""
 
-    def alike(cell: Cell) -> tuple[str, str, str, TransformerConfig | None]:
-        return cell.variant, cell.size, cell.purpose, cell.mup_base
+    def alike(run: GridRun) -> tuple[str, str, str, TransformerConfig | None]:
+        return run.variant, run.size, run.purpose, run.mup_base
 
     rounds = []
-    for _, group in itertools.groupby(cells, alike):
+    for _, group in itertools.groupby(runs, alike):
         together = list(group)
         parameters = model_cost(together[0].config.model).parameters
-        size = most_at_once(parameters) if material.one_shape else 1
+        size = most_at_once(parameters) if data.one_shape else 1
         rounds += [together[first : first + size] for first in range(0, len(together), size)]
     return rounds
 
 
 def _train(
-    cells: Sequence[Cell], out: Path, material: Material, progress: GridProgress
+    runs: Sequence[GridRun], out: Path, data: SharedData, progress: GridProgress
 ) -> list[Outcome]:
-    if not cells:
+    if not runs:
         return []
-    first = cells[0]
-    seeds = ", ".join(str(cell.config.train.seed) for cell in cells)
+    first = runs[0]
+    seeds = ", ".join(str(run.config.train.seed) for run in runs)
     what = f"{first.variant} {first.size} {first.purpose} seed {seeds}".replace("  ", " ")
     progress.begin(what)
     try:
-        trials = _trials(cells, out, material, progress)
-        outcomes = [
-            keep(cell, trial, out, material) for cell, trial in zip(cells, trials, strict=True)
-        ]
+        trials = _trials(runs, out, data, progress)
+        outcomes = [keep(run, trial, out, data) for run, trial in zip(runs, trials, strict=True)]
     except (Interrupted, InUse):
         raise
     except Diverged as error:
-        outcomes = [keep_diverged(cell, str(error), out, material) for cell in cells]
+        outcomes = [keep_diverged(run, str(error), out, data) for run in runs]
     except Exception as error:
         if is_failure(error):
             raise
-        # Of one variant, whatever it is, the others need not know.
+        # A failure of one variant must not stop the others.
         sentence = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        outcomes = [failed(cell, sentence) for cell in cells]
-    told = [
+        outcomes = [failed(run, sentence) for run in runs]
+    results = [
         outcome.error or f"{outcome.validation_loss:.4f} at rate {outcome.learning_rate:g}"
         for outcome in outcomes
     ]
-    progress.say(f"{what}: {'; '.join(told)}")
+    progress.say(f"{what}: {'; '.join(results)}")
     return outcomes
 
 
 def _trials(
-    cells: Sequence[Cell], out: Path, material: Material, progress: GridProgress
+    runs: Sequence[GridRun], out: Path, data: SharedData, progress: GridProgress
 ) -> list[Trial]:
-    each = work(cells[0].config) / cells[0].config.train.steps
-    if most_at_once(model_cost(cells[0].config.model).parameters) > 1 and material.one_shape:
+    each = work(runs[0].config) / runs[0].config.train.steps
+    if most_at_once(model_cost(runs[0].config.model).parameters) > 1 and data.one_shape:
         trials = train_ensemble(
-            [cell.config for cell in cells],
-            [material.batches(cell.config.train.seed) for cell in cells],
-            [material.validation] * len(cells),
-            mup_base=cells[0].mup_base,
-            progress=lambda runs: progress.add(runs * each),
+            [run.config for run in runs],
+            [data.batches(run.config.train.seed) for run in runs],
+            [data.validation] * len(runs),
+            mup_base=runs[0].mup_base,
+            progress=lambda steps: progress.add(steps * each),
         )
-        return [trial._replace(seconds=trial.seconds / len(cells)) for trial in trials]
+        return [trial._replace(seconds=trial.seconds / len(runs)) for trial in trials]
     return [
         train(
-            cell.config,
-            material.batches(cell.config.train.seed),
-            material.validation,
-            mup_base=cell.mup_base,
-            directory=out / RUNS / cell.directory(material),
+            run.config,
+            data.batches(run.config.train.seed),
+            data.validation,
+            mup_base=run.mup_base,
+            directory=out / RUNS / run.directory(data),
             writers=[_Counted(progress, each)],
         )
-        for cell in cells
+        for run in runs
     ]
 
 
 class _Counted:
-    """A writer that tells the grid's progress of the steps that a run has made."""
+    """A metrics writer that reports a run's steps to the grid's progress."""
 
     def __init__(self, progress: GridProgress, each: float):
         self._progress, self._each = progress, each
@@ -133,4 +130,4 @@ class _Counted:
         self._last = step
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""

@@ -1,4 +1,4 @@
-"""How far a grid of runs is: a bar with the time left in a terminal, plain lines anywhere else."""
+"""Progress of the grid: a bar with the time left in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -9,15 +9,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class GridProgress:
-    """Of all runs together, in units of work, such as FLOPs.
+    """Progress of all runs together, in units of work such as FLOPs.
 
-    Use it as a context manager: the bar goes when the context ends.
+    Use it as a context manager: the bar is removed when the context ends.
     """
 
     def __init__(self, total: float):
-        """So much there is to do."""
+        """`total` is the work of all runs."""
         self.done = 0.0
-        """So far, by earlier calls too."""
+        """Work done so far, including earlier calls."""
         self._total, self._before = total, 0.0
         self._start = time.perf_counter()
         self._bar = None
@@ -32,7 +32,7 @@ class GridProgress:
             self._task = self._bar.add_task("starting", total=total)
 
     def __enter__(self) -> "GridProgress":
-        """Show it."""
+        """Show the bar."""
         if self._bar:
             self._bar.start()
         return self
@@ -43,28 +43,28 @@ class GridProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
 
     def begin(self, what: str) -> None:
-        """Say what is worked on; in plain lines it is said when it ends."""
+        """Show what is being done; plain lines are printed when it ends."""
         if self._bar:
             self._bar.update(self._task, description=what)
 
     def skip(self, work: float) -> None:
-        """So much was done by an earlier call."""
+        """Count work done by an earlier call."""
         self._before += work
         self.add(work)
 
     def add(self, work: float) -> None:
-        """So much more is done."""
+        """Count work done now."""
         self.done += work
         if self._bar:
             self._bar.update(self._task, completed=self.done)
 
     def say(self, line: str) -> None:
-        """A line that stays, with how far all is where there is no bar."""
+        """Print a line that stays; without a bar, with the progress of all runs."""
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
@@ -78,7 +78,7 @@ class GridProgress:
 
 
 def clock(seconds: float) -> str:
-    """As 1:02:03 or 2:03."""
+    """Returns a duration as 1:02:03 or 2:03."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

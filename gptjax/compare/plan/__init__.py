@@ -1,1 +1,1 @@
-"""From the question to runs: variants, matched sizes, data, budgets."""
+"""Planning the runs: variants, matched sizes, data, budgets."""

@@ -1,4 +1,4 @@
-"""What a variant takes beside its loss, all variants measured in turn."""
+"""Costs of each variant (speed, memory, compilation, decoding), all variants timed in turn."""
 
 import importlib.util
 import json
@@ -27,27 +27,27 @@ from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import lower_train_step, state_shapes
 
 ROUNDS = 5
-"""In each of which every variant has its turn; the median counts."""
+"""Timing rounds, each of which times every variant once; the median counts."""
 LEAST_SECONDS = 0.2
-"""That a turn takes, so that starting it does not count."""
+"""The least length of a timing, so that start-up does not count."""
 DECODED = 64
-"""Tokens, or as many as fit the context."""
+"""Tokens decoded, or as many as fit the context."""
 TOPOLOGY = "v5e:1x1"
 TPU_SECONDS = 600
-"""After which compiling for a TPU is given up."""
+"""Timeout of compiling for a TPU."""
 
 
 class Step(NamedTuple):
-    """A training step, compiled as `fit` compiles it."""
+    """A training step compiled as in `fit`."""
 
     run: Callable[[], None]
-    """One step, to its end."""
+    """Runs one step and waits for it."""
     peak_bytes: int
     compile_seconds: float
 
 
 def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
-    """The step of one run of `config` on all devices, with parameters of zero."""
+    """Returns the compiled step of one run of `config` on all devices, with zero parameters."""
     mesh = build_mesh(config.mesh, config.train.batch_size)
     graphdef, _ = abstract(config.model)
     optimizer = build_optimizer(config.optimizer, config.train.steps)
@@ -62,7 +62,7 @@ def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
     seconds = time.perf_counter() - start
     plan = step.memory_analysis()
     assert plan is not None
-    # Not its own peak, which on a CPU leaves out what is computed between.
+    # Not XLA's own peak, which on a CPU leaves out temporaries.
     held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     state = jax.tree.map(
         lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), shapes
@@ -77,7 +77,7 @@ def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
 
 
 def seconds_in_turn(runs: Sequence[Callable[[], None]], rounds: int = ROUNDS) -> list[float]:
-    """Seconds of one call of each, all in turn, the median over rounds.
+    """Returns seconds per call of each, timed in turn, the median over rounds.
 
     The first call of each does not count: it may compile.
     """
@@ -97,12 +97,12 @@ def seconds_in_turn(runs: Sequence[Callable[[], None]], rounds: int = ROUNDS) ->
 
 
 def seconds_per_step(configs: Sequence[ExperimentConfig], batch: Batch) -> list[float]:
-    """Of one run on all devices."""
+    """Returns the step time of one run of each config on all devices."""
     return seconds_in_turn([compiled_step(config, batch).run for config in configs])
 
 
 def measure(configs: Mapping[str, ExperimentConfig], batch: Batch) -> dict[str, Costs]:
-    """The costs of each variant."""
+    """Returns the costs of each variant."""
     steps = {name: compiled_step(config, batch) for name, config in configs.items()}
     training = seconds_in_turn([step.run for step in steps.values()])
     decoding = {
@@ -131,7 +131,7 @@ def _decoded(model: TransformerConfig) -> int:
 
 
 def _decoding(config: TransformerConfig) -> Callable[[], None] | None:
-    """Decoding one sequence from its first token, greedily; None of a family that does not."""
+    """Returns greedy decoding of one sequence; None for a family that does not decode."""
     if config.family == "encoder":
         return None
     model = build(config, rngs=nnx.Rngs(0))
@@ -153,9 +153,9 @@ def _decoding(config: TransformerConfig) -> Callable[[], None] | None:
 
 
 def tpu_peak(config: ExperimentConfig) -> int | None:
-    """Bytes at the peak of the training step on one TPU v5e, by its compiler; None without it.
+    """Returns peak bytes of the training step on one TPU v5e, by its compiler; None without libtpu.
 
-    In a process of its own, since libtpu wants the environment of one.
+    It runs in a subprocess, since libtpu needs environment variables of its own.
     """
     if importlib.util.find_spec("libtpu") is None:
         return None
@@ -171,12 +171,12 @@ def tpu_peak(config: ExperimentConfig) -> int | None:
         )
     except subprocess.TimeoutExpired:
         return None
-    # 1 is a step that does not fit, of which the peak is known too.
+    # Exit code 1: the step does not fit, but its peak is known.
     return json.loads(ended.stdout)["peak_bytes"] if ended.returncode in (0, 1) else None
 
 
 def _flags(model: TransformerConfig) -> list[str]:
-    """The model as flags of `python -m gptjax preflight`."""
+    """Returns the model as flags of `python -m gptjax preflight`."""
     flags = []
     for name, hint in typing.get_type_hints(TransformerConfig).items():
         value, word = getattr(model, name), name.replace("_", "-")
@@ -188,7 +188,7 @@ def _flags(model: TransformerConfig) -> list[str]:
 
 
 def estimated_seconds(configs: Sequence[ExperimentConfig], batch: Batch) -> list[float]:
-    """Of a step of each, from the measured speed of the first and everyone's FLOPs."""
+    """Returns the step time of each, estimated from that of the first and the FLOPs of each."""
     (seconds,) = seconds_in_turn([compiled_step(configs[0], batch).run], rounds=2)
     first = model_cost(configs[0].model).training_flops
     return [seconds * model_cost(config.model).training_flops / first for config in configs]

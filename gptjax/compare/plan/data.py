@@ -1,4 +1,4 @@
-"""What all variants are trained and evaluated on: text, tokens, order, held-out rows."""
+"""The data that all variants share: text, tokenizer, order of batches, held-out rows."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_b
 from gptjax.data.tokenizers import Tokenizer
 
 
-class Material(NamedTuple):
-    """Opened once for the whole comparison."""
+class SharedData(NamedTuple):
+    """Training batches and held-out rows, opened once for the whole comparison."""
 
     comparison: Comparison
     context_length: int
@@ -22,10 +22,10 @@ class Material(NamedTuple):
     tokenizer: Tokenizer
     corpus: Corpus
     validation: list[Batch]
-    """All held-out rows, of which every evaluation of every run takes all."""
+    """All held-out rows; every evaluation uses all of them."""
 
     def batches(self, seed: int) -> grain.DatasetIterator:
-        """The training batches of a seed, the same for every variant."""
+        """Returns the training batches of a seed, the same for every variant."""
         data, size = self.comparison.data, self.comparison.batch_size
         if data.streaming:
             return streamed_batches(
@@ -41,17 +41,17 @@ class Material(NamedTuple):
 
     @property
     def tokens_per_step(self) -> int:
-        """Places of a batch; of pairs those of the longest targets."""
+        """Positions per batch; for pairs, those of the longest targets."""
         return self.comparison.batch_size * self.context_length
 
     @property
     def one_shape(self) -> bool:
-        """Whether all batches are alike, as runs that share a program need."""
+        """Whether all batches have one shape, as an ensemble of runs in one program needs."""
         return len(self.corpus.train) <= 1
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a run's numbers depend on beside its config."""
+        """Fingerprints of the data, on which a run's result depends beside its config."""
         return {
             "data_sha256": self.sources.fingerprint,
             "tokenizer_sha256": self.tokenizer.fingerprint,
@@ -59,7 +59,7 @@ class Material(NamedTuple):
 
     @property
     def description(self) -> str:
-        """In a line, for the report."""
+        """One line for the report."""
         data = self.comparison.data
         held_out = sum(int((batch.loss_weights > 0).sum()) for batch in self.validation)
         trained = f"{self.corpus.train_tokens:,} tokens" if self.corpus.train else "text as read"
@@ -70,8 +70,8 @@ class Material(NamedTuple):
         )
 
 
-def open_material(comparison: Comparison, model: TransformerConfig) -> Material:
-    """Open the data for models of this family and context.
+def open_shared_data(comparison: Comparison, model: TransformerConfig) -> SharedData:
+    """Open the data for models of this family and context length.
 
     Raises:
       InputError: what `open_sources`, `learn_tokenizer` and `open_corpus` raise.
@@ -82,4 +82,4 @@ def open_material(comparison: Comparison, model: TransformerConfig) -> Material:
     corpus = open_corpus(sources, tokenizer, data, dataclasses.replace(model, vocab_size=0))
     held_out = EvaluationBatches(corpus.validation, comparison.batch_size)
     validation = [held_out[number] for number in range(len(held_out))]
-    return Material(comparison, model.context_length, sources, tokenizer, corpus, validation)
+    return SharedData(comparison, model.context_length, sources, tokenizer, corpus, validation)

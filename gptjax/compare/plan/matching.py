@@ -1,16 +1,16 @@
-"""The width at which a variant has what the others have: parameters, FLOPs or measured seconds.
+"""Solve for the width at which a variant matches others in parameters, FLOPs or step time.
 
-The depth and all choices stay; width, heads, their width and the feed-forward width are solved for:
+The depth and all choices stay; width, heads, head_dim and mlp_dim are solved for:
 
-- Width and hidden are multiples of a step, 128 where that will do, else 64, 32 … 1: the coarsest
-  step that comes within the tolerance wins, since hardware multiplies whole tiles.
-- Width is a multiple of the step that can be parted into heads; what is then missing, hidden makes
-  up for, in which every count is linear. Of all widths the one that changes hidden / width least
-  wins; it changes by no more than a quarter.
-- Heads divide the width and have an even width, the nearest to the preset's; there are at least 4,
-  or as many as the preset has. As many query heads as before share a key head, and one that is
-  shared by all stays one.
-- An LSTM has its width alone.
+- width and mlp_dim are multiples of a step, 128 if possible, else 64, 32 … 1: the coarsest step
+  within the tolerance wins, since hardware multiplies whole tiles.
+- width is a multiple of the step that splits into heads; mlp_dim, in which every count is linear,
+  makes up the rest. The width that changes mlp_dim / width least wins; the ratio changes by a
+  quarter at most.
+- Heads divide the width; head_dim is even, the nearest to the preset's; there are at least 4 heads,
+  or as many as the preset has. Grouped-query attention keeps its group size, and multi-query
+  attention its single key/value head.
+- An LSTM has only its width.
 """
 
 import bisect
@@ -32,41 +32,41 @@ MEASURE: dict[str, Measure] = {
 
 STEPS = (128, 64, 32, 16, 8, 4, 2, 1)
 DISTORTION = 5 / 4
-"""How many times larger or smaller hidden / width may become."""
+"""Largest factor by which mlp_dim / width may change."""
 LEAST_HEADS = 4
 NEIGHBOURS = 2
-"""Widths that are tried on both sides of the one whose hidden need not change."""
+"""Widths tried on both sides of the one at which mlp_dim / width need not change."""
 ROUNDS = 6
-"""Of measuring seconds, after each of which widths are corrected."""
+"""Rounds of timing, after each of which widths are corrected."""
 
 
 class Matched(NamedTuple):
-    """A variant at the width where it has what was asked for, or nearly."""
+    """A model whose width is matched, within the tolerance or nearly."""
 
     model: TransformerConfig
     reached: float
-    """What it has of what is matched: parameters, FLOPs; seconds over the first model's."""
+    """Its value of the measure: parameters, FLOPs, or step time over the first model's."""
 
 
 def match_width(
     model: TransformerConfig, measure: Measure, target: float, tolerance: float
 ) -> Matched:
-    """The model in the size where `measure` is the target; itself, if it is near enough.
+    """Returns the model resized so that `measure` is the target; unchanged if near enough.
 
     Args:
-      model: with its vocabulary, which counts.
-      measure: grows with width and hidden; one of `MEASURE`.
-      target: what `measure` is to return.
-      tolerance: the share of the target by which it may be missed.
+      model: with its vocabulary size, which counts.
+      measure: grows with width and mlp_dim; one of `MEASURE`.
+      target: value of `measure`.
+      tolerance: relative.
 
     Raises:
-      InputError: no width comes near enough; how near the nearest comes is said.
+      InputError: no width is within the tolerance; the message has the nearest.
     """
     nearest = _nearest(model, measure, target, tolerance)
     off = _off(nearest, target)
     if off > tolerance:
-        width, hidden = nearest.model.width, nearest.model.actual_mlp_dim
-        size = f"width {width}" + f" and hidden {hidden}" * (model.family != "recurrent")
+        width, mlp_dim = nearest.model.width, nearest.model.actual_mlp_dim
+        size = f"width {width}" + f" and mlp_dim {mlp_dim}" * (model.family != "recurrent")
         raise InputError(
             f"no width comes within {100 * tolerance:g}% of {target:,.0f}: the nearest, {size}, "
             f"has {nearest.reached:,.0f} and is {off:.1%} off{_enough(off)}."
@@ -79,17 +79,17 @@ def match_seconds(
     ratios: Callable[[Sequence[TransformerConfig]], list[float]],
     tolerance: float,
 ) -> list[Matched]:
-    """Every model in the size where a step of it takes as long as one of the first.
+    """Returns every model resized so that its step takes as long as that of the first.
 
-    They begin with equal FLOPs; what is too slow then gets fewer, by as much as it was measured.
+    They begin with equal FLOPs; slower ones then get fewer, in proportion to the measured ratio.
 
     Args:
-      models: of each variant; the first keeps its size.
-      ratios: measures models in turn and returns the seconds of each over those of the first.
-      tolerance: how far from 1 a ratio may be.
+      models: by variant; the first keeps its size.
+      ratios: times models in turn and returns the step time of each over that of the first.
+      tolerance: deviation of a ratio from 1.
 
     Raises:
-      InputError: a model that comes no nearer in `ROUNDS` rounds; how near it came is said.
+      InputError: a model off the tolerance after `ROUNDS` rounds; the message has the nearest.
     """
     flops = MEASURE["flops"]
     first, *others = models.values()
@@ -117,11 +117,10 @@ def match_seconds(
 
 
 def resized(model: TransformerConfig, width: int) -> TransformerConfig:
-    """The model with another width, and with heads and hidden in proportion.
+    """Returns the model with another width, with heads and mlp_dim in proportion.
 
     Raises:
-      InputError: a width that cannot be parted into heads as many as needed, or that the config
-        refuses.
+      InputError: a width that cannot be split into enough heads, or that the config refuses.
     """
     unit = _unit(model, 1)
     if width % unit:
@@ -142,7 +141,7 @@ def _off(matched: Matched, target: float) -> float:
 def _nearest(
     model: TransformerConfig, measure: Measure, target: float, tolerance: float
 ) -> Matched:
-    """The size that comes within the tolerance by the rules above; if none does, the nearest."""
+    """Returns the size within the tolerance by the rules above; if there is none, the nearest."""
     nearest = Matched(model, measure(model))
     if _off(nearest, target) <= tolerance:
         return nearest
@@ -156,7 +155,7 @@ def _nearest(
 
 
 def _distortion(model: TransformerConfig, original: TransformerConfig) -> float:
-    """How far hidden / width is from the original's, in logarithms; 0 is not at all."""
+    """Returns the absolute log ratio of mlp_dim / width to the original's; 0 is unchanged."""
     ratio = model.actual_mlp_dim * original.width / (original.actual_mlp_dim * model.width)
     return abs(math.log(ratio))
 
@@ -164,19 +163,19 @@ def _distortion(model: TransformerConfig, original: TransformerConfig) -> float:
 def _candidates(
     model: TransformerConfig, measure: Measure, target: float, step: int
 ) -> Iterator[TransformerConfig]:
-    """Models in multiples of the step near the target, one or two a width."""
+    """Yields models in multiples of the step near the target, one or two per width."""
     unit = _unit(model, step)
     middle = _first_reaching(model, measure, target, unit)
     for count in range(max(1, middle - NEIGHBOURS), middle + NEIGHBOURS + 1):
         width = count * unit
-        for hidden in _hidden(model, measure, target, step, width):
-            candidate = _valid(model, width, hidden)
+        for mlp_dim in _mlp_dims(model, measure, target, step, width):
+            candidate = _valid(model, width, mlp_dim)
             if candidate:
                 yield candidate
 
 
 def _unit(model: TransformerConfig, step: int) -> int:
-    """The least multiple of the step that has heads, of which all widths are multiples."""
+    """Returns the unit of all widths: the least multiple of the step that splits into heads."""
     if model.family == "recurrent":
         return step
     return math.lcm(step, 2 * _least_heads(model))
@@ -188,12 +187,12 @@ def _least_heads(model: TransformerConfig) -> int:
 
 
 def _sharing(model: TransformerConfig) -> int:
-    """What heads are a multiple of: the query heads of a key head, unless that is one for all."""
+    """Returns what heads are a multiple of: the query heads per key head; 1 for multi-query."""
     return 1 if model.actual_kv_heads == 1 else model.heads // model.actual_kv_heads
 
 
 def _first_reaching(model: TransformerConfig, measure: Measure, target: float, unit: int) -> int:
-    """How many units of width reach the target, hidden in proportion."""
+    """Returns how many units of width reach the target, with mlp_dim in proportion."""
 
     def reaches(count: int) -> bool:
         width = count * unit
@@ -206,10 +205,10 @@ def _first_reaching(model: TransformerConfig, measure: Measure, target: float, u
     return bisect.bisect_left(range(high), True, lo=1, key=reaches)
 
 
-def _hidden(
+def _mlp_dims(
     model: TransformerConfig, measure: Measure, target: float, step: int, width: int
 ) -> set[int]:
-    """The multiples of the step nearest to the model's proportion, and to the target."""
+    """Returns the multiples of the step nearest to the model's ratio, and to the target."""
     if model.family == "recurrent":
         return {model.mlp_dim}
     exact = model.actual_mlp_dim * width / model.width / step
@@ -222,18 +221,20 @@ def _hidden(
     return {step * min(max(round(count), least), most) for count in (exact, solved)}
 
 
-def _valid(model: TransformerConfig, width: int, hidden: int) -> TransformerConfig | None:
-    """The model in another size; None where the config refuses that."""
+def _valid(model: TransformerConfig, width: int, mlp_dim: int) -> TransformerConfig | None:
+    """Returns the resized model; None if the config refuses it."""
     try:
-        return _with(model, width, hidden)
+        return _with(model, width, mlp_dim)
     except InputError:
         return None
 
 
-def _with(model: TransformerConfig, width: int, hidden: int) -> TransformerConfig:
-    """The model in another size: its heads as the module says, for a multiple of `_unit`."""
+def _with(model: TransformerConfig, width: int, mlp_dim: int) -> TransformerConfig:
+    """Returns the resized model, heads by the module's rules; width is a multiple of `_unit`."""
     if model.family == "recurrent":
-        heads = math.gcd(width, model.heads)  # It has none, but they must divide the width.
+        heads = math.gcd(
+            width, model.heads
+        )  # It has no heads, but the config's must divide the width.
         return dataclasses.replace(model, width=width, heads=heads)
     least, sharing, inner = (
         _least_heads(model),
@@ -254,5 +255,5 @@ def _with(model: TransformerConfig, width: int, hidden: int) -> TransformerConfi
         heads=heads,
         kv_heads=model.kv_heads and (1 if model.kv_heads == 1 else heads // sharing),
         head_dim=head_dim,
-        mlp_dim=0 if model.mlp_dim == 0 and hidden == 4 * width else hidden,
+        mlp_dim=0 if model.mlp_dim == 0 and mlp_dim == 4 * width else mlp_dim,
     )

@@ -1,4 +1,4 @@
-"""From the question to the grid: every variant's matched model, its length, and its runs."""
+"""The plan of a comparison: matched models, budgets in steps, and all runs of the grid."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.compare.plan import costs
-from gptjax.compare.plan.data import Material, open_material
+from gptjax.compare.plan.data import SharedData, open_shared_data
 from gptjax.compare.plan.matching import MEASURE, match_seconds, match_width, resized
-from gptjax.compare.plan.runs import Cell
-from gptjax.compare.plan.timings import Measured
+from gptjax.compare.plan.runs import GridRun
+from gptjax.compare.plan.timings import Timings
 from gptjax.compare.plan.variants import Variant, read_variants
 from gptjax.compare.question import BUDGETS, MEASURES, Comparison, parse_quantity, quantity
 from gptjax.config import (
@@ -25,42 +25,42 @@ from gptjax.parallel.sharding import configure_cpu
 from gptjax.system.memory import check_batch_fits, check_fits
 
 SEARCH_SEED = 1 << 16
-"""The first seed of the search; those that are compared count from 0."""
-MEASURED = "measured.json"
+"""First seed of the learning-rate search; those of the compared runs count from 0."""
+TIMINGS = "measured.json"
 ENDLESS = 1 << 30
-"""Steps of a config whose step is timed before anyone knows how many it has."""
+"""Steps of a config whose step is timed before the number of steps is known."""
 
 
 class Planned(NamedTuple):
-    """A variant at a size, before its learning rate is known."""
+    """A matched variant at a size, before its learning rate is chosen."""
 
     variant: Variant
     size: str
     model: TransformerConfig
     target: float | None
-    """Of what is matched; None where nothing is."""
+    """Target value of the matched measure; None where nothing is matched."""
     reached: float | None
     steps: int
 
 
 class Plan(NamedTuple):
-    """All that is to be trained."""
+    """Everything that is to be trained."""
 
     comparison: Comparison
-    material: Material
+    data: SharedData
     sizes: tuple[str, ...]
     planned: list[Planned]
-    """By size, then by variant; of each size the first is the baseline."""
-    measured: Measured
+    """By size, then by variant; the first of each size is the baseline."""
+    timings: Timings
 
-    def search(self, planned: Planned) -> list[Cell]:
-        """The runs that choose a variant's learning rate; none where there is no choice."""
+    def search(self, planned: Planned) -> list[GridRun]:
+        """Returns the runs that choose a variant's learning rate; none if there is no choice."""
         comparison = self.comparison
         if planned.variant.fixed_rate or len(comparison.rates) == 1:
             return []
         model = self._search_model(planned)
         return [
-            Cell(
+            GridRun(
                 planned.variant.name,
                 planned.size,
                 "search",
@@ -70,13 +70,13 @@ class Plan(NamedTuple):
             for seed in range(SEARCH_SEED, SEARCH_SEED + comparison.search_seeds)
         ]
 
-    def finals(self, planned: Planned, rate: float) -> list[Cell]:
-        """The runs that are compared."""
+    def finals(self, planned: Planned, rate: float) -> list[GridRun]:
+        """Returns the runs that are compared."""
         base = None if planned.variant.fixed_rate else self._search_model(planned)
         if base == planned.model:
             base = None
         return [
-            Cell(
+            GridRun(
                 planned.variant.name,
                 planned.size,
                 "final",
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
         ]
 
     def example(self, planned: Planned) -> ExperimentConfig:
-        """The config of a run, at whatever rate."""
+        """Returns the config of a run, at the first learning rate."""
         return self._config(planned, self.comparison.rates[0], 0, planned.model)
 
     def _search_model(self, planned: Planned) -> TransformerConfig:
@@ -117,10 +117,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(comparison: Comparison, out: Path) -> Plan:
-    """Read the variants, open the data, match the models and count the steps.
+    """Read the variants, open the data, match the models and compute the steps.
 
     Raises:
-      InputError: what a flag says wrongly, a match that cannot be reached, or a budget too small.
+      InputError: an invalid flag, a match that cannot be reached, or a budget too small.
     """
     variants = read_variants(comparison.variants, comparison)
     budget, amounts = parse_quantity("budget", comparison.budget, BUDGETS)
@@ -136,8 +136,8 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     check_batch_fits(
         comparison.batch_size, comparison.context_length or variants[0].model.context_length
     )
-    material = open_material(comparison, variants[0].model)
-    vocabulary = material.corpus.vocabulary.size
+    data = open_shared_data(comparison, variants[0].model)
+    vocabulary = data.corpus.vocabulary.size
     variants = [
         variant._replace(model=dataclasses.replace(variant.model, vocab_size=vocabulary))
         for variant in variants
@@ -151,9 +151,9 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
         planned += _matched(variants, sizes[-1], measure, target, comparison)
     states = (sum(model_cost(each.model).state_bytes.values()) for each in planned)
     check_fits("The training state of the largest variant", max(states))
-    # From here on JAX is asked; before, nothing has touched it.
+    # JAX is initialised from here on, not before.
     configure_cpu(max(model_cost(each.model).parameters for each in planned))
-    plan = Plan(comparison, material, tuple(sizes), planned, Measured(out / MEASURED))
+    plan = Plan(comparison, data, tuple(sizes), planned, Timings(out / TIMINGS))
     if measure == "seconds":
         plan = plan._replace(planned=_matched_seconds(plan))
     steps = _steps(plan, budget, amounts[0])
@@ -165,7 +165,7 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
 
 
 def _check_reachable(model: TransformerConfig, measure: str, target: float) -> None:
-    """Refuse a target beyond the widest model that this machine can hold, before it is looked for.
+    """Refuse a target beyond the widest model that fits in memory, before searching for it.
 
     Raises:
       InputError: it is beyond.
@@ -177,7 +177,7 @@ def _check_reachable(model: TransformerConfig, measure: str, target: float) -> N
 
 
 def _targets(comparison: Comparison) -> tuple[str, tuple[float, ...]]:
-    """What is matched, and to which sizes; none leaves it to the baseline.
+    """Returns the matched measure and its targets; without targets, the baseline's value is taken.
 
     Raises:
       InputError: flags that cannot be read, or that contradict each other.
@@ -186,7 +186,7 @@ def _targets(comparison: Comparison) -> tuple[str, tuple[float, ...]]:
         measure, targets = parse_quantity("scale", comparison.scale, tuple(MEASURE))
         if not targets:
             raise InputError(
-                f"--scale is {comparison.scale!r}: it must say sizes, as params=0.3M,1M,3M."
+                f"--scale is {comparison.scale!r}: it must give sizes, as params=0.3M,1M,3M."
             )
         return measure, targets
     measure, targets = parse_quantity("match", comparison.match, (*MEASURES, "none"))
@@ -203,7 +203,7 @@ def _matched(
     target: float | None,
     comparison: Comparison,
 ) -> list[Planned]:
-    """Every variant in its size, by what can be counted; seconds begin at equal FLOPs."""
+    """Returns every variant matched by counts; matching by seconds begins at equal FLOPs."""
     if measure == "none":
         return [Planned(variant, size, variant.model, None, None, 0) for variant in variants]
     count = MEASURE["flops" if measure == "seconds" else measure]
@@ -219,8 +219,8 @@ def _matched(
 
 
 def _matched_seconds(plan: Plan) -> list[Planned]:
-    """Every variant as fast as the baseline, by the clock."""
-    batch = next(plan.material.batches(0))
+    """Returns every variant matched to the baseline's measured step time."""
+    batch = next(plan.data.batches(0))
 
     def ratios(models: Sequence[TransformerConfig]) -> list[float]:
         configs = [
@@ -239,10 +239,10 @@ def _matched_seconds(plan: Plan) -> list[Planned]:
         to_dict(plan.example(each._replace(model=each.variant.model, steps=ENDLESS)))
         for each in plan.planned
     ]
-    known = plan.measured.known("match seconds", [of, plan.comparison.tolerance], matched)
+    known = plan.timings.get_or_measure("match seconds", [of, plan.comparison.tolerance], matched)
     return [
         each._replace(
-            model=from_dict(TransformerConfig, found["model"], MEASURED),
+            model=from_dict(TransformerConfig, found["model"], TIMINGS),
             target=1.0,
             reached=found["reached"],
         )
@@ -251,16 +251,16 @@ def _matched_seconds(plan: Plan) -> list[Planned]:
 
 
 def _steps(plan: Plan, budget: str, amount: float) -> list[int]:
-    """How many steps each variant's budget lasts.
+    """Returns how many steps each variant's budget allows.
 
     Raises:
-      InputError: one too short for the evaluations asked for.
+      InputError: fewer steps than evaluations.
     """
-    tokens, planned = plan.material.tokens_per_step, plan.planned
+    tokens, planned = plan.data.tokens_per_step, plan.planned
     if budget == "seconds":
-        batch = next(plan.material.batches(0))
+        batch = next(plan.data.batches(0))
         configs = [plan.example(each._replace(steps=ENDLESS)) for each in planned]
-        each_takes = plan.measured.known(
+        each_takes = plan.timings.get_or_measure(
             "seconds per step",
             [to_dict(config) for config in configs],
             lambda: costs.seconds_per_step(configs, batch),
@@ -273,7 +273,7 @@ def _steps(plan: Plan, budget: str, amount: float) -> list[int]:
     for each, count in zip(planned, steps, strict=True):
         if count < plan.comparison.evaluations:
             raise InputError(
-                f"--budget is {plan.comparison.budget!r}: of {each.variant.name} that is {count} "
+                f"--budget is {plan.comparison.budget!r}: for {each.variant.name} that is {count} "
                 f"steps of {tokens:,} tokens, too small for {plan.comparison.evaluations} "
                 "evaluations (--evaluations)."
             )

@@ -1,10 +1,10 @@
-"""The runs of a comparison, each a directory that is named by what decides its numbers.
+"""The runs of a comparison, each a directory named by a hash of all that determines its result.
 
 | file | content |
 |---|---|
 | config.json | the run's config, and the fingerprints of its data, as in any run's directory |
 | metrics.jsonl | the evaluated steps |
-| checkpoints/, tokenizer.* | of a run that is compared: `python -m gptjax sample` reads it |
+| checkpoints/, tokenizer.* | of compared runs only: `python -m gptjax sample` reads them |
 | result.json | written last: the outcome |
 """
 
@@ -17,9 +17,9 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from gptjax.compare.plan.data import Material
+from gptjax.compare.plan.data import SharedData
 from gptjax.compare.results import Outcome, read_record
-from gptjax.compare.versioned_files import read_saved, write_saved
+from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import ExperimentConfig, TransformerConfig, sealed, to_dict
 from gptjax.data.tokenizers import save_tokenizer
 from gptjax.runs.directory import CHECKPOINTS, CONFIG, RESULT, environment, save_model, write_json
@@ -30,25 +30,25 @@ RUNS = "runs"
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A run of the grid, before it is run."""
+class GridRun:
+    """A planned run of the grid."""
 
     variant: str
     size: str
     purpose: Literal["search", "final"]
     config: ExperimentConfig
-    """Its seed and learning rate are the cell's."""
+    """Has the run's seed and learning rate."""
     mup_base: TransformerConfig | None = None
-    """The model at which the learning rate was chosen, where muP carries it from there."""
+    """The base model of muP, at which the learning rate was chosen; None without muP."""
 
-    def directory(self, material: Material) -> str:
-        """Its name, which ends in a hash of all that decides the run's numbers."""
+    def directory(self, data: SharedData) -> str:
+        """Returns its name, which ends in a hash of all that determines the run's result."""
         made = environment()
         content = {
-            **material.identity,
+            **data.identity,
             "config": to_dict(self.config),
             "mup_base": None if self.mup_base is None else to_dict(self.mup_base),
-            "purpose": self.purpose,  # A search keeps no model.
+            "purpose": self.purpose,  # Search runs keep no model.
             "jax": made["versions"]["jax"],
             "device": made["device"],
         }
@@ -59,84 +59,84 @@ class Cell:
         return f"{slug}-rate{rate}-seed{self.config.train.seed}-{digest}"
 
 
-def finished(cell: Cell, out: Path, material: Material) -> Outcome | None:
-    """What the cell came to in an earlier call, under whatever name the variant had then.
+def finished(run: GridRun, out: Path, data: SharedData) -> Outcome | None:
+    """Returns the run's outcome of an earlier call, whatever the variant was called then, or None.
 
     Raises:
       InputError: a result that another version of gptjax wrote, or that cannot be read.
     """
-    name = cell.directory(material)
+    name = run.directory(data)
     for directory in sorted((out / RUNS).glob(f"*{name[-13:]}")):
         if (directory / RESULT).exists():
             path = directory / RESULT
-            saved = read_record(Outcome, read_saved(path).get("outcome"), str(path))
-            return dataclasses.replace(saved, variant=cell.variant, size=cell.size)
+            saved = read_record(Outcome, read_versioned(path).get("outcome"), str(path))
+            return dataclasses.replace(saved, variant=run.variant, size=run.size)
     return None
 
 
-def failed(cell: Cell, error: str) -> Outcome:
-    """The outcome of a cell that came to nothing."""
-    return _outcome(cell, None, [], 0.0, error, "")
+def failed(run: GridRun, error: str) -> Outcome:
+    """Returns the outcome of a run that failed."""
+    return _outcome(run, None, [], 0.0, error, "")
 
 
-def keep(cell: Cell, trial: Trial, out: Path, material: Material) -> Outcome:
-    """Write the directory of a finished cell, its result last."""
-    name = cell.directory(material)
+def keep(run: GridRun, trial: Trial, out: Path, data: SharedData) -> Outcome:
+    """Write the directory of a finished run, its result last; returns its outcome."""
+    name = run.directory(data)
     directory = out / RUNS / name
     if trial.diverged:
         sentence = f"Step {trial.diverged}: the loss or the gradient is not finite."
-        return keep_diverged(cell, sentence, out, material)
+        return keep_diverged(run, sentence, out, data)
     directory.mkdir(parents=True, exist_ok=True)
-    if cell.purpose == "final":
+    if run.purpose == "final":
         if not (directory / CONFIG).exists():
-            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Of a call that was killed.
+            shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # Left by a killed call.
             save_model(directory, trial.model)
-        save_tokenizer(material.tokenizer, directory)
+        save_tokenizer(data.tokenizer, directory)
     lines = "".join(map(line_of, trial.lines))
     (directory / METRICS).write_text(lines, encoding="utf-8")
     curve = [
         (line["step"], line["validation_loss"]) for line in trial.lines if "validation_loss" in line
     ]
-    outcome = _outcome(cell, trial.validation_loss, curve, trial.seconds, "", f"{RUNS}/{name}")
-    # With muP the model's config has what the width has changed.
-    trained = dataclasses.replace(cell.config, model=trial.model.config)
-    _write(trained, outcome, out, material)
+    outcome = _outcome(run, trial.validation_loss, curve, trial.seconds, "", f"{RUNS}/{name}")
+    # With muP, fields of the model's config depend on the width.
+    trained = dataclasses.replace(run.config, model=trial.model.config)
+    _write(trained, outcome, out, data)
     return outcome
 
 
-def keep_diverged(cell: Cell, sentence: str, out: Path, material: Material) -> Outcome:
-    """Write what would come out again: numbers that are no longer finite."""
-    name = f"{RUNS}/{cell.directory(material)}"
-    outcome = _outcome(cell, None, [], 0.0, sentence, name)
-    _write(cell.config, outcome, out, material)
+def keep_diverged(run: GridRun, sentence: str, out: Path, data: SharedData) -> Outcome:
+    """Write the outcome of a run that diverged, which would diverge again."""
+    name = f"{RUNS}/{run.directory(data)}"
+    outcome = _outcome(run, None, [], 0.0, sentence, name)
+    _write(run.config, outcome, out, data)
     return outcome
 
 
-def _write(config: ExperimentConfig, outcome: Outcome, out: Path, material: Material) -> None:
+def _write(config: ExperimentConfig, outcome: Outcome, out: Path, data: SharedData) -> None:
     directory = out / outcome.directory
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, sealed({"config": to_dict(config), **material.identity}))
-    write_saved(directory / RESULT, {"outcome": to_dict(outcome), **environment()})
+    write_json(directory / CONFIG, sealed({"config": to_dict(config), **data.identity}))
+    write_versioned(directory / RESULT, {"outcome": to_dict(outcome), **environment()})
 
 
 def _outcome(
-    cell: Cell,
+    run: GridRun,
     loss: float | None,
     curve: list[tuple[int, float]],
     seconds: float,
     error: str,
     directory: str,
 ) -> Outcome:
-    train = cell.config.train
+    train = run.config.train
     finite = [(step, value) for step, value in curve if math.isfinite(value)]
     return Outcome(
-        variant=cell.variant,
-        size=cell.size,
-        purpose=cell.purpose,
+        variant=run.variant,
+        size=run.size,
+        purpose=run.purpose,
         seed=train.seed,
-        learning_rate=cell.config.optimizer.learning_rate,
+        learning_rate=run.config.optimizer.learning_rate,
         steps=train.steps,
-        tokens=train.steps * train.batch_size * cell.config.model.context_length,
+        tokens=train.steps * train.batch_size * run.config.model.context_length,
         validation_loss=loss,
         curve_steps=tuple(step for step, _ in finite),
         curve_losses=tuple(value for _, value in finite),

@@ -1,7 +1,7 @@
-"""What is compared: presets, presets with overrides, and sweeps over the values of an axis.
+"""Variants: presets, presets with overrides, and sweeps over the values of an axis.
 
 `gpt2`, `gpt2:norm=rmsnorm,optimizer.name=muon`, `gpt2:position_embedding=*`; a piece without =
-belongs to the value before it, as in `gemma-style:attention=full,local`.
+continues the value before it, as in `gemma-style:attention=full,local`.
 """
 
 import dataclasses
@@ -23,44 +23,44 @@ RATE = f"{OPTIMIZER}learning_rate"
 HINTS: dict[str, Any] = typing.get_type_hints(TransformerConfig) | {
     f"{OPTIMIZER}{name}": hint for name, hint in typing.get_type_hints(OptimizerConfig).items()
 }
-"""What may be overridden, and its type."""
+"""Fields that may be overridden, and their types."""
 SWEPT: dict[str, tuple[Any, ...]] = AXES | {
     name: listed(hint) for name, hint in HINTS.items() if OPTIMIZER in name and listed(hint)
 }
-"""What a star may stand for."""
+"""Values that a star stands for, by field."""
 COMMON = {"context_length": "--context-length sets it", "vocab_size": "the tokenizer sets it"}
-"""Fields in which variants do not differ, or they would not be asked the same."""
+"""Fields that all variants share, as the comparison would not be fair otherwise."""
 WORDS = {"true": True, "false": False, "none": None}
 
 
 class Variant(NamedTuple):
-    """One of those that are compared."""
+    """One of the compared variants."""
 
     name: str
-    """A spec that reads as this variant; of a sweep, with its value in the star's place, and what
-    had to be changed besides."""
+    """A spec that gives this variant; in a sweep, with its value instead of the star, and with the
+    fields that had to change with it."""
     model: TransformerConfig
-    """With the context of all; `vocab_size` is 0, for the tokenizer's."""
+    """With the common context length; `vocab_size` is 0, set by the tokenizer later."""
     optimizer: OptimizerConfig
     fixed_rate: bool
-    """Whether it says its learning rate itself, so that none is searched."""
+    """Whether its learning rate is given, so that none is searched."""
 
 
 def read_variants(specs: Sequence[str], comparison: Comparison) -> list[Variant]:
-    """The variants in the order asked for; the first is the baseline.
+    """Returns the variants in the order given; the first is the baseline.
 
-    Of a sweep there are the values that the preset can have and the objective can train. Where one
-    means nothing alone (`attention=local` without a window), what it needs is changed with it and
-    is in its name. A value that makes a variant which is there already is left out.
+    A sweep has the values that the preset and the objective allow. Where a value needs other fields
+    (`attention=local` needs a window), they change with it and are in its name. A value that gives
+    a variant already in the list is left out.
 
     Args:
       specs: at least one.
-      comparison: its context (or the baseline's), dropout, optimizer and objective are those of
-        all variants.
+      comparison: gives all variants' context length (or the baseline's), dropout, optimizer and
+      objective.
 
     Raises:
       InputError: a spec that cannot be read, that the config or the objective refuses, or that is
-        there twice; a sweep of which nothing is left.
+      given twice; a sweep of which nothing is left.
     """
     context_length = comparison.context_length or preset(specs[0].partition(":")[0]).context_length
     variants: list[Variant] = []
@@ -85,10 +85,10 @@ def read_variants(specs: Sequence[str], comparison: Comparison) -> list[Variant]
 
 
 def _parse(spec: str) -> tuple[str, dict[str, str]]:
-    """`gpt2:norm=rmsnorm,attention=full,local` → the preset's name, and values as text by field.
+    """Parses `gpt2:norm=rmsnorm,attention=full,local` into a preset's name, and values by field.
 
     Raises:
-      InputError: what is no field=value, an unknown field, one that is set twice or for all.
+      InputError: not field=value; a field that is unknown, set twice, or common to all variants.
     """
     name, colon, text = spec.partition(":")
     overrides: dict[str, str] = {}
@@ -120,10 +120,10 @@ def _parse(spec: str) -> tuple[str, dict[str, str]]:
 def _choices(
     spec: str, overrides: dict[str, str], base: TransformerConfig
 ) -> Iterator[dict[str, Any]]:
-    """Values by field: of each combination of what stars stand for, with what it needs besides.
+    """Yields values by field for each combination of the stars' values, with the fields they need.
 
     Raises:
-      InputError: a value of another type than the field's, or a star for what lists no values.
+      InputError: a value of another type than the field's, or a star for a field without a list.
     """
     choices = [_values(spec, field, text) for field, text in overrides.items()]
     for values in itertools.product(*choices):
@@ -141,14 +141,14 @@ def _values(spec: str, field: str, text: str) -> tuple[Any, ...]:
         return (_value(spec, field, text),)
     if field not in SWEPT:
         raise InputError(
-            f"--variants {spec!r} sweeps {field}, whose values are not listed: a star may stand "
-            f"for a value of {', '.join(SWEPT)}."
+            f"--variants {spec!r} sweeps {field}, whose values are not listed: a star works "
+            f"for {', '.join(SWEPT)}."
         )
     return SWEPT[field]
 
 
 def _value(spec: str, field: str, text: str) -> Any:
-    """The text as the field's type; whether a Literal has it, its config knows."""
+    """Returns the text as the field's type; the config checks values of a Literal."""
     hint = HINTS[field]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if bool in kinds:
@@ -167,7 +167,7 @@ def _value(spec: str, field: str, text: str) -> Any:
 
 
 def _name(preset_name: str, overrides: dict[str, str], chosen: dict[str, Any]) -> str:
-    """The spec that chooses these values: as it was given, but for stars and what they need."""
+    """Returns the spec of these values: as given, stars resolved and the needed fields added."""
     texts = {field: text for field, text in overrides.items() if text != STAR}
     pieces = [f"{field}={texts.get(field, _text(value))}" for field, value in chosen.items()]
     return f"{preset_name}:{','.join(pieces)}" if pieces else preset_name
@@ -180,10 +180,10 @@ def _text(value: Any) -> str:
 def _variant(
     name: str, chosen: dict[str, Any], base: TransformerConfig, comparison: Comparison
 ) -> Variant:
-    """The preset with the chosen values.
+    """Returns the preset with the chosen values.
 
     Raises:
-      InputError: what the configs or the objective refuse.
+      InputError: values that the config or the objective refuses.
     """
     of_model, of_optimizer = {}, {}
     for field, value in chosen.items():

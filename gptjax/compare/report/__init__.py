@@ -1,1 +1,1 @@
-"""A comparison as a person reads it: a page, the same in Markdown, and files for machines."""
+"""The report of a comparison: an HTML page, the same in Markdown, and results as data."""

@@ -1,7 +1,7 @@
-"""A report's figures on a dark page: each colour gets a counterpart, by a style sheet of its own.
+"""Dark mode of a report's figures: a style sheet maps each colour to a counterpart.
 
-So a figure follows the reader's scheme on the page and as a file beside the Markdown too; whatever
-does not know style sheets draws it on white.
+So a figure follows the reader's colour scheme, on the page and as a file; viewers without style
+sheets draw it on white.
 """
 
 import colorsys
@@ -13,15 +13,15 @@ from matplotlib.colors import to_hex, to_rgb
 from gptjax.plots import luminance
 
 PAGE, INK = "#12151c", "#e7eaf0"
-"""What stands for white and for black; `page.css` has them too."""
+"""Replacements of white and black, as in `page.css`."""
 CONTRAST = 4.5
-"""Of a coloured line on the page, at least (WCAG 2.2 asks 3 of graphics and this of texts)."""
+"""The least contrast of a coloured line (WCAG 2.2 asks 3 for graphics and this for text)."""
 COLOUR = re.compile("(fill|stroke): (#[0-9a-f]{6})")
 STEP = 0.01
 
 
 def follow_scheme(svg: str) -> str:
-    """The figure (of `plots.to_svg`) with the rules by which it is drawn where pages are dark."""
+    """Returns the figure (from `plots.to_svg`) with a style sheet for dark mode."""
     rules = [f"svg text {{fill: {INK}}}"]
     rules += [
         f'svg [style*="{what}: {colour}"] {{{what}: {counterpart(colour)} !important}}'
@@ -32,7 +32,7 @@ def follow_scheme(svg: str) -> str:
 
 
 def counterpart(colour: str) -> str:
-    """The colour for a dark page: greys turned round, others lightened until they stand out."""
+    """Returns the colour in dark mode: greys inverted, others lightened to `CONTRAST`."""
     hue, light, saturation = colorsys.rgb_to_hls(*to_rgb(colour))
     if saturation < STEP:
         red, green, blue = np.array(to_rgb(INK)) * (1 - light) + np.array(to_rgb(PAGE)) * light
@@ -44,5 +44,5 @@ def counterpart(colour: str) -> str:
 
 
 def contrast(colour: str) -> float:
-    """Of a colour that is lighter than the page, as in WCAG 2.2."""
+    """Returns the contrast ratio of a colour lighter than the page (WCAG 2.2)."""
     return (luminance(colour) + 0.05) / (luminance(PAGE) + 0.05)

@@ -1,7 +1,7 @@
-"""A report as parts that are no format's: sections of sentences, tables and figures.
+"""A report as a format-independent document: sections of sentences, tables and figures.
 
-One document becomes a page and a Markdown file, so that the two cannot say different things. In a
-sentence or a cell, what stands between two backticks is code; all else is taken literally.
+One document becomes an HTML page and a Markdown file, so that the two cannot differ. In a sentence
+or a cell, text between two backticks is code; everything else is literal.
 """
 
 import html
@@ -12,49 +12,49 @@ from typing import NamedTuple
 
 PAGE = Path(__file__).parent / "page"
 PARTS = re.compile("(?<=[,:=])")
-"""Where a name may go on in the next line."""
+"""Where a name may be broken across lines."""
 NUMBERS = re.compile("[^0-9a-z]+")
 
 
 class Table(NamedTuple):
-    """Rows under a head; the first column names the row."""
+    """Rows under a header; the first column names the row."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     tones: tuple[str, ...] = ()
-    """What a row says, for its colour: better, worse, open, failed or baseline; empty if none."""
+    """The colour class of each row: better, worse, open, failed or baseline; empty for none."""
     words: tuple[int, ...] = ()
-    """The columns that hold sentences, beside the first; the others hold numbers."""
+    """Columns of text besides the first; the others hold numbers."""
 
 
 class Picture(NamedTuple):
-    """A figure, and what it shows in words."""
+    """A figure with its caption."""
 
     name: str
-    """Of its file, and of its ids on the page."""
+    """Name of its file, and prefix of its ids on the page."""
     title: str
     svg: str
     """One svg element (`plots.to_svg`)."""
     narrow: str
-    """The same, for a page as narrow as a phone's."""
+    """The same for a phone's screen."""
     caption: str
 
 
 class Items(NamedTuple):
-    """Sentences in a list."""
+    """A list of sentences."""
 
     sentences: tuple[str, ...]
 
 
 class Code(NamedTuple):
-    """Lines as they are, folded away under a summary if there is one."""
+    """Preformatted lines, folded under a summary if there is one."""
 
     text: str
     summary: str = ""
 
 
 class Heading(NamedTuple):
-    """Within a section."""
+    """A heading within a section."""
 
     title: str
 
@@ -64,39 +64,39 @@ Part = str | Heading | Table | Picture | Items | Code
 
 
 class Section(NamedTuple):
-    """A heading with what stands under it."""
+    """A section: its heading and its parts."""
 
     title: str
     parts: tuple[Part, ...]
 
 
 class Verdict(NamedTuple):
-    """What holds of some of those compared, at a glance."""
+    """A verdict with the variants that it is about, for the summary on top."""
 
     tone: str
-    """Better, worse, open or failed, for its colour."""
+    """Colour class: better, worse, open or failed."""
     label: str
     who: tuple[str, ...]
 
 
 class Document(NamedTuple):
-    """What a reader is given."""
+    """The whole report."""
 
     title: str
     glance: tuple[tuple[str, tuple[Verdict, ...]], ...]
-    """What is read first: verdicts by size, whose name is empty if it is the only one."""
+    """The summary on top: verdicts by size, whose name is empty if there is one size."""
     facts: tuple[str, ...]
-    """A few words each, under the title."""
+    """Short facts under the title."""
     sections: tuple[Section, ...]
 
     @property
     def pictures(self) -> list[Picture]:
-        """All figures, in order."""
+        """Returns all figures, in order."""
         return [p for section in self.sections for p in section.parts if isinstance(p, Picture)]
 
 
 def to_html(document: Document) -> str:
-    """One page that needs no script and asks for nothing."""
+    """Returns one self-contained HTML page, without scripts."""
     sections = document.sections
     anchors = [_anchor(section.title) for section in sections]
     return Template((PAGE / "page.html").read_text(encoding="utf-8")).substitute(
@@ -193,7 +193,7 @@ def _html_line(text: str) -> str:
 
 
 def to_markdown(document: Document) -> str:
-    """The same in Markdown, its figures beside it in figures/."""
+    """Returns the document in Markdown, with its figures in figures/."""
     blocks = [f"# {_markdown_line(document.title)}"]
     for size, verdicts in document.glance:
         lines = [
@@ -233,7 +233,7 @@ def _markdown_part(part: Part) -> str:
 
 
 def _cell(text: str) -> str:
-    """Of a table in Markdown, where a bar ends a cell, in code too."""
+    """Returns a Markdown table cell, with bars escaped, which would end it even in code."""
     return _markdown_line(text.replace("|", "\0")).replace("\0", r"\|")
 
 
@@ -245,7 +245,7 @@ def _markdown_line(text: str) -> str:
 
 
 def _pieces(text: str) -> list[tuple[str, bool]]:
-    """A line's pieces, and whether each is code; a backtick without its other one is literal."""
+    """Returns a line's pieces and whether each is code; an unpaired backtick is literal."""
     pieces = " ".join(text.split()).split("`")
     if len(pieces) % 2 == 0:
         return [("`".join(pieces), False)]
@@ -253,5 +253,5 @@ def _pieces(text: str) -> list[tuple[str, bool]]:
 
 
 def code(text: str) -> str:
-    """A name as code in a sentence, whatever it holds."""
+    """Returns a name as code in a sentence, whatever characters it has."""
     return f"`{text.replace('`', chr(39))}`" if text else "–"

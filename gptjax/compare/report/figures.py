@@ -1,4 +1,4 @@
-"""The figures of a report: what is drawn of an answer, and what is said under it."""
+"""The figures of a report, with their captions."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +12,19 @@ from gptjax.compare.analysis.scaling import Law
 from gptjax.compare.analysis.verdicts import Standing, finished, finished_runs, seed_differences
 from gptjax.compare.report.dark import follow_scheme
 from gptjax.compare.report.document import Picture
-from gptjax.compare.report.tables import seconds_a_token
+from gptjax.compare.report.tables import seconds_per_token
 from gptjax.compare.results import Answer, Entry
 
 LOSS = "validation loss, nats per token"
 NONE = np.empty(0)
 BEYOND = 1.5
-"""How far a law is drawn beyond what was measured, as a ratio of sizes."""
+"""How far a law is extrapolated in the figure, as a ratio of sizes."""
 
 
 def _picture(
     name: str, size: str, title: str, draw: Callable[..., Figure], caption: str
 ) -> Picture:
-    """What `draw` draws, so many points across: for a page, and for the screen of a phone."""
+    """Returns the figure that `draw` draws, at a page's width and at a phone's."""
     name = re.sub("[^0-9a-zA-Z]+", "-", f"{name} {size}").strip("-")
     wide, narrow = (
         follow_scheme(plots.to_svg(draw(width=width), f"{name}{ending}"))
@@ -34,7 +34,7 @@ def _picture(
 
 
 def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Picture:
-    """Intervals against the zero line."""
+    """Returns the differences from the baseline with their intervals."""
     others = [standing for standing in standings if standing.entry is not baseline]
     runs = [seed_differences(standing.entry, baseline) for standing in others]
     intervals = [
@@ -46,18 +46,18 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
         [standing.entry.variant for standing in others],
         np.array(intervals, float),
         runs=runs,
-        told=[standing.tone in ("better", "worse") for standing in others],
+        separated=[standing.tone in ("better", "worse") for standing in others],
         label="validation loss minus the baseline's, nats per token",
         sides=("better", "worse"),
     )
     paired = any(standing.difference for standing in others)
     caption = (
         "A triangle is a mean over seeds that is called better or worse; a ring is one that is "
-        "not: its interval holds zero, or runs failed that may be the bad ones. The intervals are "
-        f"Holm's: they hold all together with {100 * answer.comparison.confidence:g}% confidence. "
-        "The dots are the single seeds, each minus the same seed of the baseline."
+        "not: its interval contains zero, or runs failed that may have been worse. Intervals are "
+        f"simultaneous (Holm), at {100 * answer.comparison.confidence:g}% confidence. "
+        "Dots are single seeds, each minus the same seed of the baseline."
         if paired
-        else "Too few seeds for an interval: no point says more than the runs that it is made of."
+        else "Too few seeds for an interval: differences may be chance."
     )
     return _picture(
         "differences",
@@ -69,7 +69,7 @@ def differences(answer: Answer, standings: Sequence[Standing], baseline: Entry) 
 
 
 def _curve(entry: Entry) -> plots.Points:
-    """Tokens, and losses of the seeds that finished."""
+    """Returns tokens, and losses of the seeds that finished."""
     runs = [run for run in finished_runs(entry.finals).values() if run.steps and run.curve_steps]
     runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
     if not runs:
@@ -79,20 +79,20 @@ def _curve(entry: Entry) -> plots.Points:
 
 
 def curves(entries: Sequence[Entry]) -> list[Picture]:
-    """Losses over training, and differences from the baseline's."""
+    """Returns the loss curves, and their differences from the baseline's."""
     size = entries[0].size
     drawn = {entry.variant: _curve(entry) for entry in entries}
     if not any(len(points.places) for points in drawn.values()):
         return []
-    draw = partial(plots.curves_by_variant, drawn, xlabel="tokens trained on", ylabel=LOSS)
+    draw = partial(plots.curves_by_variant, drawn, xlabel="training tokens", ylabel=LOSS)
     pictures = [
         _picture(
             "curves",
             size,
-            "Validation loss along training",
+            "Validation loss over training",
             draw,
-            "The mean of the seeds, and their range as a band. The first fifth of the way, steep "
-            "and alike in all, may leave the figure at the top.",
+            "Mean over seeds, and their range as a band. The first fifth of training, steep in all "
+            "variants, may be cut off at the top.",
         )
     ]
     panels = {
@@ -104,26 +104,25 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
         draw_panels = partial(
             plots.difference_panels,
             panels,
-            xlabel="tokens trained on",
+            xlabel="training tokens",
             ylabel="loss minus the baseline's, nats per token",
         )
         pictures.append(
             _picture(
                 "along",
                 size,
-                f"The difference to {entries[0].variant} along training",
+                f"Difference from {entries[0].variant} over training",
                 draw_panels,
-                "Below the line a variant is ahead. The mean over seeds, and the range of the "
-                "seeds, each minus the same seed of the baseline; no interval is meant. A "
-                "difference that still grows or shrinks at the end says that the budget decides "
-                "it.",
+                "Below the line a variant is ahead. Mean over seeds and their range, each minus "
+                "the same seed of the baseline; the band is no confidence interval. A difference "
+                "that still grows or shrinks at the end depends on the budget.",
             )
         )
     return pictures
 
 
 def _apart(entry: Entry, baseline: Entry) -> plots.Points:
-    """Differences of the curves, of the seeds that finished of both, if they were taken at once."""
+    """Returns differences of the curves over seeds that finished in both, at the same steps."""
     ours, theirs = finished_runs(entry.finals), finished_runs(baseline.finals)
     pairs = [
         (ours[seed], theirs[seed])
@@ -141,15 +140,15 @@ def _apart(entry: Entry, baseline: Entry) -> plots.Points:
 
 
 def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture | None:
-    """Loss against what a token takes."""
+    """Returns loss against cost per token."""
     by_variant = {standing.entry.variant: standing for standing in standings}
     of_each = [by_variant[entry.variant] for entry in entries]
     intervals = np.array(
         [standing.interval or (standing.mean, np.nan, np.nan) for standing in of_each], float
     )
     costs = {
-        "training MFLOPs a token": np.array([entry.training_flops / 1e6 for entry in entries]),
-        "measured µs of training a token": 1e6 * np.array(list(map(seconds_a_token, entries))),
+        "training MFLOPs per token": np.array([entry.training_flops / 1e6 for entry in entries]),
+        "measured training µs per token": 1e6 * np.array(list(map(seconds_per_token, entries))),
     }
     costs = {
         name: cost for name, cost in costs.items() if np.isfinite(cost + intervals[:, 0]).any()
@@ -164,14 +163,14 @@ def frontier(entries: Sequence[Entry], standings: Sequence[Standing]) -> Picture
         entries[0].size,
         "Quality and cost",
         draw,
-        "Down is better, left is cheaper. A ring marks a variant that no other beats in both, and "
-        "the line joins them; the bars are the intervals of the means, and where bars overlap, "
-        "chance may have put a variant on the line or beside it.",
+        "Lower is better, left is cheaper. Rings mark the Pareto front, variants that no other "
+        "beats in both, joined by a line; bars are the intervals of the means. Where bars overlap, "
+        "whether a variant is on the front may be chance.",
     )
 
 
 def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
-    """Loss against parameters, with the laws."""
+    """Returns loss against parameters, with the fitted laws."""
     measured, lines = {}, {}
     for name in dict.fromkeys(entry.variant for entry in answer.entries):
         entries = [entry for entry in answer.entries if entry.variant == name]
@@ -191,15 +190,15 @@ def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
     caption = "Each mark is a run, and both axes are logarithmic."
     if lines:
         caption += (
-            " Lines are fitted laws, and bands hold each of them at one size with "
-            f"{100 * answer.comparison.confidence:g}% confidence, by the bootstrap over seeds; "
-            "what lies beyond the marks is extrapolated."
+            " Lines are fitted laws; bands are pointwise bootstrap intervals over seeds, at "
+            f"{100 * answer.comparison.confidence:g}% confidence; "
+            "beyond the marks they are extrapolated."
         )
     return _picture("scaling", "", "Loss by size", draw, caption)
 
 
 def searched(entries: Sequence[Entry]) -> Picture | None:
-    """Loss by learning rate."""
+    """Returns loss by learning rate."""
     entries = [entry for entry in entries if entry.searched]
     if not entries:
         return None
@@ -222,9 +221,8 @@ def searched(entries: Sequence[Entry]) -> Picture | None:
     return _picture(
         "rates",
         entries[0].size,
-        "The search for a learning rate",
+        "Learning-rate search",
         draw,
-        "Dots are runs of the search's own seeds, lines their mean, and a ring is the rate that "
-        "was taken. Runs that failed are not drawn, and neither is what lies far above; the table "
-        "has it.",
+        "Dots are runs of the search seeds, lines their mean, and a ring is the chosen rate. "
+        "Failed runs and losses far above are not drawn; the table has them.",
     )

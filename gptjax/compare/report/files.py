@@ -1,11 +1,11 @@
-"""A comparison on disk: a page, the same in Markdown, and every run for machines.
+"""Files of a report: an HTML page, the same in Markdown, and all runs as data.
 
 | file | content |
 |---|---|
-| report.html | the page, which asks for nothing outside itself |
+| report.html | the self-contained page |
 | report.md, figures/ | the same in Markdown, its figures as SVG |
-| results.jsonl | an `Outcome` a line, curves and all; numbers that JSON lacks are strings, "nan" |
-| results.csv | an `Outcome` a row, with its variant's parameters and its training FLOPs |
+| results.jsonl | one `Outcome` per line, with its curve; NaN and infinities are strings, "nan" |
+| results.csv | one `Outcome` per row, with its variant's parameters and training FLOPs |
 """
 
 import csv
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.compare.report.document import to_html, to_markdown
-from gptjax.compare.report.sections import story
+from gptjax.compare.report.sections import report_document
 from gptjax.compare.results import Answer, Outcome, read_record
 from gptjax.config import SEAL, InputError, parse_json, sealed, unsealed
 from gptjax.system.disk import write_error
@@ -31,16 +31,16 @@ PAGE, MARKDOWN, LINES, ROWS, FIGURES = (
     "figures",
 )
 CURVES = ("curve_steps", "curve_losses")
-"""Fields of an outcome that a cell of a spreadsheet has no room for."""
+"""Fields of an outcome too long for a spreadsheet cell."""
 
 
 def write_report(answer: Answer, directory: Path) -> None:
-    """Write all files, each whole or not at all; the same answer gives the same bytes.
+    """Write all files, each atomically; the same answer gives the same bytes.
 
     Raises:
       InputError: a directory that cannot be written.
     """
-    document = story(answer)
+    document = report_document(answer)
     files = {LINES: _lines(answer), ROWS: _rows(answer)}
     files |= {f"{FIGURES}/{picture.name}.svg": picture.svg for picture in document.pictures}
     files |= {MARKDOWN: to_markdown(document), PAGE: to_html(document)}
@@ -53,10 +53,10 @@ def write_report(answer: Answer, directory: Path) -> None:
 
 
 def read_results(directory: Path) -> tuple[Outcome, ...]:
-    """The outcomes of all runs, from results.jsonl.
+    """Returns the outcomes of all runs, from results.jsonl.
 
     Raises:
-      InputError: no such file, or a line that holds no outcome.
+      InputError: no such file, or a line that is no outcome.
     """
     path = directory / LINES
     try:
@@ -78,12 +78,12 @@ def _outcome(line: bytes, where: str) -> Outcome:
 
 
 def _plain(value: Any) -> Any:
-    """A number as strict JSON has it, or as a string."""
+    """Returns a number that strict JSON can hold, or a string."""
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _number(value: Any) -> Any:
-    """What `_plain` made a string of."""
+    """Returns the number that `_plain` made a string of."""
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 

@@ -1,4 +1,4 @@
-"""Numbers and lists as a report says them."""
+"""Numbers and lists as phrases of a report."""
 
 import math
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ PREFIXES = ("", " k", " M", " G", " T", " P", " E")
 
 
 def nats(value: float | None) -> str:
-    """A loss, nats per token."""
+    """Returns a loss as text, nats per token."""
     return f"{value:.4f}" if known(value) else UNKNOWN
 
 
 def known(value: float | None) -> bool:
-    """Whether a number is there at all."""
+    """Whether a number is there and finite."""
     return value is not None and math.isfinite(value)
 
 
 def ends(interval: Interval | None, form: str = "{:.4f}") -> str:
-    """Of an interval."""
+    """Returns an interval as text: low to high."""
     if interval is None:
         return UNKNOWN
     return " to ".join(form.format(end).replace("-", "−") for end in interval[1:])
 
 
 def short(value: float | None) -> str:
-    """Three digits and a prefix: 6.84 M."""
+    """Returns three digits and a prefix: 6.84 M."""
     if value is None or not known(value):
         return UNKNOWN
     scaled, thousands = value, 0
@@ -38,12 +38,12 @@ def short(value: float | None) -> str:
 
 
 def memory(size: int | None) -> str:
-    """Bytes, in MiB."""
+    """Returns bytes as text, in MiB."""
     return UNKNOWN if size is None else f"{size / 2**20:,.1f} MiB"
 
 
 def duration(seconds: float) -> str:
-    """3 h 12 min, 4 min 5 s or 7.2 s."""
+    """Returns a duration as 3 h 12 min, 4 min 5 s or 7.2 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -53,22 +53,22 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float | None, reference: float | None) -> str:
-    """How many times the reference."""
+    """Returns the ratio to the reference: ×1.25."""
     if value is None or not reference or not known(value / reference):
         return UNKNOWN
     return f"×{value / reference:.3g}" if value / reference >= 10 else f"×{value / reference:.2f}"
 
 
 def counted(count: int, noun: str) -> str:
-    """1 run, 2 runs."""
+    """Returns a count with its noun: 1 run, 2 runs."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def joined(words: Sequence[str]) -> str:
-    """a, b and c."""
+def enumerated(words: Sequence[str]) -> str:
+    """Returns a list in a sentence: a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def names(variants: Sequence[str]) -> str:
-    """Variants in a sentence."""
-    return joined([code(variant) for variant in variants])
+    """Returns variants as a list in a sentence."""
+    return enumerated([code(variant) for variant in variants])

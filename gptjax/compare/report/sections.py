@@ -1,4 +1,4 @@
-"""What a report says, and in which order: the answer first, then what it rests on."""
+"""The sections of a report, in order: the verdict first, then the evidence."""
 
 import json
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ from gptjax.compare.report.document import (
     Table,
     code,
 )
-from gptjax.compare.report.phrases import counted, duration, joined, known, names, ratio, short
+from gptjax.compare.report.phrases import counted, duration, enumerated, known, names, ratio, short
 from gptjax.compare.report.sizes import over_sizes
-from gptjax.compare.report.tables import seconds_a_token
+from gptjax.compare.report.tables import seconds_per_token
 from gptjax.compare.results import Answer, Entry
 from gptjax.config import to_dict
 
 MEASURED = {
     "params": "parameters",
     "flops": "training FLOPs per token",
-    "seconds": "seconds of training a token",
+    "seconds": "training seconds per token",
 }
 SPENT = {"tokens": "tokens", "flops": "training FLOPs", "seconds": "seconds of training"}
 
 
-def story(answer: Answer) -> Document:
-    """The whole report."""
+def report_document(answer: Answer) -> Document:
+    """Returns the whole report."""
     ranked = {size: _best_first(standings(answer, size)) for size in answer.sizes}
     said = verdict.in_sentences(answer, ranked)
-    sections = [Section("The answer", (*said, _what_was_done(answer)))]
+    sections = [Section("Verdict", (*said, _what_was_done(answer)))]
     sections += [over_sizes(answer)] if len(answer.sizes) > 1 else []
     for size, of_size in ranked.items():
         parts = _of_size(answer, of_size)
@@ -61,7 +61,7 @@ def _best_first(of_size: Sequence[Standing]) -> list[Standing]:
 
 def _facts(answer: Answer) -> tuple[str, ...]:
     facts = [
-        f"{counted(answer.comparison.seeds, 'seed')} of each",
+        f"{counted(answer.comparison.seeds, 'seed')} per variant",
         f"{_budget(answer)} per run",
         counted(len(answer.outcomes), "run"),
         duration(answer.seconds),
@@ -86,19 +86,18 @@ def _what_was_done(answer: Answer) -> str:
         "on the same held-out tokens.",
         _matching(answer),
     ]
-    rates = joined([f"{rate:g}" for rate in asked.rates])
+    rates = enumerated([f"{rate:g}" for rate in asked.rates])
     if len(asked.rates) > 1:
         sentences.append(
-            f"Each took the best of the learning rates {rates}, chosen by "
-            f"{counted(asked.search_seeds, 'seed')} that the comparison does not use"
-            + (f", at width {asked.mup_width} and carried over by muP." if asked.mup_width else ".")
+            f"Each took the best of the learning rates {rates}, chosen with "
+            f"{counted(asked.search_seeds, 'seed')} not used in the comparison"
+            + (f", at width {asked.mup_width}, transferred by muP." if asked.mup_width else ".")
         )
     else:
-        sentences.append(f"All took the learning rate {rates}.")
+        sentences.append(f"All have the learning rate {rates}.")
     if asked.seeds > 1:
         sentences.append(
-            f"All statements on differences hold together with {100 * asked.confidence:g}% "
-            "confidence."
+            f"All verdicts hold simultaneously with {100 * asked.confidence:g}% confidence."
         )
     sentences += _looks(answer)
     failed = len(_failures(answer))
@@ -108,31 +107,30 @@ def _what_was_done(answer: Answer) -> str:
 
 
 def _looks(answer: Answer) -> list[str]:
-    """Where seeds were added to those that an earlier report showed."""
+    """Returns sentences on seeds that were added after an earlier report."""
     looks: dict[tuple[str, ...], list[str]] = {}
     for entry in answer.entries:
         taken = tuple(f"{counted(len(each.seeds), 'seed')} on {each.day}" for each in entry.looks)
         looks.setdefault(taken, []).append(entry.variant)
     return [
-        f"Seeds were added after a look: this is look {len(taken)} at {names(variants)} "
+        f"Seeds were added after an interim look: this is look {len(taken)} at {names(variants)} "
         f"({', then '.join(taken)}), which may spend 1/{len(taken) * (len(taken) + 1)} of the "
-        "error that all looks together may have, so its intervals are wider than those of as many "
-        "seeds that were fixed beforehand."
+        "total error, so its intervals are wider than with a number of seeds fixed in advance."
         for taken, variants in looks.items()
         if len(taken) > 1
     ]
 
 
 def _matching(answer: Answer) -> str:
-    """What all variants have in common."""
+    """Returns a sentence on what the variants are matched by."""
     asked = answer.comparison
     within = f"within {100 * asked.tolerance:g}%"
     if asked.scale:
         name, sizes = parse_quantity("scale", asked.scale, MEASURES)
-        wanted = joined([short(size) for size in sizes])
+        wanted = enumerated([short(size) for size in sizes])
         return f"Widths were chosen so that all have {wanted} {MEASURED[name]}, {within}."
     if asked.match == "none":
-        return "No width was changed: variants differ in what they have and in what they take."
+        return "No width was changed: variants differ in size and in cost."
     name, values = parse_quantity("match", asked.match, MEASURES)
     target = (
         f"{short(values[0])} {MEASURED[name]}" if values else f"the baseline's {MEASURED[name]}"
@@ -152,16 +150,16 @@ def _of_size(answer: Answer, of_size: list[Standing]) -> list[Section]:
     if len(entries) > 1:
         came_out.append(figures.differences(answer, of_size, baseline))
     took: list[Part] = [
-        "Measured in turn with all others on the machine named at the end. A step's memory is what "
-        "XLA plans for it: arguments, results and all between.",
+        "All variants timed in turn, on the machine named at the end. A step's memory is "
+        "XLA's plan: arguments, results and temporaries.",
         tables.costs(of_size),
     ]
     quality = figures.frontier(entries, of_size)
     along = figures.curves(entries)
     sections = [
-        Section("What came out", tuple(came_out)),
-        *([Section("Along training", tuple(along))] if along else []),
-        Section("What it took", (*took, *([quality] if quality else []))),
+        Section("Results", tuple(came_out)),
+        *([Section("Over training", tuple(along))] if along else []),
+        Section("Costs", (*took, *([quality] if quality else []))),
         _rates(answer, entries),
         _matched(answer, entries),
     ]
@@ -171,12 +169,12 @@ def _of_size(answer: Answer, of_size: list[Standing]) -> list[Section]:
 def _rates(answer: Answer, entries: Sequence[Entry]) -> Section:
     picture = figures.searched(entries)
     if picture is None:
-        rates = joined([f"{rate:g}" for rate in answer.comparison.rates])
-        told = f"No search: all variants took {rates}. One that wants another rate is at a loss."
-        return Section("Learning rates", (told,))
+        rates = enumerated([f"{rate:g}" for rate in answer.comparison.rates])
+        sentence = f"No search: all variants have {rates}, which may not suit each of them."
+        return Section("Learning rates", (sentence,))
     edges = tuple(sentence for entry in entries if (sentence := edge(entry)))
     parts: list[Part] = [
-        "The rate of the lowest mean loss was taken; the seeds that chose it are not compared.",
+        "The rate with the lowest mean loss was chosen; the search seeds are not compared.",
         *([Items(edges)] if edges else []),
         picture,
         tables.searched(entries),
@@ -185,13 +183,13 @@ def _rates(answer: Answer, entries: Sequence[Entry]) -> Section:
 
 
 def _matched(answer: Answer, entries: Sequence[Entry]) -> Section:
-    """What was made equal, and by what else a difference might be explained."""
+    """Returns what was matched, and what else might explain a difference."""
     first = entries[0]
     compared = {
         "Parameters": lambda entry: entry.parameters,
         "Training FLOPs per token": lambda entry: entry.training_flops,
-        "Seconds of training a token": seconds_a_token,
-        "Tokens trained on": lambda entry: entry.steps,
+        "Training seconds per token": seconds_per_token,
+        "Training tokens": lambda entry: entry.steps,
         "Depth": lambda entry: entry.model.depth,
     }
     remaining = []
@@ -211,9 +209,9 @@ def _matched(answer: Answer, entries: Sequence[Entry]) -> Section:
                 f"{ratio(ratios[most], 1)} ({code(most)}) of the baseline's."
             )
     return Section(
-        "What was matched, and what was not",
+        "Matching",
         (
-            _matching(answer) + " Whatever else differs may explain a difference as well:",
+            _matching(answer) + " Anything else that differs is a confounder:",
             Items(tuple(remaining)),
             tables.matched(entries),
         ),
@@ -227,13 +225,13 @@ def _failures(answer: Answer) -> list[Any]:
 def _failed(answer: Answer) -> Section:
     failed = _failures(answer)
     if not failed:
-        told = f"None: all {counted(len(answer.outcomes), 'run')} finished."
-        return Section("Failed runs", (told,))
+        sentence = f"None: all {counted(len(answer.outcomes), 'run')} finished."
+        return Section("Failed runs", (sentence,))
     return Section(
         "Failed runs",
         (
-            f"{len(failed)} of {counted(len(answer.outcomes), 'run')}. A mean is one of the seeds "
-            "that finished, so a variant that failed is judged by its luckier seeds.",
+            f"{len(failed)} of {counted(len(answer.outcomes), 'run')}. Means are over the seeds "
+            "that finished, which favours variants with failed runs.",
             tables.failures(failed),
         ),
     )
@@ -242,36 +240,37 @@ def _failed(answer: Answer) -> Section:
 def _how_to_read(answer: Answer) -> Section:
     asked = answer.comparison
     level = f"{100 * asked.confidence:g}%"
-    sizes = joined(answer.sizes) if any(answer.sizes) else "one size"
+    sizes = enumerated(answer.sizes) if any(answer.sizes) else "one size"
     return Section(
         "How to read this",
         (
             Items(
                 (
-                    f"An interval of a mean (Student's t) says where the mean of endlessly many "
-                    f"seeds would lie: of such intervals, {level} hold it. Those of two variants "
-                    "may overlap and their difference still be sure, as the seeds are paired.",
-                    "A difference is taken seed by seed, each variant's loss minus the baseline's "
-                    "of the same seed: what the order of the batches does to both alike drops out.",
+                    f"The confidence interval of a mean (Student's t) contains the mean over all "
+                    f"possible seeds in {level} of studies. Intervals of two variants may overlap "
+                    "although their difference is significant, as the seeds are paired.",
+                    "Differences are paired: each variant's loss minus the baseline's with the "
+                    "same seed, so that effects of the batch order on both cancel.",
                     "With many variants one will look better by chance. Holm's correction widens "
-                    f"the intervals so that all statements together are right with {level} "
-                    "confidence; better or worse is said only where an interval excludes zero.",
-                    "Whoever adds seeds looks again. The first look at a difference may spend half "
-                    f"of the {100 * (1 - asked.confidence):.3g}% of error, the second a sixth, the "
-                    f"third a twelfth, and so on, so that all looks together keep {level}. How "
-                    "many seeds would separate a difference is reckoned for the next look.",
-                    "The trimmed mean leaves out a fifth of the differences at either end: it says "
-                    "what a usual seed does where one is of another kind, and no verdict is taken "
-                    "from it. If its interval is far narrower than the other, look at the dots: a "
-                    "seed may lie apart, or the others be alike by chance.",
-                    "Not separated is no proof of being equal: the difference may be anywhere in "
-                    "its interval, and more seeds would narrow that.",
-                    f"What this does not show: other data than {answer.data}, a longer or shorter "
+                    f"the intervals so that all verdicts hold simultaneously with {level} "
+                    "confidence; better or worse is said only if an interval excludes zero.",
+                    "Adding seeds takes another look. The first look at a difference may spend "
+                    f"half of the {100 * (1 - asked.confidence):.3g}% of error, the second a "
+                    f"sixth, the third a twelfth, and so on, so that all looks together keep "
+                    f"{level}. How many seeds would separate a difference is estimated for the "
+                    "next look.",
+                    "The trimmed mean drops a fifth of the differences at either end: it shows the "
+                    "typical seed if one is an outlier, and decides no verdict. If its interval is "
+                    "far narrower than the other, look at the dots: a seed may be an outlier, or "
+                    "the others similar by chance.",
+                    "Not separated does not mean equal: the difference may be anywhere in its "
+                    "interval, and more seeds would narrow that.",
+                    f"Not tested: other data than {answer.data}, a longer or shorter "
                     f"training than {_budget(answer)}, other sizes than {sizes}, other batch sizes "
-                    "or optimizers. The order of variants may turn with any of them.",
-                    "The learning rate is the only setting that each variant chose for itself."
+                    "or optimizers. The ranking may change with any of them.",
+                    "The learning rate is the only hyperparameter tuned for each variant."
                     if len(asked.rates) > 1
-                    else "No setting was chosen for each variant by itself.",
+                    else "No hyperparameter was tuned for each variant.",
                 )
             ),
         ),
@@ -279,7 +278,7 @@ def _how_to_read(answer: Answer) -> Section:
 
 
 def _configs(answer: Answer) -> Section:
-    parts: list[Part] = ["The fields in which the variants differ, and each one's config in full."]
+    parts: list[Part] = ["The fields in which the variants differ, and each config in full."]
     for size in answer.sizes:
         entries = [entry for entry in answer.entries if entry.size == size]
         if size:
@@ -292,7 +291,7 @@ def _configs(answer: Answer) -> Section:
             )
             for entry in entries
         ]
-    parts.append(Code(_json(to_dict(answer.comparison)), "The question in full"))
+    parts.append(Code(_json(to_dict(answer.comparison)), "The comparison in full"))
     return Section("Configs", tuple(parts))
 
 
@@ -315,7 +314,6 @@ def _how_it_was_run(answer: Answer) -> Section:
         (
             Code(answer.command),
             Table(("What", "Value"), tuple(rows), words=(1,)),
-            "Every run is a line of `results.jsonl`, with its whole curve, and a row of "
-            "`results.csv`.",
+            "Every run is a line of `results.jsonl`, with its curve, and a row of `results.csv`.",
         ),
     )

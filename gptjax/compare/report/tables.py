@@ -16,14 +16,14 @@ from gptjax.config import to_dict
 from gptjax.plots import signed
 
 COEFFICIENTS = {"E": ".3f", "A": ".3g", "alpha": ".3f"}
-"""Of a law of the loss by the number of parameters, and how each is written."""
+"""Coefficients of a law L(N), and the format of each."""
 
 TRIMMED = 5
-"""Seeds of which a trimmed mean leaves out one at either end; of fewer it is the mean."""
+"""The least number of seeds of which a trimmed mean drops one at either end."""
 
 
 def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> Table:
-    """What came out."""
+    """Returns the table of verdicts, differences and losses."""
     level = f"{100 * answer.comparison.confidence:g}%"
     others = [each.entry for each in standings if each.entry is not baseline]
     trimmed = any(len(seed_differences(entry, baseline)) >= TRIMMED for entry in others)
@@ -47,7 +47,7 @@ def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> T
     head = [
         "Variant",
         "Verdict",
-        "Difference to the baseline",
+        "Difference from the baseline",
         "Interval of the difference, Holm",
         "Validation loss, mean ± sd",
         f"{level} interval of the mean",
@@ -59,14 +59,14 @@ def results(answer: Answer, standings: Sequence[Standing], baseline: Entry) -> T
 
 
 def _difference(interval: Interval | None) -> str:
-    """A difference with the ends of its interval."""
+    """Returns a difference with its interval."""
     if interval is None:
         return UNKNOWN
     return f"{signed(interval.mean)} ({ends(interval, '{:+.4f}')})"
 
 
 def costs(standings: Sequence[Standing]) -> Table:
-    """What it took, in the order of the results."""
+    """Returns the table of costs, in the order of the results."""
     rows = []
     for entry in (standing.entry for standing in standings):
         cost = entry.costs
@@ -94,19 +94,19 @@ def costs(standings: Sequence[Standing]) -> Table:
         "Peak memory of a step",
         "Compilation, s",
         "Decoded tokens/s",
-        "The same step's peak on a TPU v5e",
+        "Peak memory on a TPU v5e",
     )
     tones = tuple("baseline" if each.tone == "baseline" else "" for each in standings)
     return Table(head, tuple(rows), tones)
 
 
-def seconds_a_token(entry: Entry) -> float:
-    """Of training; NaN where it could not be measured."""
+def seconds_per_token(entry: Entry) -> float:
+    """Returns training seconds per token; NaN where unmeasured."""
     return 1 / entry.costs.tokens_per_second if entry.costs else math.nan
 
 
 def matched(entries: Sequence[Entry]) -> Table:
-    """Each variant beside the baseline, in all that might explain a difference."""
+    """Returns the table of sizes and costs relative to the baseline: possible confounders."""
     first = entries[0]
     rows = tuple(
         (
@@ -116,7 +116,7 @@ def matched(entries: Sequence[Entry]) -> Table:
             off_target(entry),
             ratio(entry.parameters, first.parameters),
             ratio(entry.training_flops, first.training_flops),
-            ratio(seconds_a_token(entry), seconds_a_token(first)),
+            ratio(seconds_per_token(entry), seconds_per_token(first)),
             ratio(entry.steps, first.steps),
             f"{entry.model.depth}",
             f"{entry.model.width}",
@@ -132,26 +132,26 @@ def matched(entries: Sequence[Entry]) -> Table:
         "Off by",
         "Parameters",
         "FLOPs per token",
-        "Seconds a token",
+        "Seconds per token",
         "Tokens",
         "Depth",
         "Width",
         "Heads",
-        "Feed-forward width",
+        "MLP width",
     )
     tones = tuple("baseline" if entry is first else "" for entry in entries)
     return Table(head, rows, tones)
 
 
 def off_target(entry: Entry) -> str:
-    """How far a variant is from what it was matched to."""
+    """Returns a variant's deviation from its matching target, in percent."""
     if not entry.target or not known(entry.reached) or entry.reached is None:
         return UNKNOWN
     return f"{100 * (entry.reached / entry.target - 1):+z.2f}%".replace("-", "−")
 
 
 def searched(entries: Sequence[Entry]) -> Table:
-    """What each learning rate came to, and which was taken."""
+    """Returns the table of mean losses by learning rate, with the chosen rate marked."""
     rates = sorted({rate for entry in entries for rate in entry.searched})
     rows = []
     for entry in entries:
@@ -162,13 +162,13 @@ def searched(entries: Sequence[Entry]) -> Table:
             failed = len(losses) - len(reached)
             cell = nats(float(np.mean(reached))) if reached else UNKNOWN
             cell += f" ({failed} of {len(losses)} failed)" if failed else ""
-            cells.append(cell + (" ◀ taken" if rate == entry.optimizer.learning_rate else ""))
+            cells.append(cell + (" ◀ chosen" if rate == entry.optimizer.learning_rate else ""))
         rows.append(tuple(cells))
     return Table(("Variant", *(f"{rate:g}" for rate in rates)), tuple(rows))
 
 
 def laws(fitted: Mapping[str, Law]) -> Table:
-    """L = E + A N^-alpha of each variant."""
+    """Returns the table of fitted laws L = E + A N^-alpha."""
     rows = []
     for variant, law in fitted.items():
         cells = []
@@ -176,12 +176,12 @@ def laws(fitted: Mapping[str, Law]) -> Table:
             low, high = law.intervals[name]
             interval = f" ({low:{form}} to {high:{form}})" if known(low) else ""
             cells.append(f"{law.coefficients[name]:{form}}{interval}")
-        rows.append((code(variant), *cells, nats(law.missed)))
-    return Table(("Variant", "E, nats", "A", "alpha", "Off a size by at most, nats"), tuple(rows))
+        rows.append((code(variant), *cells, nats(law.largest_residual)))
+    return Table(("Variant", "E, nats", "A", "alpha", "Largest residual, nats"), tuple(rows))
 
 
 def failures(outcomes: Sequence[Outcome]) -> Table:
-    """The runs that came to nothing, and why."""
+    """Returns the table of failed runs, with reasons."""
     rows = tuple(
         (
             code(run.variant),
@@ -200,7 +200,7 @@ def failures(outcomes: Sequence[Outcome]) -> Table:
 
 
 def fields(entries: Sequence[Entry]) -> Table:
-    """The fields in which the configs differ: a row each, a column a variant."""
+    """Returns the fields in which the configs differ: one row each, one column per variant."""
     configs = [
         {
             f"{part}.{name}": value

@@ -1,15 +1,15 @@
-"""The verdict of a comparison: at a glance, and in sentences."""
+"""The verdict of a comparison: title, summary, and sentences."""
 
 from collections.abc import Mapping, Sequence
 
 from gptjax.compare.analysis.verdicts import Standing
 from gptjax.compare.report.document import Verdict, code
-from gptjax.compare.report.phrases import counted, ends, joined, known, names, nats
+from gptjax.compare.report.phrases import counted, ends, enumerated, known, names, nats
 from gptjax.compare.results import Answer
 from gptjax.plots import signed
 
 Ranked = Mapping[str, Sequence[Standing]]
-"""Of each size, best first."""
+"""Standings by size, best first."""
 GROUPS = {
     "better": "▼ better",
     "worse": "▲ worse",
@@ -17,11 +17,11 @@ GROUPS = {
     "withheld": "○ withheld",
     "failed": "✕ failed",
 }
-"""What may be said of a variant, and how it is called at a glance; the marks are the figures'."""
+"""Verdicts and their labels in the summary; the marks are those of the figures."""
 
 
 def title(ranked: Ranked) -> str:
-    """The verdict in a line; of several sizes what they are asked."""
+    """Returns the verdict in one line; with several sizes, what is compared."""
     first = next(iter(ranked.values()))
     name = code(_baseline(first).entry.variant)
     groups = _groups(first)
@@ -38,7 +38,7 @@ def title(ranked: Ranked) -> str:
         "better": f"better than {name}",
         "worse": f"worse than {name}",
         "open": f"not separated from {name}",
-        "withheld": f"not judged against {name}, since runs failed",
+        "withheld": f"not judged against {name}, as runs failed",
         "failed": "without a run that finished",
     }
     counts = {kind: each for kind, each in groups.items() if each}
@@ -52,11 +52,11 @@ def title(ranked: Ranked) -> str:
         else f"{len(each)} {short.get(kind, kind)}"
         for place, (kind, each) in enumerate(counts.items())
     ]
-    return f"Of {counted(others, 'variant')} {joined(pieces)}"
+    return f"Of {counted(others, 'variant')} {enumerated(pieces)}"
 
 
 def at_a_glance(ranked: Ranked) -> tuple[tuple[str, tuple[Verdict, ...]], ...]:
-    """By size, the variants that are better, worse, not separated, and that failed."""
+    """Returns, by size, the variants that are better, worse, not separated, and failed."""
     return tuple(
         (
             size,
@@ -75,20 +75,20 @@ def at_a_glance(ranked: Ranked) -> tuple[tuple[str, tuple[Verdict, ...]], ...]:
 
 
 def _short(standing: Standing) -> str:
-    """A variant with its difference."""
+    """Returns a variant with its difference."""
     name = code(standing.entry.variant)
     return f"{name} {signed(standing.difference.mean)}" if standing.difference else name
 
 
 def in_sentences(answer: Answer, ranked: Ranked) -> list[str]:
-    """The question, and what each size lets one say, a paragraph each."""
+    """Returns the question, and one paragraph of verdicts per size."""
     paragraphs = []
     if answer.entries[1:]:
         baseline = code(answer.entries[0].variant)
         paragraphs.append(
             f"Which variants predict held-out text better than the baseline {baseline}, and which "
-            "worse, after the same training? They are compared by their loss on it, in nats per "
-            "token: lower is better, and a difference below zero is a variant that is ahead."
+            "worse, after the same training? They are compared by validation loss, in nats per "
+            "token: lower is better, and a difference below zero means better than the baseline."
         )
     for size, of_size in ranked.items():
         paragraphs.append((f"At {size}: " if size else "") + _verdicts(of_size))
@@ -105,7 +105,7 @@ def _one_seed(of_size: Sequence[Standing]) -> bool:
 
 
 def _groups(of_size: Sequence[Standing]) -> dict[str, list[Standing]]:
-    """The variants without the baseline, by what may be said of them."""
+    """Returns the variants without the baseline, by verdict."""
     groups: dict[str, list[Standing]] = {kind: [] for kind in GROUPS}
     for each in of_size:
         apart = each.difference is not None and each.difference.excludes_zero
@@ -115,22 +115,20 @@ def _groups(of_size: Sequence[Standing]) -> dict[str, list[Standing]]:
 
 
 def _verdicts(of_size: Sequence[Standing]) -> str:
-    """Which variants are better than the baseline, which worse, and of which nobody can tell."""
+    """Returns sentences on which variants are better, worse, or not separated."""
     baseline = _baseline(of_size)
     name = code(baseline.entry.variant)
     if len(of_size) == 1:
-        return (
-            f"{name} alone was run; it reached {_reached(baseline)}. There is nothing to compare."
-        )
+        return f"Only {name} was run; it reached {_reached(baseline)}. There is nothing to compare."
     if not known(baseline.mean):
         return f"No run of the baseline {name} finished, so nothing can be compared with it."
     groups = _groups(of_size)
     if _one_seed(of_size):
         best = names([each.entry.variant for each in of_size if known(each.mean)][:1])
         return (
-            f"Nothing is said to be better or worse than {name}: with one seed of each, nobody "
-            "knows how far two runs of the same variant lie apart, so there is no interval. The "
-            f"lowest loss was that of {best}; that may be chance." + _ended(groups["failed"])
+            f"No verdict against {name}: with one seed per variant, the variance between seeds is "
+            f"unknown, so there is no interval. The lowest loss was that of {best}; that may be "
+            "chance." + _ended(groups["failed"])
         )
     sentences = [
         f"{_list(groups[kind])} {_are(groups[kind])} {kind} than the baseline {name}."
@@ -143,7 +141,7 @@ def _verdicts(of_size: Sequence[Standing]) -> str:
     if groups["open"]:
         sentences.append(
             f"{_list(groups['open'])} {_are(groups['open'])} not separated from it: the runs do "
-            "not tell whether better, worse or the same."
+            "not show whether better, worse or the same."
         )
     sentences += [f"Of {_list([each])}: {each.verdict}." for each in groups["withheld"]]
     return " ".join(sentences) + _ended(groups["failed"]) + f" {name} reached {_reached(baseline)}."
@@ -159,8 +157,8 @@ def _are(of_kind: Sequence[Standing]) -> str:
 
 
 def _list(of_kind: Sequence[Standing]) -> str:
-    """Variants with their differences."""
-    return joined(
+    """Returns variants with their differences."""
+    return enumerated(
         [
             f"{code(each.entry.variant)} ({signed(each.difference.mean)}, interval "
             f"{ends(each.difference, '{:+.4f}')})"
@@ -172,7 +170,7 @@ def _list(of_kind: Sequence[Standing]) -> str:
 
 
 def _ended(failed: Sequence[Standing]) -> str:
-    """Of variants without a single loss."""
+    """Returns a sentence on variants without a finished run."""
     if not failed:
         return ""
     return f" No run of {names([each.entry.variant for each in failed])} finished."

@@ -1,8 +1,8 @@
-// Colours, for light and for dark pages; Python has packed the ramps, which figures share.
+// Colours of the light and dark themes; the ramps are those of the figures, packed by Python.
 
 const STEPS = 256;
 
-/** 256 packed colours as the pixels of an ImageData. */
+/** Unpacks 256 colours into pixels of an ImageData. */
 function unpackedRamp(packed) {
   const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
   const pixels = new Uint32Array(STEPS); // A pixel's bytes are red, green, blue, opacity.
@@ -13,7 +13,7 @@ function unpackedRamp(packed) {
   return pixels;
 }
 
-/** Lines across what a mask hides: no weight looks like it. */
+/** The hatching of masked cells, unlike any weight. */
 function hatching() {
   const size = 6, canvas = new OffscreenCanvas(size, size), ctx = canvas.getContext("2d");
   ctx.fillStyle = colours.panel;
@@ -29,7 +29,7 @@ function hatching() {
   return ctx.createPattern(canvas, "repeat");
 }
 
-const PALETTES = { // Of heads: lightness differs from neighbour to neighbour, not the hue alone.
+const PALETTES = { // Of heads: neighbours differ in lightness, not only in hue.
   light: ["#0b5fa5", "#d97a00", "#0a8f6c", "#b04fa0", "#8a7400", "#4aa3df", "#c23b22", "#5b6478"],
   dark: ["#6fb1ff", "#ffb454", "#4fd6ab", "#e79bdb", "#d9c65a", "#a5dcff", "#ff8d75", "#b7bfd0"],
 };
@@ -62,7 +62,7 @@ function css(pixel) {
   return `rgb(${pixel & 255} ${(pixel >> 8) & 255} ${(pixel >> 16) & 255})`;
 }
 
-/** The pixel of a strength from 0 to 1. */
+/** The pixel of a value from 0 to 1. */
 function pixelOf(strength, pixels = colours.ramp) {
   return pixels[Math.min(STEPS - 1, Math.round(strength * (STEPS - 1)))];
 }

@@ -1,8 +1,8 @@
-// Tokens in two columns, and a line from each that looks to each that is looked at.
+// The head view: tokens in two columns, with lines from queries to keys.
 
 const ROW = 24;
-const BAR = ROW - 6; // Of the largest share that is shown.
-const LEAST = 0.02; // Weaker lines are not drawn unless a token is chosen: a row has 50 at most.
+const BAR = ROW - 6; // Height of the largest bar.
+const LEAST = 0.02; // Weaker lines are drawn only for a selected token: at most 50 per row.
 const MOST_LINES = 600;
 const LEVELS = 24;
 
@@ -27,7 +27,7 @@ const headsView = {
     return { width: to + right + squares + 24, height: top + ROW * Math.max(part.T, part.S) + 12 };
   },
 
-  /** The row and the column that alone are looked at; those under the mouse come first. */
+  /** The selected row and column; those under the mouse take precedence. */
   focus() {
     if (hover?.row != null) return { row: hover.row };
     if (state.token != null) return { row: state.token, column: hover?.column };
@@ -50,7 +50,7 @@ const headsView = {
     this.least = drawn;
   },
 
-  /** Returns the weight below which lines were left out. */
+  /** Draws the lines; returns the weight below which they are left out. */
   lines(ctx, part, view, at, focus, y) {
     const weights = part.weights[state.layer];
     const alone = focus.row != null || focus.column != null;
@@ -88,7 +88,7 @@ const headsView = {
     return alone ? 0 : least;
   },
 
-  /** Of which rows there are lines: the one, all for a column, or else those in sight. */
+  /** Returns the rows with lines: the selected one, all for a column, or else the visible ones. */
   rows(part, view, at, focus) {
     if (focus.row != null) return [focus.row, focus.row + 1];
     if (focus.column != null) return [0, part.T];
@@ -96,7 +96,7 @@ const headsView = {
     return [first, Math.min(part.T, Math.ceil((view.top + view.height - at.top) / ROW))];
   },
 
-  /** The weight that at most MOST_LINES of the rows' lines reach, LEAST or more. */
+  /** Returns the least weight, from LEAST up, that leaves at most MOST_LINES lines. */
   threshold(part, weights, rows) {
     const counts = new Uint32Array(101);
     for (const head of state.shown)
@@ -138,7 +138,7 @@ const headsView = {
     }
   },
 
-  /** The largest weight of a row, of all heads that are shown. */
+  /** Returns the largest weight of a row over the shown heads. */
   largest(part, row) {
     const weights = part.weights[state.layer], reach = part.reach(row);
     let largest = 1;
@@ -148,7 +148,7 @@ const headsView = {
     return largest / part.levels;
   },
 
-  /** Behind a token: a bar of how much of it each head takes; of one head the number too. */
+  /** Draws a bar per head beside a key: its weight; for a single head the number too. */
   shares(ctx, part, at, row, column, y, full) {
     const start = at.to + at.right + 14, floor = y + BAR / 2;
     if (part.hides(state.layer, row, column)) {
@@ -188,9 +188,9 @@ const headsView = {
 
   tip(part, found) {
     if (found.column != null && state.token != null) {
-      const looks = [...named(part.rows, state.token), " attends to ",
+      const pair = [...named(part.rows, state.token), " attends to ",
         ...named(part.columns, found.column)];
-      return [looks, ...state.shown.map((head) => [`head ${part.heads[head]}: `,
+      return [pair, ...state.shown.map((head) => [`head ${part.heads[head]}: `,
         digits(part.weight(state.layer, head, state.token, found.column))])];
     }
     const isRow = found.row != null, others = isRow ? part.columns : part.rows;
@@ -218,7 +218,7 @@ const headsView = {
   },
 
   legend: (part) => ({
-    meaning: "Left tokens attend right; stronger lines: more.",
+    meaning: "Queries (left) attend to keys; stronger: more.",
     colour: () => headColour(part.heads[state.head]),
     opacity: (share) => 0.08 + 0.87 * share,
     hidden: false,
@@ -227,11 +227,11 @@ const headsView = {
   caption(part) {
     const { row } = this.focus();
     if (row != null && ready())
-      return `Tokens on the left attend to those on the right; a hue is a head. The longest bar is
-        ${digits(this.largest(part, row))}${part.masked ? "; hatched: hidden by the mask" : ""}.`;
-    const which = this.least ? ` Lines from ${digits(this.least)} on: a token that is pointed at or
-      chosen by a click shows all of its own.` : "";
-    return `Tokens on the left attend to those on the right; a line's hue is its head.${which}`;
+      return `Tokens on the left attend to those on the right; colours are heads. The longest bar is
+      ${digits(this.largest(part, row))}${part.masked ? "; hatched: masked" : ""}.`;
+      const which = this.least ? ` Lines from ${digits(this.least)} up: point at a token or
+      click it to see all of its lines.` : "";
+      return `Tokens on the left attend to those on the right; colours are heads.${which}`;
   },
 };
 
@@ -242,7 +242,7 @@ function plate(ctx, x, y, width) {
   ctx.fill();
 }
 
-/** The code that is shown as the strongest colour, of a row that begins at `start`. */
+/** Returns the code shown as the strongest colour, for a row that begins at `start`. */
 function fullOf(part, weights, start, reach) {
   if (state.scale === "one") return part.levels;
   let largest = 1;

@@ -1,7 +1,7 @@
-// Maps of weights: of one head, with tokens on both axes, and of all heads of all layers.
+// The heat map of one head, tokens on both axes, and the model view of all heads of all layers.
 
-/** A canvas of its own with a pixel for each code, clear where it is below 0, which is hidden;
- * `full` is the strongest colour's, by row. */
+/** Returns a canvas with a pixel per code, transparent below 0, which is masked;
+* `full` gives the code of the strongest colour, by row. */
 function picture(width, height, codeAt, full) {
   const canvas = new OffscreenCanvas(width, height), ctx = canvas.getContext("2d");
   const image = ctx.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
@@ -16,7 +16,7 @@ function picture(width, height, codeAt, full) {
   return canvas;
 }
 
-/** Keeps what `make` gave for as long as the theme and the scale stay, by name. */
+/** A cache of drawn pictures, by name, theme and scale. */
 class Pictures {
   constructor(most) {
     this.most = most;
@@ -84,7 +84,7 @@ const mapView = {
     this.labels(ctx, part, view, { left, top, cell, row, column, x, y });
   },
 
-  /** As many tokens as there is room for, and always those of the cell that is pointed at. */
+  /** Draws as many labels as fit, and always those of the cell under the mouse. */
   labels(ctx, part, view, { left, top, cell, row, column, x, y }) {
     const every = Math.ceil(14 / cell), half = cell / 2;
     ctx.font = font(12);
@@ -131,11 +131,11 @@ const mapView = {
   tip(part, { row, column }) {
     if (row == null || column == null)
       return [row == null ? named(part.columns, column) : named(part.rows, row)];
-    const looks = [...named(part.rows, row), " attends to ", ...named(part.columns, column)];
-    if (column >= part.reach(row)) return [looks, ["nothing: it comes later and is hidden"]];
+    const pair = [...named(part.rows, row), " attends to ", ...named(part.columns, column)];
+    if (column >= part.reach(row)) return [pair, ["masked: a later token"]];
     if (part.hides(state.layer, row, column))
-      return [looks, ["nothing: it is too far away and is hidden"]];
-    return [looks, ["weight ", digits(part.weight(state.layer, state.head, row, column))]];
+      return [pair, ["masked: outside the window"]];
+    return [pair, ["weight ", digits(part.weight(state.layer, state.head, row, column))]];
   },
 
   click(part, found) {
@@ -145,15 +145,15 @@ const mapView = {
   row: (_, found) => found.row,
 
   legend: (part) => ({
-    meaning: "Rows attend to columns; stronger colour: more.",
+    meaning: "Rows: queries; columns: keys; stronger: more.",
     colour: (share) => css(pixelOf(share)),
     hidden: part.masked,
   }),
 
   caption(part) {
     const { layers, heads } = part;
-    return `Layer ${layers[state.layer]}, head ${heads[state.head]}: a cell is how much the token
-      of its row attends to the token of its column.`;
+    return `Layer ${layers[state.layer]}, head ${heads[state.head]}: each cell is the weight with
+    which the token of its row attends to the token of its column.`;
   },
 };
 
@@ -239,7 +239,7 @@ const modelView = {
   },
 
   tip(part, { layer, head }) {
-    return [[`layer ${part.layers[layer]}, head ${part.heads[head]}`], ["a click opens it"]];
+    return [[`layer ${part.layers[layer]}, head ${part.heads[head]}`], ["click to open"]];
   },
 
   click(_, { layer, head }) {
@@ -251,7 +251,6 @@ const modelView = {
   legend: (part) => mapView.legend(part),
 
   caption() {
-    return `A row of pictures is a layer, the first on top, and a column a head; a click opens
-      one.`;
+    return `Rows are layers, the first on top, and columns heads; click one to open it.`;
   },
 };

@@ -1,4 +1,4 @@
-// How a weight comes about: a query and a key, channel by channel, their products, and the sum.
+// The neuron view: a query and its keys, their products by channel, and the sums.
 
 const LINE = 20;
 
@@ -8,7 +8,7 @@ const neuronsView = {
   layout(ctx, part, view) {
     ctx.font = font();
     const label = widest(ctx, part.columns, Math.max(60, Math.min(140, view.width * 0.16))) + 46;
-    const thick = view.width < 520 ? 24 : 60, beside = 168 + thick; // What is not a band.
+    const thick = view.width < 520 ? 24 : 60, beside = 168 + thick; // The width of everything but bands.
     const room = (view.width - label - beside) / 2;
     const band = Math.max(Math.min(part.width, 40), Math.min(460, room));
     const start = Math.max(8, room - band);
@@ -27,19 +27,19 @@ const neuronsView = {
     return state.token ?? part.T - 1;
   },
 
-  /** All that is shown of one token: its query, and of each token in reach its key and score. */
+  /** The numbers of one token: its query, and the keys, products and scores of its keys. */
   numbers(part) {
     const token = this.token(part), { layer, head } = state;
     const name = [part.index, layer, head, token].join();
     if (this.known?.name !== name) {
       const { query, key } = part.vectors[layer];
-      const looks = part.vector(query, token, head);
+      const queryVector = part.vector(query, token, head);
       const keys = Array.from({ length: part.reach(token) }, (_, s) => part.vector(key, s, head));
-      const products = keys.map((vector) => vector.map((value, i) => value * looks[i]));
+      const products = keys.map((vector) => vector.map((value, i) => value * queryVector[i]));
       const scores = products.map((product) => product.reduce((sum, value) => sum + value, 0));
       const most = (vectors) => vectors.reduce((largest, vector) =>
         vector.reduce((one, value) => Math.max(one, Math.abs(value)), largest), 1e-30);
-      this.known = { name, looks, keys, products, scores, mostQuery: most([looks]),
+      this.known = { name, queryVector, keys, products, scores, mostQuery: most([queryVector]),
         mostKey: most(keys), mostProduct: most(products) };
     }
     return this.known;
@@ -47,7 +47,7 @@ const neuronsView = {
 
   draw(ctx, part, view) {
     const at = this.layout(ctx, part, view), token = this.token(part);
-    const { looks, keys, products, scores, ...most } = this.numbers(part);
+    const { queryVector, keys, products, scores, ...most } = this.numbers(part);
     const left = -view.left;
     ctx.textBaseline = "middle";
     const first = Math.max(0, Math.floor((view.top - at.top) / LINE));
@@ -66,7 +66,7 @@ const neuronsView = {
       ctx.fillText(scores[s].toFixed(2), left + at.sum, y + LINE / 2);
       this.weight(ctx, part, token, s, left + at.bar, y, at.thick);
     }
-    this.heading(ctx, part, view, at, token, looks, most.mostQuery);
+    this.heading(ctx, part, view, at, token, queryVector, most.mostQuery);
   },
 
   label(ctx, tokens, index, x, y, at) {
@@ -99,21 +99,21 @@ const neuronsView = {
     ctx.font = font(11);
     ctx.textAlign = "left";
     ctx.fillStyle = colours.ink;
-    ctx.fillText(hidden ? "hidden" : digits(weight), x + thick + 8, y + LINE / 2);
+    ctx.fillText(hidden ? "masked" : digits(weight), x + thick + 8, y + LINE / 2);
     ctx.font = font();
   },
 
-  /** Stays where it is while the rows scroll: the query, above the keys that it is held against. */
-  heading(ctx, part, view, at, token, looks, most) {
+  /** Draws the query above its keys; it stays fixed while the rows scroll. */
+  heading(ctx, part, view, at, token, queryVector, most) {
     const left = -view.left;
     ctx.fillStyle = colours.page;
     ctx.fillRect(0, 0, view.width, at.top - 2);
     this.label(ctx, part.rows, token, left + at.key, 22, at);
-    this.band(ctx, looks, most, left + at.key, 12, at.band, LINE);
+    this.band(ctx, queryVector, most, left + at.key, 12, at.band, LINE);
     ctx.font = font(12);
     ctx.fillStyle = colours.faint;
     ctx.textAlign = "left";
-    ctx.fillText(`query q, ${looks.length} channels`, left + at.product, 22);
+    ctx.fillText(`query q, ${queryVector.length} channels`, left + at.product, 22);
     ctx.fillText("key k", left + at.key, 58);
     ctx.fillText("q × k", left + at.product, 58);
     ctx.textAlign = "right";
@@ -140,14 +140,14 @@ const neuronsView = {
   },
 
   tip(part, { column, channel }) {
-    const { looks, keys, products, scores } = this.numbers(part), token = this.token(part);
-    const query = channel == null ? "" : `channel ${channel}: q ${looks[channel].toFixed(3)}`;
+    const { queryVector, keys, products, scores } = this.numbers(part), token = this.token(part);
+    const query = channel == null ? "" : `channel ${channel}: q ${queryVector[channel].toFixed(3)}`;
     if (column == null) return [named(part.rows, token), [query]];
     const lines = [[...named(part.rows, token), " attends to ", ...named(part.columns, column)]];
     if (channel != null)
       lines.push([`${query} × k ${keys[column][channel].toFixed(3)} = `
         + products[column][channel].toFixed(3)]);
-    return [...lines, [`sum of all ${looks.length} products: ${scores[column].toFixed(3)}`],
+    return [...lines, [`sum of all ${queryVector.length} products: ${scores[column].toFixed(3)}`],
       ["weight ", digits(part.weight(state.layer, state.head, token, column))]];
   },
 
@@ -169,7 +169,7 @@ const neuronsView = {
 
   caption(part) {
     return `Layer ${part.layers[state.layer]}, head ${part.heads[state.head]}: the query of a token
-      times the key of another, channel by channel; blue is above 0, orange below. The sum is the
-      score before it is scaled, biased, masked; the weight is what softmax makes of the scores.`;
+    times the key of another, channel by channel; blue is above 0, orange below. The sum is the
+    score before scaling, bias and mask; the weight is the softmax of the scores.`;
   },
 };

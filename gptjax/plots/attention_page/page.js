@@ -1,4 +1,4 @@
-// The state of the page, its controls, and when it is drawn.
+// The page's state, its controls, and drawing.
 
 const VIEWS = { heads: headsView, model: modelView, map: mapView, neurons: neuronsView };
 const byId = (id) => document.getElementById(id);
@@ -7,16 +7,16 @@ const stage = byId("stage"), canvas = byId("canvas"), context = canvas.getContex
 const state = {
   view: "heads",
   part: 0,
-  layer: 0, // Indices, like `head` and `shown`, among those that the page has.
+  layer: 0, // Indices, like `head` and `shown`, into the page's layers and heads.
   head: 0,
   shown: [0], // The heads of the head view.
-  token: null, // The one that looks, chosen by a click.
+  token: null, // The query selected by a click.
   scale: "one", // The strongest colour is 1, or "row": each row's largest weight.
   zoom: false,
 };
 let hover = null;
 
-/** A file, or a page that is served, has an address of its own; a notebook's frame has none. */
+/** Files and served pages have a URL to keep the state in; a notebook's frame has none. */
 const hasAddress = /^(file|https?):$/.test(location.protocol);
 
 function remember() {
@@ -25,7 +25,7 @@ function remember() {
   history.replaceState(null, "", `#${new URLSearchParams(words)}`);
 }
 
-/** What the address says, as far as this page has it. */
+/** Returns the state in the URL, as far as it is valid for this page. */
 function recalled() {
   const words = new URLSearchParams(location.hash.slice(1));
   const index = (name, length) => {
@@ -48,7 +48,7 @@ function recalled() {
   };
 }
 
-/** Every change of the state goes this way. */
+/** Changes the state: every change goes through here. */
 function choose(changes) {
   const before = { ...state };
   const another = (changes.part ?? state.part) !== state.part;
@@ -64,7 +64,7 @@ function choose(changes) {
   need();
 }
 
-/** Has what the view needs unpacked, and drawn as soon as it is there. */
+/** Unpacks what the view needs, then draws it. */
 async function need() {
   const { part, layer, view } = state;
   await parts[part].load(layer);
@@ -84,7 +84,7 @@ function chip(text, pressed, action, { label = "", own = "", apart = false } = {
   return button;
 }
 
-/** Replaces the buttons of a group, and keeps the focus where it was. */
+/** Replaces the buttons of a group, keeping the focus. */
 function fill(id, buttons) {
   const group = byId(id), at = [...group.children].indexOf(document.activeElement);
   group.replaceChildren(...buttons);
@@ -120,7 +120,7 @@ function showControls() {
   showScale(part);
 }
 
-/** In the head view a click adds a head or takes it away; elsewhere there is one. */
+/** Toggles a head in the head view; selects it elsewhere. */
 function chooseHead(head) {
   if (state.view !== "heads") return choose({ head, shown: [head] });
   const others = state.shown.filter((one) => one !== head);
@@ -165,12 +165,12 @@ function showScale(part) {
       : []),
   ]);
   const vectors = part.width
-    ? `, queries and keys to 1/${2 * part.vectorLevels} of their largest numbers` : "";
+    ? `, queries and keys to within 1/${2 * part.vectorLevels} of their largest numbers` : "";
   byId("precision").textContent =
-    `Weights are kept to within ${(0.5 / part.levels).toFixed(6)}${vectors}.`;
+    `Weights are stored to within ${(0.5 / part.levels).toFixed(6)}${vectors}.`;
 }
 
-/** Canvas and scroll bars to the size of the view and of the window; then all is drawn. */
+/** Fits canvas and scroll bars to the view and the window, then draws. */
 function resize() {
   const { clientWidth: width, clientHeight: height } = stage, pixels = devicePixelRatio;
   const part = parts[state.part], view = VIEWS[state.view];
@@ -193,7 +193,7 @@ function viewport() {
   return { width, height, left, top };
 }
 
-/** Whether all that the view shows is unpacked. */
+/** Whether everything that the view shows is unpacked. */
 function ready() {
   const { weights, vectors } = parts[state.part];
   return weights[state.layer] && (state.view !== "neurons" || vectors[state.layer]);
@@ -205,7 +205,7 @@ function draw() {
   context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
   context.fillStyle = colours.page;
   context.fillRect(0, 0, seen.width, seen.height);
-  context.save(); // A view finds no line or font of the one before.
+  context.save(); // So that views share no line styles or fonts.
   view.draw(context, part, seen);
   context.restore();
   const caption = view.caption(part).replace(/\s+/g, " ");
@@ -223,7 +223,7 @@ function drawSoon() {
   });
 }
 
-/** The tooltip's lines, each of texts and tokens; a token stands in its own direction. */
+/** Shows the tooltip; its lines are texts and tokens, each token in its own writing direction. */
 function showTip(lines, x, y) {
   const tip = byId("tip");
   tip.replaceChildren(...lines.map((pieces) => {
@@ -258,7 +258,7 @@ function point(event) {
   canvas.style.cursor = hover ? "pointer" : "default";
 }
 
-/** What a view says of a place, and what the model expects behind the token that looks there. */
+/** Returns a view's tooltip at a position, with the model's likely next tokens after the query. */
 function tipOf(view, found) {
   const part = parts[state.part], lines = view.tip(part, found), row = view.row(part, found);
   const expected = part.next[row]?.flatMap(([token, share], place) =>
@@ -272,9 +272,9 @@ function leave() {
   drawSoon();
 }
 
-/** One further along an axis of `count` places, or where it is at its end. */
-function step(place, by, count) {
-  return Math.min(count - 1, Math.max(0, place + by));
+/** Moves an index by `by`, clamped to `count`. */
+function step(index, by, count) {
+  return Math.min(count - 1, Math.max(0, index + by));
 }
 
 function press(event) {
@@ -295,7 +295,7 @@ function press(event) {
   event.preventDefault();
 }
 
-/** What the chosen token looks at, for a reader without a mouse. */
+/** Shows what the selected token attends to, for readers without a mouse. */
 function tell(part) {
   if (!ready()) return;
   const { left, top } = stage.getBoundingClientRect();
@@ -321,13 +321,13 @@ function listen() {
   });
   new ResizeObserver(() => {
     resize();
-    draw(); // At once: a frame without would be blank.
+    draw(); // At once, or a frame would be blank.
   }).observe(stage);
 }
 
-/** Layers that nobody has asked for yet are unpacked one by one, for the model view. */
+/** Starts the page; then unpacks the remaining layers one by one, for the model view. */
 async function start() {
-  // A canvas waits for no font; without one, the system's own glyphs are drawn.
+  // A canvas does not wait for fonts: it would draw the system's glyphs.
   await Promise.allSettled([...document.fonts].map((face) => face.load()));
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   if (hasAddress) Object.assign(state, recalled());

@@ -1,6 +1,6 @@
-// What Python packed: a header in JSON, and blocks of numbers as base64 of zlib.
+// The data packed by Python: a JSON header, and blocks of numbers as base64 of zlib.
 
-/** The block of this id, unpacked; its text is then let go. */
+/** Returns the unpacked block of this id, and frees its text. */
 async function unpacked(id) {
   const element = document.getElementById(id);
   const binary = atob(element.textContent);
@@ -11,7 +11,7 @@ async function unpacked(id) {
   return new Uint8Array(await new Response(inflated).arrayBuffer());
 }
 
-/** Numbers of 16 bits, of which first all high bytes are given and then all low ones. */
+/** Returns 16-bit numbers from planes: all high bytes, then all low bytes. */
 function joined(planes) {
   const count = planes.length / 2;
   const codes = new Uint16Array(count);
@@ -19,7 +19,7 @@ function joined(planes) {
   return codes;
 }
 
-/** One kind of attention of the model. T tokens look, S are looked at. */
+/** One kind of attention of the model: T queries and S keys. */
 class Part {
   constructor(header, index) {
     Object.assign(this, header);
@@ -27,7 +27,7 @@ class Part {
     this.T = this.rows.length;
     this.S = this.columns.length;
     this.size = this.causal ? (this.T * (this.T + 1)) / 2 : this.T * this.S;
-    this.weights = []; // By layer, once it is unpacked: codes [N, T, S] or [N, T(T+1)/2].
+    this.weights = []; // By layer, once unpacked: codes [N, T, S] or [N, T(T+1)/2].
     this.thumbnails = []; // By layer and head: {codes, width, height}.
     this.vectors = []; // By layer: {query, key}.
     this.pending = new Map();
@@ -61,23 +61,23 @@ class Part {
     });
   }
 
-  /** Where the row of query t of a head begins among a layer's codes. */
+  /** Returns the offset of query t's row of a head in a layer's codes. */
   start(head, t) {
     return head * this.size + (this.causal ? (t * (t + 1)) / 2 : t * this.S);
   }
 
-  /** How many columns query t may look at. */
+  /** Returns how many keys query t may attend to by the causal mask. */
   reach(t) {
     return this.causal ? t + 1 : this.S;
   }
 
-  /** Whether the mask of a layer hides key s from query t. */
+  /** Whether a layer masks key s for query t. */
   hides(layer, t, s) {
     const window = this.windows[layer];
     return s >= this.reach(t) || (window > 0 && Math.abs(t - s) >= window);
   }
 
-  /** Whether a mask hides anything at all. */
+  /** Whether anything is masked at all. */
   get masked() {
     return this.causal || this.windows.some((window) => window > 0);
   }
@@ -87,7 +87,7 @@ class Part {
     return this.weights[layer][this.start(head, t) + s] / this.levels;
   }
 
-  /** The vector [H] of a token and head. */
+  /** Returns the vector [H] of a token and head. */
   vector({ scales, heads, codes }, token, head) {
     const own = token * heads + Math.floor((head * heads) / this.heads.length);
     const values = new Float32Array(this.width);
@@ -98,7 +98,7 @@ class Part {
     return values;
   }
 
-  /** The largest weight of each square of tokens, at most 64 a side; -1 where all are hidden. */
+  /** Returns a max-pooled thumbnail, at most 64 per side; -1 where all are masked. */
   pooled(weights, layer, head) {
     const step = Math.ceil(Math.max(this.T, this.S) / 64);
     const width = Math.ceil(this.S / step), height = Math.ceil(this.T / step);

@@ -1,4 +1,4 @@
-// Tokens as text on the canvas.
+// Text of tokens on the canvas.
 
 const fitted = new Map();
 
@@ -6,14 +6,14 @@ function font(size = 13, weight = 400) {
   return `${weight} ${size}px ${getComputedStyle(document.body).fontFamily}`;
 }
 
-/** The text, or its beginning, at most `width` pixels wide in the context's font. */
+/** Returns the text, cut to at most `width` pixels in the context's font. */
 function fit(ctx, text, width) {
   const name = `${ctx.font}|${width}|${text}`;
   if (!fitted.has(name)) {
     let kept = text;
     if (ctx.measureText(text).width > width) {
       const characters = Array.from(text);
-      let least = 0, most = characters.length; // By halves: a token may have thousands.
+      let least = 0, most = characters.length; // Binary search: a token may have thousands.
       while (least < most) {
         const middle = Math.ceil((least + most) / 2);
         const cut = characters.slice(0, middle).join("") + "…";
@@ -27,7 +27,7 @@ function fit(ctx, text, width) {
   return fitted.get(name);
 }
 
-/** The widest of the tokens, in pixels, and `most` at most. */
+/** Returns the width of the widest token in pixels, at most `most`. */
 function widest(ctx, tokens, most) {
   let width = 0;
   for (const token of tokens) {
@@ -37,17 +37,17 @@ function widest(ctx, tokens, most) {
   return Math.ceil(width);
 }
 
-/** A token of the page's tooltip: its text and its place. */
+/** Returns a token for the tooltip: its text and its position. */
 function named(tokens, index) {
   return [{ token: tokens[index] }, ` (${index})`];
 }
 
-/** A weight in as many digits as were kept. */
+/** Returns a weight with four decimals. */
 function digits(weight) {
   return weight.toFixed(4);
 }
 
-/** Draws with the context's origin at x, y, turned by an angle. */
+/** Draws with the origin moved to x, y and rotated by an angle. */
 function moved(ctx, x, y, angle, draw) {
   ctx.save();
   ctx.translate(x, y);

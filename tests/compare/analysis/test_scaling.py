@@ -42,8 +42,8 @@ def test_a_law_without_noise_is_found():
     law = fit_law(*points(1, 0))
     np.testing.assert_allclose(list(law.coefficients.values()), TRUTH, rtol=1e-2)
     np.testing.assert_allclose(law.predict(1e8), curve(1e8), rtol=1e-4)
-    assert law.missed < 1e-4
-    assert law.notes == ("No size has two seeds: nobody knows how far off the curve is.",)
+    assert law.largest_residual < 1e-4
+    assert law.notes == ("No size has two seeds: the uncertainty of the curve is unknown.",)
     assert np.all(np.isnan(law.predict_interval(np.array(SIZES))))
 
 
@@ -97,8 +97,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 def test_three_sizes_say_that_nothing_tests_their_law():
     law = fit_law(*points(5, 0.004, sizes=SIZES[:3]), resamples=50)
-    assert law.notes[0].startswith("3 sizes for 3 coefficients: the curve can go through all")
-    assert law.missed < 0.01
+    assert law.notes[0].startswith("3 sizes for 3 coefficients: the curve can pass through all")
+    assert law.largest_residual < 0.01
     assert np.ptp(law.intervals["E"]) > 1.5 * np.ptp(noisy().intervals["E"])
 
 
@@ -107,7 +107,7 @@ def test_three_sizes_say_that_nothing_tests_their_law():
     [
         ([1e6, 1e7], [3.0, 2.0], "2 sizes finished: a law of E, A and alpha needs at least 3"),
         ([], [], "0 sizes finished"),
-        ([1e5, 1e6, 1e7], [3.0, 2.0, 0.0], "The lowest loss is 0: its logarithm needs one above"),
+        ([1e5, 1e6, 1e7], [3.0, 2.0, 0.0], "The lowest loss is 0: log L needs losses above"),
     ],
 )
 def test_what_cannot_be_fitted_is_told(sizes, losses, sentence):
@@ -118,7 +118,7 @@ def test_what_cannot_be_fitted_is_told(sizes, losses, sentence):
 def test_a_loss_that_rises_with_size_has_no_law():
     counts = np.array(SIZES)
     law = fit_law(counts, 2 + 0.1 * np.log10(counts), np.full(4, 1e6))
-    assert "The loss does not fall with size: there is no exponent to speak of." in law.notes
+    assert "The loss does not fall with size: the exponent means nothing." in law.notes
 
 
 def both(counts: np.ndarray, tokens: np.ndarray) -> np.ndarray:

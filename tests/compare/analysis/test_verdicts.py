@@ -207,8 +207,8 @@ def test_a_loss_that_is_no_number_is_a_failed_run():
         ((1e-4, 1e-3, 1e-2), None),
         ((1e-3,), None),
         ((), None),
-        ((1e-3, 1e-2), "a did best at 0.001, the smallest learning rate that was tried: "),
-        ((1e-4, 1e-3), "a did best at 0.001, the largest learning rate that was tried: "),
+        ((1e-3, 1e-2), "a did best at 0.001, the smallest learning rate tried: "),
+        ((1e-4, 1e-3), "a did best at 0.001, the largest learning rate tried: "),
     ],
 )
 def test_a_rate_at_the_end_of_its_grid_is_told(rates, sentence):

@@ -110,16 +110,16 @@ def _coarsest(model: TransformerConfig) -> int:
 
 
 def test_the_coarsest_step_that_gets_there_wins():
-    """Against all widths and hidden of a brute search."""
+    """Against all widths and mlp_dims of a brute-force search."""
     model, count = preset("quickstart"), MEASURE["params"]
     for target in (4e5, 7e5, 2.1e6):
         found = match_width(model, count, target, TOLERANCE).model
         coarser = [step for step in STEPS if step > _coarsest(found)]
         for step in coarser:
             for width in range(step, 1024, step):
-                for hidden in range(step, 5 * width + 1, step):
-                    if 5 * width >= hidden >= 3.2 * width:
-                        other = dataclasses.replace(model, width=width, mlp_dim=hidden)
+                for mlp_dim in range(step, 5 * width + 1, step):
+                    if 5 * width >= mlp_dim >= 3.2 * width:
+                        other = dataclasses.replace(model, width=width, mlp_dim=mlp_dim)
                         assert abs(count(other) / target - 1) > TOLERANCE, (target, step)
 
 
@@ -128,7 +128,7 @@ def test_of_one_step_the_least_distortion_wins(monkeypatch):
     model, count = preset("quickstart"), MEASURE["params"]
     larger = resized(model, 160)
     for off in (-0.009, 0.0, 0.009):
-        # Another hidden would come nearer, and change the proportion.
+        # Another mlp_dim would come nearer, and change the ratio.
         assert match_width(model, count, count(larger) * (1 + off), TOLERANCE).model == larger
     assert larger.mlp_dim == 0
 
@@ -154,7 +154,7 @@ def test_a_deep_model_cannot_be_tiny_and_says_how_near_it_comes():
     with pytest.raises(InputError) as mistake:
         match_width(model, MEASURE["params"], 3e4, TOLERANCE)
     assert str(mistake.value) == (
-        "no width comes within 1% of 30,000: the nearest, width 8 and hidden 26, has 40,048 and "
+        "no width comes within 1% of 30,000: the nearest, width 8 and mlp_dim 26, has 40,048 and "
         "is 33.5% off; --tolerance 0.335 would take it."
     )
     assert match_width(model, MEASURE["params"], 3e4, 0.335).reached == 40_048
@@ -162,7 +162,7 @@ def test_a_deep_model_cannot_be_tiny_and_says_how_near_it_comes():
         match_width(model, MEASURE["params"], 1e4, TOLERANCE)
 
 
-def test_an_lstm_has_no_hidden_to_tell_of():
+def test_an_lstm_has_no_mlp_dim_to_name():
     with pytest.raises(InputError, match=r"the nearest, width \d+, has [\d,]+ and is"):
         match_width(preset("lstm"), MEASURE["flops"], 1e5, TOLERANCE)
 

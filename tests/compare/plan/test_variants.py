@@ -221,8 +221,8 @@ def test_every_swept_variant_can_be_built(axis):
             "overrides context_length, which all variants have in common: --context-length",
         ),
         (("gpt2:vocab_size=64",), "which all variants have in common: the tokenizer sets it."),
-        (("gpt2:width=*",), "sweeps width, whose values are not listed: a star may stand for a"),
-        (("gpt2:dtype=*",), "a value of family, kv_heads, "),
+        (("gpt2:width=*",), "sweeps width, whose values are not listed: a star works for "),
+        (("gpt2:dtype=*",), "a star works for family, kv_heads, "),
         (("gpt2", "gpt2"), "'gpt2' is the same as 'gpt2': each may be there once."),
         (
             ("gpt2", "gpt2:position_embedding=learned"),
