@@ -252,7 +252,7 @@ def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]
     printed = output_of(start("benchmarks/steps_and_tokens.py", *flags))
-    assert "quickstart: a token reads 3.3 MB of weights" in printed
+    assert "quickstart: 3.3 MB of float32 weights read per token" in printed
     figures = json.loads(file.read_text())["decoding"]
     ours, reading = figures["gptjax"], figures["reading"]
     # All parameters but the 128 positions are read; the embedding is the head.
