@@ -117,7 +117,9 @@ def test_a_notebook_runs_and_shows_pictures_in_words_too(path, tmp_path):
     assert images
     assert all(re.search(' alt="[^"]{10,}"', image) for image in images)
     written = "".join(output.text for output in outputs if output.output_type == "stream")
-    trains = any(name in str(notebook) for name in ("trial.train(", "train_ensemble("))
+    trains = any(
+        name in str(notebook) for name in ("gptjax.train(", "trial.train(", "train_ensemble(")
+    )
     assert not trains or re.search(r"\rstep ([\d,]+) of \1\b", written)  # To the last one.
 
 

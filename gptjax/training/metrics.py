@@ -29,7 +29,7 @@ from gptjax.costs.chips import chip_of
 from gptjax.distributed import is_first
 from gptjax.system.disk import DiskError, replacing
 from gptjax.training.checkpoint_files import CHECKPOINTS, survey
-from gptjax.training.console import ConsoleWriter
+from gptjax.training.console import ConsoleWriter, ProgressLine, in_notebook
 from gptjax.training.tensorboard import TensorBoardWriter
 
 METRICS = "metrics.jsonl"
@@ -136,7 +136,7 @@ def open_writers(directory: Path, config: TrainConfig, resume_step: int) -> Iter
             add(WandbWriter(project, directory))
         add(JsonlWriter(directory / METRICS, resume_step, config.log_every))
         add(TensorBoardWriter(directory, read_jsonl(directory / METRICS)))
-        add(ConsoleWriter(config.steps))
+        add(ProgressLine(config.steps) if in_notebook() else ConsoleWriter(config.steps))
         yield writers
 
 
