@@ -203,7 +203,7 @@ def test_long_attention_tells_time_and_memory():
 
 def test_checkpoint_cost_tells_the_share_of_the_checksums():
     printed = output_of(start("benchmarks/checkpoint_cost.py", "--mebibytes=1", "--rounds=2"))
-    shares = re.search(r"1 MiB: .* checksums \d+ ms, [\d.]+%, [\d.]+% of the processor", printed)
+    shares = re.search(r"1 MiB: .* checksums \d+ ms, [\d.]+%, [\d.]+% of the CPU", printed)
     assert shares, printed
 
 
