@@ -605,7 +605,7 @@ def test_help_of_an_experiment_explains_every_field_with_its_default(quickstart)
     assert words.count("(default: ") == sum(map(len, to_dict(ExperimentConfig()).values())) + 2
     assert "Optimizer steps. (default: 1000)" in words
     assert "Peak learning rate; with muon, that of AdamW. (default: 0.003)" in words
-    assert "--out PATH Directory for all that the run writes" in words
+    assert "--out PATH Directory of all outputs" in words
     assert "(default: runs/quickstart)" in words
     assert "--debug shows the traceback" in words
 

@@ -160,7 +160,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
         _, errors = process.communicate(timeout=60)
         assert process.returncode in (-signal.SIGKILL, 130)
         assert "Traceback" not in errors
-        assert ("the same command goes on." in errors) == (number == signal.SIGINT)
+        assert ("the same command resumes." in errors) == (number == signal.SIGINT)
     kept = {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}
     for asked_of in (asked, words(whole, *variants, rates="1e-2")):
         process = start(*asked_of)
