@@ -76,7 +76,7 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
 def lean_loss(dtype: Any) -> Callable:
     """`_losses_and_gradients` with logits kept in `dtype`, and exponentials not kept."""
 
-    def losses_and_gradients(tokens, table, bias, *, options, shares):
+    def losses_and_gradients(tokens, table, bias, *, options, axes):
         hidden = tokens.hidden.reshape(-1, tokens.hidden.shape[-1])
         targets, weights = tokens.targets.reshape(-1, 1), tokens.weights.reshape(-1, 1)
         logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=dtype)
@@ -129,9 +129,9 @@ def cast(tree: Any, dtype: Any, axes: int = 2) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= axes else leaf, tree)
 
 
-def attend_to_all(_, query, kv, mask, bias, scale, softcap) -> jax.Array:
+def attend_to_all(_, query, kv, mask, bias, scale, softcap, normalize) -> jax.Array:
     """`attend_to_prefix` without its switch."""
-    return xla.attend(query, kv.key, kv.value, mask, bias, scale, softcap)
+    return xla.attend(query, kv.key, kv.value, mask, bias, scale, softcap, normalize)
 
 
 BF16_LOGITS: Swap = (cross_entropy, "_losses_and_gradients", lean_loss(jnp.bfloat16))
