@@ -214,7 +214,7 @@ def test_a_page_that_is_not_whole_is_not_left(stopped, tmp_path, monkeypatch):
 
 
 @needs_chromium
-@pytest.mark.slow
+@pytest.mark.large
 def test_a_page_of_512_tokens_and_144_heads_is_small_and_timed():
     command = [sys.executable, EXPERIMENTS / "benchmarks" / "attention_page.py", "--events", "2"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=500)

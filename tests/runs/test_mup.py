@@ -346,7 +346,7 @@ def best_rate(model: TransformerConfig, base: TransformerConfig | None = None) -
     return int(np.argmin([trial.validation_loss for trial in trials]))
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_best_rate_of_a_narrow_model_is_about_a_wide_ones():
     base, wide = (dataclasses.replace(SMALL, width=width, heads=4) for width in (16, 128))
     narrow = best_rate(base)
