@@ -50,7 +50,7 @@ from gptjax.layers import linear, mlp, stack
 from gptjax.layers.attention import module, xla
 from gptjax.models.build import split
 from gptjax.parallel.sharding import build_mesh
-from gptjax.runs.directory import environment
+from gptjax.runs.result import environment
 from gptjax.training import cross_entropy
 from gptjax.training.losses import token_loss
 from gptjax.training.metrics import peak_flops

@@ -22,7 +22,7 @@ from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.parallel.sharding import configure_cpu
-from gptjax.runs.directory import environment
+from gptjax.runs.result import environment
 
 BATCH, CONTEXT, VOCABULARY = 16, 64, 256
 

@@ -61,7 +61,7 @@ from gptjax.cli import accept_all_characters
 from gptjax.config import InputError, MeshConfig
 from gptjax.data.batch import Batch
 from gptjax.parallel.sharding import build_mesh, configure_cpu
-from gptjax.runs.directory import environment
+from gptjax.runs.result import environment
 from gptjax.system.outputs import check_output, write_whole
 from gptjax.training.losses import token_loss
 from gptjax.training.metrics import measured_matmul_flops

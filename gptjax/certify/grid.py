@@ -18,7 +18,7 @@ from gptjax.certify.properties import PROPERTIES, NotApplicable
 from gptjax.config import InputError, TransformerConfig, near_names
 from gptjax.config.axes import AXES, OUTSIDE, companions
 from gptjax.models.presets import PRESETS
-from gptjax.runs.directory import environment
+from gptjax.runs.result import environment
 
 BASE = TransformerConfig(vocab_size=11, context_length=12, depth=2, width=16, heads=4)
 """The config that axis values modify: the defaults, in tiny shapes."""

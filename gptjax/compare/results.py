@@ -127,7 +127,7 @@ class Answer:
     commit: str
     """Git commit of the code; empty outside a repository."""
     environment: dict[str, Any]
-    """From `gptjax.runs.directory.environment`: versions, device, machine."""
+    """From `gptjax.runs.result.environment`: versions, device, machine."""
     data: str
     """Description of the data, in one line."""
     sizes: tuple[str, ...]

@@ -23,7 +23,8 @@ from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import InputError, to_dict
 from gptjax.costs.model import model_cost
-from gptjax.runs.directory import environment, hold
+from gptjax.runs.directory import hold
+from gptjax.runs.result import environment
 from gptjax.system.disk import write_error
 from gptjax.system.locks import LOCK
 

@@ -101,11 +101,11 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """Final learning rate as a fraction of the peak."""
     beta1: float = 0.9
-    """Decay rate of the first moment; sgd: momentum."""
+    """Decay rate of the first moment; sgd: momentum; rmsprop has none."""
     beta2: float = 0.99
-    """Decay rate of the second moment."""
+    """Decay rate of the second moment; lion: of its momentum; sgd has none."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; lion and sgd have none."""
     mu_dtype: Dtype = "float32"
     """Dtype of the first moment, one value per parameter; the second stays float32."""
     weight_decay: float = 0.1

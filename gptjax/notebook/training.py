@@ -1,6 +1,7 @@
 """Train a model on a text in one call."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from gptjax.runs.run import run
 
 
 def train(
-    text: str | Path | tuple[str, ...],
+    text: str | Path | Sequence[str | Path],
     preset: str = "quickstart",
     *,
     out: str | Path | None = None,
@@ -23,7 +24,7 @@ def train(
         plots.loss_curve(trained.metrics)
 
     Args:
-      text: a file or a glob pattern, or whatever else `data.source` takes; several in a tuple.
+      text: a file or a glob pattern, or whatever else `data.source` takes; several in a list.
       preset: the name of the model (`PRESETS`).
       out: the directory of the run, which the same call resumes; None keeps none.
       overwrite: whether to delete an existing run and start over.
@@ -38,7 +39,7 @@ def train(
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, after the state is saved.
     """
-    source = text if isinstance(text, tuple) else (str(text),)
+    source = (str(text),) if isinstance(text, (str, Path)) else tuple(map(str, text))
     config = with_fields(defaults(preset), source=source, **fields)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "run" if out is None else Path(out)

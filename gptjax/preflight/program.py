@@ -161,8 +161,8 @@ def _empty_cache(graphdef: nnx.GraphDef, rows: int, params: Any, source: Any) ->
 def _cache_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns the spec of a cache leaf [L, B, K, S, H], or an LSTM's [L, B, D]: B and K sharded."""
     tensor = mesh.shape["tensor"]
-    parted = len(shape) == 5 and shape[2] % tensor == 0
-    return P(None, BATCH, "tensor") if parted else P(None, BATCH)
+    sharded = len(shape) == 5 and shape[2] % tensor == 0
+    return P(None, BATCH, "tensor") if sharded else P(None, BATCH)
 
 
 def bytes_held(tree: Any) -> int:

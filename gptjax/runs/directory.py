@@ -14,7 +14,6 @@
 """
 
 import contextlib
-import platform
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -394,16 +393,6 @@ def save_model(
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
     write_json(directory / CONFIG, sealed(saved))
-
-
-def environment() -> dict[str, Any]:
-    """The versions, devices and machine of a result."""
-    device = jax.devices()[0]
-    return {
-        "versions": distributed.versions(),
-        "device": f"{jax.device_count()} × {device.device_kind}",
-        "machine": platform.platform(),
-    }
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

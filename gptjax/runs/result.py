@@ -1,16 +1,19 @@
 """The results of a finished run: result.json, then figures and samples."""
 
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from gptjax import distributed
 from gptjax.costs.model import model_cost
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.pipeline import bits_per_byte
 from gptjax.runs.data import Data
-from gptjax.runs.directory import RESULT, SHOWING, Run, environment, load_run
+from gptjax.runs.directory import RESULT, SHOWING, Run, load_run
 from gptjax.system.disk import is_failure, write_json
 from gptjax.training.loop import Fit
 
@@ -65,6 +68,16 @@ def result(data: Data, fitted: Fit) -> dict[str, Any]:
             loss = reached[f"{name}_validation_loss"]
             reached[f"{name}_bits_per_byte"] = bits_per_byte(data.corpus.predicted, loss)
     return reached
+
+
+def environment() -> dict[str, Any]:
+    """The versions, devices and machine of a result."""
+    device = jax.devices()[0]
+    return {
+        "versions": distributed.versions(),
+        "device": f"{jax.device_count()} × {device.device_kind}",
+        "machine": platform.platform(),
+    }
 
 
 def summary(reached: dict[str, Any]) -> str:

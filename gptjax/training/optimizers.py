@@ -112,7 +112,7 @@ def build_optimizer(
     if rate_factors is not None and config.name != "adamw":
         raise InputError(
             f"OptimizerConfig.name is {config.name!r}: it must be adamw for learning rates that "
-            "scale with the width (muP). Muon's orthogonalised updates need no such scaling."
+            "scale with the width (muP), whose factors are Adam's."
         )
     peak = config.learning_rate if learning_rate is None else learning_rate
     # The factors come before the decay, so that weight decay per step is the same at every width:

@@ -70,4 +70,4 @@ def test_what_cannot_be_trained_or_shown_is_refused(text, tmp_path):
     with pytest.raises(InputError, match=r"absent\.txt"):
         train(tmp_path / "absent.txt", **TINY)
     with pytest.raises(InputError, match="text is empty"):
-        attention_view(train(text, **TINY), "")
+        attention_view(train([text], **TINY), "")

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import math
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -352,3 +353,33 @@ def test_a_first_moment_in_bfloat16_takes_half_and_steps_alike(name):
     moved = optax.tree.sub(whole, PARAMS)
     apart = optax.tree.norm(optax.tree.sub(half, whole)) / optax.tree.norm(moved)
     assert 0 < apart < 0.05
+
+
+OPTAX: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adamw": lambda c: optax.adamw(0.1, c.beta1, c.beta2, c.epsilon, weight_decay=0.1),
+    "nadamw": lambda c: optax.nadamw(0.1, c.beta1, c.beta2, c.epsilon, weight_decay=0.1),
+    "adabelief": lambda c: optax.adabelief(0.1, c.beta1, c.beta2, c.epsilon),
+    "radam": lambda c: optax.radam(0.1, c.beta1, c.beta2, c.epsilon),
+    "lion": lambda c: optax.lion(0.1, c.beta1, c.beta2, weight_decay=0.1),
+    "rmsprop": lambda c: optax.rmsprop(0.1, c.beta2, c.epsilon),
+    "sgd": lambda c: optax.sgd(0.1, c.beta1),
+}
+"""By name, with decay where Optax's own has it."""
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_an_optimizer_of_optax_takes_the_steps_of_optax(name: Any):
+    decay = 0.1 if name in ("adamw", "nadamw", "lion") else 0.0
+    config = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=decay, **STEADY)
+    ours, theirs = build_optimizer(config, steps=10), OPTAX[name](config)
+    params = {"kernel": jnp.linspace(-1, 1, 12).reshape(3, 4)}
+
+    def trained(optimizer: optax.GradientTransformation) -> Any:
+        now, state = params, optimizer.init(params)
+        for step in range(8):
+            gradient = jax.tree.map(lambda leaf, step=step: jnp.sin(3 * leaf + step), params)
+            updates, state = optimizer.update(gradient, state, now)
+            now = optax.apply_updates(now, updates)
+        return jax.tree.leaves(now)[0]
+
+    np.testing.assert_allclose(trained(ours), trained(theirs), rtol=1e-6, atol=1e-7)

@@ -22,7 +22,8 @@ from gptjax.compare.results import Outcome, read_record
 from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import ExperimentConfig, TransformerConfig, sealed, to_dict
 from gptjax.data.tokenizers import save_tokenizer
-from gptjax.runs.directory import CHECKPOINTS, CONFIG, RESULT, environment, save_model, write_json
+from gptjax.runs.directory import CHECKPOINTS, CONFIG, RESULT, save_model, write_json
+from gptjax.runs.result import environment
 from gptjax.runs.trial import Trial
 from gptjax.training.metrics import METRICS, line_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import InputError
-from gptjax.runs.directory import environment
+from gptjax.runs.result import environment
 
 
 class Timings:

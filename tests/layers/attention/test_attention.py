@@ -7,7 +7,11 @@ import pytest
 
 from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.masks import MaskRule, attention_mask, compressed_mask
-from gptjax.layers.attention.reference import attention_weights, weighted_values
+from gptjax.layers.attention.reference import (
+    attention_weights,
+    masked_sigmoid,
+    weighted_values,
+)
 from gptjax.layers.attention.xla import attend
 
 CAUSAL = attention_mask(jnp.arange(5)[None, :, None] - jnp.arange(5), MaskRule(causal=True))
@@ -105,3 +109,17 @@ def test_the_cache_holds_what_was_written_where_it_was_written(starts):
         np.testing.assert_array_equal(written.value[row, start : start + 2], value[row])
         assert (written.key[row, :start] == 0).all()
         assert (written.key[row, start + 2 :] == 0).all()
+
+
+def test_sigmoid_attention_is_its_formula_over_the_keys_attended_to():
+    scores = np.asarray(jax.random.normal(jax.random.key(3), (1, 2, 3, 3)))
+    causal = np.tril(np.ones((3, 3), bool))
+    weights = masked_sigmoid(jnp.asarray(scores), jnp.asarray(causal)[None])
+    for query in range(3):
+        keys = query + 1
+        expected = 1 / (1 + np.exp(np.log(keys) - scores[0, :, query, :keys]))
+        np.testing.assert_allclose(weights[0, :, query, :keys], expected, rtol=1e-5)
+        assert (weights[0, :, query, keys:] == 0).all()
+    np.testing.assert_allclose(
+        masked_sigmoid(jnp.asarray(scores), None)[0, :, 2], weights[0, :, 2], rtol=1e-5
+    )
