@@ -20,7 +20,7 @@ MODULES = {
     "Sampling": "gptjax.decoding.generate",
     "TrainConfig": "gptjax.config",
     "TransformerConfig": "gptjax.config",
-    "Run": "gptjax.runs.directory",
+    "Run": "gptjax.runs.loading",
     "attention_view": "gptjax.notebook.attention",
     "beam_search": "gptjax.decoding.beam_search",
     "build": "gptjax.models.build",
@@ -30,7 +30,7 @@ MODULES = {
     "from_huggingface": "gptjax.huggingface",
     "generate": "gptjax.decoding.generate",
     "model_cost": "gptjax.costs.model",
-    "load_run": "gptjax.runs.directory",
+    "load_run": "gptjax.runs.loading",
     "plots": "gptjax.plots",
     "preset": "gptjax.models.presets",
     "probe": "gptjax.probe",
@@ -69,8 +69,8 @@ if TYPE_CHECKING:  # The same names again, since type checkers and editors read 
     from gptjax.models.presets import preset as preset
     from gptjax.notebook.attention import attention_view as attention_view
     from gptjax.notebook.training import train as train
-    from gptjax.runs.directory import Run as Run
-    from gptjax.runs.directory import load_run as load_run
+    from gptjax.runs.loading import Run as Run
+    from gptjax.runs.loading import load_run as load_run
 else:  # Type checkers do not look here: with `__getattr__` they would accept any name.
     __all__ = [*MODULES]
 

@@ -5,25 +5,23 @@ An error that a user can fix is one sentence on standard error, with an exit cod
 """
 
 import contextlib
-import difflib
 import errno
-import functools
 import importlib.metadata
 import io
 import os
-import re
 import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
 from gptjax import distributed
 from gptjax.commands import commands, train
+from gptjax.commands.flags import parse_flags
 from gptjax.commands.training import trainable
 from gptjax.config import ExperimentConfig, InputError, near_names, shown
 from gptjax.config.values import Objective
@@ -44,64 +42,7 @@ gptjax COMMAND --help lists a command's flags; --debug shows the traceback of an
 error, and gptjax --version the version."""
 HELP_WIDTH = 79
 
-SYNONYMS = {
-    "lr": ("rates", "learning-rate"),
-    "max-lr": ("learning-rate",),
-    "wd": ("weight-decay",),
-    "grad-clip": ("clip-norm",),
-    "max-grad-norm": ("clip-norm",),
-    "warmup": ("warmup-steps",),
-    "iters": ("steps",),
-    "max-iters": ("steps",),
-    "max-steps": ("steps",),
-    "epochs": ("steps",),
-    "bs": ("batch-size",),
-    "batch": ("batch-size",),
-    "block-size": ("context-length",),
-    "seq-len": ("context-length",),
-    "seq-length": ("context-length",),
-    "layers": ("depth",),
-    "num-layers": ("depth",),
-    "n-layer": ("depth",),
-    "num-heads": ("heads",),
-    "n-head": ("heads",),
-    "n-embd": ("width",),
-    "d-model": ("width",),
-    "hidden-size": ("width",),
-    "d-ff": ("mlp-dim",),
-    "gradient-accumulation-steps": ("grad-accumulation",),
-    "data": ("source",),
-    "dataset": ("source",),
-    "file": ("source",),
-    "model": ("preset",),
-    "output": ("out",),
-    "output-dir": ("out",),
-    "max-tokens": ("max-new-tokens",),
-}
-"""Names of flags elsewhere → the last part of ours; the first that the command has counts."""
-
-MOST_MEANT = 3
-"""Most flags suggested for an unknown one."""
-
 RunExperiment = Callable[[ExperimentConfig, Path, bool], None]
-
-TYPES = tyro.constructors.ConstructorRegistry()
-
-
-@TYPES.primitive_rule
-def _text(
-    type_info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Show strings as TEXT in help, where tyro has STR."""
-    if type_info.type is not str:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="TEXT",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str),
-        str_from_instance=lambda value: [value],
-    )
 
 
 def main() -> None:
@@ -121,7 +62,7 @@ def main() -> None:
         if name in ("-h", "--help"):
             print(_overview(known))
         elif name in known:
-            _parse(known[name], flags, prog=f"gptjax {name}")()
+            parse_flags(known[name], flags, prog=f"gptjax {name}")()
         elif name:
             raise InputError(f"Unknown command {name!r}: {near_names(name, known)}")
         else:
@@ -206,7 +147,7 @@ def _experiment(
                 run(config, out, overwrite)
 
         options = {} if prog is None else {"prog": prog}
-        _parse(experiment, arguments, description=help_text, **options)()
+        parse_flags(experiment, arguments, description=help_text, **options)()
 
     return parse_and_run
 
@@ -216,17 +157,17 @@ def run_command(command: Callable[..., None], description: str | None) -> None:
     help_text = f"{description}\n--debug shows the traceback of an error."
 
     def parse_and_run(arguments: list[str]) -> None:
-        _parse(command, arguments, description=help_text)()
+        parse_flags(command, arguments, description=help_text)()
 
     _guarded(parse_and_run)
 
 
 def _script_apart(arguments: list[str]) -> list[str]:
     """Insert the `--` that tyro needs before the flags of `launch`'s script."""
-    place = next((place for place, word in enumerate(arguments) if word.endswith(".py")), None)
-    if arguments[:1] != ["launch"] or place is None:
+    index = next((index for index, word in enumerate(arguments) if word.endswith(".py")), None)
+    if arguments[:1] != ["launch"] or index is None:
         return arguments
-    script, flags, of_script = arguments[place], arguments[1:place], arguments[place + 1 :]
+    script, flags, of_script = arguments[index], arguments[1:index], arguments[index + 1 :]
     return ["launch", script, *flags, "--", *of_script]
 
 
@@ -245,80 +186,6 @@ def _take_preset(
         else:
             rest.append(word)
     return name, rest
-
-
-def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """Returns the command with the same flags, returning a function instead of running."""
-
-    @functools.wraps(command)
-    def parsed(*arguments: Any, **flags: Any) -> Callable[[], None]:
-        return functools.partial(command, *arguments, **flags)
-
-    return parsed
-
-
-def _parse(command: Callable[..., None], arguments: list[str], **options: Any):
-    """Returns the command with parsed flags; errors are sentences instead of tyro's box.
-
-    Raises:
-      InputError: an unknown flag, or a value that is not accepted.
-    """
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(_deferred(command), args=arguments, registry=TYPES, **options)
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # --help was shown.
-        error = exit.__context__
-        while error is not None and not isinstance(error, InputError):
-            error = error.__context__
-        raise error or InputError(_sentence(box.getvalue(), command, options)) from None
-
-
-def _sentence(box: str, command: Callable[..., None], options: dict[str, Any]) -> str:
-    """Returns the message in tyro's box, with suggestions for unknown flags.
-
-    The box has parts separated by rules: a title, the message, and tyro's additions.
-    """
-    lines = "\n".join(line.strip(" │╭╮╰╯") for line in _colourless(box).splitlines())
-    parts = re.split(r"^(?:─ .+ )?[─-]{3,}$", lines, flags=re.MULTILINE)
-    message = " ".join(parts[1].split())
-    kind, _, listed = message.partition("Unrecognized options: ")
-    if kind or not listed:
-        return message if message.endswith(".") else f"{message}."
-    words = listed.split(", ")
-    flags = [word for word in words if word.startswith("--")]
-    known = _flags(command, options)
-    meant = [" or ".join(near) for flag in flags if (near := _near_flags(flag, known))]
-    hint = f"did you mean {' and '.join(meant)}?" if meant else "see --help."
-    return f"Unknown {'flag' if flags else 'argument'} {', '.join(flags or words)}: {hint}"
-
-
-def _colourless(text: str) -> str:
-    """Returns the text without terminal colours."""
-    return re.sub(r"\x1b\[[\d;]*m", "", text)
-
-
-def _flags(command: Callable[..., None], options: dict[str, Any]) -> list[str]:
-    """Returns all flags in a command's help, except --no-… ones."""
-    with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
-        tyro.cli(_deferred(command), args=["--help"], registry=TYPES, **options)
-    named = dict.fromkeys(re.findall(r"(?<![\w-])--\w[\w.-]*\w", _colourless(help.getvalue())))
-    return [flag for flag in named if not re.search(r"[.-]no-", flag)]
-
-
-def _near_flags(given: str, known: list[str]) -> list[str]:
-    """Returns flags close to `given`: of the same last part, a synonym, or a similar spelling."""
-    name = given.lstrip("-").partition("=")[0].replace("_", "-")
-    last = name.rpartition(".")[2]
-    for wanted in (*SYNONYMS.get(last, ()), last):
-        if same := [flag for flag in known if flag[2:].rpartition(".")[2] == wanted]:
-            return same
-    # A flag given without its section is compared without it.
-    parts = {flag: flag[2:] if "." in name else flag[2:].rpartition(".")[2] for flag in known}
-    near = difflib.get_close_matches(name, set(parts.values()), cutoff=0.7)
-    return [flag for part in near for flag in known if parts[flag] == part][:MOST_MEANT]
 
 
 def _guarded(command: Callable[[list[str]], None]) -> None:
@@ -340,9 +207,8 @@ def _guarded(command: Callable[[list[str]], None]) -> None:
 
 def accept_all_characters() -> None:
     """Print a question mark for characters outside standard output's encoding."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # A notebook's has another class, and all characters.
+    # A notebook's output is of another class, and has all characters.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 

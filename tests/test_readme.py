@@ -22,6 +22,7 @@ import pytest
 from conftest import ROOT
 
 from gptjax import cli
+from gptjax.commands import flags
 
 README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()
@@ -102,7 +103,7 @@ def test_flags_of_every_command_are_read(monkeypatch, capsys):
     def only_read(command):  # What it returns would be run.
         return functools.wraps(command)(lambda *given, **flags: lambda: None)
 
-    monkeypatch.setattr(cli, "_deferred", only_read)
+    monkeypatch.setattr(flags, "_deferred", only_read)
     read = []
     for block in blocks():
         for line in block.lines:

@@ -57,18 +57,18 @@ def _mask(case: Case) -> float:
     Causal: row t of the batch has other tokens from position t on; earlier logits must not change.
     Bidirectional: other tokens at padding change nothing; a later token changes earlier logits.
     """
-    batch, places = case.batch, np.arange(case.config.context_length)
+    batch, positions = case.batch, np.arange(case.config.context_length)
     if batch.padding_mask is not None:
         valid = np.asarray(batch.padding_mask)
         last, nowhere = valid.sum(axis=1, keepdims=True) - 1, np.zeros_like(valid)
         error = _moves(case, batch, ~valid, unmoved=valid, moved=nowhere)
         return error + _moves(
-            case, batch, places == last, unmoved=nowhere, moved=places == last - 1
+            case, batch, positions == last, unmoved=nowhere, moved=positions == last - 1
         )
-    rows = np.zeros(len(places), int)
+    rows = np.zeros(len(positions), int)
     batch = jax.tree.map(lambda array: array[rows], batch)
-    later = places >= places[:, None]
-    error = _moves(case, batch, later, unmoved=~later, moved=places == places[:, None])
+    later = positions >= positions[:, None]
+    error = _moves(case, batch, later, unmoved=~later, moved=positions == positions[:, None])
     if batch.source is not None:
         hidden = ~batch.source_mask
         everywhere, nowhere = np.ones_like(later), np.zeros_like(later)
@@ -96,7 +96,7 @@ def _packed(case: Case) -> float:
 
     Other tokens in the other document change nothing.
     """
-    config, batch, places = (
+    config, batch, positions = (
         case.config,
         case.batch,
         np.arange(case.config.context_length, dtype=np.int32),
@@ -105,14 +105,14 @@ def _packed(case: Case) -> float:
         raise NotApplicable("an encoder-decoder takes one document per row")
     if "compressed" in config.attention_pattern:
         raise NotApplicable("compressed attention mixes tokens of several documents")
-    first = places < 4
-    documents = np.tile(np.where(first, 1, 2 * (places < places[-1])), (ROWS, 1))
-    positions = np.tile(np.where(first, places, places - 4), (ROWS, 1))
-    packed = batch._replace(padding_mask=None, segment_ids=documents, positions=positions)
+    first = positions < 4
+    documents = np.tile(np.where(first, 1, 2 * (positions < positions[-1])), (ROWS, 1))
+    restarted = np.tile(np.where(first, positions, positions - 4), (ROWS, 1))
+    packed = batch._replace(padding_mask=None, segment_ids=documents, positions=restarted)
     own = 1 + np.arange(ROWS)[:, None] % 2
     in_row = documents == own
     alone = jax.tree.map(lambda rows: np.where(own == 1, rows, np.roll(rows, -4, axis=1)), batch)
-    valid = places < in_row.sum(axis=1, keepdims=True)
+    valid = positions < in_row.sum(axis=1, keepdims=True)
     alone = alone if batch.padding_mask is None else alone._replace(padding_mask=valid)
     error = difference(case.logits(packed)[in_row], case.logits(alone)[valid])
     return error + _moves(case, packed, ~in_row, unmoved=in_row, moved=~in_row)

@@ -61,7 +61,7 @@ def sample(
     from gptjax.data.tokenizers import stream_text
     from gptjax.decoding.beam_search import beam_search
     from gptjax.decoding.generate import Sampling, generate
-    from gptjax.runs.directory import load_run
+    from gptjax.runs.loading import load_run
 
     if num_samples < 1:
         raise InputError(f"num-samples is {num_samples}: it must be at least 1.")
@@ -337,7 +337,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
-    from gptjax.runs.directory import decoding_tokens, load_model
+    from gptjax.runs.loading import decoding_tokens, load_model
 
     config, model, step = load_model(run, step)
     tokenizer = load_tokenizer(run) if (run / DESCRIPTION).exists() else None

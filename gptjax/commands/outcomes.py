@@ -16,7 +16,7 @@ from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer, stream_text
 from gptjax.decoding.beam_search import beam_search
 from gptjax.decoding.generate import Sampling, generate
-from gptjax.runs.directory import Run
+from gptjax.runs.loading import Run
 from gptjax.training.metrics import METRICS, read_jsonl
 
 SPACE = INVISIBLE[" "]

@@ -75,26 +75,36 @@ def _start(
 
 
 def _watch(running: dict[int, subprocess.Popen], other_code: int) -> int:
-    """Wait for all processes; report the first that failed, and return its exit code."""
-    first, deadline = 0, float("inf")
+    """Wait for all processes; report the first that failed, and return its exit code.
+
+    A process that stopped because of another may end before that one: it is blamed only if none
+    ends otherwise in time.
+    """
+    failed: dict[int, int] = {}
+    blamed, deadline = None, float("inf")
     while running:
         time.sleep(POLL_SECONDS)
         ended = {index: process.poll() for index, process in running.items()}
-        failed = {index: code for index, code in ended.items() if code}
-        if failed and not first:
-            index = min(failed, key=lambda index: failed[index] == other_code)
-            first, deadline = _shell_code(failed[index]), time.monotonic() + END_SECONDS
-            if first < SIGNALLED or failed[index] < 0:  # Else it reported the signal itself.
-                print(f"Process {index} {_ending(failed[index])}.", file=sys.stderr)
         for index, code in ended.items():
             if code is not None:
                 del running[index]
-        if time.monotonic() > deadline:
+        failed |= {index: code for index, code in ended.items() if code}
+        if failed:
+            deadline = min(deadline, time.monotonic() + END_SECONDS)
+        late = time.monotonic() > deadline
+        causes = [index for index, code in failed.items() if code != other_code]
+        if blamed is None and (causes or (failed and (late or not running))):
+            blamed = (causes or list(failed))[0]
+            if _shell_code(failed[blamed]) < SIGNALLED or failed[blamed] < 0:
+                # Else it reported the signal itself.
+                print(f"Process {blamed} {_ending(failed[blamed])}.", file=sys.stderr)
+        if late:
             for index, process in running.items():
                 process.kill()
+                process.wait()
                 print(f"Process {index} did not stop in {END_SECONDS} s: killed.", file=sys.stderr)
-            deadline = float("inf")
-    return first
+            break
+    return 0 if blamed is None else _shell_code(failed[blamed])
 
 
 def _shell_code(code: int) -> int:

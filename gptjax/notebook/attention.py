@@ -16,7 +16,8 @@ from gptjax.huggingface import from_huggingface
 from gptjax.huggingface.files import TOKENIZER, find
 from gptjax.models.build import LanguageModel
 from gptjax.plots.attention_view import AttentionPart, AttentionView, likeliest
-from gptjax.runs.directory import CHECKPOINTS, Run, load_run
+from gptjax.runs.directory import CHECKPOINTS
+from gptjax.runs.loading import Run, load_run
 
 PARTS = {
     "decoder": ("decoder",),

@@ -1,12 +1,12 @@
 """Train a model on a text in one call."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax.runs.defaults import defaults, with_fields
-from gptjax.runs.directory import Run, load_run
+from gptjax.runs.directory import or_temporary
+from gptjax.runs.loading import Run, load_run
 from gptjax.runs.run import run
 
 
@@ -37,11 +37,10 @@ def train(
     Raises:
       InputError: no such preset, field, value or text.
       Diverged: a loss that is not finite.
-      Interrupted: an interrupt, after the state is saved.
+      Interrupted: an interrupt, after the state is saved in `out`.
     """
     source = (str(text),) if isinstance(text, (str, Path)) else tuple(map(str, text))
     config = with_fields(defaults(preset), source=source, **fields)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "run" if out is None else Path(out)
+    with or_temporary(out) as directory:
         run(config, directory, overwrite, show=None)
         return load_run(directory)

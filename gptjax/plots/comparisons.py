@@ -27,7 +27,7 @@ PANEL, WIDE_PANEL = 145.0, 250.0
 class Points(NamedTuple):
     """Measurements of a variant along an axis."""
 
-    places: np.ndarray
+    x: np.ndarray
     """[points]."""
     values: np.ndarray
     """[points, seeds]."""
@@ -80,10 +80,10 @@ def differences(
     axes.set_yticks(range(len(names)), [name_label(name, room) for name in names], fontsize=SIZE)
     axes.set_xlabel(wrap(label, SIZE, width - room - 60), fontsize=SIZE)
     axes.xaxis.set_major_locator(MaxNLocator(int(width // 80)))
-    for side, (words, place) in enumerate(zip(sides, (0.0, 1.0), strict=True)):
+    for side, (words, end) in enumerate(zip(sides, (0.0, 1.0), strict=True)):
         axes.annotate(
             f"◀ {words}" if side == 0 else f"{words} ▶",
-            (place, 1),
+            (end, 1),
             xycoords="axes fraction",
             xytext=(0, 3),
             textcoords="offset points",
@@ -123,12 +123,12 @@ def curves_by_variant(
       width: in points, `PAGE` or `NARROW`.
     """
     figure, axes = page_axes(250 + legend_height(list(curves), width), title, width)
-    for index, (name, (places, values)) in enumerate(curves.items()):
-        style = line_style(index, len(places))
-        if len(places):
+    for index, (name, (x, values)) in enumerate(curves.items()):
+        style = line_style(index, len(x))
+        if len(x):
             low, high = values.min(1), values.max(1)
-            axes.fill_between(places, low, high, color=style["color"], alpha=0.18, linewidth=0)
-            axes.plot(places, values.mean(1), label=name_label(name), **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            axes.plot(x, values.mean(1), label=name_label(name), **style)
     _end_after_a_fifth(axes, list(curves.values()))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel(xlabel, fontsize=SIZE)
@@ -163,11 +163,11 @@ def difference_panels(
     height = 60 + (105 + LINE * SIZE * lines) * rows
     figure = InlineFigure(figsize=(width / 72, height / 72), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for axes, name, (places, values) in zip(panels, titles, curves.values(), strict=False):
+    for axes, name, (x, values) in zip(panels, titles, curves.values(), strict=False):
         mean, low, high = values.mean(1), values.min(1), values.max(1)
         axes.axhline(0, color="0.2", linewidth=0.8)
-        axes.fill_between(places, low, high, color=LINES[0], alpha=0.25, linewidth=0)
-        axes.plot(places, mean, color=LINES[0], linewidth=1.4)
+        axes.fill_between(x, low, high, color=LINES[0], alpha=0.25, linewidth=0)
+        axes.plot(x, mean, color=LINES[0], linewidth=1.4)
         axes.set_title(name, fontsize=SIZE)
         axes.tick_params(labelsize=SIZE - 1)
         axes.xaxis.set_major_locator(MaxNLocator(3))
@@ -281,8 +281,8 @@ def loss_by_rate(
         ring = {"color": style["color"], "markerfacecolor": "none", "markersize": 11}
         axes.plot(rates[rates == taken], mean[rates == taken], "o", **ring)
     axes.set_xscale("log")
-    rates = np.unique(np.concatenate([points.places for points in searched.values()]))
-    _name_places(axes.xaxis, rates if len(rates) <= FEW else _round(*axes.get_xlim()))
+    rates = np.unique(np.concatenate([points.x for points in searched.values()]))
+    _label_ticks(axes.xaxis, rates if len(rates) <= FEW else _round(*axes.get_xlim()))
     axes.xaxis.set_major_formatter("{x:g}")
     known = np.concatenate([points.values.ravel() for points in searched.values()])
     known = known[np.isfinite(known)]
@@ -299,7 +299,7 @@ def loss_by_rate(
 class FittedLine(NamedTuple):
     """A fitted law along an axis, with its bootstrap interval."""
 
-    places: np.ndarray
+    x: np.ndarray
     """[points]."""
     values: np.ndarray
     """[points]."""
@@ -328,22 +328,22 @@ def scaling(
       width: in points, `PAGE` or `NARROW`.
     """
     figure, axes = page_axes(280 + legend_height(list(measured), width), title, width)
-    for index, (name, (places, values)) in enumerate(measured.items()):
+    for index, (name, (x, values)) in enumerate(measured.items()):
         style = line_style(index, 1)
         if name in fitted:
             line = fitted[name]
-            axes.plot(line.places, line.values, **{**style, "marker": None})
+            axes.plot(line.x, line.values, **{**style, "marker": None})
             axes.fill_between(
-                line.places, line.low, line.high, color=style["color"], alpha=0.12, linewidth=0
+                line.x, line.low, line.high, color=style["color"], alpha=0.12, linewidth=0
             )
-        across = np.repeat(places, values.shape[1])
+        across = np.repeat(x, values.shape[1])
         axes.plot(
             across, values.ravel(), **{**style, "linestyle": "", "markersize": 4, "alpha": 0.6}
         )
         axes.plot([], [], label=name_label(name), **style)
     axes.set(xscale="log", yscale="log")
     for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        _name_places(axis, _round(*ends))
+        _label_ticks(axis, _round(*ends))
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(xlabel, fontsize=SIZE)
@@ -354,11 +354,7 @@ def scaling(
 
 def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = False) -> None:
     """Limit the y axis to the values after the first fifth of training."""
-    late = [
-        points.values[points.places >= 0.2 * points.places.max()]
-        for points in curves
-        if len(points.places)
-    ]
+    late = [points.values[points.x >= 0.2 * points.x.max()] for points in curves if len(points.x)]
     known = np.concatenate([values.ravel() for values in late]) if late else np.empty(0)
     known = known[np.isfinite(known)]
     if not len(known):
@@ -371,14 +367,14 @@ def _end_after_a_fifth(axes: Axes, curves: Sequence[Points], *, both: bool = Fal
 def _round(low: float, high: float) -> np.ndarray:
     """Returns a few round tick positions of a logarithmic axis."""
     if high / low < 10:
-        places = np.array(MaxNLocator(5).tick_values(low, high))
+        ticks = np.array(MaxNLocator(5).tick_values(low, high))
     else:
         decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
-        places = np.sort(np.outer((1,) if high / low > 1000 else (1, 2, 5), decades).ravel())
-    return places[(places >= low) & (places <= high)]
+        ticks = np.sort(np.outer((1,) if high / low > 1000 else (1, 2, 5), decades).ravel())
+    return ticks[(ticks >= low) & (ticks <= high)]
 
 
-def _name_places(axis: Axis, places: np.ndarray) -> None:
+def _label_ticks(axis: Axis, ticks: np.ndarray) -> None:
     """Label exactly these ticks of an axis."""
-    axis.set_major_locator(FixedLocator(places.tolist()))
+    axis.set_major_locator(FixedLocator(ticks.tolist()))
     axis.set_minor_locator(NullLocator())

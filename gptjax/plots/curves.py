@@ -33,11 +33,11 @@ def line_style(index: int, points: int) -> dict[str, Any]:
 
     The first 49 are distinct; points have markers if they are few.
     """
-    turn, place = divmod(index, len(LINES))
+    turn, number = divmod(index, len(LINES))
     return {
-        "color": LINES[place],
-        "linestyle": DASHES[(place + turn) % len(DASHES)],
-        "marker": MARKERS[(place + turn) % len(MARKERS)] if points <= 30 else None,
+        "color": LINES[number],
+        "linestyle": DASHES[(number + turn) % len(DASHES)],
+        "marker": MARKERS[(number + turn) % len(MARKERS)] if points <= 30 else None,
         "markersize": 4,
         "linewidth": 1.4,
     }
@@ -158,19 +158,19 @@ def bars(
       title: above the figure.
     """
     figure, axes = page_axes(72 + 1.8 * SIZE * len(names), title)
-    places = np.arange(len(names))
+    rows = np.arange(len(names))
     if intervals is not None:
         low, high = np.asarray(intervals).T
-        axes.hlines(places, low, high, color=LINES[0], linewidth=1.4)
+        axes.hlines(rows, low, high, color=LINES[0], linewidth=1.4)
         for ends in (low, high):
-            axes.plot(ends, places, "|", color=LINES[0], markersize=6)
-    axes.plot(values, places, "o", color=LINES[1], markersize=5)
-    axes.set_yticks(places, names, fontsize=SIZE)
+            axes.plot(ends, rows, "|", color=LINES[0], markersize=6)
+    axes.plot(values, rows, "o", color=LINES[1], markersize=5)
+    axes.set_yticks(rows, names, fontsize=SIZE)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=SIZE)
     printed = axes.secondary_yaxis("right")
     decimals = max(0, 3 - math.floor(math.log10(np.max(np.abs(values)) or 1)))
-    printed.set_yticks(places, [f"{value:.{decimals}f}" for value in values], fontsize=SIZE)
+    printed.set_yticks(rows, [f"{value:.{decimals}f}" for value in values], fontsize=SIZE)
     for side in (axes, printed):
         side.tick_params(axis="y", length=0)
     printed.spines["right"].set_visible(False)

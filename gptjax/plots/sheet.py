@@ -44,8 +44,8 @@ class Sheet:
         return self._axes(self.left + left, self.bottom + bottom, width, height)
 
     def _axes(self, left: float, bottom: float, width: float, height: float) -> Axes:
-        place = (left / self.across, bottom / self.tall, width / self.across, height / self.tall)
-        return self.figure.add_axes(place)
+        box = (left / self.across, bottom / self.tall, width / self.across, height / self.tall)
+        return self.figure.add_axes(box)
 
     def name_axes(self, across: str, down: str) -> None:
         """Label the columns and the rows of the content area."""
@@ -119,8 +119,8 @@ class Ticks:
 
     def put(self, axis: Axis) -> None:
         """Set the ticks of an axis."""
-        places, shown = range(0, len(self.labels), self.step), self.labels[:: self.step]
-        axis.set_ticks(places, shown, fontsize=self.size, rotation=90 if self.turned else 0)
+        ticks, shown = range(0, len(self.labels), self.step), self.labels[:: self.step]
+        axis.set_ticks(ticks, shown, fontsize=self.size, rotation=90 if self.turned else 0)
         axis.set_tick_params(length=0, pad=2)
 
     def named(self, what: str) -> str:

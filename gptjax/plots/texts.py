@@ -32,14 +32,14 @@ def token_values(
     if np.shape(values) != (len(tokens),):
         raise InputError(f"values have shape {np.shape(values)}: there are {len(tokens)} tokens.")
     width = PAGE - 3 * MARGIN
-    places, lines = _lines(tokens, width)
+    positions, lines = _lines(tokens, width)
     sheet = Sheet(width, PITCH * lines, title=title)
     axes = sheet.axes(0, 0, width, PITCH * lines)
     axes.set(xlim=(0, width), ylim=(PITCH * lines, 0))
     axes.set_axis_off()
     colours = scale(values)
     high = 0.85 * PITCH
-    for token, (x, y, across), value in zip(tokens, places, values, strict=True):
+    for token, (x, y, across), value in zip(tokens, positions, values, strict=True):
         colour = colours.of(value)
         axes.add_patch(Rectangle((x, y), across, high, facecolor=colour, linewidth=0))
         if value < -CLEAR * colours.largest:
@@ -59,11 +59,11 @@ def token_values(
 
 def _lines(tokens: Sequence[str], width: float) -> tuple[list[tuple[float, float, float]], int]:
     """Returns each token's left, top and width in points, and the number of lines."""
-    places, x, line = [], 0.0, 0
+    positions, x, line = [], 0.0, 0
     for token in tokens:
         across = min(text_width(token, LARGEST) + 3, width)
         if x + across > width:
             x, line = 0.0, line + 1
-        places.append((x, PITCH * line, across))
+        positions.append((x, PITCH * line, across))
         x = width if token.endswith("↵") else x + across + 0.5
-    return places, line + 1
+    return positions, line + 1

@@ -149,14 +149,14 @@ def _chain(pairs: np.ndarray) -> list[int]:
 def _named_group(sizes: str, used: str) -> tuple[int, ...]:
     """Returns a group along axes of XLA's mesh; `'a':(2)4` is the sub-axis of size 4 after 2."""
     lengths = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)}
-    places = np.arange(math.prod(lengths.values())).reshape(tuple(lengths.values()))
+    ids = np.arange(math.prod(lengths.values())).reshape(tuple(lengths.values()))
     taken: list[int | slice] = [0] * len(lengths)
     names = list(lengths)
     for name, before, count in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", used):
         step = lengths[name] // (int(before) * int(count)) if count else 1
         stop = int(count) * step if count else lengths[name]
         taken[names.index(name)] = slice(0, stop, step)
-    return tuple(int(place) for place in np.ravel(places[tuple(taken)]))
+    return tuple(int(device) for device in np.ravel(ids[tuple(taken)]))
 
 
 def _numbers(text: str) -> list[int]:

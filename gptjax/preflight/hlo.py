@@ -154,10 +154,10 @@ class Program:
         inside = self.computations.get(body, {})
         root = next((one for one in inside.values() if one.root), None)
         for read in self.computations.get(condition, {}).values():
-            place = re.search(r"index=(\d+)", read.attributes)
-            if root is None or place is None or int(place[1]) >= len(root.operands):
+            index = re.search(r"index=(\d+)", read.attributes)
+            if root is None or index is None or int(index[1]) >= len(root.operands):
                 continue
-            after = inside.get(root.operands[int(place[1])])
+            after = inside.get(root.operands[int(index[1])])
             while after is not None and after.opcode == "copy":
                 after = inside.get(after.operands[0])
             if after is not None and after.opcode == "add":
@@ -239,10 +239,10 @@ def _instruction(line: str) -> Instruction | None:
 def _closing(line: str, opening: int) -> int:
     """Returns the index after the parenthesis that closes the one at `opening`."""
     depth = 0
-    for place in range(opening, len(line)):
-        depth += {"(": 1, ")": -1}.get(line[place], 0)
+    for index in range(opening, len(line)):
+        depth += {"(": 1, ")": -1}.get(line[index], 0)
         if depth == 0:
-            return place + 1
+            return index + 1
     return len(line)
 
 
@@ -258,18 +258,18 @@ def _frames(text: str) -> dict[str, list[tuple[str, str, int]]]:
         return dict(re.findall(r"(\w+)=(\d+)", row))
 
     files, functions = rows("FileNames"), rows("FunctionNames")
-    places = {number: numbers(row) for number, row in rows("FileLocations").items()}
+    locations = {number: numbers(row) for number, row in rows("FileLocations").items()}
     frames = {number: numbers(row) for number, row in rows("StackFrames").items()}
 
     def stack(number: str, seen: tuple[str, ...] = ()) -> list[tuple[str, str, int]]:
         frame = frames.get(number)
         if frame is None or number in seen:
             return []
-        place = places[frame["file_location_id"]]
+        location = locations[frame["file_location_id"]]
         here = (
-            files[place["file_name_id"]].strip('"'),
-            functions[place["function_name_id"]].strip('"'),
-            int(place["line"]),
+            files[location["file_name_id"]].strip('"'),
+            functions[location["function_name_id"]].strip('"'),
+            int(location["line"]),
         )
         # Parents are numbered from 1, and 1 is none.
         parent = str(int(frame.get("parent_frame_id", "0")) - 1)

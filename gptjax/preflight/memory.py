@@ -112,7 +112,7 @@ def read_plan(directory: Path) -> _Plan:
                 line,
             )
         ):
-            index = tuple(int(place) for place in (value[2] or "").split(",") if place)
+            index = tuple(int(number) for number in (value[2] or "").split(",") if number)
             plan.values.append(_Value(value[1], index, int(value[3]), int(value[4]), value[5]))
     return plan
 
@@ -207,8 +207,8 @@ class _Times:
         last = self._starts[name]
         for user in self._users.get(name, ()):
             if user.opcode == "get-tuple-element" and index:
-                place = re.search(r"index=(\d+)", user.attributes)
-                if place and int(place[1]) != index[0]:
+                read = re.search(r"index=(\d+)", user.attributes)
+                if read and int(read[1]) != index[0]:
                     continue
             last = max(last, self._starts[user.name])
             if user.opcode in CONTROL:  # A loop's carry is live throughout.

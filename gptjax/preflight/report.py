@@ -158,11 +158,11 @@ def _crosses(compiled: Compilation) -> Any:
     """Returns whether a collective leaves a TPU's slice or a GPU's host."""
     devices = list(compiled.lowered.mesh.devices.flat)
 
-    def place(device: Any) -> tuple[Any, Any]:
+    def slice_and_host(device: Any) -> tuple[Any, Any]:
         host = device.process_index if device.platform in ("cuda", "gpu") else 0
         return getattr(device, "slice_index", 0), host
 
-    return lambda one: len({place(devices[number]) for number in one.group}) > 1
+    return lambda one: len({slice_and_host(devices[number]) for number in one.group}) > 1
 
 
 def as_json(report: Report) -> dict[str, Any]:

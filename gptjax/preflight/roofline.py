@@ -141,10 +141,10 @@ def _moved(program: Program, computation: dict[str, Instruction], one: Instructi
 def _read_by(fused: dict[str, Instruction], operands: list[Instruction]) -> int:
     total = 0
     for inner in fused.values():
-        place = inner.operands[0] if inner.opcode == "parameter" and inner.operands else ""
-        if not place.isdecimal() or int(place) >= len(operands):
+        number = inner.operands[0] if inner.opcode == "parameter" and inner.operands else ""
+        if not number.isdecimal() or int(number) >= len(operands):
             continue
-        operand = operands[int(place)]
+        operand = operands[int(number)]
         if not _in_hbm(operand):
             continue
         users = [user for user in fused.values() if inner.name in user.operands]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.models.build import LanguageModel
-from gptjax.runs.directory import checkpoint_steps, load_model
+from gptjax.runs.loading import checkpoint_steps, load_model
 
 
 def history(

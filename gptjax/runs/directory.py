@@ -1,4 +1,4 @@
-"""A run's directory: its files, its lock, and loading a run from it.
+"""A run's directory: its files, its lock, and its beginning.
 
 | file | content |
 |---|---|
@@ -16,14 +16,12 @@
 import contextlib
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
-from jaxtyping import Int
 
 from gptjax import distributed
 from gptjax.config import (
@@ -37,15 +35,14 @@ from gptjax.config import (
     sealed,
     to_dict,
 )
-from gptjax.data.objectives.rows import objective_vocabulary
 from gptjax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
-from gptjax.models.build import LanguageModel, abstract, split
+from gptjax.models.build import LanguageModel, split
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
+from gptjax.system.exits import Interrupted
 from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
-from gptjax.training.metrics import METRICS, read_jsonl
 from gptjax.training.step import State
 from gptjax.training.tensorboard import event_files
 
@@ -78,6 +75,23 @@ WRITTEN = (
 )
 """All that a run writes into its directory and `--overwrite` deletes, besides the event files in
 `train/` and `validation/`, whose other files stay."""
+
+
+@contextlib.contextmanager
+def or_temporary(directory: str | Path | None) -> Iterator[Path]:
+    """`directory`, or if it is None one that is deleted when the context ends.
+
+    Raises:
+      Interrupted: as the run in it does; its sentence says whether anything is kept.
+    """
+    if directory is not None:
+        yield Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            yield Path(temporary)
+        except Interrupted as error:
+            raise Interrupted(error.step, error.number, kept=False) from None
 
 
 @contextlib.contextmanager
@@ -190,6 +204,11 @@ def _open_first(
         new = begins(directory)
         if not new and not (directory / CONFIG).exists():
             raise InputError(f"{directory} holds files but no {CONFIG}: choose another --out.")
+        if overwrite and _is_imported(directory):
+            raise InputError(
+                f"{directory} holds an imported model, which --overwrite does not delete: choose "
+                "another --out."
+            )
         if not new and not overwrite:
             _check_same(directory, wanted)
             return _is_finished(directory)
@@ -206,16 +225,24 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
     """
     if not (directory / CONFIG).exists() or begins(directory):
         return None
-    saved = _read_config(directory)
+    saved = read_config(directory)
     was = saved["config"].get("data")
     same = isinstance(was, dict) and was.get("tokenizer") == data.tokenizer
     same = same and saved.get("data_sha256") == fingerprint
     return load_tokenizer(directory) if same else None
 
 
+def _is_imported(directory: Path) -> bool:
+    """Whether the directory holds an imported model, which no run could make again."""
+    try:
+        return "data" not in read_config(directory)["config"]
+    except (InputError, OSError):
+        return False  # Without its config no model can be loaded.
+
+
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
     """Refuse another config; only the mesh may change when a run is resumed."""
-    saved = _read_config(directory)
+    saved = read_config(directory)
     if "data" not in saved["config"]:
         raise InputError(
             f"{directory} holds an imported model, which cannot be resumed: choose another --out."
@@ -233,51 +260,6 @@ def _without_mesh(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "config": config}
 
 
-class DecodingInputs(NamedTuple):
-    """An encoded text, as arguments of `generate` and `beam_search`."""
-
-    prompt: Int[np.ndarray, " T"]
-    """Tokens to continue."""
-    source: Int[np.ndarray, " S"] | None
-    """Source tokens of an encoder-decoder."""
-    ends: tuple[int, ...]
-    """End tokens."""
-
-
-class Run(NamedTuple):
-    """A loaded run."""
-
-    config: ExperimentConfig
-    model: LanguageModel
-    tokenizer: Tokenizer
-    step: int
-    """The step of the model's checkpoint."""
-    tokens: DecodingTokens
-    """The begin and end tokens of decoding."""
-    metrics: list[dict[str, Any]]
-    """Scalars of the logged steps; empty for an imported model."""
-
-    def decoding_inputs(self, text: str) -> DecodingInputs:
-        """The text encoded as the prompt, or as the source of an encoder-decoder.
-
-        Raises:
-          InputError: an encoder-decoder that was imported without a begin or end token.
-        """
-        tokens = self.tokens
-        if self.config.model.family != "encoder_decoder":
-            return DecodingInputs(self.tokenizer.encode_prompt(text), None, tokens.ends)
-        start = tokens.begin if tokens.start is None else tokens.start
-        if start is None or not tokens.ends:
-            missing = "eos_token_id" if tokens.ends == () else "decoder_start_token_id"
-            raise InputError(
-                f"The model was converted from a config.json without {missing}, so that it cannot "
-                "translate: add it there, and convert it again."
-            )
-        (source,) = self.tokenizer.encode_documents([text])
-        prompt, source = np.array([start]), np.append(source, tokens.ends[0])
-        return DecodingInputs(prompt, source, tokens.ends)
-
-
 def load_config(directory: str | Path) -> ExperimentConfig:
     """The config of a run.
 
@@ -289,89 +271,20 @@ def load_config(directory: str | Path) -> ExperimentConfig:
         raise InputError(f"{directory} is no run: {near_directories(directory)}")
     if not (directory / CONFIG).exists():
         raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
-    return from_dict(ExperimentConfig, _read_config(directory)["config"], str(directory / CONFIG))
+    return from_dict(ExperimentConfig, read_config(directory)["config"], str(directory / CONFIG))
 
 
-def load_run(directory: str | Path, step: int | None = None) -> Run:
-    """The model, tokenizer and metrics of a run, from its best checkpoint or the one of `step`.
-
-    Raises:
-      InputError: no run, no checkpoint, or one that does not fit its config.
-    """
-    directory = Path(directory)
-    config, model, step = load_model(directory, step)
-    tokenizer = load_tokenizer(directory)
-    tokens = decoding_tokens(directory, config, tokenizer)
-    return Run(config, model, tokenizer, step, tokens, read_jsonl(directory / METRICS))
-
-
-def decoding_tokens(
-    directory: str | Path, config: ExperimentConfig, tokenizer: Tokenizer | None
-) -> DecodingTokens:
-    """The begin and end tokens of decoding in a run, as it was imported or trained.
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of a run's `config.json`.
 
     Raises:
-      InputError: a `config.json` that holds something else there.
+      InputError: a file that is not of a run, or damaged.
     """
-    path = Path(directory) / CONFIG
-    saved = _read_config(Path(directory)).get(TOKENS)
-    if saved is not None:
-        try:
-            fields = DecodingTokens(**saved).fields()
-        except TypeError as error:
-            raise InputError(f"{path}: {TOKENS} is {saved!r}, not of a gptjax run.") from error
-        tokens = DecodingTokens.of_fields([(str(path), fields)], config.model.vocab_size)
-        # A decoder's config may have a start token too, which transformers ignores.
-        return tokens if config.model.family == "encoder_decoder" else tokens._replace(start=None)
-    if tokenizer is None or config.model.family == "encoder":
-        return DecodingTokens(pad=tokenizer.special.get("pad") if tokenizer else None)
-    begin, pad = tokenizer.special.get("begin"), tokenizer.special.get("pad")
-    if config.model.family != "encoder_decoder" or config.data.objective == "causal":
-        ends = () if tokenizer.end_token is None else (tokenizer.end_token,)
-        return DecodingTokens(begin, ends, pad)
-    words = objective_vocabulary(config.data, config.model, tokenizer)
-    return DecodingTokens(begin, (words.needed("end"),), pad, words.needed("begin"))
-
-
-def load_model(
-    directory: str | Path, step: int | None = None
-) -> tuple[ExperimentConfig, LanguageModel, int]:
-    """The config, the model and the step of a run, which may lack a tokenizer.
-
-    Raises:
-      InputError: no run, no checkpoint, or one that does not fit its config.
-    """
-    directory, config = Path(directory), load_config(directory)
-    _check_checkpoints(directory)
-    graphdef, shapes = abstract(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-    )
-    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        step = checkpoints.best_step if step is None else step
-        params = checkpoints.restore_params(shapes, step)
-        step = checkpoints.last_step if step is None else step
-    assert step is not None
-    return config, nnx.merge(graphdef, params), step
-
-
-def checkpoint_steps(directory: str | Path) -> list[int]:
-    """The steps of a run's checkpoints, in order.
-
-    Raises:
-      InputError: no run, or no checkpoint.
-    """
-    directory = Path(directory)
-    load_config(directory)
-    _check_checkpoints(directory)
-    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        return checkpoints.steps
-
-
-def _check_checkpoints(directory: Path) -> None:
-    if not (directory / CHECKPOINTS).is_dir():
-        raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
+    path = directory / CONFIG
+    saved = read_sealed(path)
+    if not isinstance(saved.get("config"), dict):
+        raise InputError(f"{path} is not of a gptjax run: it has no field 'config'.")
+    return saved
 
 
 def save_model(
@@ -393,11 +306,3 @@ def save_model(
     if tokens is not None:
         saved[TOKENS] = tokens._asdict()
     write_json(directory / CONFIG, sealed(saved))
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG
-    saved = read_sealed(path)
-    if not isinstance(saved.get("config"), dict):
-        raise InputError(f"{path} is not of a gptjax run: it has no field 'config'.")
-    return saved

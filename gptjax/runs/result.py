@@ -13,7 +13,8 @@ from gptjax.costs.model import model_cost
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.pipeline import bits_per_byte
 from gptjax.runs.data import Data
-from gptjax.runs.directory import RESULT, SHOWING, Run, load_run
+from gptjax.runs.directory import RESULT, SHOWING
+from gptjax.runs.loading import Run, load_run
 from gptjax.system.disk import is_failure, write_json
 from gptjax.training.loop import Fit
 

@@ -4,8 +4,6 @@ For notebooks, and for batches that are generated rather than read; `experiments
 spells out the same wiring for text. A trial uses `fit`, and so behaves as a run does.
 """
 
-import contextlib
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +17,15 @@ from gptjax.config import ExperimentConfig, InputError, TransformerConfig, to_di
 from gptjax.models.build import LanguageModel, abstract
 from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.assembly import assemble
-from gptjax.runs.directory import CHECKPOINTS, CONFIG, begin, begins, hold, load_config
+from gptjax.runs.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    begin,
+    begins,
+    hold,
+    load_config,
+    or_temporary,
+)
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
 from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
@@ -68,11 +74,8 @@ def train(
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
-    with contextlib.ExitStack() as opened:
-        if directory is None:
-            directory = opened.enter_context(tempfile.TemporaryDirectory())
-        opened.enter_context(hold(Path(directory)))
-        return _train(config, batches, validation, Path(directory), writers, mup_base)
+    with or_temporary(directory) as own, hold(own):
+        return _train(config, batches, validation, own, writers, mup_base)
 
 
 def _train(

@@ -40,10 +40,12 @@ class Diverged(RuntimeError):
 class Interrupted(RuntimeError):
     """A signal stopped the run after its state was saved."""
 
-    def __init__(self, step: int, number: int):
+    def __init__(self, step: int, number: int, *, kept: bool = True):
         name = signal.Signals(number).name
-        super().__init__(f"Stopped by {name}; step {step} is saved, the same command resumes.")
-        self.exit_code = 128 + number
+        saved = f"; step {step} is saved, the same command resumes."
+        lost = f" at step {step}; without a directory nothing of the run is kept."
+        super().__init__(f"Stopped by {name}{saved if kept else lost}")
+        self.step, self.number, self.exit_code = step, number, 128 + number
 
 
 class Interrupts:

@@ -316,7 +316,8 @@ class Checkpoints:
         others = ", ".join(str(other) for other in self._steps if other != step)
         choice = f": delete that directory to use the checkpoints of step {others}"
         if not others:
-            choice = ", and there is no other: --overwrite restarts the run"
+            remedy = "--overwrite restarts the run" if step else "convert the model again"
+            choice = f", and there is no other: {remedy}"
         path = self.directory / str(step)
         return InputError(f"The checkpoint {path} is damaged ({what}){choice}.")
 

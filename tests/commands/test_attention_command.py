@@ -15,7 +15,8 @@ from gptjax.data.objectives.vocabulary import vocabulary
 from gptjax.data.report import labels
 from gptjax.data.tokenizers import ByteTokenizer, SubwordTokenizer, save_tokenizer, train_tokenizer
 from gptjax.models.build import build
-from gptjax.runs.directory import load_run, save_model
+from gptjax.runs.directory import save_model
+from gptjax.runs.loading import load_run
 
 SMALL = TransformerConfig(vocab_size=260, depth=2, width=16, heads=4, context_length=24)
 CONFIGS = {

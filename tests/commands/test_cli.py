@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from gptjax import beam_search, cli
+from gptjax.commands.flags import SYNONYMS
 from gptjax.config import (
     ExperimentConfig,
     OptimizerConfig,
@@ -27,7 +28,7 @@ from gptjax.config import (
 from gptjax.costs.model import model_cost
 from gptjax.data.tokenizers import train_tokenizer
 from gptjax.models.presets import preset
-from gptjax.runs.directory import DecodingInputs, Run, load_run
+from gptjax.runs.loading import DecodingInputs, Run, load_run
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
@@ -541,7 +542,7 @@ def test_a_flag_by_another_name_is_answered_with_ours(words, hint, gptjax):
 
 def test_every_synonym_is_of_a_flag_that_some_command_has(gptjax):
     helps = "".join(gptjax(name, "--help").out for name in ("train", "compare", "sample"))
-    for names in cli.SYNONYMS.values():
+    for names in SYNONYMS.values():
         for name in names:
             assert re.search(rf"[-.]{name}\b", helps)
 

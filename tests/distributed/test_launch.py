@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,10 +61,34 @@ sys.exit({LOST})
     assert capfd.readouterr().err == sentence
 
 
-def test_who_ended_because_another_did_is_not_blamed(run, capfd):
-    lines = f"sys.exit({LOST} if process == 0 else 1)"
-    assert run(lines) == 1
-    assert capfd.readouterr().err == "Process 1 ended with code 1.\n"
+class Ending:
+    """Stands for a process, by what each poll of it finds."""
+
+    def __init__(self, *polls: int | None):
+        self.polls = iter(polls)
+
+    def poll(self) -> int | None:
+        return next(self.polls)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "blamed", "code"),
+    [
+        ([LOST], [1], 1, 1),
+        ([LOST], [None, None, 1], 1, 1),
+        ([None, LOST], [1], 1, 1),
+        ([None, LOST], [None, None, LOST], 0, LOST),
+        ([LOST], [0], 0, LOST),
+    ],
+)
+def test_who_ended_because_another_did_is_not_blamed(
+    first, second, blamed, code, capsys, monkeypatch
+):
+    """In whichever order they are seen to end."""
+    monkeypatch.setattr(launching, "POLL_SECONDS", 0)
+    running: dict[int, Any] = {0: Ending(*first), 1: Ending(*second)}
+    assert launching._watch(running, LOST) == code
+    assert capsys.readouterr().err == f"Process {blamed} ended with code {code}.\n"
 
 
 def test_who_does_not_stop_is_killed(run, capfd, monkeypatch):

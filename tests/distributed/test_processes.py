@@ -19,7 +19,7 @@ from conftest import EXPERIMENTS, ROOT
 
 from gptjax.cli import run_experiment
 from gptjax.models.build import split
-from gptjax.runs.directory import load_run
+from gptjax.runs.loading import load_run
 from gptjax.runs.run import run
 from gptjax.training.metrics import read_jsonl
 

@@ -14,7 +14,8 @@ from gptjax.config import InputError, read_sealed, sealed
 from gptjax.data.tokenizers import save_tokenizer, train_tokenizer
 from gptjax.decoding.generate import Sampling
 from gptjax.huggingface import files
-from gptjax.runs.directory import CONFIG, load_run, save_model
+from gptjax.runs.directory import CONFIG, save_model
+from gptjax.runs.loading import load_run
 
 GOLDEN = ROOT / "tests" / "golden"
 ROWS = 17

@@ -28,7 +28,8 @@ from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.huggingface import gguf_keys
 from gptjax.huggingface.gguf_format import read_layout
 from gptjax.huggingface.gguf_keys import config_of_keys
-from gptjax.runs.directory import decoding_tokens, load_config
+from gptjax.runs.directory import load_config
+from gptjax.runs.loading import decoding_tokens
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is missing")
 

@@ -26,7 +26,8 @@ from gptjax.huggingface import config_from_huggingface, config_to_huggingface, c
 from gptjax.huggingface.families import TRANSLATIONS
 from gptjax.huggingface.tensors import Row
 from gptjax.models.presets import PRESETS, preset
-from gptjax.runs.directory import CONFIG, load_config, load_model, load_run
+from gptjax.runs.directory import CHECKPOINTS, CONFIG, load_config
+from gptjax.runs.loading import load_model, load_run
 
 GOLDEN = ROOT / "tests" / "golden"
 VOCABULARY = 17
@@ -581,12 +582,22 @@ def test_an_imported_model_claims_no_data_and_no_message_offers_to_delete_it(tmp
     run = tmp_path / "run"
     assert command("convert", GOLDEN / "gpt2", run)[0] == 0
     assert read_sealed(run / CONFIG)["config"].keys() == {"model"}
-    for flags in ([], ["--data.tokenizer", "characters"]):
-        code, _, sentence = command("train", "--out", run, *flags)
-        assert code == 2
-        assert sentence == (
-            f"{run} holds an imported model, which cannot be resumed: choose another --out.\n"
-        )
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = {
+        "which cannot be resumed": ([], ["--data.tokenizer", "characters"]),
+        "which --overwrite does not delete": (["--overwrite"],),
+    }
+    for reason, tries in refused.items():
+        for flags in tries:
+            code, _, sentence = command("train", "--out", run, *flags)
+            assert code == 2
+            assert sentence == f"{run} holds an imported model, {reason}: choose another --out.\n"
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    weights = max((run / CHECKPOINTS / "0" / "params").rglob("d/*"), key=os.path.getsize)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(InputError, match="there is no other: convert the model again"):
+        load_model(run)
 
 
 def test_a_converted_model_is_a_run_and_comes_back(tmp_path, capsys):

@@ -13,7 +13,8 @@ from gptjax import TransformerConfig, build, from_huggingface, generate, split, 
 from gptjax.commands import convert
 from gptjax.decoding.generate import Sampling
 from gptjax.layers.inputs import Inputs
-from gptjax.runs.directory import decoding_tokens, load_config, load_model
+from gptjax.runs.directory import load_config
+from gptjax.runs.loading import decoding_tokens, load_model
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity: PyTorch is missing")
 transformers = pytest.importorskip(

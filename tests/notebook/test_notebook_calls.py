@@ -1,15 +1,18 @@
 """One call from a text to a trained model, and one to its attention."""
 
 import dataclasses
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gptjax.config import ExperimentConfig, InputError
+from gptjax.notebook import training
 from gptjax.notebook.attention import attention_view
 from gptjax.notebook.training import train
 from gptjax.runs.defaults import defaults, with_fields
+from gptjax.system.exits import Interrupted
 
 TINY: dict[str, Any] = {
     "steps": 3,
@@ -48,6 +51,20 @@ def test_a_text_becomes_a_trained_model_and_its_attention(text, tmp_path, capsys
     np.testing.assert_allclose(part.weights.sum(axis=-1), 1, rtol=1e-5)
     assert view.title == "a cat"
     assert attention_view(trained, "a cat", heads=[1]).parts[0].weights.shape == (1, 1, 5, 5)
+
+
+def test_an_interrupted_run_says_whether_it_can_be_resumed(text, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise Interrupted(3, signal.SIGINT)
+
+    monkeypatch.setattr(training, "run", interrupted)
+    with pytest.raises(Interrupted, match="step 3 is saved, the same command resumes"):
+        train(text, out=tmp_path / "run", **TINY)
+    with pytest.raises(Interrupted) as stopped:
+        train(text, **TINY)
+    lost = "Stopped by SIGINT at step 3; without a directory nothing of the run is kept."
+    assert str(stopped.value) == lost
+    assert stopped.value.exit_code == 130
 
 
 def test_a_field_is_of_one_section_and_a_wrong_one_is_refused():

@@ -14,7 +14,7 @@ from gptjax import (
 from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.runs import trial
-from gptjax.runs.directory import load_model
+from gptjax.runs.loading import load_model
 
 
 def make(generator: np.random.Generator) -> Batch:

@@ -78,7 +78,8 @@ def _quickstart(out: Path, text: Path) -> None:
 def read_finished_run(directory: Path) -> Any:
     """The config, the curve, and the model and tokenizer of every checkpoint."""
     from gptjax.config import to_dict
-    from gptjax.runs.directory import checkpoint_steps, load_config, load_run
+    from gptjax.runs.directory import load_config
+    from gptjax.runs.loading import checkpoint_steps, load_run
     from gptjax.training.metrics import read_jsonl
 
     run = directory / "run"

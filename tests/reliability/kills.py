@@ -181,7 +181,7 @@ def checkpoint_hashes(out: Path) -> dict[str, str]:
     import jax
 
     from gptjax.models.build import split
-    from gptjax.runs.directory import checkpoint_steps, load_run
+    from gptjax.runs.loading import checkpoint_steps, load_run
 
     hashes = {}
     for step in checkpoint_steps(out):

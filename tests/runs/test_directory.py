@@ -32,15 +32,13 @@ from gptjax.runs.directory import (
     CONFIG,
     RESULT,
     WRITTEN,
-    checkpoint_steps,
     hold,
     load_config,
-    load_model,
-    load_run,
     open_run,
     saved_tokenizer,
     write_json,
 )
+from gptjax.runs.loading import checkpoint_steps, load_model, load_run
 from gptjax.system.disk import DiskError
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.tensorboard import event_files
@@ -218,14 +216,13 @@ def test_an_overwrite_that_was_killed_anywhere_is_begun_anew(tiny_run, tmp_path,
         (directory / "notes.txt").write_text("precious")
         if not killed_at(number, functools.partial(_open, directory, overwrite=True)):
             break
-        if number > 0:  # The first event is the directory's, before which nothing has begun.
-            data = CONFIGURED.data
-            assert (directory / BEGUN).exists() == (number > 1)
-            if number > 1:
-                assert saved_tokenizer(directory, data, "fingerprint") is None
-                assert _open(directory) is False
-                names = ["bytes.txt", "config.json", "notes.txt", "tokenizer_kind.json"]
-                assert sorted(_content(directory)) == names
+        begun = (directory / BEGUN).exists()
+        assert begun == (number > 2)  # The directory is made and its config read before.
+        if begun:
+            assert saved_tokenizer(directory, CONFIGURED.data, "fingerprint") is None
+            assert _open(directory) is False
+            names = ["bytes.txt", "config.json", "notes.txt", "tokenizer_kind.json"]
+            assert sorted(_content(directory)) == names
         shutil.rmtree(directory)
         number += 1
     assert number > 20

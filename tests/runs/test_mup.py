@@ -24,8 +24,9 @@ from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.decoding.generate import Decoding
 from gptjax.models.presets import PRESETS
-from gptjax.runs.directory import load_config, load_model
+from gptjax.runs.directory import load_config
 from gptjax.runs.ensembles import train_ensemble
+from gptjax.runs.loading import load_model
 from gptjax.runs.mup import factors, scaled
 from gptjax.runs.trial import train
 from gptjax.training.leaves import leaf_names

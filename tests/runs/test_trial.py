@@ -20,7 +20,8 @@ from gptjax.data.batch import Batch
 from gptjax.data.pipeline import made_batches
 from gptjax.models.build import LanguageModel
 from gptjax.runs import trial
-from gptjax.runs.directory import CHECKPOINTS, load_config, load_model
+from gptjax.runs.directory import CHECKPOINTS, load_config
+from gptjax.runs.loading import load_model
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.metrics import read_jsonl
 

@@ -74,15 +74,15 @@ def _curve(entry: Entry) -> plots.Points:
     runs = [run for run in runs if run.curve_steps == runs[0].curve_steps]
     if not runs:
         return plots.Points(NONE, np.empty((0, 1)))
-    places = np.array(runs[0].curve_steps) * runs[0].tokens / runs[0].steps
-    return plots.Points(places, np.array([run.curve_losses for run in runs], float).T)
+    tokens = np.array(runs[0].curve_steps) * runs[0].tokens / runs[0].steps
+    return plots.Points(tokens, np.array([run.curve_losses for run in runs], float).T)
 
 
 def curves(entries: Sequence[Entry]) -> list[Picture]:
     """Returns the loss curves, and their differences from the baseline's."""
     size = entries[0].size
     drawn = {entry.variant: _curve(entry) for entry in entries}
-    if not any(len(points.places) for points in drawn.values()):
+    if not any(len(points.x) for points in drawn.values()):
         return []
     draw = partial(plots.curves_by_variant, drawn, xlabel="training tokens", ylabel=LOSS)
     pictures = [
@@ -98,7 +98,7 @@ def curves(entries: Sequence[Entry]) -> list[Picture]:
     panels = {
         entry.variant: points
         for entry in entries[1:]
-        if len((points := _apart(entry, entries[0])).places)
+        if len((points := _apart(entry, entries[0])).x)
     }
     if panels:
         draw_panels = partial(
@@ -181,11 +181,9 @@ def scaling(answer: Answer, fitted: Mapping[str, Law]) -> Picture:
             row[: len(reached)] = reached
         measured[name] = plots.Points(sizes, losses)
         if name in fitted:
-            places = np.geomspace(sizes.min() / BEYOND, sizes.max() * BEYOND, 100)
+            x = np.geomspace(sizes.min() / BEYOND, sizes.max() * BEYOND, 100)
             law = fitted[name]
-            lines[name] = plots.FittedLine(
-                places, law.predict(places), *law.predict_interval(places)
-            )
+            lines[name] = plots.FittedLine(x, law.predict(x), *law.predict_interval(x))
     draw = partial(plots.scaling, measured, lines, xlabel="parameters", ylabel=LOSS)
     caption = "Each mark is a run, and both axes are logarithmic."
     if lines:

@@ -22,7 +22,7 @@ from gptjax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from gptjax.runs.directory import load_run
+from gptjax.runs.loading import load_run
 
 MODEL = TransformerConfig(context_length=16, depth=1, width=16, heads=2)
 
