@@ -25,6 +25,11 @@ ROWS = 16
 """Sequences per batch (B): two accumulation steps on each of eight devices."""
 ROUNDING = 1e-5
 """Tolerance for the order of float32 sums; a wrong program errs by far more."""
+COMPILED_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""XLA's options for programs that run once or twice: less is optimised, and the sums are as good.
+
+The training step alone is compiled as in a run.
+"""
 
 
 class Case:
@@ -63,7 +68,7 @@ class Case:
         def mean_loss(params: Any) -> jax.Array:
             return loss(params, self.batch, None).loss / weight
 
-        return jax.jit(jax.value_and_grad(mean_loss))(self.params)
+        return jax.jit(jax.value_and_grad(mean_loss), compiler_options=COMPILED_FAST)(self.params)
 
     @functools.cached_property
     def plain(self) -> Any:
