@@ -287,37 +287,6 @@ def test_gpu_changes_time_decoding_and_small_models():
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    flags = [
-        "--train.steps=40",
-        "--train.checkpoint-every=7",
-        "--train.eval-every=20",
-        "--model.dropout=0.1",
-    ]
-    output_of(quickstart(tmp_path / "whole", *flags))
-    generator = np.random.default_rng()
-    kill_at = int(generator.integers(8, 39))
-    process = quickstart(tmp_path / "killed", *flags)
-    deadline = time.monotonic() + 120
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    while not any(line["step"] >= kill_at for line in read_jsonl(metrics)):
-        assert process.poll() is None, f"finished before step {kill_at}"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    output_of(quickstart(tmp_path / "killed", *flags))
-
-    def trained(name: str) -> list[tuple]:
-        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
-        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
-
-    assert trained("killed") == trained("whole"), f"killed at step {kill_at}"
-    samples = [(tmp_path / name / "samples.txt").read_bytes() for name in ("killed", "whole")]
-    assert samples[0] == samples[1]
-
-
-@pytest.mark.slow
 def test_of_two_runs_into_one_directory_one_is_refused(tmp_path):
     flags = ["--train.steps=40", "--train.checkpoint-every=7"]
     runs = [quickstart(tmp_path / "run", *flags, "--overwrite") for _ in range(2)]

@@ -25,6 +25,11 @@ ROWS = 16
 """Sequences per batch (B): two accumulation steps on each of eight devices."""
 ROUNDING = 1e-5
 """Tolerance for the order of float32 sums; a wrong program errs by far more."""
+COMPILED_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""XLA's options for programs that run once or twice: less is optimised, and the sums are as good.
+
+The training step alone is compiled as in a run.
+"""
 
 
 class Case:
@@ -59,9 +64,11 @@ class Case:
     def gradients(self, **how: Any) -> Any:
         """Returns the mean loss and its gradient; `how` are arguments of `loss`."""
         loss, weight = self.loss(**how), self.batch.loss_weights.sum()
-        return jax.value_and_grad(lambda params: loss(params, self.batch, None).loss / weight)(
-            self.params
-        )
+
+        def mean_loss(params: Any) -> jax.Array:
+            return loss(params, self.batch, None).loss / weight
+
+        return jax.jit(jax.value_and_grad(mean_loss), compiler_options=COMPILED_FAST)(self.params)
 
     @functools.cached_property
     def plain(self) -> Any:
@@ -102,7 +109,13 @@ class Case:
 
     def logits(self, batch: Batch) -> np.ndarray:
         """Returns logits [B, T, V]."""
-        return np.asarray(self.model()(batch.tokens, **batch.inputs()))
+        return np.asarray(self._logits(self.params, batch.tokens, batch.inputs()))
+
+    @functools.cached_property
+    def _logits(self) -> Callable[..., jax.Array]:
+        """The compiled forward pass: parameters, tokens, other inputs → logits."""
+        graphdef = self.graphdef()
+        return jax.jit(lambda params, tokens, inputs: nnx.merge(graphdef, params)(tokens, **inputs))
 
 
 def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:
