@@ -40,10 +40,12 @@ class Case:
         self.config = config
         self.real = real
         draw = np.random.default_rng(0)
-        _, params = split(build(self.config, rngs=nnx.Rngs(0)))
+        drawn = jax.jit(
+            lambda: split(build(self.config, rngs=nnx.Rngs(0)))[1], compiler_options=COMPILED_FAST
+        )
         # Larger than an initialisation, so that biases, attention weights and soft caps matter.
         self.params = jax.tree.map(
-            lambda leaf: leaf + 0.2 * draw.standard_normal(leaf.shape, np.float32), params
+            lambda leaf: leaf + 0.2 * draw.standard_normal(leaf.shape, np.float32), drawn()
         )
         self.batch = _batch(self.config, draw)
 
