@@ -58,6 +58,7 @@ from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import State, lower_train_step, train_step
 
 TINY = {"depth": 1, "width": 16, "heads": 2, "context_length": 16, "vocab_size": 64}
+TINY |= {"attention_kernel": "xla"}
 OPTIMIZER = OptimizerConfig(learning_rate=6e-4, schedule="constant", warmup_steps=0)
 Swap = tuple[Any, str, Any]
 """A module, the name of an attribute, and its replacement."""
@@ -157,6 +158,7 @@ CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
     "together-qkv-bf16": ((*TOGETHER, FUSED_QKV, CAST_FIRST), {}, {}),
     "together-scanned": (TOGETHER, {"scan_layers": True}, {}),
     "together-biases": (TOGETHER, {"bias": True}, {}),
+    "dropout": ((), {"dropout": 0.1, "attention_kernel": "triton"}, {}),
     "dropout-xla": ((), {"dropout": 0.1, "attention_kernel": "xla"}, {}),
 }
 
@@ -224,7 +226,7 @@ def head(*cells: str) -> None:
 
 def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) -> None:
     """The table of training steps."""
-    base = {"vocab_size": 50304, "bias": False, "attention_kernel": "xla" if tiny else "cudnn"}
+    base = {"vocab_size": 50304, "bias": False, "attention_kernel": "cudnn"}
     optimizer, mesh = build_optimizer(OPTIMIZER, steps=1), build_mesh(MeshConfig(), 1)
     configs, programs = {}, {}
     with ThreadPoolExecutor(6) as pool:

@@ -35,8 +35,8 @@ def preflight_for(arguments: Sequence[str]) -> Callable[..., None]:
 
         Exit code 1 if it does not fit. By default: bfloat16, scanned layers, full remat
         and the loss in chunks of 1,024 tokens (--model.dtype, --model.scan-layers, --model.remat,
-        --train.loss-chunk); all else as in the preset, dropout too, which rules out attention
-        kernels: --model.dropout 0 allows them. Needs the extra `preflight`.
+        --train.loss-chunk); all else as in the preset, dropout too, which rules out a TPU's
+        attention kernel: --model.dropout 0 allows it. Needs the extra `preflight`.
 
         Args:
           name: A preset's name.

@@ -33,7 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from gptjax.config import InputError, TransformerConfig, near_names
-from gptjax.layers.dropout import dropout, split_key
+from gptjax.layers.dropout import Dropout, split_key
 from gptjax.parallel.sharding import constrain
 
 
@@ -148,13 +148,17 @@ class Hooks:
 
     def dropped(self, name: str, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """x after the dropout of hook point `name`."""
-        return dropout(x, self._rate, self._keys.get(self._prefix + name))
+        dropout = self.dropout(name, x.shape)
+        return x if dropout is None else dropout(x)
+
+    def dropout(self, name: str, shape: tuple[int, ...]) -> Dropout | None:
+        """The dropout of hook point `name`, an array of this shape; None if it has none."""
+        key = self._keys.get(self._prefix + name)
+        return None if key is None or self._rate == 0 else Dropout.drawn(key, shape, self._rate)
 
     def need(self, *names: str) -> bool:
-        """Whether any of these is captured, changed or has dropout, and must be materialised."""
+        """Whether any of these is captured or changed, and must be materialised."""
         needed = self._capture.keys() | self._interventions.keys()
-        if self._rate > 0:
-            needed |= {name for name, key in self._keys.items() if key is not None}
         return any(self._prefix + name in needed for name in names)
 
     def within(self, prefix: str) -> "Hooks":

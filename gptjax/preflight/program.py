@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.decoding.generate import compiled_read
-from gptjax.layers.attention.flash import resolve_kernel
+from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import abstract, build, parameter_axes, split
 from gptjax.parallel.sharding import BATCH, build_mesh
 from gptjax.training.losses import training_loss
@@ -93,8 +93,7 @@ def _with_kernel(model: TransformerConfig, mesh: Mesh) -> tuple[TransformerConfi
 
     Without cuDNN, which XLA needs to compile its kernel, XLA's own attention is used instead.
     """
-    platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
-    chosen, lines = resolve_kernel(model, platform, sequence=mesh.shape["sequence"])
+    chosen, lines = resolve_kernel(model, *target(mesh), sequence=mesh.shape["sequence"])
     lacking = importlib.util.find_spec("nvidia") is None and model.attention_kernel == "auto"
     if chosen.attention_kernel == "cudnn" and lacking:
         chosen = dataclasses.replace(chosen, attention_kernel="xla")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gptjax.config import ExperimentConfig, TransformerConfig
-from gptjax.layers.attention.flash import resolve_kernel
+from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import Params, abstract, build, parameter_axes, split
 from gptjax.parallel.keys import random_key
 from gptjax.runs.mup import Factors, factors, scaled
@@ -73,8 +73,7 @@ def assemble(
         config = dataclasses.replace(config, model=scaled(config.model, mup_base))
     model, lines = config.model, []
     if mesh is not None:
-        platform, sequence = mesh.devices.flat[0].platform, mesh.shape["sequence"]
-        model, lines = resolve_kernel(model, platform, sequence=sequence)
+        model, lines = resolve_kernel(model, *target(mesh), sequence=mesh.shape["sequence"])
     graphdef, _ = abstract(model)
     loss = training_loss(graphdef, config.train)
     return Assembly(config, graphdef, parameter_axes(config.model), loss, mup, lines)

@@ -178,7 +178,7 @@ REFUSED = [
     (DataConfig, {"validation_fraction": 1}, "between 0 and 1"),
     (OptimizerConfig, {"name": "adam"}, "one of adamw, nadamw"),
     (TransformerConfig, {"remat": "some"}, "one of none, full, dots, names, offload"),
-    (TransformerConfig, {"attention_kernel": "flash"}, "one of auto, xla, splash, cudnn"),
+    (TransformerConfig, {"attention_kernel": "flash"}, "one of auto, xla, splash, cudnn, triton"),
     (OptimizerConfig, {"mu_dtype": "bfloat16", "name": "radam"}, "float32 with radam"),
     (OptimizerConfig, {"mu_dtype": "float16"}, "one of float32, bfloat16"),
     (MeshConfig, {"data": -1}, "at least 0"),

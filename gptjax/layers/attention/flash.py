@@ -5,14 +5,14 @@
 | xla | any | `attend` |
 | splash | TPU | FlashAttention-2 (Dao 2023) in Pallas, skipping fully masked blocks |
 | cudnn | GPU | FlashAttention-2 in cuDNN, by `jax.nn.dot_product_attention` |
+| triton | GPU | FlashAttention-2 with dropout, our own (triton.py) |
 
-Kernels take masks as a rule (`MaskRule`), not as an array. `resolve_kernel` chooses one for the
-platform that a program is compiled for, and falls back to XLA. Four of GPT-2's layers, 8 x 1024
-tokens per device in bfloat16, compiled for v5e:4x4 with their backward pass, have a peak memory of
-1.42 GiB with splash and of 2.97 with XLA.
+Kernels take masks as a rule (`MaskRule`), not as an array. kernels.py chooses one for the devices.
+Four of GPT-2's layers, 8 x 1024 tokens per device in bfloat16, compiled for v5e:4x4 with their
+backward pass, have a peak memory of 1.42 GiB with splash and of 2.97 with XLA.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, assert_never
@@ -24,14 +24,13 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from gptjax.config import InputError, TransformerConfig
 from gptjax.config.values import AttentionKernel
 from gptjax.layers.attention.masks import MaskRule
+from gptjax.layers.dropout import Dropout
 from gptjax.parallel.sharding import auto_mesh, mesh_axes, spec
 
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
-"""The platform of each kernel, as in `jax.Device.platform`."""
-NAMES = {"splash": "the splash kernel", "cudnn": "cuDNN"}
+MOST_HEADS = 65_535
+"""CUDA's limit on the second axis of a grid, over which Triton's programs have a row's head."""
 LANES = 128
 """Splash takes lengths that are multiples of this, a TPU's vector width."""
 BLOCK = 512
@@ -50,95 +49,19 @@ two kernels have 174, and with the 16 of 8192 tokens 504 where two have 180.
 """
 
 
-def resolve_kernel(
-    config: TransformerConfig, platform: str, *, sequence: int = 1
-) -> tuple[TransformerConfig, list[str]]:
-    """The config with the kernel that its attention uses, and log lines that name it and say why.
-
-    Args:
-      config: its `attention_kernel` is the request; a model itself takes "auto" as "xla".
-      platform: of the devices that the program is compiled for: "tpu", "gpu" or "cpu".
-      sequence: size of the mesh axis `sequence`, over which the tokens of a row are sharded.
-
-    Raises:
-      InputError: the kernel requested by name does not run there, or does not support the config.
-    """
-    on_xla = dataclasses.replace(config, attention_kernel="xla")
-    requested = config.attention_kernel
-    native = next((kernel for kernel, where in PLATFORMS.items() if where == platform), "xla")
-    kernel = native if requested == "auto" else requested
-    if config.family == "recurrent":
-        return on_xla, ["Attention: none in an LSTM."]
-    if kernel == "xla":
-        return on_xla, ["Attention: XLA."]
-    why = why_unsupported(config, kernel, sequence)
-    if kernel != native:
-        why = f"{NAMES[kernel]} runs on a {PLATFORMS[kernel].upper()}, not on a {platform.upper()}"
-    if why and requested != "auto":
-        raise InputError(
-            f"TransformerConfig.attention_kernel is {requested!r}: it must be auto or xla here, "
-            f"since {why}."
-        )
-    if why:
-        return on_xla, [f"Attention: XLA, since {why}."]
-    lines = [f"Attention: {NAMES[kernel]} on {platform.upper()}."]
-    if "compressed" in config.attention_pattern:
-        lines.append("Compressed attention: XLA, since its keys are groups of tokens.")
-    if kernel == "splash" and config.family == "encoder_decoder":
-        lines.append(f"Attention in rows whose length is not a multiple of {LANES} tokens: XLA.")
-    return dataclasses.replace(config, attention_kernel=kernel), lines
-
-
-def why_unsupported(config: TransformerConfig, kernel: str, sequence: int = 1) -> str | None:
-    """Why `kernel` does not support the config, as a clause; None if it does."""
-    causal_window = config.window == 0 or config.family == "decoder"
-    reasons = [
-        (
-            config.position_embedding in ("alibi", "relative"),
-            f"{config.position_embedding} positions add a bias to the scores",
-        ),
-        (
-            config.attention_normalizer != "softmax",
-            f"kernels compute a softmax, not {config.attention_normalizer}",
-        ),
-        (
-            config.dropout > 0,
-            f"dropout {config.dropout:g} applies to attention weights, which kernels do not "
-            "materialise",
-        ),
-        (set(config.attention_pattern) == {"compressed"}, "its keys are groups of tokens"),
-    ]
-    if kernel == "splash":
-        multiple = LANES * sequence
-        aligned = config.context_length % multiple == 0
-        reasons += [
-            (
-                not aligned,
-                f"context_length {config.context_length} is not a multiple of {multiple}",
-            )
-        ]
-    else:
-        fits = config.actual_head_dim <= 128 and config.actual_head_dim % 8 == 0
-        reasons += [
-            (config.dtype != "bfloat16", f"cuDNN takes bfloat16, not {config.dtype}"),
-            (config.attention_softcap > 0, "cuDNN does not soft-cap scores"),
-            (not fits, f"cuDNN takes head dims 8, 16 ... 128, not {config.actual_head_dim}"),
-            (not causal_window, "cuDNN's windows attend to earlier keys only"),
-            (sequence > 1, "cuDNN does not shard a sequence over devices"),
-        ]
-    return next((why for holds, why in reasons if holds), None)
-
-
 def takes(
     kernel: AttentionKernel,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     rule: MaskRule,
+    dropout: Dropout | None = None,
 ) -> bool:
-    """Whether `kernel` supports the lengths of query and key, with this mask.
+    """Whether `kernel` supports the lengths of query and key, with this mask and dropout.
 
     `resolve_kernel` knows only the maximum length; prompts and batches of pairs may be shorter.
     """
+    if dropout is not None and kernel != "triton":
+        return False
     match kernel:
         case "splash":
             queries = query.shape[1] // _query_shards(query)
@@ -146,6 +69,8 @@ def takes(
         case "cudnn":  # Its backward pass takes no bias, as which masks reach it, of odd lengths.
             biased = rule.padding_mask is not None or rule.segment_ids is not None
             return not (biased and (query.shape[1] % 2 or key.shape[1] % 2))
+        case "triton":
+            return query.shape[0] * query.shape[2] <= MOST_HEADS
         case "auto" | "xla":
             return False
         case unknown:
@@ -160,10 +85,13 @@ def attend_by(
     rule: MaskRule,
     scale: float,
     cap: float,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend` by the kernel of that name; see `splash`."""
     if kernel == "splash":
         return splash(query, key, value, rule, scale, cap)
+    if kernel == "triton":
+        return triton(query, key, value, rule, scale, dropout)
     return cudnn(query, key, value, rule, scale)
 
 
@@ -325,6 +253,41 @@ def cudnn(
     return _on_each_device(mesh, attend_rows, (by_head, by_head, by_head, P(rows)), by_head)(
         query, key, value, rule
     )
+
+
+def triton(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    rule: MaskRule,
+    scale: float,
+    dropout: Dropout | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """`attend` on a GPU with dropout, by our own kernels (`attend_with_dropout`).
+
+    On a mesh rows and heads are sharded; what is dropped does not depend on the mesh.
+    """
+    # Importing Pallas takes 0.1 s, and only GPUs with dropout need it.
+    from gptjax.layers.attention.triton import attend_with_dropout
+
+    attend_rows = functools.partial(
+        attend_with_dropout,
+        scale=scale,
+        causal=rule.causal,
+        window=rule.window,
+        interpret=interpret,
+    )
+    args = query, key, value, _segments(rule, query.shape[1]), dropout
+    mesh = auto_mesh()
+    if mesh is None:
+        return attend_rows(*args)
+    rows, _, heads, _ = spec("BTNH", query.shape)
+    by_head = P(rows, None, heads)
+    words = None if dropout is None else P(None, rows, heads)
+    specs = by_head, by_head, by_head, P(rows), words
+    return _on_each_device(mesh, attend_rows, specs, by_head)(*args)
 
 
 def _query_shards(query: Float[Array, "B T N H"]) -> int:

@@ -135,8 +135,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T N H"]:
         """softmax(Q Kᵀ / √H) V, by the fastest implementation that fits.
 
-        If scores or weights are captured, changed or have dropout, they are computed step by step,
-        since no fast path materialises them. `kv_length` is the number of filled cache slots; None
+        If scores or weights are captured or changed, they are computed step by step, since no fast
+        path materialises them. `kv_length` is the number of filled cache slots; None
         without a cache.
         """
         config, mask = self.config, inputs.mask
@@ -150,12 +150,14 @@ class Attention(nnx.Module):
             weights = normalize(scores, mask.array)
             weights = hook.dropped("attention", self._observed("attention", weights, kv, hook))
             return checkpoint_name(weighted_values(weights, values), "attention")
+        batch, queries, heads, _ = query.shape
+        dropout = hook.dropout("attention", (batch, heads, queries, keys.shape[1]))
         rule = mask.rule if kv_length is None else None
-        if rule is not None and flash.takes(kernel, query, keys, rule):
-            return flash.attend_by(kernel, query, keys, values, rule, scale, softcap)
+        if rule is not None and flash.takes(kernel, query, keys, rule, dropout):
+            return flash.attend_by(kernel, query, keys, values, rule, scale, softcap, dropout)
         options = inputs.bias, scale, softcap, normalize
-        if kv_length is None or self.compressed or mask.array is None:
-            return attend(query, keys, values, mask.array, *options)
+        if kv_length is None or self.compressed or mask.array is None or dropout is not None:
+            return attend(query, keys, values, mask.array, *options, dropout)
         return attend_to_prefix(kv_length, query, kv, mask.array, *options)
 
     def _observed(

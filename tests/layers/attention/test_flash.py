@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn.fused_attention_stablehlo import check_is_flash_attention
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,9 +18,12 @@ from jax.sharding import PartitionSpec as P
 from gptjax import InputError, TransformerConfig, build, preset, split
 from gptjax.config import MeshConfig
 from gptjax.layers.attention import flash
-from gptjax.layers.attention.flash import cudnn, resolve_kernel, splash
+from gptjax.layers.attention.flash import cudnn, splash
+from gptjax.layers.attention.kernels import resolve_kernel
 from gptjax.layers.attention.masks import MaskRule, attention_mask
 from gptjax.layers.attention.reference import attention_weights, weighted_values
+from gptjax.layers.dropout import Dropout
+from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import build_mesh, spec
 
 SCALE = 0.3
@@ -232,7 +237,25 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
             "tpu",
             {"dropout": 0.1},
             "xla",
-            "since dropout 0.1 applies to attention weights, which kernels do not materialise.",
+            "dropout 0.1 applies to attention weights, which the splash kernel does not drop.",
+        ),
+        (
+            "gpu",
+            {"dtype": "bfloat16", "dropout": 0.1},
+            "triton",
+            "Attention: the Triton kernel on GPU.",
+        ),
+        (
+            "gpu",
+            {"dropout": 0.1},
+            "xla",
+            "XLA, since the Triton kernel takes bfloat16, not float32.",
+        ),
+        (
+            "gpu",
+            {"dtype": "bfloat16", "dropout": 0.1, "head_dim": 80},
+            "xla",
+            "since the Triton kernel takes head dims 16, 32, 64, 128, not 80.",
         ),
         (
             "tpu",
@@ -263,7 +286,7 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
     ],
 )
 def test_the_kernel_follows_from_the_platform_and_the_config(platform, changes, kernel, line):
-    config, lines = resolve_kernel(dataclasses.replace(GPT2, **changes), platform)
+    config, lines = resolve_kernel(dataclasses.replace(GPT2, **changes), platform, "9.0")
     assert config.attention_kernel == kernel
     assert len(lines) == 1
     assert line in lines[0]
@@ -274,10 +297,12 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
     _, lines = resolve_kernel(GPT2, "tpu", sequence=16)
     assert lines == ["Attention: XLA, since context_length 1024 is not a multiple of 2048."]
     half = dataclasses.replace(GPT2, dtype="bfloat16")
-    _, lines = resolve_kernel(half, "gpu", sequence=2)
+    _, lines = resolve_kernel(half, "gpu", "9.0", sequence=2)
     assert lines == ["Attention: XLA, since cuDNN does not shard a sequence over devices."]
     windowed = dataclasses.replace(half, family="encoder", attention="local", window=8)
-    assert "attend to earlier keys only" in resolve_kernel(windowed, "gpu")[1][0]
+    assert "attend to earlier keys only" in resolve_kernel(windowed, "gpu", "9.0")[1][0]
+    dropped = dataclasses.replace(windowed, dropout=0.1)
+    assert resolve_kernel(dropped, "gpu", "9.0")[0].attention_kernel == "triton"
     mixed = dataclasses.replace(GPT2, attention="full,compressed")
     config, lines = resolve_kernel(mixed, "tpu")
     assert config.attention_kernel == "splash"
@@ -303,20 +328,82 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
             "TransformerConfig.attention_kernel is 'splash': it must be auto or xla here, since "
             "relative positions add a bias to the scores.",
         ),
+        (
+            "gpu",
+            {"attention_kernel": "cudnn", "dtype": "bfloat16", "dropout": 0.1},
+            "TransformerConfig.attention_kernel is 'cudnn': it must be auto or xla here, since "
+            "dropout 0.1 applies to attention weights, which cuDNN does not drop.",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_be_is_refused(platform, changes, message):
     with pytest.raises(InputError) as refused:
-        resolve_kernel(dataclasses.replace(GPT2, **changes), platform)
+        resolve_kernel(dataclasses.replace(GPT2, **changes), platform, "9.0")
     assert str(refused.value) == message
 
 
-def test_cudnn_takes_no_odd_lengths_with_padding_or_documents():
-    odd, even = jnp.zeros((1, 5, 2, 8)), jnp.zeros((1, 4, 2, 8))
-    plain, padded = MaskRule(causal=True), MaskRule(True, padding_mask=jnp.ones((1, 5), bool))
-    packed = MaskRule(True, segment_ids=jnp.ones((1, 5), jnp.int32))
-    assert flash.takes("cudnn", odd, odd, plain)
-    assert flash.takes("cudnn", even, even, padded)
-    for rule in (padded, packed):
-        assert not flash.takes("cudnn", odd, odd, rule)
-        assert not flash.takes("cudnn", even, odd, rule)
+@pytest.mark.parametrize(
+    ("capability", "line"),
+    [
+        ("7.5", "cuDNN needs compute capability 8.0, and this GPU's is 7.5."),
+        ("gfx90a", "cuDNN needs compute capability 8.0, and this GPU's is gfx90a."),
+        ("", "cuDNN needs compute capability 8.0, and this GPU's is not known."),
+    ],
+)
+def test_gpus_without_flash_attention_take_xlas_and_say_so(capability, line):
+    half = dataclasses.replace(GPT2, dtype="bfloat16")
+    config, lines = resolve_kernel(half, "gpu", capability)
+    assert config.attention_kernel == "xla"
+    assert lines[0] == f"Attention: XLA, since {line}"
+    emulated = ["bfloat16: emulated, since this GPU's compute capability is 7.5."]
+    assert lines[1:] == (emulated if capability == "7.5" else [])
+    assert resolve_kernel(GPT2, "gpu", capability)[1][1:] == []  # In float32 nothing is emulated.
+    for enough in ("8.0", "8.9", "10.3"):
+        assert resolve_kernel(half, "gpu", enough)[1] == ["Attention: cuDNN on GPU."]
+
+
+def test_without_pallas_for_triton_dropout_takes_xla(monkeypatch):
+    """JAX 0.11 calls it deprecated."""
+    half = dataclasses.replace(GPT2, dtype="bfloat16", dropout=0.1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config, lines = resolve_kernel(half, "gpu", "9.0")
+    assert config.attention_kernel == "xla"
+    assert lines == ["Attention: XLA, since this JAX has no Pallas for Triton."]
+
+
+def shaped(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+MASKED = [
+    MaskRule(causal=True),
+    MaskRule(causal=True, window=3),
+    MaskRule(causal=False, padding_mask=jnp.ones((1, 1), bool)),
+    MaskRule(causal=True, segment_ids=jnp.ones((1, 1), jnp.int32)),
+]
+
+
+@pytest.mark.parametrize("rule", MASKED, ids=["causal", "window", "padding", "documents"])
+def test_cudnn_takes_no_length_that_jax_refuses(rule):
+    """JAX checks them before it calls cuDNN, in training more than in evaluation."""
+    biased = rule.padding_mask is not None or rule.segment_ids is not None
+    for length in range(1, 131):
+        for keys in {length, 130} if rule.segment_ids is None else {length}:
+            query, key = shaped(1, length, 1, 64), shaped(1, keys, 1, 64)
+            taken = flash.takes("cudnn", query, key, rule)
+            refused = False
+            try:
+                check_is_flash_attention(query, key, key, 0, 91_000, biased, is_training=True)
+            except NotImplementedError:
+                refused = True
+            assert taken != refused
+            assert flash.takes("triton", query, key, rule)  # It pads any length.
+
+
+def test_what_the_other_kernels_do_not_drop_is_xlas():
+    query, many = shaped(1, 128, 2, 64), shaped(2**15, 1, 2, 16)
+    rule, dropout = MaskRule(causal=True), Dropout.drawn(random_key(0), (1, 2, 128, 128), 0.1)
+    for kernel in ("splash", "cudnn", "triton"):
+        assert flash.takes(kernel, query, query, rule)
+        assert flash.takes(kernel, query, query, rule, dropout) == (kernel == "triton")
+    assert not flash.takes("triton", many, many, rule)
