@@ -154,6 +154,9 @@ class TrainConfig:
     """Weight of the router's squared log-partition function (ST-MoE's value)."""
     loss_chunk: int = 0
     """Tokens whose logits are in memory at a time; 0 takes all at once."""
+    steps_per_dispatch: int = 0
+    """Most steps that one program makes before the host looks; 0 takes 1 on a CPU, and elsewhere as
+    many as the host needs to keep up. It changes no result."""
     log_every: int = 10
     """Steps between logged lines."""
     eval_every: int = 250
@@ -170,7 +173,7 @@ class TrainConfig:
         )
         check_minimum(self, 1, "checkpoint_every")
         check_minimum(self, 0, "seed", "z_loss", "balance_loss", "router_z_loss", "loss_chunk")
-        check_minimum(self, 0, "keep_every")
+        check_minimum(self, 0, "keep_every", "steps_per_dispatch")
         saved = self.keep_every % self.checkpoint_every == 0
         check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
         check(self, "steps", self.steps < 1 << 31, "below 2**31")
@@ -194,6 +197,8 @@ class ExperimentConfig:
         check_types(self)
         shorter = self.optimizer.warmup(self.train.steps) < self.train.steps
         check(self.optimizer, "warmup_steps", shorter, f"below train.steps {self.train.steps}")
+        alone = not self.mesh.pmap or self.train.steps_per_dispatch <= 1
+        check(self.train, "steps_per_dispatch", alone, "0 or 1 with mesh.pmap")
 
 
 def with_vocabulary(config: ExperimentConfig, vocab_size: int) -> ExperimentConfig:

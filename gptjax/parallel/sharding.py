@@ -259,8 +259,9 @@ def _used(names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name in names if name in usable and sizes[name] > 1)
 
 
-def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of one of a batch's arrays, [B] or [B, T]."""
-    sequence = mesh.shape["sequence"]
-    tokens = "sequence" if len(shape) > 1 and shape[1] % sequence == 0 else None
-    return NamedSharding(mesh, P(BATCH, tokens) if len(shape) > 1 else P(BATCH))
+def batch_sharding(mesh: Mesh, shape: Sequence[int], *, stacked: bool = False) -> NamedSharding:
+    """The sharding of one of a batch's arrays, [B] or [B, T]; of a stack's, [k, B] or [k, B, T]."""
+    own = shape[int(stacked) :]
+    tokens = "sequence" if len(own) > 1 and own[1] % mesh.shape["sequence"] == 0 else None
+    axes = (BATCH, tokens) if len(own) > 1 else (BATCH,)
+    return NamedSharding(mesh, P(None, *axes) if stacked else P(*axes))

@@ -54,6 +54,8 @@ SHOWING = ".showing"
 """Exists while figures and samples are made: a run killed then makes them again."""
 DIRECTORY_READY = "the run's directory"
 """The name of the barrier at which the processes of a run wait for its directory."""
+FREE_TO_CHANGE = "config.mesh", "config.train.steps_per_dispatch"
+"""What changes no result, and so may change when a run is resumed."""
 WRITTEN = (
     LOCK,
     BEGUN,
@@ -241,23 +243,20 @@ def _is_imported(directory: Path) -> bool:
 
 
 def _check_same(directory: Path, wanted: dict[str, Any]) -> None:
-    """Refuse another config; only the mesh may change when a run is resumed."""
+    """Refuse another config; what changes no result may change when a run is resumed."""
     saved = read_config(directory)
     if "data" not in saved["config"]:
         raise InputError(
             f"{directory} holds an imported model, which cannot be resumed: choose another --out."
         )
-    changed = differences(_without_mesh(saved), _without_mesh(wanted))
+    changed = [
+        field for field in differences(saved, wanted) if not field.startswith(FREE_TO_CHANGE)
+    ]
     if changed:
         raise InputError(
             f"{directory} holds a run with another config ({', '.join(changed)}): choose another "
             "--out, or --overwrite to delete it."
         )
-
-
-def _without_mesh(saved: dict[str, Any]) -> dict[str, Any]:
-    config = {name: value for name, value in saved["config"].items() if name != "mesh"}
-    return {**saved, "config": config}
 
 
 def load_config(directory: str | Path) -> ExperimentConfig:

@@ -30,12 +30,15 @@ from gptjax.parallel.sharding import DATA, build_mesh
 from gptjax.runs.assembly import assemble
 from gptjax.runs.trial import Trial
 from gptjax.training.cross_entropy import LossSums
+from gptjax.training.dispatch import Pace, several, stack_size
 from gptjax.training.loop import Batches
 from gptjax.training.step import Metrics, State, compile_for_once, train_step
 
 MOST_PARAMETERS = 500_000
 """The size up to which a CPU trains one run per core; for larger models, all cores on one run are
 faster (experiments/README.md)."""
+LOGGED = "loss", "cross_entropy", "grad_norm"
+"""The metrics of a step that a run's lines have."""
 BYTES_PER_PARAMETER = 64
 """Accelerator memory allotted to a run: 16 for its state, the rest for a step's temporaries."""
 
@@ -80,7 +83,7 @@ def train_ensemble(
       validation: of each run, the same number of batches for all.
       at_once: runs trained in parallel, in rounds of that many; 0 takes `most_at_once`.
       mup_base: as in `trial.train`.
-      progress: called after each step with the number of runs that made one.
+      progress: called after each dispatch with the number of steps that the runs made together.
 
     Raises:
       InputError: configs that differ in more, not as many batches as configs, or a base that
@@ -94,9 +97,13 @@ def train_ensemble(
             "all validations the same number of batches."
         )
     common = _common(configs)
-    at_once = at_once or most_at_once(model_cost(common.model).parameters)
-    size = min(at_once, len(configs))
-    program = _program(common, mup_base, build_mesh(MeshConfig(), size))
+    parameters = model_cost(common.model).parameters
+    size = min(at_once or most_at_once(parameters), len(configs))
+    mesh = build_mesh(MeshConfig(), size)
+    tokens = common.train.batch_size * common.model.context_length
+    platform = mesh.devices.flat[0].platform
+    stack = stack_size(common.train, size // mesh.size * parameters, tokens, platform)
+    program = _program(common, mup_base, mesh, stack)
     trials = []
     for first in range(0, len(configs), size):
         chosen = [min(first + index, len(configs) - 1) for index in range(size)]
@@ -130,30 +137,38 @@ def _train_round(
     state = program.init(hyperparameters)
     lines: list[list[dict[str, Any]]] = [[] for _ in range(runs)]
     diverged = np.zeros(len(configs), int)
-    pending = None  # The step whose metrics are not fetched yet.
+    pending = None  # The last step of a group whose metrics are not fetched yet.
 
-    def check(step: int, metrics: Metrics) -> None:
-        # As in fit, at most two steps are in flight.
+    def check(step: int, count: int, metrics: Metrics) -> None:
+        # As in fit, at most two groups are in flight.
         finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
-        diverged[~finite & (diverged == 0)] = step
+        bad = ~finite.reshape(len(configs), -1)[:, :count]
+        first = step - count + 1 + bad.argmax(axis=1)
+        diverged[:] = np.where(bad.any(axis=1) & (diverged == 0), first, diverged)
 
-    for step in range(1, train.steps + 1):
-        rows = list(map(next, batches))
+    step, pace = 0, Pace(train, program.stack)
+    while step < train.steps:
+        count = pace.steps(step)
+        rows = [program.stacked([next(own) for _ in range(count)]) for own in batches]
         batch = Batch.stack(rows + rows[-1:] * spare)
-        state, metrics = program.step(hyperparameters, state, batch)
+        part = () if program.stack == 1 else (np.array([0, count], np.int32),)
+        state, metrics = program.step(hyperparameters, state, batch, *part)
+        step += count
         if pending is not None:
             check(*pending)
-        pending = step, metrics
-        columns = {name: getattr(metrics, name) for name in ("loss", "cross_entropy", "grad_norm")}
+        pending = step, count, metrics
         evaluates = step % train.eval_every == 0 or step == train.steps
-        if evaluates:
-            columns["validation_loss"] = _evaluated(program, state.params, validation)
         if evaluates or step % train.log_every == 0:
-            for name, values in jax.device_get(columns).items():
-                columns[name] = values.tolist()
+            logged = metrics.loss, metrics.cross_entropy, metrics.grad_norm
+            columns = {
+                name: values.reshape(len(configs), -1)[:, count - 1].tolist()
+                for name, values in zip(LOGGED, jax.device_get(logged), strict=True)
+            }
+            if evaluates:
+                columns["validation_loss"] = _evaluated(program, state.params, validation).tolist()
             for run, own in enumerate(lines):
                 own.append({"step": step} | {name: row[run] for name, row in columns.items()})
-        progress(runs)
+        progress(runs * count)
     if pending is not None:
         check(*pending)
     params = jax.device_get(state.params)
@@ -174,9 +189,18 @@ class _Program(NamedTuple):
     """The functions of an ensemble, compiled once per shape; arrays have a leading axis R."""
 
     init: Callable[[Hyperparameters], State]
-    step: Callable[[Hyperparameters, State, Batch], tuple[State, Metrics]]
+    step: Callable[..., tuple[State, Metrics]]
+    """(hyperparameters, state, batch), or (…, stacks of batches, part) as of `several`."""
     evaluate: Callable[[Params, Batch], LossSums]
     graphdef: nnx.GraphDef
+    stack: int
+    """The most steps of a dispatch."""
+
+    def stacked(self, batches: list[Batch]) -> Batch:
+        """What a run's next steps take: a batch, or a stack, filled up with its last one."""
+        if self.stack == 1:
+            return batches[0]
+        return Batch.stack(batches + batches[-1:] * (self.stack - len(batches)))
 
     def model(self, params: Params, run: int) -> LanguageModel:
         """The model of one run."""
@@ -184,7 +208,9 @@ class _Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh: Mesh) -> _Program:
+def _program(
+    config: ExperimentConfig, mup_base: TransformerConfig | None, mesh: Mesh, stack: int
+) -> _Program:
     """The program of all runs whose configs have `config` in common."""
     assembly = assemble(config, mup_base=mup_base)
     config, loss, train = assembly.config, assembly.loss, config.train
@@ -208,33 +234,38 @@ def _program(config: ExperimentConfig, mup_base: TransformerConfig | None, mesh:
         )
         return jax.device_put(state, NamedSharding(mesh, P(DATA)))
 
-    def step(hyperparameters: Hyperparameters, state: State, batch: Batch) -> tuple[State, Metrics]:
-        return train_step(
-            state,
-            batch,
+    def step(
+        hyperparameters: Hyperparameters, state: State, batch: Batch, *part: Any
+    ) -> tuple[State, Metrics]:
+        one = functools.partial(
+            train_step,
             loss=loss,
             optimizer=optimizer(hyperparameters),
             seed=hyperparameters.seed,
             grad_accumulation=train.grad_accumulation,
         )
+        return several(one)(state, batch, *part) if part else one(state, batch)
 
     def evaluate(params: Params, batch: Batch) -> LossSums:
         return loss(params, batch, None)
 
-    def each(function: Callable, **options: Any) -> Callable:
+    def each(function: Callable, own: int, shared: int = 0, **options: Any) -> Callable:
         def over_runs(*arguments: Any) -> Any:
-            if len(jax.tree.leaves(arguments)[0]) > 1:
-                return jax.vmap(function)(*arguments)
+            of_runs, common = arguments[:own], arguments[own:]
+            if len(jax.tree.leaves(of_runs)[0]) > 1:
+                return jax.vmap(lambda *of_run: function(*of_run, *common))(*of_runs)
             # A single run loses its axis, with which XLA would not use its fast matmuls.
-            only = function(*jax.tree.map(lambda leaf: leaf[0], arguments))
+            only = function(*jax.tree.map(lambda leaf: leaf[0], of_runs), *common)
             return jax.tree.map(lambda leaf: leaf[None], only)
 
+        specs = (P(DATA),) * own + (P(),) * shared
         mapped = jax.shard_map(
-            over_runs, mesh=mesh, in_specs=P(DATA), out_specs=P(DATA), check_vma=False
+            over_runs, mesh=mesh, in_specs=specs, out_specs=P(DATA), check_vma=False
         )
         return jax.jit(mapped, **options)
 
-    return _Program(init, each(step, donate_argnums=1), each(evaluate), assembly.graphdef)
+    steps = each(step, 3, int(stack > 1), donate_argnums=1)
+    return _Program(init, steps, each(evaluate, 2), assembly.graphdef, stack)
 
 
 def _common(configs: Sequence[ExperimentConfig]) -> ExperimentConfig:
@@ -265,7 +296,15 @@ def _evaluated(
 ) -> Float[np.ndarray, " R"]:
     """Mean cross-entropy over all of each run's batches, nats per token."""
     total, weight = np.zeros(len(validation)), np.zeros(len(validation))
-    for number in range(len(validation[0])):
-        sums = program.evaluate(params, Batch.stack([each[number] for each in validation]))
-        total, weight = total + np.asarray(sums.cross_entropy), weight + np.asarray(sums.weight)
+    pending = None  # As in training, fetched while the next batch runs.
+    for number in range(len(validation[0]) + 1):
+        sums = None
+        if number < len(validation[0]):
+            # Runs may share a validation, whose batches are made when they are indexed.
+            made = {id(each): each[number] for each in validation}
+            sums = program.evaluate(params, Batch.stack([made[id(each)] for each in validation]))
+        if pending is not None:
+            total = total + np.asarray(pending.cross_entropy)
+            weight = weight + np.asarray(pending.weight)
+        pending = sums
     return total / weight

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
 from gptjax.system.exits import Diverged, Interrupted, Interrupts
 from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.dispatch import Pace, stack_size
 from gptjax.training.leaves import leaf_names
 from gptjax.training.losses import LossFunction, Params
 from gptjax.training.metrics import DurableWriter, Writer
@@ -93,8 +95,8 @@ def fit(
 ) -> Fit:
     """Train to `config.steps`, from the last checkpoint or from initial parameters.
 
-    The metrics of a step are fetched while the next one runs, so the device never waits for the
-    host.
+    One program makes several steps where they are short (`gptjax.training.dispatch`). The metrics
+    of a group of steps are fetched while the next one runs, so the device never waits for the host.
 
     Args:
       config: the number of steps, and the intervals of logging, evaluation and checkpoints.
@@ -125,6 +127,13 @@ def fit(
         progress = Progress(**saved)
         feed.set_state(progress.data)
     seconds_before = progress.seconds
+    stack = stack_size(
+        config,
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        feed.tokens(),
+        mesh.devices.flat[0].platform,
+    )
+    feed.stack(stack, progress.step)
 
     compile_step = functools.partial(
         compile_train_step,
@@ -134,25 +143,27 @@ def fit(
         seed=config.seed,
         grad_accumulation=config.grad_accumulation,
         pmap=pmap,
+        stacked=stack > 1,
     )
     train_step = CompiledByShape(compile_step)
-    train_step.prepare(state, feed.peek())
+    train_step.prepare(state, feed.shapes())
     compile_seconds = time.perf_counter() - start
     eval_step = CompiledByShape(functools.partial(compile_eval_step, loss, mesh=mesh))
     evaluate = _evaluator(eval_step, validation, feed)
     logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
 
     with _caught_signals() as caught:
-        pending = None  # The step whose metrics are not fetched yet.
+        pace = Pace(config, stack)
+        pending = None  # The last step of a group whose metrics are not fetched yet.
         while progress.step < config.steps:
-            batch = next(feed)
-            state, metrics = train_step(state, batch)
-            progress.step += 1
+            group = feed.take(pace.steps(progress.step))
+            state, metrics = train_step(state, group.batches, *group.part)
+            progress.step += group.count
             if pending is not None:
                 logger.log(*pending, state)
-            pending = (progress.step, metrics)
-            progress.tokens += batch.tokens.size
-            logger.tokens += batch.tokens.size
+            pending = (progress.step, group.count, metrics)
+            progress.tokens += group.tokens
+            logger.tokens += group.tokens
 
             ends = progress.step == config.steps
             evaluates = ends or progress.step % config.eval_every == 0
@@ -228,19 +239,22 @@ class _Logger:
     def log(
         self,
         step: int,
+        count: int,
         metrics: Metrics,
         state: State,
         validation_loss: float | None = None,
         *,
         through: bool = False,
     ) -> None:
-        """Check a step's metrics, and write them if the step is a logged or an evaluated one.
+        """Check the metrics of the `count` steps up to `step`, and write those of `step`.
 
-        With `through`, all lines so far are on disk on return.
+        They are written if the step is a logged or an evaluated one. With `through`, all lines so
+        far are on disk on return.
         """
-        self.check(step, metrics, state)
+        self.check(step, count, metrics, state)
         logged = step % self._config.log_every == 0 or validation_loss is not None
-        scalars = self._scalars(step, metrics, validation_loss) if logged else None
+        last = _of_step(metrics, count - 1)
+        scalars = self._scalars(step, last, validation_loss) if logged else None
         for writer in self._writers:
             if through and isinstance(writer, DurableWriter):
                 writer.write_through(step, scalars)
@@ -267,10 +281,13 @@ class _Logger:
             scalars["validation_loss"] = validation_loss
         return scalars
 
-    def check(self, step: int, metrics: Metrics, state: State) -> None:
-        """Raise `Diverged` if the loss or the gradient is not finite."""
-        if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+    def check(self, step: int, count: int, metrics: Metrics, state: State) -> None:
+        """Raise `Diverged` if a loss or gradient of the steps up to `step` is not finite."""
+        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
+        bad = np.flatnonzero(~np.atleast_1d(finite)[:count])
+        if not bad.size:
             return
+        step, metrics = step - count + 1 + int(bad[0]), _of_step(metrics, int(bad[0]))
         last = self._checkpoints.last_step
         known = (
             "there is no checkpoint yet"
@@ -302,6 +319,11 @@ class _Logger:
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
+
+
+def _of_step(metrics: Metrics, index: int) -> Metrics:
+    """The metrics of one step of a group."""
+    return jax.tree.map(lambda values: np.atleast_1d(values)[index], metrics)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from gptjax.data.batch import Batch
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
+from gptjax.training.dispatch import several
 from gptjax.training.losses import LossFunction, Params
 
 
@@ -220,8 +221,11 @@ def lower_train_step(
     seed: int = 0,
     grad_accumulation: int = 1,
     pmap: bool = False,
+    stacked: bool = False,
 ) -> jax.stages.Lowered:
     """`train_step` for `state` and `batch` (arrays or their shapes); the state is donated.
+
+    With `stacked`, `batch` is a stack of batches and the program is `dispatch.several` of the step.
 
     With data parallelism alone, each device holds the whole state and its shard of the batch; with
     more mesh axes the compiler partitions the program, by the constraints of
@@ -230,13 +234,18 @@ def lower_train_step(
     step = functools.partial(
         train_step, loss=loss, optimizer=optimizer, seed=seed, grad_accumulation=grad_accumulation
     )
+    part = (jax.ShapeDtypeStruct((2,), jnp.int32),) if stacked else ()
     if partitioned(mesh):
+        step = several(step) if stacked else step
         outputs = jax.tree.map(lambda leaf: leaf.sharding, state), None
-        return _lower_partitioned(step, mesh, state, batch, out_shardings=outputs, donate_argnums=0)
+        return _lower_partitioned(
+            step, mesh, state, batch, *part, out_shardings=outputs, donate_argnums=0
+        )
     step = functools.partial(step, axis=_axis(mesh))
     if pmap:
         return _lower_pmap(step, mesh, state, batch)
-    return _lower_data_parallel(step, mesh, state, batch, donate_argnums=0)
+    step = several(step) if stacked else step
+    return _lower_data_parallel(step, mesh, state, batch, *part, donate_argnums=0)
 
 
 def compile_train_step(*arguments: Any, **options: Any) -> TrainStep:
@@ -271,9 +280,9 @@ class CompiledByShape:
             self._compiled[shapes] = self._compile(state, batch)
         return self._compiled[shapes]
 
-    def __call__(self, state: Any, batch: Batch) -> Any:
+    def __call__(self, state: Any, batch: Batch, *part: Any) -> Any:
         """Run the step, compiled if its shape is new."""
-        return self.prepare(state, batch)(state, batch)
+        return self.prepare(state, batch)(state, batch, *part)
 
 
 def _axis(mesh: Mesh) -> str | None:
@@ -282,12 +291,16 @@ def _axis(mesh: Mesh) -> str | None:
 
 
 def _lower_data_parallel(
-    step: Callable, mesh: Mesh, replicated: Any, batch: Batch, **options: Any
+    step: Callable, mesh: Mesh, replicated: Any, batch: Batch, *part: Any, **options: Any
 ) -> jax.stages.Lowered:
-    """`step(replicated, batch)` by shard_map, each device with its shard of `batch`."""
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False)
-    shardings = NamedSharding(mesh, P()), NamedSharding(mesh, P(DATA))
-    return jax.jit(mapped, in_shardings=shardings, **options).lower(replicated, batch)
+    """`step(replicated, batch)` by shard_map, each device with its shard of `batch`.
+
+    With `part`, `batch` is a stack.
+    """
+    specs = (P(), P(None, DATA), P()) if part else (P(), P(DATA))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(mapped, in_shardings=shardings, **options).lower(replicated, batch, *part)
 
 
 def _lower_pmap(step: Callable, mesh: Mesh, replicated: Any, batch: Batch) -> jax.stages.Lowered:
@@ -313,10 +326,19 @@ def _lower_pmap(step: Callable, mesh: Mesh, replicated: Any, batch: Batch) -> ja
 
 
 def _lower_partitioned(
-    step: Callable, mesh: Mesh, sharded: Any, batch: Batch, **options: Any
+    step: Callable, mesh: Mesh, sharded: Any, batch: Batch, *part: Any, **options: Any
 ) -> jax.stages.Lowered:
-    """`step(sharded, batch)` as one program that the compiler partitions."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, sharded)
-    batches = jax.tree.map(lambda array: batch_sharding(mesh, array.shape), batch)
+    """`step(sharded, batch)` as one program that the compiler partitions.
+
+    With `part`, `batch` is a stack.
+    """
+    batches = jax.tree.map(
+        lambda array: batch_sharding(mesh, array.shape, stacked=bool(part)), batch
+    )
+    shardings = (
+        jax.tree.map(lambda leaf: leaf.sharding, sharded),
+        batches,
+        *(NamedSharding(mesh, P()) for _ in part),
+    )
     with jax.set_mesh(mesh):
-        return jax.jit(step, in_shardings=(shardings, batches), **options).lower(sharded, batch)
+        return jax.jit(step, in_shardings=shardings, **options).lower(sharded, batch, *part)

@@ -37,9 +37,9 @@ PAIRS = {"objective": "sequence_to_sequence", "buckets": 2}
 class Counting(grain.DatasetIterator):
     """Batches of their own number, which count how many were made."""
 
-    def __init__(self):
+    def __init__(self, made: int = 0):
         super().__init__()
-        self.made = 0
+        self.made = made
 
     def __next__(self) -> Batch:
         self.made += 1
@@ -64,19 +64,40 @@ def test_the_place_is_that_of_the_next_batch_whatever_lies_ahead():
     feed = DevicePrefetch(batches, build_mesh(MeshConfig(), BATCH_SIZE))
     assert feed.get_state() == {"made": 0}
     for step in range(1, 5):
-        assert number(feed.peek()) == number(feed.peek()) == step
+        if step == 1:
+            assert feed.tokens() == BATCH_SIZE * 4
+            assert feed.shapes().tokens.shape == (BATCH_SIZE, 4)
         assert feed.get_state() == {"made": step - 1}
-        assert number(next(feed)) == step
+        assert number(feed.take(1).batches) == step
         assert batches.made == step + AHEAD
         assert feed.get_state() == {"made": step}
     feed.set_state({"made": 1})
-    assert number(next(feed)) == 2
+    assert number(feed.take(1).batches) == 2
+
+
+def test_a_stack_is_taken_in_parts_and_resumed_at_each_of_them():
+    """In stacks of 4 that end at steps 4, 8, 12, from step 2: batches 3 and 4, 5 … 8."""
+    mesh = build_mesh(MeshConfig(), 2)
+    feed = DevicePrefetch(Counting(made=2), mesh)
+    feed.stack(4, step=2)
+    parts = [(3, 0, 2, 4), (5, 0, 3, 7), (8, 3, 1, 8), (9, 0, 3, 11)]
+    for first, index, count, state in parts:
+        group = feed.take(3)
+        assert [value.tolist() for value in group.part] == [[index, count]]
+        assert group.tokens == count * BATCH_SIZE * 4
+        numbers = np.asarray(group.batches.tokens)[index : index + count, 0, 0]
+        assert numbers.tolist() == list(range(first, first + count))
+        assert feed.get_state() == {"made": state}
+    assert isinstance(group.batches.tokens, jax.Array)
+    assert group.batches.tokens.shape == (4, BATCH_SIZE, 4)
+    expected = NamedSharding(mesh, P(None, "data"))
+    assert group.batches.tokens.sharding.is_equivalent_to(expected, 3)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_each_device_has_its_rows_and_nothing_else(devices):
     mesh = build_mesh(MeshConfig(), devices)
-    batch = next(DevicePrefetch(Counting(), mesh))
+    batch = DevicePrefetch(Counting(), mesh).take(1).batches
     assert mesh.size == devices
     for array in (batch.tokens, batch.loss_weights):
         assert isinstance(array, jax.Array)
@@ -93,10 +114,10 @@ def test_each_device_has_its_rows_and_nothing_else(devices):
 def test_the_time_spent_in_waiting_is_counted():
     feed = DevicePrefetch(Counting(), build_mesh(MeshConfig(), BATCH_SIZE))
     assert feed.waited == 0
-    next(feed)
+    feed.take(1)
     first = feed.waited
     assert first >= 0.01 * (1 + AHEAD)
-    next(feed)
+    feed.take(1)
     assert feed.waited >= first + 0.01
 
 
@@ -145,14 +166,17 @@ def opened(texts: list[str], kind: dict, *, streaming: bool = False):
 def test_a_place_that_was_kept_while_others_were_made_is_still_that_place(texts, kind, streaming):
     _, _, batches = opened(texts, kind, streaming=streaming)
     feed = DevicePrefetch(batches(), build_mesh(MeshConfig(), RUN_BATCH))
+    feed.stack(3, step=0)  # Cut where the next pair has another length.
     places, expected = [], []
     for _ in range(12):
         places.append(feed.get_state())
-        expected.append(next(feed))
+        group = feed.take(1)
+        ((index, _),) = group.part
+        expected.append(group.batches.apply(lambda stack, index=index: stack[index]))
     for step in (0, 1, 5, 11):
         resumed = DevicePrefetch(batches(), build_mesh(MeshConfig(), RUN_BATCH))
         resumed.set_state(json.loads(json.dumps(places[step])))
-        for one, other in zip(next(resumed), expected[step], strict=True):
+        for one, other in zip(resumed.take(1).batches, expected[step], strict=True):
             assert (one is None) == (other is None)
             if one is not None:
                 np.testing.assert_array_equal(one, other)

@@ -1,0 +1,132 @@
+"""Several steps in one program, where a step is too short for the host to keep up with.
+
+Starting a program costs the host milliseconds: batches to send, metrics to fetch, every leaf of the
+state to pass. A step of a small model takes an accelerator less. So batches go to the devices in
+stacks, and a program makes as many steps of a stack as it is told: the same program whatever their
+number, so that the grouping of steps changes no bit of the result.
+
+| steps per dispatch | where |
+|---|---|
+| 1, the step alone, without a loop around it | on a CPU, and where a step is above `SHORT_FLOPS` |
+| as many as take `SECONDS`, by the time that a step is measured to take | else |
+
+A group ends at each step that is logged, evaluated or saved, and at the end of a stack.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from gptjax import distributed
+from gptjax.config import TrainConfig
+from gptjax.data.batch import Batch
+
+SECONDS = 0.05
+"""Time that a dispatch aims at: much more than the host takes for one, and little to wait for when
+a signal arrives."""
+SHORT_FLOPS = 5e12
+"""FLOPs above which a step is not grouped: `SECONDS` of a fast chip's bfloat16."""
+MOST = 50
+"""The most steps per dispatch that are chosen by time."""
+WARM_UP, MEASURED = 2, 3
+"""Dispatches of one step at the start: those that are not timed, and those that are."""
+
+
+class Group(NamedTuple):
+    """Batches for one dispatch: a part of a stack."""
+
+    batches: Batch
+    """[k, B, T], on the devices; [B, T] of stacks of one."""
+    part: tuple[Int[np.ndarray, "2"]] | tuple[()]
+    """The further argument of a program of `several`; none of stacks of one."""
+    count: int
+    """The number of steps."""
+
+    @property
+    def tokens(self) -> int:
+        """Token positions of its batches."""
+        return self.count * self.batches.tokens[0].size if self.part else self.batches.tokens.size
+
+
+def stack_size(config: TrainConfig, parameters: int, tokens: int, platform: str) -> int:
+    """How many batches are stacked: the most steps per dispatch.
+
+    Args:
+      config: `steps_per_dispatch`, if it is not 0, and the intervals that end a group.
+      parameters: of a model; together, of all that a program trains.
+      tokens: per step.
+      platform: of the devices.
+    """
+    wanted = config.steps_per_dispatch
+    if not wanted:
+        short = platform != "cpu" and 6 * parameters * tokens <= SHORT_FLOPS
+        wanted = MOST if short else 1
+    return min(wanted, *_intervals(config), config.steps)
+
+
+class Pace:
+    """The number of steps per dispatch, from the time that a step is measured to take.
+
+    Every process of a run takes the longest time that any of them measures.
+    """
+
+    def __init__(self, config: TrainConfig, most: int):
+        """Take the config and the size of a stack."""
+        self._config = config
+        self._most = most
+        self._measures = most > 1 and not config.steps_per_dispatch
+        self._steps = 1 if self._measures else most
+        self._times: list[float] = []
+
+    def steps(self, done: int) -> int:
+        """The steps of the next dispatch, after `done` steps; called once before each."""
+        if self._measures:
+            self._times.append(time.perf_counter())
+            if len(self._times) > WARM_UP + MEASURED:
+                self._measures = False
+                mean = (self._times[-1] - self._times[WARM_UP]) / MEASURED
+                slowest = max(distributed.meet("the time of a step", mean))
+                self._steps = max(1, min(self._most, round(SECONDS / slowest)))
+        left = [every - done % every for every in _intervals(self._config)]
+        return min(self._steps, *left, self._config.steps - done)
+
+
+def _intervals(config: TrainConfig) -> tuple[int, int, int]:
+    return config.log_every, config.eval_every, config.checkpoint_every
+
+
+def several(step: Callable[[Any, Batch], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """`step` for a part of a stack: (state, batches, part) → (state, metrics).
+
+    `batches` have a leading axis k, and so have the metrics, of which those of steps that are not
+    made are 0. `part` is the index of the first batch and the number of steps.
+    """
+
+    def steps(state: Any, batches: Batch, part: Int[Array, "2"]) -> tuple[Any, Any]:
+        def batch_at(index: Int[Array, ""]) -> Batch:
+            return jax.tree.map(lambda array: array[index], batches)
+
+        first, count = part
+        # In one row per step: one kernel writes it, whatever the number of leaves.
+        shapes = jax.eval_shape(lambda: step(state, batch_at(first))[1])
+        blank, unravel = jax.flatten_util.ravel_pytree(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        )
+
+        def one(index: Int[Array, ""], carried: tuple[Any, Any]) -> tuple[Any, Any]:
+            state, rows = carried
+            state, metrics = step(state, batch_at(first + index))
+            return state, rows.at[index].set(jax.flatten_util.ravel_pytree(metrics)[0])
+
+        rows = jnp.zeros((len(batches.tokens), blank.size), blank.dtype)
+        # A loop whose length is an argument: one program for groups of any size.
+        state, rows = jax.lax.fori_loop(0, count, one, (state, rows))
+        return state, jax.vmap(unravel)(rows)
+
+    return steps
