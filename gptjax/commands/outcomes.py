@@ -47,7 +47,7 @@ def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
         sentence = run.tokenizer.encode_prompt(line)
     sentence = sentence[: run.config.model.context_length]
     if run.config.model.family == "decoder":
-        weights = np.asarray(probe.attention(run.model, sentence[None])[:, 0])
+        weights = np.asarray(probe.attention(run.model, sentence[None]))[:, 0]
         figure = attention_of_words(weights, sentence, run.tokenizer, corpus.vocabulary, line)
         plots.save(figure, out / "attention.png")
 

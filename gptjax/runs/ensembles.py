@@ -29,6 +29,7 @@ from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import DATA, build_mesh
 from gptjax.runs.assembly import assemble
 from gptjax.runs.trial import Trial
+from gptjax.system.programs import keep_programs
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.dispatch import Pace, several, stack_size
 from gptjax.training.loop import Batches
@@ -100,6 +101,7 @@ def train_ensemble(
     parameters = model_cost(common.model).parameters
     size = min(at_once or most_at_once(parameters), len(configs))
     mesh = build_mesh(MeshConfig(), size)
+    keep_programs()
     tokens = common.train.batch_size * common.model.context_length
     platform = mesh.devices.flat[0].platform
     stack = stack_size(common.train, size // mesh.size * parameters, tokens, platform)

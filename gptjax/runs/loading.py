@@ -14,6 +14,7 @@ from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, abstract
 from gptjax.runs.directory import CONFIG, TOKENS, load_config, read_config
+from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.metrics import METRICS, read_jsonl
@@ -117,6 +118,7 @@ def load_model(
     _check_checkpoints(directory)
     graphdef, shapes = abstract(config.model)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    keep_programs()
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
     )

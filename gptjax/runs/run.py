@@ -4,10 +4,13 @@ Three steps: the data; the model, its optimizer and the devices; `fit`. experime
 spells out the same for one kind of text; for runs in notebooks see `trial`.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import distributed
@@ -20,12 +23,16 @@ from gptjax.runs.data import open_data
 from gptjax.runs.directory import hold, open_run
 from gptjax.runs.result import Show, finish
 from gptjax.system.memory import check_training_fits
+from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.loop import fit
 from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops
 from gptjax.training.optimizers import learning_rate_schedule
 from gptjax.training.step import state_shapes
+
+RATES = 1024
+"""Steps whose learning rates are computed at once."""
 
 
 def run(
@@ -97,6 +104,7 @@ def devices(config: ExperimentConfig) -> tuple[Mesh, list[str]]:
     configure_cpu(cost.parameters)
     rows = config.train.batch_size // config.train.grad_accumulation
     mesh = build_mesh(config.mesh, rows)
+    keep_programs()
     check_training_fits(config, sum(cost.state_bytes.values()), mesh.devices.flatten().tolist())
     platform, stages = mesh.devices.flat[0].platform, mesh.shape["pipeline"]
     lines = [f"Mesh: {mesh_name(mesh.shape)}, {mesh.size} x {platform}."] if mesh.size > 1 else []
@@ -114,7 +122,14 @@ def rate_and_mfu(config: ExperimentConfig) -> Callable[[int, float], dict[str, f
     schedule = learning_rate_schedule(
         config.optimizer, config.optimizer.learning_rate, config.train.steps
     )
+    rates = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step))))
+
+    @functools.lru_cache(maxsize=1)
+    def block(number: int) -> np.ndarray:
+        # Of many steps at once: a program for one would wait until the steps under way are made.
+        return np.asarray(rates(number * RATES + np.arange(RATES, dtype=np.int32)))
+
     return lambda step, tokens_per_second: {
-        "learning_rate": float(jnp.asarray(schedule(step))),
+        "learning_rate": float(block(step // RATES)[step % RATES]),
         "mfu": tokens_per_second * flops / peak.flops,
     }

@@ -26,6 +26,7 @@ from gptjax.runs.directory import (
     load_config,
     or_temporary,
 )
+from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
 from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
@@ -87,6 +88,7 @@ def _train(
     mup_base: TransformerConfig | None,
 ) -> Trial:
     mesh = build_mesh(config.mesh, config.train.batch_size // config.train.grad_accumulation)
+    keep_programs()
     assembly = assemble(config, mesh, mup_base=mup_base)
     config = assembly.config
     if begins(directory):

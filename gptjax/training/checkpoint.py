@@ -183,8 +183,8 @@ class Checkpoints:
         self._delete_superseded()
         optimizer = by_name(state.optimizer)
         items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(optimizer),
+            "params": ocp.args.StandardSave(_once(state.params)),
+            "optimizer": ocp.args.StandardSave(_once(optimizer)),
             "progress": ocp.args.JsonSave(progress),
         }
         if validation_loss is not None:
@@ -341,6 +341,21 @@ class Checkpoints:
                     path = path.rename(path.with_name(f"{path.name}.{time.time_ns()}{DELETED}"))
             if path.name.endswith(DELETED):
                 self._deleting.submit(shutil.rmtree, path, ignore_errors=True)
+
+
+def _once(arrays: Any) -> Any:
+    """Arrays that every device has, as they are on one; of one process.
+
+    Of replicas Orbax saves a slice each, for which it compiles a program per shape.
+    """
+    if jax.process_count() > 1:
+        return arrays
+
+    def of_one(array: Any) -> Any:
+        replicated = isinstance(array, jax.Array) and array.is_fully_replicated
+        return array.addressable_data(0) if replicated else array
+
+    return jax.tree.map(of_one, arrays)
 
 
 class _ArraysHandler(ocp.StandardCheckpointHandler):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 
 from gptjax.config import (
@@ -85,7 +86,7 @@ def _cpu_seconds() -> tuple[float, float]:
 
 def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of the fastest of a few float32 matmuls of size × size matrices."""
-    matrix = jnp.ones((size, size), jnp.float32)
+    matrix = jax.device_put(np.ones((size, size), np.float32))
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     seconds = []
     for _ in range(repeats + 1):
