@@ -47,9 +47,9 @@ BYTES_PER_PARAMETER = 64
 class Hyperparameters(NamedTuple):
     """What may differ between the R runs of a program."""
 
-    seed: UInt32[Array, " R"]
+    seed: UInt32[Array | np.ndarray, " R"]
     """`train.seed`."""
-    learning_rate: Float[Array, " R"]
+    learning_rate: Float[Array | np.ndarray, " R"]
     """`optimizer.learning_rate`."""
 
 
@@ -133,8 +133,8 @@ def _train_round(
     start = time.perf_counter()
     runs, spare = len(batches), len(configs) - len(batches)
     hyperparameters = Hyperparameters(
-        jnp.array([config.train.seed for config in configs], jnp.uint32),
-        jnp.array([config.optimizer.learning_rate for config in configs], jnp.float32),
+        np.array([config.train.seed for config in configs], np.uint32),
+        np.array([config.optimizer.learning_rate for config in configs], np.float32),
     )
     state = program.init(hyperparameters)
     lines: list[list[dict[str, Any]]] = [[] for _ in range(runs)]
@@ -221,19 +221,20 @@ def _program(
         return assembly.optimizer(hyperparameters.learning_rate)
 
     @functools.cache
-    def init_params() -> Callable[[jax.Array], Params]:
-        """The compiled function key → initial parameters of one run."""
-        lowered = jax.jit(assembly.init).lower(random_key(0))
+    def init_one() -> Callable[[Hyperparameters], State]:
+        """The compiled function hyperparameters → the state of one run before its first step."""
+
+        def first(own: Hyperparameters) -> State:
+            params = assembly.init(random_key(own.seed))
+            return State(jnp.zeros((), jnp.int32), params, optimizer(own).init(params))
+
+        lowered = jax.jit(first).lower(Hyperparameters(np.uint32(0), np.float32(0)))  # type: ignore
         return compile_for_once(lowered, mesh.devices.flat[0].platform)
 
     def init(hyperparameters: Hyperparameters) -> State:
-        keys = [random_key(int(seed)) for seed in hyperparameters.seed]
-        initial = [jax.device_get(init_params()(key)) for key in keys]
-        params = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
-        init_optimizer = jax.vmap(lambda own, params: optimizer(own).init(params))
-        state = State(
-            jnp.zeros(len(initial), jnp.int32), params, init_optimizer(hyperparameters, params)
-        )
+        each_run = zip(*hyperparameters, strict=True)
+        initial = [jax.device_get(init_one()(Hyperparameters(*own))) for own in each_run]
+        state = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
         return jax.device_put(state, NamedSharding(mesh, P(DATA)))
 
     def step(

@@ -219,6 +219,7 @@ REFUSED = [
     (TrainConfig, {"z_loss": -1e-4}, "at least 0"),
     (TrainConfig, {"z_loss": math.inf}, "finite"),
     (TrainConfig, {"loss_chunk": -1}, "at least 0"),
+    (TrainConfig, {"steps_per_dispatch": -1}, "at least 0"),
     (TrainConfig, {"log_every": 0}, "at least 1"),
     (TrainConfig, {"eval_every": 0}, "at least 1"),
     (TrainConfig, {"checkpoint_every": 0}, "at least 1"),

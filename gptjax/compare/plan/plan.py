@@ -23,6 +23,7 @@ from gptjax.config import (
 from gptjax.costs.model import model_cost
 from gptjax.parallel.sharding import configure_cpu
 from gptjax.system.memory import check_batch_fits, check_fits
+from gptjax.system.programs import keep_programs
 
 SEARCH_SEED = 1 << 16
 """First seed of the learning-rate search; those of the compared runs count from 0."""
@@ -153,6 +154,7 @@ def make_plan(comparison: Comparison, out: Path) -> Plan:
     check_fits("The training state of the largest variant", max(states))
     # JAX is initialised from here on, not before.
     configure_cpu(max(model_cost(each.model).parameters for each in planned))
+    keep_programs()
     plan = Plan(comparison, data, tuple(sizes), planned, Timings(out / TIMINGS))
     if measure == "seconds":
         plan = plan._replace(planned=_matched_seconds(plan))
