@@ -47,9 +47,9 @@ BYTES_PER_PARAMETER = 64
 class Hyperparameters(NamedTuple):
     """What may differ between the R runs of a program."""
 
-    seed: UInt32[Array | np.ndarray, " R"]
+    seed: UInt32[Array, " R"]
     """`train.seed`."""
-    learning_rate: Float[Array | np.ndarray, " R"]
+    learning_rate: Float[Array, " R"]
     """`optimizer.learning_rate`."""
 
 
@@ -133,8 +133,8 @@ def _train_round(
     start = time.perf_counter()
     runs, spare = len(batches), len(configs) - len(batches)
     hyperparameters = Hyperparameters(
-        np.array([config.train.seed for config in configs], np.uint32),
-        np.array([config.optimizer.learning_rate for config in configs], np.float32),
+        jnp.asarray(np.array([config.train.seed for config in configs], np.uint32)),
+        jnp.asarray(np.array([c.optimizer.learning_rate for c in configs], np.float32)),
     )
     state = program.init(hyperparameters)
     lines: list[list[dict[str, Any]]] = [[] for _ in range(runs)]
@@ -228,11 +228,12 @@ def _program(
             params = assembly.init(random_key(own.seed))
             return State(jnp.zeros((), jnp.int32), params, optimizer(own).init(params))
 
-        lowered = jax.jit(first).lower(Hyperparameters(np.uint32(0), np.float32(0)))  # type: ignore
+        scalars = (jnp.asarray(zero) for zero in (np.uint32(0), np.float32(0)))
+        lowered = jax.jit(first).lower(Hyperparameters(*scalars))
         return compile_for_once(lowered, mesh.devices.flat[0].platform)
 
     def init(hyperparameters: Hyperparameters) -> State:
-        each_run = zip(*hyperparameters, strict=True)
+        each_run = zip(*map(np.asarray, hyperparameters), strict=True)
         initial = [jax.device_get(init_one()(Hyperparameters(*own))) for own in each_run]
         state = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
         return jax.device_put(state, NamedSharding(mesh, P(DATA)))

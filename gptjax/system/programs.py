@@ -21,6 +21,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -43,10 +44,11 @@ def keep_programs() -> None:
     """
     import jax  # Here, since commands that do not start JAX must not wait for it.
 
-    directory, own = jax.config.jax_compilation_cache_dir, False
+    settings: Any = jax.config  # Its attributes are made as JAX is imported.
+    directory, own = settings.jax_compilation_cache_dir, False
     if directory is None and DIRECTORY not in os.environ:
         own, directory = True, default_directory(jax.default_backend(), _cpuinfo())
-    if not directory or "://" in str(directory) or not jax.config.jax_enable_compilation_cache:
+    if not directory or "://" in str(directory) or not settings.jax_enable_compilation_cache:
         return
     try:
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,13 +61,13 @@ def keep_programs() -> None:
             f"Compiled programs are not kept: {directory} cannot be written ({error.strerror}).",
             file=sys.stderr,
         )
-        jax.config.update("jax_enable_compilation_cache", False)
+        settings.update("jax_enable_compilation_cache", False)
         return
     if own:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
+        settings.update("jax_compilation_cache_dir", str(directory))
+        settings.update("jax_compilation_cache_max_size", MOST_BYTES)
         if LEAST not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+            settings.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 
 def default_directory(backend: str, cpuinfo: str) -> Path | None:
@@ -75,7 +77,10 @@ def default_directory(backend: str, cpuinfo: str) -> Path | None:
     gds: XLA takes the preference for a feature that the CPU lacks, and refuses what it compiled
     itself with an error for every program (github.com/jax-ml/jax/issues/38445).
     """
-    directory = _user_caches() / "gptjax" / "jax"
+    try:
+        directory = _user_caches() / "gptjax" / "jax"
+    except RuntimeError:  # The user has no home.
+        return None
     if backend != "cpu":
         return directory
     fields = dict(re.findall(r"^([^:\n]*?)\s*:(.*)$", cpuinfo, flags=re.MULTILINE))

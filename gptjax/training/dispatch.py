@@ -45,13 +45,13 @@ class Group(NamedTuple):
     """[k, B, T], on the devices; [B, T] of stacks of one."""
     part: tuple[Int[np.ndarray, "2"]] | tuple[()]
     """The further argument of a program of `several`; none of stacks of one."""
-    count: int
-    """The number of steps."""
+    steps: int
+    """How many there are, each for a step."""
 
     @property
     def tokens(self) -> int:
         """Token positions of its batches."""
-        return self.count * self.batches.tokens[0].size if self.part else self.batches.tokens.size
+        return self.steps * self.batches.tokens[0].size if self.part else self.batches.tokens.size
 
 
 def stack_size(config: TrainConfig, parameters: int, tokens: int, platform: str) -> int:
@@ -59,8 +59,8 @@ def stack_size(config: TrainConfig, parameters: int, tokens: int, platform: str)
 
     Args:
       config: `steps_per_dispatch`, if it is not 0, and the intervals that end a group.
-      parameters: of a model; together, of all that a program trains.
-      tokens: per step.
+      parameters: of the model, or of all models that a device trains.
+      tokens: per step and device.
       platform: of the devices.
     """
     wanted = config.steps_per_dispatch

@@ -127,12 +127,9 @@ def fit(
         progress = Progress(**saved)
         feed.set_state(progress.data)
     seconds_before = progress.seconds
-    stack = stack_size(
-        config,
-        sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        feed.tokens(),
-        mesh.devices.flat[0].platform,
-    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    tokens, platform = feed.tokens() // mesh.size, mesh.devices.flat[0].platform
+    stack = 1 if pmap else stack_size(config, parameters, tokens, platform)
     feed.stack(stack, progress.step)
 
     compile_step = functools.partial(
@@ -158,10 +155,10 @@ def fit(
         while progress.step < config.steps:
             group = feed.take(pace.steps(progress.step))
             state, metrics = train_step(state, group.batches, *group.part)
-            progress.step += group.count
+            progress.step += group.steps
             if pending is not None:
                 logger.log(*pending, state)
-            pending = (progress.step, group.count, metrics)
+            pending = (progress.step, group.steps, metrics)
             progress.tokens += group.tokens
             logger.tokens += group.tokens
 

@@ -284,6 +284,14 @@ def test_a_warmup_as_long_as_the_run_is_refused_before_anything_is_written():
     ExperimentConfig(optimizer=OptimizerConfig(warmup_steps=19), train=TrainConfig(steps=20))
 
 
+def test_pmap_makes_one_step_per_dispatch():
+    with pytest.raises(
+        InputError, match=r"steps_per_dispatch is 2: it must be 0 or 1 with mesh\.pmap"
+    ):
+        ExperimentConfig(mesh=MeshConfig(pmap=True), train=TrainConfig(steps_per_dispatch=2))
+    ExperimentConfig(mesh=MeshConfig(pmap=True), train=TrainConfig(steps_per_dispatch=1))
+
+
 def test_a_warmup_that_is_not_given_follows_the_length_of_the_run():
     short = ExperimentConfig(train=TrainConfig(steps=20))
     assert short.optimizer.warmup(20) == 4

@@ -35,20 +35,26 @@ def changed(seed: int, learning_rate: float = 3e-3) -> ExperimentConfig:
     )
 
 
+def with_steps_per_dispatch(config: ExperimentConfig, steps: int) -> ExperimentConfig:
+    train = dataclasses.replace(config.train, steps_per_dispatch=steps)
+    return dataclasses.replace(config, train=train)
+
+
 def trained(configs, seeds, **how):
     batches = [made_batches(made, seed=seed) for seed in seeds]
     return train_ensemble(configs, batches, [held_out(seed) for seed in seeds], **how)
 
 
-@pytest.mark.parametrize("at_once", [0, 3, 16])
-def test_runs_together_are_those_that_run_alone(at_once, monkeypatch):
+@pytest.mark.parametrize(("at_once", "grouped"), [(0, 1), (3, 2), (16, 2)])
+def test_runs_together_are_those_that_run_alone(at_once, grouped, monkeypatch):
     """On four devices, in rounds of three, and by vmap, two on each of two devices."""
     # Two seeds, and two rates of one of them.
     configs = [changed(0), changed(1), changed(1, 1e-2), changed(1, 1e-4)]
+    groups = [with_steps_per_dispatch(config, grouped) for config in configs]
     steps = []
     if at_once == 16:
         monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:2])
-    together = trained(configs, [5, 6, 7, 7], at_once=at_once, progress=steps.append)
+    together = trained(groups, [5, 6, 7, 7], at_once=at_once, progress=steps.append)
     assert sum(steps) == 4 * CONFIG.train.steps
     for run in (1, 3):
         seed = [5, 6, 7, 7][run]
@@ -81,7 +87,8 @@ def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator, monkeypa
 
 
 def test_a_run_that_diverges_stops_alone():
-    diverged, alone = trained([changed(0, 1e30), changed(0)], [5, 5])
+    configs = [with_steps_per_dispatch(each, 2) for each in (changed(0, 1e30), changed(0))]
+    diverged, alone = trained(configs, [5, 5])
     with pytest.raises(Diverged, match=f"Step {diverged.diverged}:"):
         train(changed(0, 1e30), made_batches(made, seed=5), held_out(5))
     assert not np.isfinite(diverged.lines[-1]["loss"])

@@ -2,7 +2,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 
 from gptjax.system import programs
@@ -54,19 +56,18 @@ def test_a_directory_that_cannot_be_written_is_a_line(tmp_path):
 
 
 def test_jaxs_own_variable_names_the_directory_or_switches_it_off(monkeypatch, tmp_path):
-    import jax
-
+    settings: Any = jax.config
     monkeypatch.setattr(programs, "default_directory", lambda *_: pytest.fail("asked"))
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size
+    before = settings.jax_compilation_cache_dir, settings.jax_compilation_cache_max_size
     try:
         for given in (str(tmp_path / "own"), ""):
             monkeypatch.setenv(programs.DIRECTORY, given)
-            jax.config.update("jax_compilation_cache_dir", given or None)
+            settings.update("jax_compilation_cache_dir", given or None)
             programs.keep_programs.__wrapped__()
-            assert jax.config.jax_compilation_cache_dir == (given or None)
-            assert jax.config.jax_compilation_cache_max_size == before[1]
+            assert settings.jax_compilation_cache_dir == (given or None)
+            assert settings.jax_compilation_cache_max_size == before[1]
     finally:
-        jax.config.update("jax_compilation_cache_dir", before[0])
+        settings.update("jax_compilation_cache_dir", before[0])
 
 
 def test_each_kind_of_cpu_has_its_directory_unless_it_could_not_read_it(monkeypatch, tmp_path):

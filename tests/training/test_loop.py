@@ -16,6 +16,7 @@ from gptjax.config import MeshConfig
 from gptjax.data.objectives.packing import Windows
 from gptjax.data.objectives.rows import Bucket, causal_row
 from gptjax.data.pipeline import EvaluationBatches, training_batches
+from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import build_mesh
 from gptjax.system.exits import Diverged, Interrupted
 from gptjax.training import loop
@@ -134,20 +135,32 @@ def test_a_line_is_written_through_before_the_checkpoint_that_it_leads_to(tmp_pa
     assert [step for step, _ in writer.lines] == [2, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [2, 6, 8])
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(tmp_path, uninterrupted, number, step):
+@pytest.mark.parametrize(
+    ("number", "step", "stops", "grouped"),
+    [
+        (signal.SIGTERM, 2, 4, (1, 1)),
+        (signal.SIGINT, 8, 9, (1, 2)),
+        (signal.SIGTERM, 4, 5, (2, 2)),
+        (signal.SIGINT, 6, 8, (2, 1)),
+    ],
+)
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
+    tmp_path, uninterrupted, number, step, stops, grouped
+):
+    """With one or two steps per dispatch before and after it, of which 4 to 6 is cut at 5."""
+    trains = [dataclasses.replace(TRAIN, steps_per_dispatch=steps) for steps in grouped]
     before = Recorder(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(Interrupted, match=f"Stopped by {number.name}") as stopped:
-        run(tmp_path, before)
+    with pytest.raises(Interrupted, match=f"Stopped by {number.name}; step {stops} ") as stopped:
+        run(tmp_path, before, trains[0])
     assert stopped.value.exit_code == 128 + number
     after = Recorder()
-    fitted = run(tmp_path, after)
+    fitted = run(tmp_path, after, trains[1])
     expected, lines = uninterrupted
     jax.tree.map(np.testing.assert_array_equal, fitted.params, expected.params)
     assert {**losses(before.lines), **losses(after.lines)} == losses(lines)
     assert fitted.progress.best_loss == expected.progress.best_loss
     assert fitted.progress.data == expected.progress.data
+    assert fitted.progress.tokens == expected.progress.tokens
 
 
 def test_a_finished_run_trains_no_more(tmp_path, uninterrupted):
@@ -178,14 +191,18 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
         run(tmp_path, Recorder(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(0)))
     sums = token_loss(graphdef)
+    ninth = jax.random.fold_in(jax.random.fold_in(random_key(TRAIN.seed), 8), 0)
 
     def broken(params, batch, key):
+        """Breaks at step 9, on the first device."""
         value = sums(params, batch, key)
-        return value._replace(loss=value.loss * math.nan)
+        breaks = jnp.all(jax.random.key_data(key) == jax.random.key_data(ninth))
+        return value._replace(loss=value.loss * jnp.where(breaks, math.nan, 1))
 
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(Diverged) as stopped:
         fit(
-            TRAIN,
+            # Steps 9 and 10 are one dispatch.
+            dataclasses.replace(TRAIN, steps_per_dispatch=2, checkpoint_every=12),
             lambda: params,
             mesh=build_mesh(MeshConfig(), TRAIN.batch_size),
             loss=broken,
@@ -196,4 +213,5 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
             writers=[],
             describe=lambda step, tokens_per_second: {},
         )
+    assert str(stopped.value).startswith("Step 9: the loss is nan")
     assert "the last good checkpoint is step 7" in str(stopped.value)

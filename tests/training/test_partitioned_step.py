@@ -13,6 +13,7 @@ import pytest
 
 from gptjax.certify.cases import ROUNDING, ROWS, Case, difference
 from gptjax.config import MeshConfig, TransformerConfig
+from gptjax.data.batch import Batch
 from gptjax.models.build import parameter_axes
 from gptjax.models.presets import preset
 from gptjax.parallel.sharding import AXES, build_mesh
@@ -73,15 +74,28 @@ def case_of(family: str, parts: int) -> Case:
 
 
 def step_under(
-    case: Case, sizes: dict[str, Any], grad_accumulation: int = 1, **changes: Any
+    case: Case,
+    sizes: dict[str, Any],
+    grad_accumulation: int = 1,
+    batch: Batch | None = None,
+    **changes: Any,
 ) -> Any:
-    """The compiled step under the mesh of these sizes, with `changes` of the model; its state."""
+    """The compiled step under the mesh of these sizes, with `changes` of the model; its state.
+
+    `batch` may be a stack of batches.
+    """
     mesh = build_mesh(MeshConfig(**sizes), ROWS // grad_accumulation)
     keep_gradient = optax.trace(decay=0.0)
     state = init_state(lambda: case.params, keep_gradient, mesh, parameter_axes(case.config))
     loss = case.loss(chunk=CHUNK, **changes)
     step = compile_train_step(
-        loss, keep_gradient, state, case.batch, mesh, grad_accumulation=grad_accumulation
+        loss,
+        keep_gradient,
+        state,
+        case.batch if batch is None else batch,
+        mesh,
+        grad_accumulation=grad_accumulation,
+        stacked=batch is not None,
     )
     return step, state
 
@@ -122,8 +136,14 @@ def test_other_families_under_several_axes(family, axes):
     assert error_of(case_of(family, 2), dict.fromkeys(axes, 2)) <= ROUNDING
 
 
-def test_parts_of_a_batch_under_several_axes():
-    assert error_of(case_of("decoder", 2), dict.fromkeys(THREE, 2), grad_accumulation=2) <= ROUNDING
+def test_parts_of_a_batch_of_a_stack_under_several_axes():
+    """The step makes the second of a stack's three batches."""
+    case = case_of("decoder", 2)
+    batches = jax.tree.map(lambda array: np.stack([0 * array, array, 0 * array]), case.batch)
+    step, state = step_under(case, dict.fromkeys(THREE, 2), grad_accumulation=2, batch=batches)
+    after, metrics = step(state, batches, np.array([1, 1], np.int32))
+    assert difference((metrics.loss[0], after.optimizer.trace), case.plain) <= ROUNDING
+    assert int(after.step) == 1
 
 
 def test_a_block_whose_input_waits_with_the_host_under_several_axes():
