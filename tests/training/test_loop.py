@@ -138,7 +138,7 @@ def test_a_line_is_written_through_before_the_checkpoint_that_it_leads_to(tmp_pa
 @pytest.mark.parametrize(
     ("number", "step", "stops", "grouped"),
     [
-        (signal.SIGTERM, 2, 4, (1, 1)),
+        (signal.SIGTERM, 2, 3, (1, 1)),
         (signal.SIGINT, 8, 9, (1, 2)),
         (signal.SIGTERM, 4, 5, (2, 2)),
         (signal.SIGINT, 6, 8, (2, 1)),
@@ -196,6 +196,8 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
     def broken(params, batch, key):
         """Breaks at step 9, on the first device."""
         value = sums(params, batch, key)
+        if key is None:
+            return value  # Of an evaluation.
         breaks = jnp.all(jax.random.key_data(key) == jax.random.key_data(ninth))
         return value._replace(loss=value.loss * jnp.where(breaks, math.nan, 1))
 
