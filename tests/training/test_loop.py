@@ -187,8 +187,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_suspect(tmp_path)
 
 
 def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_path):
-    with pytest.raises(Interrupted):
-        run(tmp_path, Recorder(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(0)))
     sums = token_loss(graphdef)
     ninth = jax.random.fold_in(jax.random.fold_in(random_key(TRAIN.seed), 8), 0)
@@ -204,7 +202,7 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(Diverged) as stopped:
         fit(
             # Steps 9 and 10 are one dispatch.
-            dataclasses.replace(TRAIN, steps_per_dispatch=2, checkpoint_every=12),
+            dataclasses.replace(TRAIN, steps_per_dispatch=2, checkpoint_every=4),
             lambda: params,
             mesh=build_mesh(MeshConfig(), TRAIN.batch_size),
             loss=broken,
@@ -216,4 +214,4 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
             describe=lambda step, tokens_per_second: {},
         )
     assert str(stopped.value).startswith("Step 9: the loss is nan")
-    assert "the last good checkpoint is step 7" in str(stopped.value)
+    assert "the last good checkpoint is step 8" in str(stopped.value)
