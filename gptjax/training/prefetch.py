@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
@@ -62,14 +62,15 @@ class DevicePrefetch:
         return self._peek().tokens.size * self._hosts
 
     def shapes(self) -> Batch:
-        """The shapes of the first global stack; to be called before `take`."""
-        stack = () if self._size == 1 else (self._size,)
-        return jax.tree.map(
-            lambda rows: jax.ShapeDtypeStruct(
-                (*stack, len(rows) * self._hosts, *rows.shape[1:]), rows.dtype
-            ),
-            self._peek(),
-        )
+        """The shapes and shardings of the first global stack; to be called before `take`."""
+
+        def of_stack(rows: np.ndarray) -> jax.ShapeDtypeStruct:
+            stacked = self._size > 1
+            stack = np.broadcast_to(rows, (self._size, *rows.shape)) if stacked else rows
+            shape, sharding = self._placed(stack, stacked)
+            return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
+
+        return jax.tree.map(of_stack, self._peek())
 
     def take(self, most: int) -> Group:
         """The next batches, at most `most`; fewer where their stack ends."""
@@ -128,10 +129,14 @@ class DevicePrefetch:
         return jax.tree.map(functools.partial(self._sharded, stacked=stacked), rows)
 
     def _sharded(self, rows: np.ndarray, stacked: bool) -> jax.Array:
+        shape, sharding = self._placed(rows, stacked)
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    def _placed(self, rows: np.ndarray, stacked: bool) -> tuple[tuple[int, ...], NamedSharding]:
+        """The shape and the sharding of a global array of which this process has `rows`."""
         axis = int(stacked)
         shape = (*rows.shape[:axis], rows.shape[axis] * self._hosts, *rows.shape[axis + 1 :])
-        sharding = batch_sharding(self._mesh, shape, stacked=stacked)
-        return jax.make_array_from_process_local_data(sharding, rows, shape)
+        return shape, batch_sharding(self._mesh, shape, stacked=stacked)
 
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:

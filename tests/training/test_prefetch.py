@@ -66,7 +66,8 @@ def test_the_place_is_that_of_the_next_batch_whatever_lies_ahead():
     for step in range(1, 5):
         if step == 1:
             assert feed.tokens() == BATCH_SIZE * 4
-            assert feed.shapes().tokens.shape == (BATCH_SIZE, 4)
+            shapes = feed.shapes().tokens
+            assert shapes.shape == (BATCH_SIZE, 4)
         assert feed.get_state() == {"made": step - 1}
         assert number(feed.take(1).batches) == step
         assert batches.made == step + AHEAD
