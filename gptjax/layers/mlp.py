@@ -23,6 +23,7 @@ from gptjax.config import TransformerConfig
 from gptjax.config.values import GATES, Activation, exhaustive
 from gptjax.layers.hooks import NO_HOOKS, PRE_ACTIVATION, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
+from gptjax.parallel.platforms import by_platform
 
 
 class MLP(nnx.Module):
@@ -77,13 +78,14 @@ _CUBIC = 0.044715
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by the tanh approximation, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
-    The forward pass saves the derivative, so that the backward pass is one product. XLA would fuse
-    the tanh into the weight gradients and recompute it for each use.
+    On CPUs the forward pass saves the derivative, so that the backward pass is one product: XLA
+    would fuse the tanh into the weight gradients and recompute it for each use. On accelerators it
+    saves x, which the layer keeps anyway, and computes the derivative from it.
     """
-    return _gelu_tanh_forward(x)[0]
+    return _gelu_tanh_and_derivative(x)[0]
 
 
-def _gelu_tanh_forward(x):
+def _gelu_tanh_and_derivative(x):
     square = jnp.square(x)
     tanh = jnp.tanh(_SQRT_2_OVER_PI * x * (1 + _CUBIC * square))
     slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)
@@ -91,8 +93,20 @@ def _gelu_tanh_forward(x):
     return 0.5 * x * (1 + tanh), derivative
 
 
-def _gelu_tanh_backward(derivative, gradient):
-    return (gradient * derivative,)
+def _gelu_tanh_forward(x):
+    return by_platform(
+        x, cpu=_gelu_tanh_and_derivative, accelerator=lambda x: (gelu_tanh(x), x)
+    )
+
+
+def _gelu_tanh_backward(saved, gradient):
+    return (by_platform(saved, gradient, cpu=jnp.multiply, accelerator=_gelu_tanh_gradient),)
+
+
+def _gelu_tanh_gradient(x, gradient):
+    # Without the barrier XLA shares the forward pass's tanh, and keeps that instead.
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    return _gelu_tanh_and_derivative(x)[1] * gradient
 
 
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)

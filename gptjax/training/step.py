@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
 from gptjax.parallel.keys import random_key
+from gptjax.parallel.platforms import by_platform
 from gptjax.parallel.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.losses import LossFunction, Params
@@ -158,9 +159,15 @@ def train_step(
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state
 
-    # lax.cond, not a select per leaf, for which XLA copies every moment on a CPU.
-    params, optimizer_state = jax.lax.cond(
-        finite, update, lambda *unchanged: unchanged, state.params, state.optimizer
+    def keep_or_update(*state: Any) -> tuple[Any, Any]:
+        return jax.lax.cond(finite, update, lambda *unchanged: unchanged, *state)
+
+    def update_and_select(*state: Any) -> tuple[Any, Any]:
+        return jax.tree.map(functools.partial(jnp.where, finite), update(*state), state)
+
+    # On a CPU XLA copies every moment for a select, on a GPU for a condition.
+    params, optimizer_state = by_platform(
+        state.params, state.optimizer, cpu=keep_or_update, accelerator=update_and_select
     )
     return State(state.step + 1, params, optimizer_state), metrics
 
