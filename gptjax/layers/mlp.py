@@ -94,9 +94,7 @@ def _gelu_tanh_and_derivative(x):
 
 
 def _gelu_tanh_forward(x):
-    return by_platform(
-        x, cpu=_gelu_tanh_and_derivative, accelerator=lambda x: (gelu_tanh(x), x)
-    )
+    return by_platform(x, cpu=_gelu_tanh_and_derivative, accelerator=lambda x: (gelu_tanh(x), x))
 
 
 def _gelu_tanh_backward(saved, gradient):
