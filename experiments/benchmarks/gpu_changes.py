@@ -77,9 +77,9 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
         yield
 
 
-def as_on_cpu(*arguments: Any, cpu: Callable, accelerator: Callable) -> Any:
+def as_on_cpu(*arguments: Any, gpu: Callable, other: Callable) -> Any:
     """`by_platform`, as if the program were for a CPU."""
-    return cpu(*arguments)
+    return other(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -78,9 +78,9 @@ _CUBIC = 0.044715
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by the tanh approximation, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
-    On CPUs the forward pass saves the derivative, so that the backward pass is one product: XLA
-    would fuse the tanh into the weight gradients and recompute it for each use. On accelerators it
-    saves x, which the layer keeps anyway, and computes the derivative from it.
+    The forward pass saves the derivative, so that the backward pass is one product: XLA would fuse
+    the tanh into the weight gradients and recompute it for each use. On GPUs it saves x alone, from
+    which the backward pass computes the derivative.
     """
     return _gelu_tanh_and_derivative(x)[0]
 
@@ -94,11 +94,11 @@ def _gelu_tanh_and_derivative(x):
 
 
 def _gelu_tanh_forward(x):
-    return by_platform(x, cpu=_gelu_tanh_and_derivative, accelerator=lambda x: (gelu_tanh(x), x))
+    return by_platform(x, gpu=lambda x: (gelu_tanh(x), x), other=_gelu_tanh_and_derivative)
 
 
 def _gelu_tanh_backward(saved, gradient):
-    return (by_platform(saved, gradient, cpu=jnp.multiply, accelerator=_gelu_tanh_gradient),)
+    return (by_platform(saved, gradient, gpu=_gelu_tanh_gradient, other=jnp.multiply),)
 
 
 def _gelu_tanh_gradient(x, gradient):

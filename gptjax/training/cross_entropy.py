@@ -243,16 +243,16 @@ def _over_chunks(add_chunk: Callable, start: Any, chunks: _Tokens) -> tuple[Any,
 def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, axes: _MeshAxes):
     """A chunk's loss, plain cross-entropy, and the loss's gradient with respect to logits [M, V].
 
-    On accelerators logits are kept in the compute dtype and their exponentials computed again for
-    the gradient; on CPUs both are kept in float32. Sums are of float32 everywhere.
+    On GPUs logits are kept in the compute dtype and their exponentials computed again for the
+    gradient; elsewhere both are kept in float32. Sums are of float32 everywhere.
     """
     compute = functools.partial(_loss_of_logits, options=options, axes=axes)
     return by_platform(
         chunk,
         table,
         bias,
-        cpu=functools.partial(compute, keep_float32=True),
-        accelerator=functools.partial(compute, keep_float32=False),
+        gpu=functools.partial(compute, keep_float32=False),
+        other=functools.partial(compute, keep_float32=True),
     )
 
 

@@ -167,7 +167,7 @@ def train_step(
 
     # On a CPU XLA copies every moment for a select, on a GPU for a condition.
     params, optimizer_state = by_platform(
-        state.params, state.optimizer, cpu=keep_or_update, accelerator=update_and_select
+        state.params, state.optimizer, gpu=update_and_select, other=keep_or_update
     )
     return State(state.step + 1, params, optimizer_state), metrics
 

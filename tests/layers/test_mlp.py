@@ -18,7 +18,7 @@ def test_gelu_tanh_and_its_backward_pass_equal_autodiff():
         np.testing.assert_allclose(output, expected, atol=1e-12)
         np.testing.assert_allclose(vjp(x)[0], expected_vjp(x)[0], atol=1e-12)
         assert vjp(x)[0].dtype == np.float64
-        # What accelerators compute from x alone.
+        # What GPUs compute from x alone.
         np.testing.assert_allclose(mlp._gelu_tanh_gradient(x, x), expected_vjp(x)[0], atol=1e-12)
 
 

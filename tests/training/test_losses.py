@@ -88,7 +88,7 @@ BFLOAT16 = 2.0**-8  # Spacing of its numbers, relative: rounding is half of it.
     ],
 )
 def test_logits_of_bfloat16_have_the_loss_of_float32_within_their_rounding(options, monkeypatch):
-    """What accelerators compute; 4,096 tokens, whose sum in bfloat16 would stop at 512 or so."""
+    """What GPUs compute; 4,096 tokens, whose sum in bfloat16 would stop at 512 or so."""
     hidden = jax.random.normal(KEYS[0], (64, 16), jnp.bfloat16)
     table = jax.random.normal(KEYS[1], (4096, 16)).astype(jnp.bfloat16).astype(jnp.float32)
     targets = jax.random.randint(KEYS[2], (64,), 0, 4096)
@@ -104,7 +104,7 @@ def test_logits_of_bfloat16_have_the_loss_of_float32_within_their_rounding(optio
         return module._cross_entropy_forward(tokens, table, bias, chosen)
 
     expected, wanted = losses(hidden.astype(jnp.float32))
-    monkeypatch.setattr(module, "by_platform", lambda *given, cpu, accelerator: accelerator(*given))
+    monkeypatch.setattr(module, "by_platform", lambda *given, gpu, other: gpu(*given))
     found, gradients = losses(hidden)
     largest = float(jnp.abs(hidden.astype(jnp.float32) @ table.T).max())
     # A logit moves by half a spacing at most, and with it log Z and log p by as much each.

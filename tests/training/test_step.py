@@ -133,12 +133,12 @@ def test_dropout_follows_the_seed_and_the_step():
     assert float(step(later, batch_of(), seed=0)[1].loss) != loss
 
 
-def on_accelerators(*arguments, cpu, accelerator):
-    """`by_platform` in a program for an accelerator."""
-    return accelerator(*arguments)
+def on_gpus(*arguments, gpu, other):
+    """`by_platform` in a program for a GPU."""
+    return gpu(*arguments)
 
 
-@pytest.mark.parametrize("by_platform", [step.by_platform, on_accelerators])
+@pytest.mark.parametrize("by_platform", [step.by_platform, on_gpus])
 def test_a_step_that_is_not_finite_changes_no_parameter(by_platform, monkeypatch):
     monkeypatch.setattr(step, "by_platform", by_platform)
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
@@ -153,10 +153,10 @@ def test_a_step_that_is_not_finite_changes_no_parameter(by_platform, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
 
 
-def test_accelerators_take_the_same_step(monkeypatch):
+def test_gpus_take_the_same_step(monkeypatch):
     modules = (step, cross_entropy, mlp, platforms)
     for module in modules:
-        monkeypatch.setattr(module, "by_platform", on_accelerators)
+        monkeypatch.setattr(module, "by_platform", on_gpus)
     jax.clear_caches()  # Of derivatives that were traced for a CPU.
     assert_same(stepped()[1], reference()[1])
     jax.clear_caches()
