@@ -86,6 +86,9 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _gelu_tanh_and_derivative(x):
+    if x.dtype == jnp.float16:  # In which x² is infinite from 256 on, and the slope 0 · ∞.
+        wide = _gelu_tanh_and_derivative(x.astype(jnp.float32))
+        return tuple(y.astype(x.dtype) for y in wide)
     square = jnp.square(x)
     tanh = jnp.tanh(_SQRT_2_OVER_PI * x * (1 + _CUBIC * square))
     slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)

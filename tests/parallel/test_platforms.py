@@ -1,5 +1,6 @@
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from flax import nnx
 
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, split
+from gptjax.config.values import Dtype
 from gptjax.data.batch import Batch
 from gptjax.parallel import platforms
 from gptjax.parallel.platforms import sum_rows
@@ -16,19 +18,25 @@ from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import State, train_step
 
 
-def program_for(platform: str, dtype: str) -> str:
+def program_for(platform: str, dtype: Dtype) -> str:
     """The text of a training step, lowered for a platform that need not be there."""
     config = TransformerConfig(
-        vocab_size=17, context_length=8, depth=1, width=16, heads=2, dtype=dtype,
+        vocab_size=17,
+        context_length=8,
+        depth=1,
+        width=16,
+        heads=2,
+        dtype=dtype,
         activation="gelu_tanh",
-    )  # fmt: skip
+    )
     graphdef, params = split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     optimizer = build_optimizer(OptimizerConfig(), steps=9)
-    tokens = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    tokens: Any = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+    weights: Any = jax.ShapeDtypeStruct((4, 8), jnp.float32)
     step = functools.partial(train_step, loss=token_loss(graphdef), optimizer=optimizer)
-    count = jax.ShapeDtypeStruct((), jnp.int32)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     state = State(count, params, jax.eval_shape(optimizer.init, params))
-    batch = Batch(tokens, tokens, jax.ShapeDtypeStruct((4, 8), jnp.float32))
+    batch = Batch(tokens, tokens, weights)
     traced = jax.jit(step).trace(state, batch)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
