@@ -48,7 +48,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     # The model: a Flax module, used as a function of its parameters (`init` makes them, `loss` is
     # the cross-entropy on a batch), and Optax's update: clipping, AdamW, warm-up, decay.
     model = assemble(config, mesh)
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, dtype=config.model.dtype)
     state_shapes(model.init, optimizer, mesh, model.axes)  # Raises before a file is written.
 
     # Training: one compiled step in a loop; Orbax saves its state, the same command resumes it.

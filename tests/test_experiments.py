@@ -266,12 +266,12 @@ def rows_of(table: str) -> list[list[str]]:
 
 
 def test_gpu_changes_train_the_same_model():
-    changes = "base", "together-qkv-bf16"
+    changes = "now", "fused-qkv"
     printed = output_of(
         start("benchmarks/gpu_changes.py", "--tiny", "--parts=training", "--only", *changes)
     )
     trained = [(row[0], float(row[-1])) for row in rows_of(printed) if row and row[0] in changes]
-    assert [name for name, _ in trained] == [*changes, "base"]
+    assert [name for name, _ in trained] == [*changes, "now"]
     assert [loss for _, loss in trained] == pytest.approx([trained[0][1]] * 3, abs=0.01)
 
 
@@ -281,7 +281,7 @@ def test_gpu_changes_time_decoding_and_small_models():
         output_of(start("benchmarks/gpu_changes.py", "--tiny", "--parts", "decoding", "small"))
     )
     assert [row[1] for row in rows if row and row[0] == "a loop, no switch"] == ["1", "32"]
-    assert [row[1] for row in rows if row and row[0] == "no biases"] == ["1", "10"]
+    assert [row[1] for row in rows if row and row[0] == "biases"] == ["1", "10"]
     _, errors = start("benchmarks/gpu_changes.py").communicate(timeout=300)
     assert errors.endswith("There is no GPU; --tiny runs small shapes without one.\n")
 

@@ -5,8 +5,9 @@
     python experiments/benchmarks/gpu_changes.py --tiny
 
 `training` times GPT-2 124M (32 rows of 1,024 random tokens, bfloat16, cuDNN attention, no biases,
-no dropout, AdamW) unchanged and with changes; `together` is bf16-logits, gelu-recomputed and
-no-condition. The first is timed again at the end, to show the noise. `plan` is the peak memory of
+no dropout, AdamW) as it is now and with changes: what a CPU runs (float32 logits, GELU's derivative
+kept, a condition around the update, sums of rows at once), singly and together, and what is not
+done. The first is timed again at the end, to show the noise. `plan` is the peak memory of
 XLA's plan. `decoding` is greedy, GPT-2 124M with random weights: as in `generate`, one call per
 token, and as one program that loops on the device, with the switch of `attend_to_prefix` and
 without. `small` is the step of a model like the quickstart's, one and ten per call. For loops and
@@ -46,12 +47,14 @@ from gptjax import (
 from gptjax.cli import accept_all_characters
 from gptjax.config import MeshConfig
 from gptjax.data.batch import Batch
-from gptjax.layers import linear, mlp, stack
+from gptjax.layers import linear, mlp, norms, stack
 from gptjax.layers.attention import module, xla
 from gptjax.models.build import split
+from gptjax.parallel import platforms
 from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.result import environment
 from gptjax.training import cross_entropy
+from gptjax.training import step as training_step
 from gptjax.training.losses import token_loss
 from gptjax.training.metrics import peak_flops
 from gptjax.training.optimizers import build_optimizer
@@ -66,7 +69,8 @@ Swap = tuple[Any, str, Any]
 
 @contextlib.contextmanager
 def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
-    """Temporarily replace these attributes."""
+    """Temporarily replace these attributes, and forget what was traced with others."""
+    jax.clear_caches()
     with contextlib.ExitStack() as old:
         for module, name, new in swaps:
             old.callback(setattr, module, name, getattr(module, name))
@@ -74,47 +78,32 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
         yield
 
 
-def lean_loss(dtype: Any) -> Callable:
-    """`_losses_and_gradients` with logits kept in `dtype`, and exponentials not kept."""
-
-    def losses_and_gradients(tokens, table, bias, *, options, axes):
-        hidden = tokens.hidden.reshape(-1, tokens.hidden.shape[-1])
-        targets, weights = tokens.targets.reshape(-1, 1), tokens.weights.reshape(-1, 1)
-        logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=dtype)
-        wide = logits.astype(jnp.float32)
-        log_z = jax.nn.logsumexp(wide, axis=1, keepdims=True)
-        target = jnp.take_along_axis(logits, targets, axis=1).astype(jnp.float32)
-        loss = ((log_z - target) * weights).sum()
-        slope = (jnp.exp(wide - log_z) - (jnp.arange(len(table)) == targets)) * weights
-        slope = slope.astype(hidden.dtype)
-        by_hidden = (slope @ table).reshape(tokens.hidden.shape)
-        by_table = jnp.einsum("mv,md->vd", slope, hidden, preferred_element_type=jnp.float32)
-        return (loss, loss), (by_hidden, by_table, None)
-
-    return losses_and_gradients
+def as_on_cpu(*arguments: Any, gpu: Callable, other: Callable) -> Any:
+    """`by_platform`, as if the program were for a CPU."""
+    return other(*arguments)
 
 
-@jax.custom_vjp
-def gelu_recomputed(x: jax.Array) -> jax.Array:
-    """`gelu_tanh` that saves x for the backward pass instead of the derivative."""
-    return jax.nn.gelu(x, approximate=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def norm_of_saved_statistics(x: jax.Array, scale: jax.Array, bias: Any, epsilon: float) -> Any:
+    """`layer_norm` whose backward pass does not compute mean and variance again."""
+    return norms.layer_norm(x, scale, bias, epsilon)
 
 
-gelu_recomputed.defvjp(
-    lambda x: (gelu_recomputed(x), x),
-    lambda x, gradient: (gradient * mlp._gelu_tanh_forward(x)[1],),
-)
+def _from_saved_statistics(epsilon: float, saved: Any, gradient: jax.Array) -> Any:
+    x, scale, bias, *statistics = saved
+    x, statistics, gradient = jax.lax.optimization_barrier((x, statistics, gradient))
+    return norms._layer_norm_backward(epsilon, (x, scale, bias, *statistics), gradient)
 
 
-def select(finite: jax.Array, update: Callable, keep: Callable, *state: Any) -> Any:
-    """A `jax.lax.cond` that computes both branches and selects leaf by leaf."""
-    return jax.tree.map(functools.partial(jnp.where, finite), update(*state), keep(*state))
+norm_of_saved_statistics.defvjp(norms._layer_norm_forward, _from_saved_statistics)
 
 
 def fused(x: jax.Array, *layers: linear.Linear) -> tuple[jax.Array, ...]:
-    """`project` as one fused product, without biases."""
+    """`project` as one fused product."""
     kernels = [layer.kernel.reshape(layer.inputs[0], -1) for layer in layers]
     product = x.reshape(-1, x.shape[-1]) @ jnp.concatenate(kernels, axis=1).astype(x.dtype)
+    if biases := [layer.bias.reshape(-1) for layer in layers if layer.bias is not None]:
+        product = linear.add_bias(product, jnp.concatenate(biases))
     ends = np.cumsum([kernel.shape[1] for kernel in kernels])
     parts = zip(jnp.split(product, ends[:-1], axis=1), layers, strict=True)
     return tuple(part.reshape(*x.shape[:-1], *layer.outputs) for part, layer in parts)
@@ -135,31 +124,43 @@ def attend_to_all(_, query, kv, mask, bias, scale, softcap, normalize) -> jax.Ar
     return xla.attend(query, kv.key, kv.value, mask, bias, scale, softcap, normalize)
 
 
-BF16_LOGITS: Swap = (cross_entropy, "_losses_and_gradients", lean_loss(jnp.bfloat16))
-F32_LOGITS: Swap = (cross_entropy, "_losses_and_gradients", lean_loss(jnp.float32))
-ACTIVATIONS = {**mlp.ACTIVATIONS, "gelu_tanh": gelu_recomputed}
-GELU: Swap = (mlp, "ACTIVATIONS", ACTIVATIONS)
-NO_CONDITION: Swap = (jax.lax, "cond", select)
+F32_LOGITS: Swap = (cross_entropy, "by_platform", as_on_cpu)
+GELU: Swap = (mlp, "by_platform", as_on_cpu)
+CONDITION: Swap = (training_step, "by_platform", as_on_cpu)
+SUMS: Swap = (platforms, "by_platform", as_on_cpu)
+BEFORE = (F32_LOGITS, GELU, CONDITION, SUMS)
+STATISTICS: Swap = (norms, "layer_norm", norm_of_saved_statistics)
 FUSED_QKV: Swap = (module, "project", fused)
 CAST_FIRST: Swap = (stack, "unstacked", cast_first)
 NO_SWITCH: Swap = (module, "attend_to_prefix", attend_to_all)
-TOGETHER = (BF16_LOGITS, GELU, NO_CONDITION)
 CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
     # name: (swaps, fields of the model, options of the loss)
-    "base": ((), {}, {}),
-    "bf16-logits": ((BF16_LOGITS,), {}, {}),
-    "f32-logits-lean": ((F32_LOGITS,), {}, {}),
+    "now": ((), {}, {}),
+    "as-on-cpu": (BEFORE, {}, {}),
+    "f32-logits": ((F32_LOGITS,), {}, {}),
+    "gelu-kept": ((GELU,), {}, {}),
+    "condition": ((CONDITION,), {}, {}),
+    "sums-at-once": ((SUMS,), {}, {}),
     "loss-chunk-8192": ((), {}, {"chunk": 8192}),
-    "gelu-recomputed": ((GELU,), {}, {}),
-    "no-condition": ((NO_CONDITION,), {}, {}),
+    "norm-statistics": ((STATISTICS,), {}, {}),
     "fused-qkv": ((FUSED_QKV,), {}, {}),
     "bf16-before-split": ((CAST_FIRST,), {}, {}),
-    "together": (TOGETHER, {}, {}),
-    "together-qkv-bf16": ((*TOGETHER, FUSED_QKV, CAST_FIRST), {}, {}),
-    "together-scanned": (TOGETHER, {"scan_layers": True}, {}),
-    "together-biases": (TOGETHER, {"bias": True}, {}),
+    "scanned": ((), {"scan_layers": True}, {}),
+    "biases": ((), {"bias": True}, {}),
+    "biases-as-on-cpu": (BEFORE, {"bias": True}, {}),
+    "biases-sums-at-once": ((SUMS,), {"bias": True}, {}),
+    "biases-norm-statistics": ((STATISTICS,), {"bias": True}, {}),
+    "biases-fused-qkv": ((FUSED_QKV,), {"bias": True}, {}),
     "dropout": ((), {"dropout": 0.1, "attention_kernel": "triton"}, {}),
     "dropout-xla": ((), {"dropout": 0.1, "attention_kernel": "xla"}, {}),
+}
+SMALL: dict[str, tuple[tuple[Swap, ...], dict[str, Any]]] = {
+    "biases": ((), {}),
+    "biases, as on CPU": (BEFORE, {}),
+    "biases, sums at once": ((SUMS,), {}),
+    "biases, norm statistics": ((STATISTICS,), {}),
+    "biases, fused qkv": ((FUSED_QKV,), {}),
+    "no biases": ((), {"bias": False}),
 }
 
 
@@ -312,19 +313,24 @@ def measure_small(steps: int, tiny: bool) -> None:
     quickstart = TransformerConfig(vocab_size=512, context_length=128, depth=4, width=128, heads=4)
     optimizer = build_optimizer(OPTIMIZER, steps=1)
     head("small model", "steps per call", "ms per step", "kernels", "ms of them", "longest")
-    for bias in (True, False):
-        config = dataclasses.replace(quickstart, bias=bias, **(TINY if tiny else {}))
-        loss, batch = token_loss(structure(config)), random_batch(config, 16)
-        one = functools.partial(train_step, loss=loss, optimizer=optimizer)
-        for group in (1, 10):
-            many = functools.partial(jax.lax.scan, one) if group > 1 else one
-            batches = jax.device_put(Batch.stack([batch] * group) if group > 1 else batch)
-            state = first_state(config, optimizer)
-            step = jax.jit(many, donate_argnums=0).lower(state, batches).compile()
-            seconds, _, state = timed(step, state, batches, steps // group)
-            cells = kernels(functools.partial(step, state, batches), group)
-            name = "biases" if bias else "no biases"
-            row(name, group, f"{1e3 * seconds / group:.2f}", *cells)
+    programs = []
+    with ThreadPoolExecutor(6) as pool:
+        for name, (swaps, fields) in SMALL.items():
+            config = dataclasses.replace(quickstart, **fields, **(TINY if tiny else {}))
+            loss, batch = token_loss(structure(config)), random_batch(config, 16)
+            one = functools.partial(train_step, loss=loss, optimizer=optimizer)
+            for group in (1, 10) if name == "biases" else (1,):
+                many = functools.partial(jax.lax.scan, one) if group > 1 else one
+                batches = Batch.stack([batch] * group) if group > 1 else batch
+                state = jax.eval_shape(functools.partial(first_state, config, optimizer))
+                with swapped(swaps):
+                    lowered = jax.jit(many, donate_argnums=0).lower(state, batches)
+                programs.append((name, config, group, batches, pool.submit(lowered.compile)))
+    for name, config, group, batches, compiled in programs:
+        program, batches = compiled.result(), jax.device_put(batches)
+        seconds, _, state = timed(program, first_state(config, optimizer), batches, steps // group)
+        cells = kernels(functools.partial(program, state, batches), group)
+        row(name, group, f"{1e3 * seconds / group:.2f}", *cells)
     print()
 
 

@@ -9,7 +9,7 @@ from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 from gptjax.config.values import (
     WITH_MU_DTYPE,
-    Dtype,
+    MuDtype,
     Objective,
     OptimizerName,
     Packing,
@@ -106,7 +106,7 @@ class OptimizerConfig:
     """Decay rate of the second moment; lion: of its momentum; sgd has none."""
     epsilon: float = 1e-8
     """Added to the root of the second moment; lion and sgd have none."""
-    mu_dtype: Dtype = "float32"
+    mu_dtype: MuDtype = "float32"
     """Dtype of the first moment, one value per parameter; the second stays float32."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases never decay."""

@@ -115,7 +115,8 @@ class TransformerConfig:
     dropout: float = 0.0
     """Dropout rate in training: after the embedding, in attention, before residual sums."""
     dtype: Dtype = "float32"
-    """Compute dtype (activations); parameters, softmax, norms and loss stay float32."""
+    """Compute dtype (activations); parameters, softmax, norms and loss stay float32. float16, for
+    GPUs without bfloat16, trains with dynamic loss scaling."""
     scan_layers: bool = False
     """Run the blocks as one scanned loop (compiles faster when deep) instead of unrolled."""
     remat: Remat = "none"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gptjax.parallel.platforms import sum_rows
 from gptjax.parallel.sharding import auto_mesh, constrain, gathered
 
 DEFAULT_STD = 0.02
@@ -54,8 +55,25 @@ class Linear(nnx.Module):
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         y = x.reshape(-1, fan_in) @ self.kernel.reshape(fan_in, fan_out).astype(x.dtype)
         if self.bias is not None:
-            y += self.bias.reshape(fan_out).astype(x.dtype)
+            y = add_bias(y, self.bias.reshape(fan_out))
         return y.reshape(*leading, *self.outputs)
+
+
+@jax.custom_vjp
+def add_bias(y: Float[Array, "M F"], bias: Float[Array, " F"]) -> Float[Array, "M F"]:
+    """y + bias, in the dtype of `y`; the bias's gradient is by `sum_rows`."""
+    return y + bias.astype(y.dtype)
+
+
+def _add_bias_forward(y, bias):
+    return add_bias(y, bias), None
+
+
+def _add_bias_backward(_, gradient):
+    return gradient, sum_rows(gradient).astype(jnp.float32)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def project(x: Float[Array, "B T D"], *layers: Linear) -> tuple[Float[Array, "B T ..."], ...]:

@@ -23,6 +23,7 @@ from gptjax.config import TransformerConfig
 from gptjax.config.values import GATES, Activation, exhaustive
 from gptjax.layers.hooks import NO_HOOKS, PRE_ACTIVATION, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
+from gptjax.parallel.platforms import by_platform
 
 
 class MLP(nnx.Module):
@@ -77,13 +78,17 @@ _CUBIC = 0.044715
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU by the tanh approximation, ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))).
 
-    The forward pass saves the derivative, so that the backward pass is one product. XLA would fuse
-    the tanh into the weight gradients and recompute it for each use.
+    The forward pass saves the derivative, so that the backward pass is one product: XLA would fuse
+    the tanh into the weight gradients and recompute it for each use. On GPUs it saves x alone, from
+    which the backward pass computes the derivative.
     """
-    return _gelu_tanh_forward(x)[0]
+    return _gelu_tanh_and_derivative(x)[0]
 
 
-def _gelu_tanh_forward(x):
+def _gelu_tanh_and_derivative(x):
+    if x.dtype == jnp.float16:  # In which x² is infinite from 256 on, and the slope 0 · ∞.
+        wide = _gelu_tanh_and_derivative(x.astype(jnp.float32))
+        return tuple(y.astype(x.dtype) for y in wide)
     square = jnp.square(x)
     tanh = jnp.tanh(_SQRT_2_OVER_PI * x * (1 + _CUBIC * square))
     slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)
@@ -91,8 +96,18 @@ def _gelu_tanh_forward(x):
     return 0.5 * x * (1 + tanh), derivative
 
 
-def _gelu_tanh_backward(derivative, gradient):
-    return (gradient * derivative,)
+def _gelu_tanh_forward(x):
+    return by_platform(x, gpu=lambda x: (gelu_tanh(x), x), other=_gelu_tanh_and_derivative)
+
+
+def _gelu_tanh_backward(saved, gradient):
+    return (by_platform(saved, gradient, gpu=_gelu_tanh_gradient, other=jnp.multiply),)
+
+
+def _gelu_tanh_gradient(x, gradient):
+    # Without the barrier XLA shares the forward pass's tanh, and keeps that instead.
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    return _gelu_tanh_and_derivative(x)[1] * gradient
 
 
 gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)

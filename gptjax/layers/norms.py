@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gptjax.config import TransformerConfig
+from gptjax.parallel.platforms import sum_rows
 
 
 class LayerNorm(nnx.Module):
@@ -88,11 +89,10 @@ def _layer_norm_backward(_, residuals, gradient):
     scaled = gradient * scale
     centre = scaled.mean(axis=-1, keepdims=True)
     along = (scaled * normalised).mean(axis=-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
     return (
         (inverse * (scaled - centre - normalised * along)).astype(x.dtype),
-        (gradient * normalised).sum(axis=rows),
-        None if bias is None else gradient.sum(axis=rows),
+        sum_rows(gradient * normalised),
+        None if bias is None else sum_rows(gradient),
     )
 
 
@@ -121,7 +121,7 @@ def _rms_norm_backward(_, residuals, gradient):
     along = (scaled * normalised).mean(axis=-1, keepdims=True)
     return (
         (inverse * (scaled - normalised * along)).astype(x.dtype),
-        (gradient * normalised).sum(axis=tuple(range(x.ndim - 1))),
+        sum_rows(gradient * normalised),
     )
 
 

@@ -74,7 +74,7 @@ def lower_training(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     )
     model, kernel = _with_kernel(config.model, mesh)
     graphdef, _ = abstract(model)
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, dtype=config.model.dtype)
     state: State = state_shapes(_init(config.model), optimizer, mesh, parameter_axes(config.model))
     lowered = lower_train_step(
         training_loss(graphdef, config.train),

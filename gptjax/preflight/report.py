@@ -142,7 +142,7 @@ def _shapes(config: ExperimentConfig, lowered: Lowered, decode: bool) -> Shapes:
     tokens = config.train.batch_size * (1 if decode else model.context_length)
     return Shapes(
         weights=[weight(*leaf) for leaf in jax.tree.leaves_with_path(lowered.params)],
-        element=2 if model.dtype == "bfloat16" else 4,
+        element=4 if model.dtype == "float32" else 2,
         layers=(model.depth + (model.encoder_depth or model.depth))
         if model.family == "encoder_decoder"
         else model.depth,

@@ -46,7 +46,10 @@ class Assembly(NamedTuple):
     ) -> optax.GradientTransformation:
         """The optimizer, at the given peak learning rate; None is the config's."""
         rates = self.mup and self.mup.rate
-        return build_optimizer(self.config.optimizer, self.config.train.steps, learning_rate, rates)
+        config = self.config
+        return build_optimizer(
+            config.optimizer, config.train.steps, learning_rate, rates, dtype=config.model.dtype
+        )
 
 
 def assemble(

@@ -12,7 +12,7 @@ from gptjax.config.values import Dtype, exhaustive
 
 BATCH_BYTES = 12
 """Bytes per token of a batch: the token, its target and its loss weight, 32 bits each."""
-ACTIVATION_BYTES = exhaustive(Dtype, {"float32": 4, "bfloat16": 2})
+ACTIVATION_BYTES = exhaustive(Dtype, {"float32": 4, "bfloat16": 2, "float16": 2})
 
 
 def machine_bytes() -> int:

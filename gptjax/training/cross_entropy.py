@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from gptjax.parallel.platforms import by_platform
 from gptjax.parallel.sharding import auto_mesh, mesh_axes, parameter_spec, spec
 
 
@@ -242,11 +243,31 @@ def _over_chunks(add_chunk: Callable, start: Any, chunks: _Tokens) -> tuple[Any,
 def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, axes: _MeshAxes):
     """A chunk's loss, plain cross-entropy, and the loss's gradient with respect to logits [M, V].
 
+    On GPUs logits are kept in the compute dtype and their exponentials computed again for the
+    gradient; elsewhere both are kept in float32. Sums are of float32 everywhere.
+    """
+    compute = functools.partial(_loss_of_logits, options=options, axes=axes)
+    return by_platform(
+        chunk,
+        table,
+        bias,
+        gpu=functools.partial(compute, keep_float32=False),
+        other=functools.partial(compute, keep_float32=True),
+    )
+
+
+def _loss_of_logits(
+    chunk: _Tokens, table, bias, *, options: _Options, axes: _MeshAxes, keep_float32: bool
+):
+    """`_chunk_loss`, with logits and exponentials kept in float32, or logits in hidden's dtype.
+
     Where the vocabulary is sharded, devices exchange each row's maximum and its sums alone.
     """
     hidden, targets, weights = chunk
     _, vocab_size, logit_softcap, label_smoothing, z_loss = options
-    logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=jnp.float32)
+    kept = jnp.float32 if keep_float32 else hidden.dtype
+    logits = jnp.einsum("md,vd->mv", hidden, table, preferred_element_type=kept)
+    logits = logits.astype(jnp.float32)
     if bias is not None:
         logits += bias
     if logit_softcap:
@@ -256,9 +277,12 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, axes: _MeshAxes)
     if axes.vocabulary:
         largest = jax.lax.pmax(largest, axes.vocabulary)
         targets = targets - local_vocab * jax.lax.axis_index(axes.vocabulary)
-    # Exponentials are summed by a product with ones, which XLA runs on all cores.
     exponentials = jnp.exp(logits - largest)
-    denominator = _summed(exponentials @ jnp.ones((local_vocab, 1), jnp.float32), axes.vocabulary)
+    if keep_float32:  # Summed by a product with ones, which XLA runs on all cores.
+        denominator = exponentials @ jnp.ones((local_vocab, 1), jnp.float32)
+    else:
+        denominator = exponentials.sum(axis=1, keepdims=True)
+    denominator = _summed(denominator, axes.vocabulary)
     log_z = (jnp.log(denominator) + largest)[:, 0]
     is_target = jnp.arange(local_vocab) == targets[:, None]
     if axes.vocabulary:
@@ -271,7 +295,7 @@ def _chunk_loss(chunk: _Tokens, table, bias, options: _Options, axes: _MeshAxes)
         mean_logit = _summed(logits.sum(axis=1), axes.vocabulary) / vocab_size
         expected_logit = (1 - label_smoothing) * target_logit + label_smoothing * mean_logit
     loss = log_z - expected_logit + z_loss * jnp.square(log_z)
-    probability = exponentials / denominator
+    probability = exponentials / denominator if keep_float32 else jnp.exp(logits - log_z[:, None])
     expected_probability = jnp.where(is_target, jnp.float32(1 - label_smoothing), 0)
     expected_probability += label_smoothing / vocab_size
     logit_gradient = probability * (1 + 2 * z_loss * log_z[:, None]) - expected_probability

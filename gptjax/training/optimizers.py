@@ -33,7 +33,8 @@ import optax
 from jaxtyping import Array, Float
 
 from gptjax.config import InputError, OptimizerConfig
-from gptjax.config.values import OptimizerName, exhaustive
+from gptjax.config.values import Dtype, MuDtype, OptimizerName, exhaustive
+from gptjax.training.loss_scale import with_loss_scale
 from gptjax.training.losses import Params
 
 INPUT_AXES = {"output": 2, "compress_key": 3, "compress_value": 3}
@@ -43,6 +44,7 @@ NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_EPSILON = 1e-7
 """Muon's constants (Jordan 2024)."""
+MU_DTYPES = exhaustive(MuDtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
 
 
 class MatrixAxes(NamedTuple):
@@ -87,6 +89,8 @@ def build_optimizer(
     steps: int,
     learning_rate: float | Float[Array, ""] | None = None,
     rate_factors: Params | None = None,
+    *,
+    dtype: Dtype = "float32",
 ) -> optax.GradientTransformation:
     """The optimizer: clipping, the direction of `config.name`, decoupled decay, learning rate.
 
@@ -105,6 +109,7 @@ def build_optimizer(
       learning_rate: the peak, where one program trains at several; None takes the config's.
       rate_factors: multipliers of AdamW's learning rate, a tree like the parameters of numbers
         (`gptjax.runs.mup`); None is 1. The weight decay does not change.
+      dtype: the model's compute dtype; float16 scales the loss (`gptjax.training.loss_scale`).
 
     Raises:
       InputError: a warm-up as long as the run, or factors for Muon.
@@ -129,7 +134,8 @@ def build_optimizer(
         rate = learning_rate_schedule(config, config.muon_learning_rate, steps)
         update = optax.partition({"muon": _muon(config, rate), "adamw": update}, _partition)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, update)
+    optimizer = optax.chain(*clip, update)
+    return with_loss_scale(optimizer) if dtype == "float16" else optimizer
 
 
 def _adam(config: OptimizerConfig, *, nesterov: bool = False) -> optax.GradientTransformation:
@@ -137,7 +143,7 @@ def _adam(config: OptimizerConfig, *, nesterov: bool = False) -> optax.GradientT
         config.beta1,
         config.beta2,
         config.epsilon,
-        mu_dtype=config.mu_dtype,
+        mu_dtype=MU_DTYPES[config.mu_dtype],
         nesterov=nesterov,
     )
 
@@ -149,9 +155,9 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]]
         "nadamw": functools.partial(_adam, nesterov=True),
         "adabelief": lambda c: optax.scale_by_belief(c.beta1, c.beta2, c.epsilon),
         "radam": lambda c: optax.scale_by_radam(c.beta1, c.beta2, c.epsilon),
-        "lion": lambda c: optax.scale_by_lion(c.beta1, c.beta2, c.mu_dtype),
+        "lion": lambda c: optax.scale_by_lion(c.beta1, c.beta2, MU_DTYPES[c.mu_dtype]),
         "rmsprop": lambda c: optax.scale_by_rms(c.beta2, c.epsilon),
-        "sgd": lambda c: optax.trace(c.beta1, accumulator_dtype=c.mu_dtype),
+        "sgd": lambda c: optax.trace(c.beta1, accumulator_dtype=MU_DTYPES[c.mu_dtype]),
         "muon": _adam,  # For all but the matrices.
     },
 )
@@ -162,7 +168,7 @@ def _muon(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransf
     """Muon, for matrices alone."""
     return optax.chain(
         # Jordan's momentum buffer averages the gradients; optax.trace sums them.
-        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=config.mu_dtype),
+        optax.trace(MUON_MOMENTUM, nesterov=True, accumulator_dtype=MU_DTYPES[config.mu_dtype]),
         optax.scale(1 - MUON_MOMENTUM),
         optax.stateless(
             lambda updates, _: jax.tree.map(orthogonalised, updates, muon_dimensions(updates))

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
 from gptjax.parallel.keys import random_key
+from gptjax.parallel.platforms import by_platform
 from gptjax.parallel.sharding import DATA, batch_sharding, parameter_sharding, partitioned
 from gptjax.training.cross_entropy import LossSums
 from gptjax.training.dispatch import several
+from gptjax.training.loss_scale import after_skipped_step, loss_scale, overflowed
 from gptjax.training.losses import LossFunction, Params
 
 
@@ -40,7 +42,7 @@ class Metrics(NamedTuple):
     cross_entropy: Float[Array, ""]
     """Mean cross-entropy, nats per token."""
     grad_norm: Float[Array, ""]
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient before clipping; 0 of a step that float16's scale skipped."""
     leaf_norms: Params
     """The norm of each leaf's gradient, in the tree of the parameters, to find the source of a
     NaN."""
@@ -137,14 +139,18 @@ def train_step(
     shard, and sums are taken over that mesh axis. The loss sums and gradients of the
     `grad_accumulation` microbatches are added before the division by their weight, so that they
     equal those of the whole batch. A step whose loss or gradient is not finite updates no
-    parameter: the loop stops there, with the state that led to it.
+    parameter: the loop stops there, with the state that led to it. In float16 a gradient that is
+    not finite may be that of a scale too large (`gptjax.training.loss_scale`): then the next step's
+    is halved, and the norms are 0.
     """
     key = jax.random.fold_in(random_key(seed), state.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-    local = _summed_gradients(state.params, batch, key, loss, grad_accumulation)
+    scale = loss_scale(state.optimizer)
+    local = _summed_gradients(state.params, batch, key, loss, grad_accumulation, scale)
     sums, gradients = sum_over_devices(local, axis)
-    gradients = jax.tree.map(lambda gradient: gradient / sums.weight, gradients)
+    divisor = sums.weight if scale is None else sums.weight * scale
+    gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
 
     leaf_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.square(leaf).sum()), gradients)
     metrics = Metrics(
@@ -159,22 +165,40 @@ def train_step(
         updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state
 
-    # lax.cond, not a select per leaf, for which XLA copies every moment on a CPU.
-    params, optimizer_state = jax.lax.cond(
-        finite, update, lambda *unchanged: unchanged, state.params, state.optimizer
+    def keep(params: Params, optimizer_state: optax.OptState) -> tuple[Any, Any]:
+        return params, after_skipped_step(optimizer_state)
+
+    def keep_or_update(*state: Any) -> tuple[Any, Any]:
+        return jax.lax.cond(finite, update, keep, *state)
+
+    def update_and_select(*state: Any) -> tuple[Any, Any]:
+        return jax.tree.map(functools.partial(jnp.where, finite), update(*state), keep(*state))
+
+    # On a CPU XLA copies every moment for a select, on a GPU for a condition.
+    params, optimizer_state = by_platform(
+        state.params, state.optimizer, gpu=update_and_select, other=keep_or_update
     )
+    if scale is not None:
+        skipped = overflowed(state.optimizer, metrics.loss, metrics.grad_norm)
+        norms = jax.tree.map(lambda norm: jnp.where(skipped, 0, norm), tuple(metrics[2:]))
+        metrics = metrics._replace(grad_norm=norms[0], leaf_norms=norms[1])
     return State(state.step + 1, params, optimizer_state), metrics
 
 
 def _summed_gradients(
-    params: Params, batch: Batch, key: jax.Array, loss: LossFunction, grad_accumulation: int
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    loss: LossFunction,
+    grad_accumulation: int,
+    scale: Float[Array, ""] | None,
 ) -> tuple[LossSums, Params]:
-    """Loss sums and the gradient of the summed loss, over the microbatches of a batch."""
+    """Loss sums and the gradient of the summed loss, scaled, over the microbatches of a batch."""
 
     def gradients_of(microbatch: Batch, key: jax.Array) -> tuple[LossSums, Params]:
         def summed(params: Params) -> tuple[jax.Array, LossSums]:
             sums = loss(params, microbatch, key)
-            return sums.loss, sums
+            return sums.loss if scale is None else sums.loss * scale, sums
 
         (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(params)
         return sums, gradients

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from gptjax.config.values import GATES
+from gptjax.layers import mlp
 from gptjax.layers.mlp import ACTIVATIONS, activate, gelu_tanh
 
 X = jax.random.normal(jax.random.key(0), (7, 9)) * 3
@@ -17,6 +18,8 @@ def test_gelu_tanh_and_its_backward_pass_equal_autodiff():
         np.testing.assert_allclose(output, expected, atol=1e-12)
         np.testing.assert_allclose(vjp(x)[0], expected_vjp(x)[0], atol=1e-12)
         assert vjp(x)[0].dtype == np.float64
+        # What GPUs compute from x alone.
+        np.testing.assert_allclose(mlp._gelu_tanh_gradient(x, x), expected_vjp(x)[0], atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from jax.sharding import AxisType
 
 from gptjax import InputError, OptimizerConfig, TransformerConfig, build, split
 from gptjax.data.batch import Batch
+from gptjax.training import cross_entropy as module
 from gptjax.training.cross_entropy import cross_entropy
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
@@ -72,6 +73,50 @@ def test_a_bias_and_a_cap_are_the_textbooks_too(chunk, logit_softcap):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for gradient, want in zip(gradients, wanted, strict=True):
         np.testing.assert_allclose(gradient, want, rtol=1e-5, atol=1e-5)
+
+
+BFLOAT16 = 2.0**-8  # Spacing of its numbers, relative: rounding is half of it.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1, "z_loss": 0.01},
+        {"logit_softcap": 5.0, "bias": True},
+        {"chunk": 24},
+    ],
+)
+def test_logits_of_bfloat16_have_the_loss_of_float32_within_their_rounding(options, monkeypatch):
+    """What GPUs compute; log Z of 4,096 logits, in bfloat16, would be further off."""
+    hidden = jax.random.normal(KEYS[0], (64, 16), jnp.bfloat16) / 8
+    table = jax.random.normal(KEYS[1], (4096, 16)).astype(jnp.bfloat16).astype(jnp.float32)
+    targets = jax.random.randint(KEYS[2], (64,), 0, 4096)
+    weights = jnp.linspace(0, 2, 64)
+    bias = jnp.linspace(-1, 1, 4096) if options.get("bias") else None
+    chosen = module._Options(**{
+        "chunk": 0, "vocab_size": 4096, "logit_softcap": 0.0, "label_smoothing": 0.0,
+        "z_loss": 0.0, **{name: value for name, value in options.items() if name != "bias"},
+    })  # fmt: skip
+
+    def losses(hidden):
+        tokens = module._Tokens(hidden, targets, weights)
+        return module._cross_entropy_forward(tokens, table, bias, chosen)
+
+    expected, wanted = losses(hidden.astype(jnp.float32))
+    monkeypatch.setattr(module, "by_platform", lambda *given, gpu, other: gpu(*given))
+    found, gradients = losses(hidden)
+    largest = float(jnp.abs(hidden.astype(jnp.float32) @ table.T).max())
+    # A logit moves by half a spacing at most; in log Z the moves of 4,096 logits cancel, so that
+    # the sum moves by those of the targets: four standard deviations of as many uniform numbers.
+    moved = largest * BFLOAT16 / 2
+    atol = 4 * moved / 3**0.5 * float(jnp.linalg.norm(weights))
+    np.testing.assert_allclose(found[0], expected[0], atol=atol, rtol=0)
+    np.testing.assert_allclose(found[1], expected[1], atol=atol, rtol=0)
+    # Probabilities move by e^(2 moved); each gradient is a sum of them, rounded once or twice.
+    for gradient, want in zip(*map(jax.tree.leaves, (gradients, wanted)), strict=True):
+        difference = np.linalg.norm(np.asarray(gradient, np.float32) - want)
+        assert difference <= (np.expm1(2 * moved) + 2 * BFLOAT16) * np.linalg.norm(want)
 
 
 def test_sums_are_weighted_and_the_plain_cross_entropy_is_reported():

@@ -11,6 +11,9 @@ from jax.sharding import AxisType
 from gptjax import Decoder, OptimizerConfig, TransformerConfig, split
 from gptjax.config import InputError
 from gptjax.data.batch import Batch
+from gptjax.layers import mlp
+from gptjax.parallel import platforms
+from gptjax.training import cross_entropy, step
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state, train_step
@@ -130,7 +133,14 @@ def test_dropout_follows_the_seed_and_the_step():
     assert float(step(later, batch_of(), seed=0)[1].loss) != loss
 
 
-def test_a_step_that_is_not_finite_changes_no_parameter():
+def on_gpus(*arguments, gpu, other):
+    """`by_platform` in a program for a GPU."""
+    return gpu(*arguments)
+
+
+@pytest.mark.parametrize("by_platform", [step.by_platform, on_gpus])
+def test_a_step_that_is_not_finite_changes_no_parameter(by_platform, monkeypatch):
+    monkeypatch.setattr(step, "by_platform", by_platform)
     graphdef, params = split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     transformation = build_optimizer(OPTIMIZER, steps=10)
     state = init_state(lambda: params, transformation, mesh(1))
@@ -141,6 +151,15 @@ def test_a_step_that_is_not_finite_changes_no_parameter():
     assert not np.isfinite(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
+
+
+def test_gpus_take_the_same_step(monkeypatch):
+    modules = (step, cross_entropy, mlp, platforms)
+    for module in modules:
+        monkeypatch.setattr(module, "by_platform", on_gpus)
+    jax.clear_caches()  # Of derivatives that were traced for a CPU.
+    assert_same(stepped()[1], reference()[1])
+    jax.clear_caches()
 
 
 def test_only_predictions_with_weight_count():

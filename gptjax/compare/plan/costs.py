@@ -50,7 +50,7 @@ def compiled_step(config: ExperimentConfig, batch: Batch) -> Step:
     """Returns the compiled step of one run of `config` on all devices, with zero parameters."""
     mesh = build_mesh(config.mesh, config.train.batch_size)
     graphdef, _ = abstract(config.model)
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, dtype=config.model.dtype)
 
     def init() -> Any:
         return split(build(config.model, rngs=nnx.Rngs(0)))[1]
