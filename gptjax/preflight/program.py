@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
-from gptjax.decoding.generate import compiled_read
+from gptjax.decoding.generate import Weights, programs
 from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import abstract, build, parameter_axes, split
 from gptjax.parallel.sharding import BATCH, build_mesh
@@ -139,16 +139,14 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
     )
     row = P(BATCH)
     arguments = (
-        params,
-        None,
+        Weights(params, None, None if source is None else shaped(source.shape, jnp.bool_, row)),
         cache,
         shaped((rows, 1), jnp.int32, row),
         shaped((rows, 1), jnp.bool_, row),
         shaped((rows,), jnp.int32, row),
-        None if source is None else shaped(source.shape, jnp.bool_, row),
     )
     with jax.set_mesh(mesh):
-        lowered = compiled_read(graphdef).lower(*arguments)
+        lowered = programs(graphdef).read.lower(*arguments)
     return Lowered(lowered, mesh, params, None, cache, kernel)
 
 

@@ -11,11 +11,10 @@ from gptjax import InputError, Sampling, TransformerConfig, generate, split
 from gptjax.decoding.generate import (
     Decoding,
     choose,
-    compiled_read,
     filtered_logits,
     penalised_logits,
+    programs,
 )
-from gptjax.layers.attention.module import KVCache, attend, attend_to_prefix
 from gptjax.models.build import build
 
 VOCABULARY, CONTEXT = 13, 12
@@ -97,23 +96,6 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_la
         np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
 
 
-@pytest.mark.parametrize("reach", [3, 128, 129, 256, 257, 1100])
-@pytest.mark.parametrize("biased", [False, True])
-def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
-    keys = jax.random.split(jax.random.key(0), 4)
-    query = jax.random.normal(keys[0], (2, 2, 4, 8))
-    key, value = (jax.random.normal(k, (2, 1100, 2, 8)) for k in keys[1:3])
-    mask = (jnp.arange(1100) < jnp.array([[reach - 1], [reach]]))[None]
-    bias = jax.random.normal(keys[3], (1, 4, 2, 1100)) if biased else None
-    expected: Any = attend(query, key, value, mask, bias, 0.3, 0.0)
-    enough = next(size for size in (128, 256, 1100) if size >= reach)
-    unread = KVCache(*(places.at[:, enough:].set(jnp.nan) for places in (key, value)))
-    got = jax.jit(attend_to_prefix, static_argnums=(5, 6))(
-        jnp.int32(reach), query, unread, mask, bias, 0.3, 0.0
-    )
-    np.testing.assert_allclose(got, expected, atol=1e-6)
-
-
 def test_decoding_past_the_first_places_of_a_long_context():
     fields = {**vars(CONFIG), "context_length": 1100, "position_embedding": "alibi"}
     long = build(TransformerConfig(**fields), rngs=nnx.Rngs(0))
@@ -169,15 +151,15 @@ def test_sources_of_different_lengths_are_translated_as_each_alone(scan_layers):
 
 
 def steps_compiled() -> int:
-    return compiled_read(split(model())[0])._cache_size()
+    return sum(p._cache_size() for p in programs(split(model())[0])[2:])
 
 
 def test_one_step_is_compiled_whatever_the_length():
     before = steps_compiled()
     for length in range(1, CONTEXT + 1):
         tokens_of([[1] * length] * 7, CONTEXT, sampling=GREEDY)
-    # Prompts of 1, 2, 3–4, 5–8 and 9–12 tokens; all steps are prompts of one.
-    assert steps_compiled() == before + 5
+    # Prompts of 1, 2, 3–4, 5–8 and 9–12 tokens, and the loop.
+    assert steps_compiled() == before + 6
 
 
 def test_a_context_of_one_token_slides():
@@ -282,30 +264,30 @@ def test_a_sliding_window_goes_on_from_the_second_half(name):
 
 def test_top_k_keeps_the_k_most_likely():
     logits = jnp.array([[0.1, 3.0, 2.0, -1.0, 2.5]])
-    kept = np.isfinite(filtered_logits(logits, Sampling(top_k=3)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(top_k=3).filters()))
     np.testing.assert_array_equal(kept, [[False, True, True, False, True]])
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
     probability = np.array([[0.5, 0.05, 0.3, 0.15]])
     for top_p, expected in ((0.4, [1, 0, 0, 0]), (0.6, [1, 0, 1, 0]), (0.9, [1, 0, 1, 1])):
-        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(top_p=top_p)))
+        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(top_p=top_p).filters()))
         np.testing.assert_array_equal(kept[0], np.array(expected, bool))
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely():
     probability = np.array([[0.5, 0.05, 0.3, 0.15]])
     for min_p, expected in ((0.05, [1, 1, 1, 1]), (0.2, [1, 0, 1, 1]), (0.7, [1, 0, 0, 0])):
-        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(min_p=min_p)))
+        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(min_p=min_p).filters()))
         np.testing.assert_array_equal(kept[0], np.array(expected, bool))
 
 
 def test_the_temperature_acts_before_what_leaves_tokens_out():
     # At temperature 2 the probabilities go as their roots: 0.45, 0.35, 0.20.
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.1]]))
-    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=2.0, min_p=0.4)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=2.0, min_p=0.4).filters()))
     np.testing.assert_array_equal(kept, [[True, True, True]])
-    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=0.5, min_p=0.4)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=0.5, min_p=0.4).filters()))
     np.testing.assert_array_equal(kept, [[True, False, False]])
 
 
@@ -347,15 +329,15 @@ def test_what_leaves_one_token_leaves_the_likeliest(extreme):
     logits = jnp.array([[1.0, 5.0, 3.0, -2.0], [-1e30, -1e9, -1.0, -2.0]])
     for more in ({}, {"temperature": 1e-38}, {"top_k": 3, "top_p": 0.9, "min_p": 1e-50}):
         sampling = Sampling(**{**more, **extreme})
-        chosen = jax.jit(choose, static_argnums=1)(logits, sampling, jax.random.key(0))
+        chosen = jax.jit(choose)(logits, sampling.filters(), jax.random.key(0))
         np.testing.assert_array_equal(chosen, [1, 2])
 
 
 def test_extremes_that_ask_for_nothing_leave_all():
     logits = jnp.array([[1.0, 5.0, 3.0, -2.0]])
     for nothing in (Sampling(min_p=1e-50), Sampling(top_p=1 - 1e-12), Sampling(top_k=10**30)):
-        np.testing.assert_array_equal(filtered_logits(logits, nothing), logits - 5)
-    hottest = filtered_logits(logits, Sampling(temperature=1e300))
+        np.testing.assert_array_equal(filtered_logits(logits, nothing.filters()), logits - 5)
+    hottest = filtered_logits(logits, Sampling(temperature=1e300).filters())
     np.testing.assert_array_equal(hottest, jnp.zeros((1, 4)))
 
 
@@ -376,7 +358,7 @@ def test_sampling_follows_the_softmax():
     logits, draws = jnp.array([0.0, 1.0, 2.0, -1.0]), 20_000
     for temperature in (0.7, 1.0, 1.5):
         sampling = Sampling(temperature=temperature)
-        chosen = choose(jnp.tile(logits, (draws, 1)), sampling, jax.random.key(0))
+        chosen = choose(jnp.tile(logits, (draws, 1)), sampling.filters(), jax.random.key(0))
         assert_frequencies(np.asarray(chosen), np.asarray(jax.nn.softmax(logits / temperature)))
 
 
@@ -384,7 +366,7 @@ def test_what_is_left_keeps_its_proportions():
     probability, draws = np.array([0.4, 0.04, 0.3, 0.1, 0.16]), 20_000
     for sampling in (Sampling(top_k=4), Sampling(top_p=0.9), Sampling(min_p=0.2)):
         logits = jnp.tile(jnp.log(probability), (draws, 1))
-        chosen = choose(logits, sampling, jax.random.key(1))
+        chosen = choose(logits, sampling.filters(), jax.random.key(1))
         left = np.where(probability > 0.05, probability, 0)
         assert_frequencies(np.asarray(chosen), left / left.sum())
 
