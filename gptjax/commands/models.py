@@ -60,7 +60,8 @@ def sample(
 
     from gptjax.data.tokenizers import stream_text
     from gptjax.decoding.beam_search import beam_search
-    from gptjax.decoding.generate import Sampling, generate
+    from gptjax.decoding.generate import generate
+    from gptjax.decoding.sampling import Sampling
     from gptjax.runs.loading import load_run
 
     if num_samples < 1:

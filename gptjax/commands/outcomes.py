@@ -15,7 +15,8 @@ from gptjax.data.report import INVISIBLE, labels
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer, stream_text
 from gptjax.decoding.beam_search import beam_search
-from gptjax.decoding.generate import Sampling, generate
+from gptjax.decoding.generate import generate
+from gptjax.decoding.sampling import Sampling
 from gptjax.runs.loading import Run
 from gptjax.training.metrics import METRICS, read_jsonl
 

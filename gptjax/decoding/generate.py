@@ -1,135 +1,28 @@
-"""Autoregressive decoding with a key/value cache, greedy or sampled, for a batch of prompts.
+"""Autoregressive decoding with a key/value cache, greedy or sampled, for a batch of prompts."""
 
-Sources: temperature, Ackley et al. 1985; top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al.
-2020; min-p, Nguyen et al. 2024; repetition penalty, CTRL (Keskar et al. 2019, section 4.1). They
-are applied in this order, but the penalty first, as in Hugging Face transformers.
-"""
-
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptjax.config import InputError
-from gptjax.layers.block import BlockCache
-from gptjax.models.build import LanguageModel, Params, split
-from gptjax.parallel.keys import random_key
+from gptjax.decoding.programs import (
+    MAX_PORTION,
+    Choosing,
+    State,
+    Weights,
+    programs,
+    reordered,
+    resized,
+)
+from gptjax.decoding.sampling import Filters, Sampling
+from gptjax.models.build import LanguageModel, split
 
-SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-"""The smallest normal float32; a temperature below it is greedy decoding."""
-PENALTIES = 1e-6, 1e6
-"""The least and the largest repetition penalty for which logits stay finite."""
 PORTION_SECONDS = 1 / 30
 """The longest that `generate` keeps tokens back, so that text still seems to flow."""
-MAX_PORTION = 64
-"""The most tokens per row in one dispatch."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is sampled.
-
-    Raises:
-      InputError: a value out of range.
-    """
-
-    temperature: float = 1.0
-    """Divides the logits; 0, or a number that float32 rounds to 0, is greedy decoding."""
-    top_k: int = 0
-    """Sample from this many of the most likely tokens; 0 takes all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this fraction of the most likely token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens that occurred, and multiplies the negative ones."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}: it must be at least 0.")
-        if self.top_k < 0:
-            raise InputError(f"top-k is {self.top_k}: it must be at least 0.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top-p is {self.top_p}: it must be above 0 and at most 1.")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min-p is {self.min_p}: it must be at least 0 and at most 1.")
-        if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
-            raise InputError(
-                f"repetition-penalty is {self.repetition_penalty}: it must be at least "
-                f"{PENALTIES[0]:g} and at most {PENALTIES[1]:g}."
-            )
-
-    def filters(self) -> "Filters":
-        """These choices as a compiled program takes them."""
-        greedy = self.temperature < SMALLEST_TEMPERATURE
-        numbers = {
-            "temperature": None if greedy else self.temperature,
-            "top_p": None if self.top_p == 1 else self.top_p,
-            "min_p": self.min_p or None,
-            "penalty": None if self.repetition_penalty == 1 else self.repetition_penalty,
-        }
-        with np.errstate(over="ignore"):
-            arrays = {name: n and np.array(n, np.float32) for name, n in numbers.items()}
-        return Filters(top_k=self.top_k, **arrays)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Filters:
-    """`Sampling` for a compiled program: None does nothing, and other numbers are arguments, so
-    that nothing is compiled anew for another temperature."""
-
-    temperature: Float[Array | np.ndarray, ""] | None
-    """None is greedy decoding."""
-    top_k: int = field(metadata={"static": True})
-    top_p: Float[Array | np.ndarray, ""] | None
-    min_p: Float[Array | np.ndarray, ""] | None
-    penalty: Float[Array | np.ndarray, ""] | None
-
-
-def filtered_logits(logits: Float[Array, "B V"], filters: Filters) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, -inf where top-k, top-p or min-p exclude a token.
-
-    The most likely token gets 0 and is never excluded. There is a temperature.
-    """
-    # Relative to the largest, since a logit divided by the temperature may be infinite.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / filters.temperature
-    if 0 < filters.top_k < logits.shape[-1]:
-        smallest_kept = jax.lax.top_k(logits, filters.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    if filters.top_p is not None:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        kept = jnp.where(before < filters.top_p, descending, 0)
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
-    if filters.min_p is not None:
-        logits = jnp.where(logits < jnp.log(filters.min_p), -jnp.inf, logits)
-    return logits
-
-
-def penalised_logits(
-    logits: Float[Array, "B V"],
-    occurred: Bool[Array, "B V"],
-    penalty: float | Float[Array | np.ndarray, ""],
-) -> Float[Array, "B V"]:
-    """Logits after the repetition penalty of the tokens that `occurred` (CTRL)."""
-    return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def choose(logits: Float[Array, "B V"], filters: Filters, key: jax.Array) -> Int[Array, " B"]:
-    """Next tokens, int32, greedy or sampled from the filtered softmax of `logits`."""
-    if filters.temperature is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    chosen = jax.random.categorical(key, filtered_logits(logits, filters), axis=-1)
-    return chosen.astype(jnp.int32)
 
 
 def generate(
@@ -218,29 +111,6 @@ def end_tokens(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else np.atleast_1d(given).tolist()
 
 
-class Choosing(NamedTuple):
-    """How the tokens of all steps are chosen."""
-
-    filters: Filters
-    seeds: UInt32[Array | np.ndarray, " B"]
-    is_end: Bool[Array | np.ndarray, " V"]
-    """Whether a token ends its row."""
-
-
-class State(NamedTuple):
-    """What a step of decoding hands to the next, besides the cache."""
-
-    tokens: Int[Array | np.ndarray, " B"]
-    """The last token of each row, which is not yet in the cache."""
-    lengths: Int[Array | np.ndarray, " B"]
-    """How many tokens of each row are in the cache."""
-    ended: Bool[Array | np.ndarray, " B"]
-    occurred: Bool[Array | np.ndarray, "B V"] | None
-    """Which tokens occurred in each row; None without a repetition penalty."""
-    decoded: Int[Array | np.ndarray, ""]
-    """How many tokens were decoded of each row."""
-
-
 def _first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filters) -> State:
     """The state before `rows` are read."""
     occurred = None
@@ -250,16 +120,6 @@ def _first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filter
             occurred[row, tokens] = True
     none = np.zeros(len(rows), np.int32)
     return State(none, none, none.astype(bool), occurred, np.int32(0))
-
-
-class Weights(NamedTuple):
-    """The parameters in the form that decoding reads, and what else is the same in all steps."""
-
-    params: Params
-    layers: list[Params] | None
-    """Of each block, since unrolled ones would be sliced from their stack, and so copied, at every
-    step; None if they are scanned."""
-    source_mask: Bool[Array | np.ndarray, "B S"] | None
 
 
 FIRST_SLOTS = {"cpu": 128}
@@ -339,13 +199,13 @@ class Decoding:
                 given = self._params, self._source, self._weights.source_mask
                 self._cache = self._programs.empty(*given, self._batch_size, self._slots)
             else:
-                self._cache = _resized(self._cache, self._slots)
+                self._cache = resized(self._cache, self._slots)
         output, self._cache = program(self._weights, self._cache, *arguments)
         return output
 
     def reorder(self, order: Sequence[int]) -> None:
         """Reorder the cache: sequence i continues from sequence order[i]."""
-        self._cache = _reordered(self._cache, np.array(order, np.int32), int(self._scanned))
+        self._cache = reordered(self._cache, np.array(order, np.int32), int(self._scanned))
 
 
 def _row_seeds(seed: int | Sequence[int], rows: int) -> UInt32[np.ndarray, " B"]:
@@ -420,153 +280,3 @@ def padded(
         tokens[index, : len(row)] = row
         padding_mask[index, : len(row)] = True
     return tokens, padding_mask
-
-
-class Programs(NamedTuple):
-    """The compiled programs of models of one structure, which `Decoding` calls."""
-
-    prepare: Callable
-    """params → the params and layers of `Weights`."""
-    empty: Callable
-    """(params, source, source mask, rows, slots) → a cache, with what is known of the source."""
-    read: Callable
-    """(weights, cache, tokens [B, T], padding mask [B, T], starts [B]) → (logits [B, V], cache)."""
-    start: Callable
-    advance: Callable
-    """(weights, cache, arguments of the method of `Decoding`) → (its output, cache)."""
-
-
-@functools.cache
-def programs(graphdef: nnx.GraphDef) -> Programs:
-    """The compiled programs of models of one structure.
-
-    As an argument the structure would be hashed at every step, a tenth of a GPT-2 step's time.
-    """
-
-    def prepare(params: Params) -> tuple[Params, list[Params] | None]:
-        model = nnx.merge(graphdef, params)
-        dtype = model.config.dtype
-        if model.config.scan_layers:
-            return cast(params, dtype), None
-        layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
-        return cast(params, dtype, "table"), cast(layers, dtype)
-
-    def empty(
-        params: Params,
-        source: Int[Array, "B S"] | None,
-        source_mask: Bool[Array, "B S"] | None,
-        rows: int,
-        slots: int,
-    ) -> Any:
-        given = (rows,) if source is None else (source, source_mask)
-        return _resized(nnx.merge(graphdef, params).empty_cache(*given), slots)
-
-    def read(
-        weights: Weights,
-        cache: Any,
-        tokens: Int[Array, "B T"],
-        padding_mask: Bool[Array, "B T"],
-        starts: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """Logits after each row's last token that is no padding, and the updated cache."""
-        model = nnx.merge(graphdef, weights.params)
-        sources = {} if weights.source_mask is None else {"source_mask": weights.source_mask}
-        output = model.hidden(
-            tokens,
-            padding_mask=padding_mask,
-            cache=cache,
-            cache_index=starts,
-            layers=weights.layers,
-            **sources,
-        )
-        last = padding_mask.sum(axis=1)[:, None, None] - 1
-        hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
-        return model.unembed(model.readout(hidden)), output.cache
-
-    def step(
-        weights: Weights,
-        cache: Any,
-        tokens: Int[Array, "B T"],
-        padding_mask: Bool[Array, "B T"],
-        state: State,
-        choosing: Choosing,
-    ) -> tuple[State, Any]:
-        """Read tokens and choose the next, each row's with its own seed."""
-        logits, cache = read(weights, cache, tokens, padding_mask, state.lengths)
-        occurred, filters = state.occurred, choosing.filters
-        if occurred is not None and filters.penalty is not None:
-            logits = penalised_logits(logits, occurred, filters.penalty)
-
-        def choose_in_row(logits: Float[Array, " V"], seed: UInt32[Array, ""]) -> Int[Array, ""]:
-            key = jax.random.fold_in(random_key(seed), state.decoded)
-            return choose(logits[None], filters, key)[0]
-
-        chosen = jax.vmap(choose_in_row)(logits, choosing.seeds)
-        chosen = jnp.where(state.ended, state.tokens, chosen)
-        if occurred is not None:
-            occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
-        lengths = state.lengths + padding_mask.sum(axis=1)
-        ended = state.ended | choosing.is_end[chosen]
-        return State(chosen, lengths, ended, occurred, state.decoded + 1), cache
-
-    def start(weights: Weights, cache: Any, *arguments: Any) -> tuple[tuple[State, jax.Array], Any]:
-        state, cache = step(weights, cache, *arguments)
-        return (state, state.tokens[None]), cache
-
-    def advance(
-        weights: Weights, cache: Any, steps: Int[Array, ""], state: State, choosing: Choosing
-    ) -> tuple[tuple[State, jax.Array], Any]:
-        before = state.decoded
-
-        def more(carry: tuple[State, jax.Array, Any]) -> Bool[Array, ""]:
-            state = carry[0]
-            return (state.decoded < before + steps) & ~state.ended.all()
-
-        def decode(carry: tuple[State, jax.Array, Any]) -> tuple[State, jax.Array, Any]:
-            state, said, cache = carry
-            # An ended row reads padding, which leaves its length.
-            tokens, is_token = state.tokens[:, None], ~state.ended[:, None]
-            following, cache = step(weights, cache, tokens, is_token, state, choosing)
-            return following, said.at[state.decoded - before].set(following.tokens), cache
-
-        said = jnp.full((MAX_PORTION, len(state.tokens)), -1, jnp.int32)
-        state, said, cache = jax.lax.while_loop(more, decode, (state, said, cache))
-        return (state, said), cache
-
-    return Programs(
-        jax.jit(prepare),
-        jax.jit(empty, static_argnums=(3, 4)),
-        *(jax.jit(program, donate_argnums=1) for program in (read, start, advance)),
-    )
-
-
-KEPT = "router", "relative"
-"""Layers that compute in float32 whatever the model's dtype."""
-
-
-def cast(tree: Any, dtype: str, *names: str) -> Any:
-    """The tree with kernels and tables, or only those of these names, in the dtype of products."""
-    names = names or ("kernel", "table")
-
-    def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        keys = [getattr(entry, "key", None) for entry in path]
-        return leaf.astype(dtype) if keys[-1] in names and not {*KEPT} & {*keys} else leaf
-
-    return jax.tree_util.tree_map_with_path(converted, tree)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _resized(cache: Any, slots: int) -> Any:
-    """The cache with `slots` slots for each sequence; a recurrent state has none."""
-
-    def resized(item: Any) -> Any:
-        if not isinstance(item, BlockCache):
-            return item
-        return item._replace(kv=item.kv.resized(slots))
-
-    return jax.tree.map(resized, cache, is_leaf=lambda item: isinstance(item, BlockCache))
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _reordered(cache: Any, order: jax.Array, axis: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=axis), cache)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
-from gptjax.decoding.generate import Weights, programs
+from gptjax.decoding.programs import Weights, programs
 from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import abstract, build, parameter_axes, split
 from gptjax.parallel.sharding import BATCH, build_mesh

@@ -8,13 +8,9 @@ import pytest
 from flax import nnx
 
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
-from gptjax.decoding.generate import (
-    Decoding,
-    choose,
-    filtered_logits,
-    penalised_logits,
-    programs,
-)
+from gptjax.decoding.generate import Decoding
+from gptjax.decoding.programs import programs
+from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
 from gptjax.models.build import build
 
 VOCABULARY, CONTEXT = 13, 12
