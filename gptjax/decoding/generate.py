@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
@@ -60,15 +61,17 @@ def generate(
         not as many seeds as rows.
     """
     context, size = model.config.context_length, model.config.vocab_size
-    rows, ends = checked_rows(model, prompt, "prompt"), end_tokens(end_token)
+    rows = checked_rows(model, prompt, "prompt")
     filters, reach = (sampling or Sampling()).filters(), max(map(len, rows))
     most = context if sliding_window else reach + max_new_tokens
     decoding = Decoding(model, len(rows), source, most)
-    seeds, is_end = _row_seeds(seed, len(rows)), np.isin(np.arange(size), ends)
-    choosing, state = Choosing(filters, seeds, is_end), _first_state(rows, size, filters)
+    is_end = np.isin(np.arange(size), end_tokens(end_token))
+    choosing = Choosing(filters, _row_seeds(seed, len(rows)), jnp.asarray(is_end))
+    state = _first_state(rows, size, filters)
     if max_new_tokens < 1:
         return
-    live, portion, dispatched, since = ~state.ended, 1, 1, time.perf_counter()
+    live, portion, dispatched = np.ones(len(rows), bool), 1, 1
+    since = time.perf_counter()
     state, said = decoding.start(rows, state, choosing)
     pending = [said]
     while True:
@@ -118,8 +121,9 @@ def _first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filter
         occurred = np.zeros((len(rows), vocab_size), bool)
         for row, tokens in enumerate(rows):
             occurred[row, tokens] = True
-    none = np.zeros(len(rows), np.int32)
-    return State(none, none, none.astype(bool), occurred, np.int32(0))
+        occurred = jnp.asarray(occurred)
+    none = jnp.zeros(len(rows), jnp.int32)
+    return State(none, none, none.astype(bool), occurred, jnp.int32(0))
 
 
 FIRST_SLOTS = {"cpu": 128}
@@ -150,7 +154,8 @@ class Decoding:
         if sources is not None:
             length = _padded_length(max(map(len, sources)), context)
             self._source, source_mask = padded(sources, length)
-        self._weights = Weights(*self._programs.prepare(self._params), source_mask)
+        params, layers = self._programs.prepare(self._params)
+        self._weights = Weights(params, layers, source_mask)
         self.reset()
 
     def reset(self) -> None:
@@ -172,7 +177,7 @@ class Decoding:
     ) -> tuple[State, Int[Array, "1 B"]]:
         """Read `rows` into the empty cache and choose the next tokens; the state, and these."""
         tokens, padding_mask = padded(rows, self._padded_length(rows, 0))
-        state = state._replace(lengths=np.zeros(len(rows), np.int32))
+        state = state._replace(lengths=jnp.zeros(len(rows), jnp.int32))
         reach = tokens.shape[1]
         return self._run(self._programs.start, reach, tokens, padding_mask, state, choosing)
 
@@ -208,12 +213,12 @@ class Decoding:
         self._cache = reordered(self._cache, np.array(order, np.int32), int(self._scanned))
 
 
-def _row_seeds(seed: int | Sequence[int], rows: int) -> UInt32[np.ndarray, " B"]:
+def _row_seeds(seed: int | Sequence[int], rows: int) -> UInt32[Array, " B"]:
     """The seed of each row, uint32."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
     if len(seeds) != rows:
         raise InputError(f"There are {len(seeds)} seeds and {rows} rows: each row needs one.")
-    return np.array([each % 2**32 for each in seeds], np.uint32)
+    return jnp.asarray(np.array([each % 2**32 for each in seeds], np.uint32))
 
 
 def _padded_length(length: int, most: int) -> int:

@@ -133,7 +133,7 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
         chosen = jnp.where(state.ended, state.tokens, chosen)
         if occurred is not None:
             occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
-        lengths = state.lengths + padding_mask.sum(axis=1)
+        lengths = state.lengths + padding_mask.sum(axis=1, dtype=jnp.int32)
         ended = state.ended | choosing.is_end[chosen]
         return State(chosen, lengths, ended, occurred, state.decoded + 1), cache
 

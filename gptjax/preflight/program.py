@@ -138,8 +138,9 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         placed, jax.eval_shape(functools.partial(_empty_cache, graphdef, rows), params, source)
     )
     row = P(BATCH)
+    source_mask: Any = None if source is None else shaped(source.shape, jnp.bool_, row)
     arguments = (
-        Weights(params, None, None if source is None else shaped(source.shape, jnp.bool_, row)),
+        Weights(params, None, source_mask),
         cache,
         shaped((rows, 1), jnp.int32, row),
         shaped((rows, 1), jnp.bool_, row),
