@@ -67,7 +67,7 @@ def generate(
     decoding = Decoding(model, len(rows), source, most)
     is_end = np.isin(np.arange(size), end_tokens(end_token))
     choosing = Choosing(filters, _row_seeds(seed, len(rows)), jnp.asarray(is_end))
-    state = _first_state(rows, size, filters)
+    state = first_state(rows, size, filters)
     if max_new_tokens < 1:
         return
     live, portion, dispatched = np.ones(len(rows), bool), 1, 1
@@ -114,7 +114,7 @@ def end_tokens(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else np.atleast_1d(given).tolist()
 
 
-def _first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filters) -> State:
+def first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filters) -> State:
     """The state before `rows` are read."""
     occurred = None
     if filters.penalty is not None:

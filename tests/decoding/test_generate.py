@@ -1,4 +1,5 @@
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -8,10 +9,13 @@ import pytest
 from flax import nnx
 
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
-from gptjax.decoding.generate import Decoding
-from gptjax.decoding.programs import programs
+from gptjax.config import MeshConfig
+from gptjax.decoding.generate import Decoding, first_state
+from gptjax.decoding.programs import Choosing, cast, programs
 from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
-from gptjax.models.build import build
+from gptjax.models.build import build, parameter_axes
+from gptjax.parallel.keys import random_key
+from gptjax.parallel.sharding import build_mesh, parameter_sharding
 
 VOCABULARY, CONTEXT = 13, 12
 GREEDY = Sampling(temperature=0)
@@ -53,7 +57,7 @@ def model(name: str = "learned", scan_layers: bool = False) -> Any:
 
 @functools.cache
 def forward(name: str) -> Any:
-    """The compiled forward pass without a cache, of sequences of the whole context."""
+    """The compiled forward pass without a cache, of two sequences of the whole context."""
     graphdef, params = split(model(name))
     return functools.partial(
         jax.jit(lambda params, tokens, **how: nnx.merge(graphdef, params)(tokens, **how)), params
@@ -62,8 +66,9 @@ def forward(name: str) -> Any:
 
 def logits_alone(name: str, row: list[int], **how) -> np.ndarray:
     """The logits after `row`, from a forward pass over it and what does not matter."""
-    tokens = np.zeros((1, CONTEXT), np.int32)
+    tokens = np.zeros((2, CONTEXT), np.int32)
     tokens[0, : len(row)] = row
+    how = {key: np.repeat(value, 2, axis=0) for key, value in how.items()}
     return np.asarray(forward(name)(tokens, **how)[0, len(row) - 1])
 
 
@@ -75,32 +80,50 @@ def tokens_of(prompt, max_new_tokens=5, name="learned", **how) -> np.ndarray:
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_layers):
+    """Read four tokens at a time; one at a time is read below."""
     tokens = jax.random.randint(jax.random.key(0), (2, CONTEXT), 0, VOCABULARY)
     graphdef, params = split(model(name, scan_layers))
 
     @jax.jit
-    def hidden(tokens, cache, start):
-        output = nnx.merge(graphdef, params).hidden(tokens, cache=cache, cache_index=start)
-        return output.hidden, output.cache
+    def read(tokens, cache, start):
+        decoder = nnx.merge(graphdef, params)
+        output = decoder.hidden(tokens, cache=cache, cache_index=start)
+        return decoder.unembed(decoder.readout(output.hidden)), output.cache
 
-    full = model(name, scan_layers).hidden(tokens).hidden
-    for chunk in (1, 5):
-        cache, pieces = model(name, scan_layers).empty_cache(2), []
-        for start in range(0, CONTEXT, chunk):
-            piece, cache = hidden(tokens[:, start : start + chunk], cache, start)
-            pieces.append(piece)
-        np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
+    cache, pieces = model(name, scan_layers).empty_cache(2), []
+    for start in range(0, CONTEXT, 4):
+        piece, cache = read(tokens[:, start : start + 4], cache, start)
+        pieces.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), forward(name)(tokens), atol=2e-5)
 
 
-def test_decoding_past_the_first_places_of_a_long_context():
+def test_decoding_past_the_first_slots_of_a_long_context():
+    """A cache of 128 slots grows to 512, with what it holds."""
     fields = {**vars(CONFIG), "context_length": 1100, "position_embedding": "alibi"}
     long = build(TransformerConfig(**fields), rngs=nnx.Rngs(0))
-    rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 260)).tolist()
-    decoding, full = Decoding(long, 2), long(np.array(rows))
-    for place, after in ((0, 126), (126, 127), (127, 128), (128, 129), (129, 255), (255, 260)):
-        unread = [row[place:after] for row in rows]
-        logits = decoding.read(unread, np.full(2, place, np.int32))
+    rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 140))
+    rows[:, 120:] = np.stack(
+        list(generate(long, rows[:, :120], max_new_tokens=20, sampling=GREEDY)), axis=1
+    )
+    full = np.asarray(long(rows))
+    best = full[:, 119:-1].max(axis=-1)
+    chosen = np.take_along_axis(full[:, 119:-1], rows[:, 120:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, best, atol=2e-5)
+    decoding = Decoding(long, 2)
+    for place, after in ((0, 126), (126, 127), (127, 128), (128, 129), (129, 140)):
+        logits = decoding.read(rows[:, place:after].tolist(), np.full(2, place, np.int32))
         np.testing.assert_allclose(logits, full[:, after - 1], atol=2e-5)
+
+
+def test_what_is_cast_once_is_what_the_products_read():
+    """The parameters of decoding, in bfloat16, give the bits that the model's own give."""
+    fields = {"position_embedding": "relative", "num_experts": 2, "qk_norm": True, "depth": 1}
+    config = TransformerConfig(**{**vars(CONFIG), **fields, "dtype": "bfloat16"})
+    graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
+    logits = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    tokens, halved = np.arange(8)[None], cast(params, "bfloat16")
+    assert halved["embedding"]["table"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(logits(halved, tokens), logits(params, tokens))
 
 
 PROMPTS = [[1, 2, 3, 12, 5], [7], [4, 4, 0]]
@@ -166,10 +189,83 @@ def test_a_context_of_one_token_slides():
 
 
 def test_a_later_decoding_of_the_model_compiles_nothing():
-    tokens_of([[1, 2]])
+    tokens_of([[1, 2]], sampling=Sampling(0.9, top_p=0.9))
     before = steps_compiled()
-    tokens_of([[3, 4]])
+    tokens_of([[3, 4]], sampling=Sampling(0.7, top_p=0.8), end_token=5, seed=3)
     assert steps_compiled() == before
+
+
+def one_by_one(name, prompts, count, sampling, seeds, ends) -> np.ndarray:
+    """What `generate` promises, a token per dispatch: read, penalise, choose by the row's key."""
+    decoding, filters = Decoding(model(name), len(prompts)), sampling.filters()
+    rows, unread, starts, steps = [list(row) for row in prompts], prompts, None, []
+    ended = np.zeros(len(prompts), bool)
+    for index in range(count):
+        logits = decoding.read(unread, starts)
+        occurred = np.array([np.isin(np.arange(VOCABULARY), row) for row in rows])
+        logits = penalised_logits(logits, jnp.array(occurred), sampling.repetition_penalty)
+        keys = [jax.random.fold_in(random_key(seed), index) for seed in seeds]
+        chosen = [choose(logits[row : row + 1], filters, key)[0] for row, key in enumerate(keys)]
+        steps.append(np.where(ended, steps[-1] if steps else 0, chosen))
+        ended |= np.isin(steps[-1], ends)
+        if ended.all():
+            break
+        starts = np.array([len(row) for row in rows], np.int32)
+        unread = steps[-1][:, None].tolist()
+        rows = [[*row, *new] for row, new in zip(rows, unread, strict=True)]
+    return np.stack(steps, axis=1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize(
+    ("sampling", "ends"),
+    [
+        (Sampling(1.3, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.2), [4, 9]),
+        (Sampling(temperature=0.8), []),
+    ],
+)
+def test_portions_hold_the_tokens_of_single_steps(monkeypatch, seconds, sampling, ends):
+    """However many tokens a dispatch decodes: one, or as many as it may."""
+    monkeypatch.setattr(
+        importlib.import_module("gptjax.decoding.generate"), "PORTION_SECONDS", seconds
+    )
+    for seed in range(3):
+        expected = one_by_one("learned", PROMPTS, 8, sampling, range(seed, seed + 3), ends)
+        got = tokens_of(PROMPTS, 8, sampling=sampling, seed=seed, end_token=ends)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_device_stops_when_every_row_has_ended():
+    free = tokens_of([[1, 2, 3]], 9, sampling=GREEDY)[0]
+    assert free[2] not in free[:2]
+    decoding, filters = Decoding(model(), 1), GREEDY.filters()
+    is_end = jnp.arange(VOCABULARY) == free[2]
+    how = Choosing(filters, jnp.zeros(1, jnp.uint32), is_end)
+    state, said = decoding.start([[1, 2, 3]], first_state([[1, 2, 3]], VOCABULARY, filters), how)
+    np.testing.assert_array_equal(said, free[None, :1].T)
+    state, said = decoding.advance(3 + 8, 8, state, how)
+    np.testing.assert_array_equal(said[:3, 0], [*free[1:3], -1])
+    assert int(state.decoded) == 3
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
+def test_a_model_on_a_mesh_decodes_as_on_one_device(family):
+    fields = {"family": family, "vocab_size": 16, "context_length": 16}
+    built = build(TransformerConfig(**{**vars(CONFIG), **fields}), rngs=nnx.Rngs(0))
+    source = {"source": [[1, 2], [3, 4, 5]] * 4} if family == "encoder_decoder" else {}
+    how = {"max_new_tokens": 6, "sampling": Sampling(0.7, top_k=9), "seed": 1, **source}
+    prompts = [[1, 2, 3], [4]] * 4
+    expected = np.stack(list(generate(built, prompts, **how)))
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    graphdef, params = split(built)
+    placed = jax.tree.map(
+        lambda leaf, axes: jax.device_put(leaf, parameter_sharding("", axes, leaf.shape, mesh)),
+        params,
+        parameter_axes(built.config),
+    )
+    with jax.set_mesh(mesh):
+        got = np.stack(list(generate(nnx.merge(graphdef, placed), prompts, **how)))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_greedy_takes_the_most_likely_token_of_the_full_forward():
