@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError
+from gptjax.config.values import DecodingWeights
 from gptjax.decoding.generate import Decoding, checked_rows, checked_sources, end_tokens
 from gptjax.models.build import LanguageModel
 
@@ -35,6 +36,7 @@ def beam_search(
     length_penalty: float = 0.0,
     early_stopping: bool = False,
     source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
+    weights: DecodingWeights = "dtype",
 ) -> list[list[Hypothesis]]:
     """The `beams` best continuations found of each row of `prompt`, best first.
 
@@ -52,6 +54,7 @@ def beam_search(
       length_penalty: 0 compares log-probabilities; larger favours longer continuations.
       early_stopping: see above.
       source: source tokens of an encoder-decoder, B rows.
+      weights: as in `generate`.
 
     Raises:
       InputError: `beams` below 1, or as `generate`.
@@ -71,7 +74,7 @@ def beam_search(
         for tokens in prompts
     ]
     most = max(len(row) + search.longest for row, search in zip(prompts, searches, strict=True))
-    decoding = Decoding(model, beams * len(prompts), _repeated(sources, beams), most)
+    decoding = Decoding(model, beams * len(prompts), _repeated(sources, beams), most, weights)
     unread, starts = _repeated(prompts, beams), np.zeros(beams * len(prompts), np.int32)
     while any(search.live for search in searches):
         # Each beam has one finished extension per end token, and needs an unfinished one.
@@ -104,7 +107,8 @@ def _likeliest(
     logits: Float[Array, "B V"], count: int
 ) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
     """The log-probabilities of the likeliest tokens, largest first, and these tokens."""
-    return tuple(jax.lax.top_k(jax.nn.log_softmax(logits), count))
+    values, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), count)
+    return values, tokens
 
 
 class _BeamSearch:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptjax.config import InputError
+from gptjax.config.values import DecodingWeights
 from gptjax.decoding.programs import (
     MAX_PORTION,
     Choosing,
@@ -36,6 +37,7 @@ def generate(
     end_token: int | Sequence[int] | None = None,
     sliding_window: bool = False,
     source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
+    weights: DecodingWeights = "dtype",
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Continue each row of `prompt`, yielding the next tokens [B], int32, per step.
 
@@ -55,6 +57,8 @@ def generate(
       end_token: the token that ends a row, or several such tokens.
       sliding_window: whether to continue past the end of the context.
       source: source tokens of an encoder-decoder, B rows.
+      weights: "dtype" reads them in the model's dtype, "int8" a quarter of float32's bytes, with
+        the error that `gptjax.layers.int8` bounds.
 
     Raises:
       InputError: an empty prompt, one longer than the context, a token out of the vocabulary, or
@@ -64,7 +68,7 @@ def generate(
     rows = checked_rows(model, prompt, "prompt")
     filters, reach = (sampling or Sampling()).filters(), max(map(len, rows))
     most = context if sliding_window else reach + max_new_tokens
-    decoding = Decoding(model, len(rows), source, most)
+    decoding = Decoding(model, len(rows), source, most, weights)
     is_end = np.isin(np.arange(size), end_tokens(end_token))
     choosing = Choosing(filters, _row_seeds(seed, len(rows)), jnp.asarray(is_end))
     state = first_state(rows, size, filters)
@@ -134,7 +138,8 @@ FIRST_SLOTS = {"cpu": 128}
 class Decoding:
     """A model with its key/value cache for a batch of sequences, read incrementally.
 
-    `most` is the most tokens that a sequence will have, by default the model's context.
+    `most` is the most tokens that a sequence will have, by default the model's context; `weights`
+    is as in `generate`.
     """
 
     def __init__(
@@ -143,6 +148,7 @@ class Decoding:
         batch_size: int,
         source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
         most: int | None = None,
+        weights: DecodingWeights = "dtype",
     ):
         context = model.config.context_length
         sources = checked_sources(model, source, batch_size)
@@ -153,8 +159,8 @@ class Decoding:
         self._most = _padded_length(context if most is None else most, context)
         if sources is not None:
             length = _padded_length(max(map(len, sources)), context)
-            self._source, source_mask = padded(sources, length)
-        params, layers = self._programs.prepare(self._params)
+            self._source, source_mask = map(jnp.asarray, padded(sources, length))
+        params, layers = self._programs.prepare(self._params, weights)
         self._weights = Weights(params, layers, source_mask)
         self.reset()
 

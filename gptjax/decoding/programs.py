@@ -1,6 +1,8 @@
 """The compiled programs of decoding: reading prompts, and a loop on the device over new tokens."""
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from gptjax.config import InputError
+from gptjax.config.values import DecodingWeights, exhaustive
 from gptjax.decoding.sampling import Filters, choose, penalised_logits
 from gptjax.layers.block import BlockCache
-from gptjax.models.build import Params
+from gptjax.layers.int8 import Int8Matrix
+from gptjax.layers.linear import Linear
+from gptjax.models.build import LanguageModel, Params
 from gptjax.parallel.keys import random_key
+from gptjax.parallel.sharding import auto_mesh
 
 MAX_PORTION = 64
 """The most tokens per row in one dispatch."""
@@ -54,7 +61,7 @@ class Programs(NamedTuple):
     """The compiled programs of models of one structure, which `Decoding` calls."""
 
     prepare: Any
-    """params → the params and layers of `Weights`."""
+    """(params, a name of `WEIGHTS`) → the params and layers of `Weights`."""
     empty: Any
     """(params, source, source mask, rows, slots) → a cache, with what is known of the source."""
     read: Any
@@ -71,9 +78,11 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
     As an argument the structure would be hashed at every step, a tenth of a GPT-2 step's time.
     """
 
-    def prepare(params: Params) -> tuple[Params, list[Params] | None]:
+    def prepare(params: Params, weights: DecodingWeights) -> tuple[Params, list[Params] | None]:
         model = nnx.merge(graphdef, params)
         dtype = model.config.dtype
+        params = WEIGHTS[weights](model, params)
+        model = nnx.merge(graphdef, params)
         if model.config.scan_layers:
             return cast(params, dtype), None
         layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
@@ -162,11 +171,40 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
         return (state, said), cache
 
     return Programs(
-        jax.jit(prepare),
+        jax.jit(prepare, static_argnums=1),
         jax.jit(empty, static_argnums=(3, 4)),
         *(jax.jit(program, donate_argnums=1) for program in (read, start, advance)),
     )
 
+
+def quantized(model: LanguageModel, params: Params) -> Params:
+    """The parameters with the matrices of linear layers and of the head in int8.
+
+    A mixture's experts, and embeddings that are only indexed, stay as they are.
+
+    Raises:
+      InputError: a mesh, whose devices would share a matrix.
+    """
+    if (mesh := auto_mesh()) is not None:
+        raise InputError(f"weights is 'int8': it is for one device, and the mesh has {mesh.size}.")
+    params = jax.tree.map(lambda leaf: leaf, params)
+    head = "embedding" if model.config.tie_embeddings else "head"
+    params[head]["table"] = Int8Matrix.of(params[head]["table"])
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and not {*KEPT} & {*path}:
+            layer: Params = params
+            for name in path:
+                layer = layer[str(name)]
+            stacked = layer["kernel"].ndim - len(module.inputs) - len(module.outputs)
+            shape = *layer["kernel"].shape[:stacked], math.prod(module.inputs), -1
+            layer["kernel"] = Int8Matrix.of(layer["kernel"].reshape(shape).swapaxes(-1, -2))
+    return params
+
+
+WEIGHTS: dict[str, Callable[[LanguageModel, Params], Params]] = exhaustive(
+    DecodingWeights, {"dtype": lambda model, params: params, "int8": quantized}
+)
+"""What decoding makes of a model's parameters before they are cast."""
 
 KEPT = "router", "relative"
 """Layers that compute in float32 whatever the model's dtype."""

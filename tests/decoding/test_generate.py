@@ -11,8 +11,9 @@ from flax import nnx
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
 from gptjax.config import MeshConfig
 from gptjax.decoding.generate import Decoding, first_state
-from gptjax.decoding.programs import Choosing, cast, programs
+from gptjax.decoding.programs import Choosing, cast, programs, quantized
 from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
+from gptjax.layers.int8 import Int8Matrix
 from gptjax.models.build import build, parameter_axes
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import build_mesh, parameter_sharding
@@ -193,6 +194,38 @@ def test_a_later_decoding_of_the_model_compiles_nothing():
     before = steps_compiled()
     tokens_of([[3, 4]], sampling=Sampling(0.7, top_p=0.8), end_token=5, seed=3)
     assert steps_compiled() == before
+
+
+@pytest.mark.parametrize("name", ["learned", "scanned", "lstm", "translator"])
+def test_int8_weights_decode_as_the_same_weights_in_float(name):
+    source = [[3, 1], [2, 9, 9, 4, 12], [6]] if name == "translator" else None
+    built = model("learned", True) if name == "scanned" else model(name)
+    graphdef, params = split(built)
+
+    def back(path, leaf: jax.Array, matrix: Any) -> jax.Array:
+        if not isinstance(matrix, Int8Matrix):
+            return leaf
+        rounded = matrix.values * matrix.scale[..., None]
+        kernel = path[-1].key == "kernel"
+        return (rounded.swapaxes(-1, -2) if kernel else rounded).reshape(leaf.shape)
+
+    rounded = jax.tree_util.tree_map_with_path(back, params, quantized(built, params))
+    logits = [
+        Decoding(built, 3, source, weights="int8").read(PROMPTS),
+        Decoding(nnx.merge(graphdef, rounded), 3, source).read(PROMPTS),
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-3 * np.abs(logits[0]).max())
+    assert not np.allclose(logits[0], Decoding(built, 3, source).read(PROMPTS), rtol=1e-3)
+
+
+def test_int8_weights_are_for_one_device():
+    with (
+        jax.set_mesh(build_mesh(MeshConfig(data=4, tensor=2), 8)),
+        pytest.raises(
+            InputError, match="weights is 'int8': it is for one device, and the mesh has 8"
+        ),
+    ):
+        tokens_of([[1, 2]], weights="int8")
 
 
 def one_by_one(name, prompts, count, sampling, seeds, ends) -> np.ndarray:
