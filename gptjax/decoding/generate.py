@@ -58,7 +58,7 @@ def generate(
       sliding_window: whether to continue past the end of the context.
       source: source tokens of an encoder-decoder, B rows.
       weights: "dtype" reads them in the model's dtype, "int8" a quarter of float32's bytes, with
-        the error that `gptjax.layers.int8` bounds.
+        the error that `gptjax.layers.matrices` bounds.
 
     Raises:
       InputError: an empty prompt, one longer than the context, a token out of the vocabulary, or

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,8 @@ from gptjax.config import InputError
 from gptjax.config.values import DecodingWeights, exhaustive
 from gptjax.decoding.sampling import Filters, choose, penalised_logits
 from gptjax.layers.block import BlockCache
-from gptjax.layers.int8 import Int8Matrix
 from gptjax.layers.linear import Linear
+from gptjax.layers.matrices import Int8Matrix, Matrix
 from gptjax.models.build import LanguageModel, Params
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import auto_mesh
@@ -81,12 +80,11 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
     def prepare(params: Params, weights: DecodingWeights) -> tuple[Params, list[Params] | None]:
         model = nnx.merge(graphdef, params)
         dtype = model.config.dtype
-        params = WEIGHTS[weights](model, params)
-        model = nnx.merge(graphdef, params)
+        params = as_read(model, params, weights)
         if model.config.scan_layers:
             return cast(params, dtype), None
-        layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
-        return cast(params, dtype, "table"), cast(layers, dtype)
+        layers = nnx.merge(graphdef, params).decoding_layers()
+        return cast(params, dtype, "table"), cast(list(map(nnx.to_pure_dict, layers)), dtype)
 
     def empty(
         params: Params,
@@ -177,34 +175,39 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
     )
 
 
-def quantized(model: LanguageModel, params: Params) -> Params:
-    """The parameters with the matrices of linear layers and of the head in int8.
+WEIGHTS = exhaustive(DecodingWeights, {"dtype": Matrix, "int8": Int8Matrix})
+"""What linear layers read in place of their kernels."""
 
-    A mixture's experts, and embeddings that are only indexed, stay as they are.
+
+def as_read(model: LanguageModel, params: Params, weights: DecodingWeights) -> Params:
+    """The parameters with the matrices of linear layers, and in int8 the head, as they are read.
+
+    A mixture's experts, embeddings that are only indexed, and on a mesh all stay as they are.
 
     Raises:
-      InputError: a mesh, whose devices would share a matrix.
+      InputError: int8 on a mesh, whose devices would share a matrix.
     """
     if (mesh := auto_mesh()) is not None:
-        raise InputError(f"weights is 'int8': it is for one device, and the mesh has {mesh.size}.")
+        if weights == "dtype":
+            return params
+        raise InputError(
+            f"weights is {weights!r}: it is for one device, and the mesh has {mesh.size}."
+        )
     params = jax.tree.map(lambda leaf: leaf, params)
-    head = "embedding" if model.config.tie_embeddings else "head"
-    params[head]["table"] = Int8Matrix.of(params[head]["table"])
+    if weights != "dtype":
+        head = params["embedding" if model.config.tie_embeddings else "head"]
+        head["table"] = WEIGHTS[weights].of(head["table"])
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear) and not {*KEPT} & {*path}:
-            layer: Params = params
+            layer: Any = params
             for name in path:
-                layer = layer[str(name)]
+                layer = layer[name]
             stacked = layer["kernel"].ndim - len(module.inputs) - len(module.outputs)
             shape = *layer["kernel"].shape[:stacked], math.prod(module.inputs), -1
-            layer["kernel"] = Int8Matrix.of(layer["kernel"].reshape(shape).swapaxes(-1, -2))
+            matrix = layer["kernel"].reshape(shape).swapaxes(-1, -2)
+            layer["kernel"] = WEIGHTS[weights].of(matrix)
     return params
 
-
-WEIGHTS: dict[str, Callable[[LanguageModel, Params], Params]] = exhaustive(
-    DecodingWeights, {"dtype": lambda model, params: params, "int8": quantized}
-)
-"""What decoding makes of a model's parameters before they are cast."""
 
 KEPT = "router", "relative"
 """Layers that compute in float32 whatever the model's dtype."""
@@ -212,13 +215,17 @@ KEPT = "router", "relative"
 
 def cast(tree: Any, dtype: str, *names: str) -> Any:
     """The tree with kernels and tables, or only those of these names, in the dtype of products."""
+
+    def converted(path: tuple[Any, ...], leaf: Any) -> Any:
+        keys = {getattr(entry, "key", None) for entry in path}
+        if isinstance(leaf, Int8Matrix) or keys & {*KEPT} or not keys & {*names}:
+            return leaf
+        return leaf.astype(dtype)
+
     names = names or ("kernel", "table")
-
-    def converted(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        keys = [getattr(entry, "key", None) for entry in path]
-        return leaf.astype(dtype) if keys[-1] in names and not {*KEPT} & {*keys} else leaf
-
-    return jax.tree_util.tree_map_with_path(converted, tree)
+    return jax.tree_util.tree_map_with_path(
+        converted, tree, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1)

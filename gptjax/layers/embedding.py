@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from gptjax.layers.int8 import Int8Matrix
 from gptjax.layers.linear import DEFAULT_STD
+from gptjax.layers.matrices import Int8Matrix
 from gptjax.parallel.sharding import auto_mesh, gathered, mesh_axes, parameter_spec, spec
 
 

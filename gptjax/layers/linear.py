@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gptjax.layers.int8 import Int8Matrix
+from gptjax.layers.matrices import Int8Matrix, Matrix
 from gptjax.parallel.sharding import auto_mesh, constrain, gathered
 
 DEFAULT_STD = 0.02
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
         leading = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
         kernel = self.kernel.get_value()
-        if isinstance(kernel, Int8Matrix):
+        if isinstance(kernel, Matrix | Int8Matrix):
             y = kernel.products(x.reshape(-1, fan_in)).astype(x.dtype)
         else:
             y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out).astype(x.dtype)

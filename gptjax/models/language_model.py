@@ -15,7 +15,7 @@ from gptjax.layers.dropout import dropout
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.hooks import check_hook_points
 from gptjax.layers.inputs import Cache, Inputs
-from gptjax.layers.int8 import Int8Matrix
+from gptjax.layers.matrices import Int8Matrix
 from gptjax.layers.norms import Norm, build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
@@ -133,7 +133,8 @@ class LanguageModel(nnx.Module):
         """The logits, soft-capped if `logit_softcap` is set."""
         table = self.unembedding
         if isinstance(table, Int8Matrix):
-            logits = table.products(hidden)
+            rows = table.products(hidden.reshape(-1, hidden.shape[-1]))
+            logits = rows.reshape(*hidden.shape[:-1], -1)
         else:
             logits = jnp.einsum(
                 "...d,vd->...v",

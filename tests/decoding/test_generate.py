@@ -11,9 +11,9 @@ from flax import nnx
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
 from gptjax.config import MeshConfig
 from gptjax.decoding.generate import Decoding, first_state
-from gptjax.decoding.programs import Choosing, cast, programs, quantized
+from gptjax.decoding.programs import Choosing, as_read, cast, programs
 from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
-from gptjax.layers.int8 import Int8Matrix
+from gptjax.layers.matrices import Int8Matrix
 from gptjax.models.build import build, parameter_axes
 from gptjax.parallel.keys import random_key
 from gptjax.parallel.sharding import build_mesh, parameter_sharding
@@ -209,7 +209,7 @@ def test_int8_weights_decode_as_the_same_weights_in_float(name):
         kernel = path[-1].key == "kernel"
         return (rounded.swapaxes(-1, -2) if kernel else rounded).reshape(leaf.shape)
 
-    rounded = jax.tree_util.tree_map_with_path(back, params, quantized(built, params))
+    rounded = jax.tree_util.tree_map_with_path(back, params, as_read(built, params, "int8"))
     logits = Decoding(built, 3, source, weights="int8").read(PROMPTS)
     in_float = Decoding(nnx.merge(graphdef, rounded), 3, source).read(PROMPTS)
     np.testing.assert_allclose(logits, in_float, atol=1e-3 * np.abs(in_float).max())

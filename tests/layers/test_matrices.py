@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.layers.int8 import Int8Matrix
+from gptjax.layers.matrices import Int8Matrix
 
 RANDOM = np.random.default_rng(0)
 
