@@ -15,11 +15,11 @@ norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
 
 `--decode` times greedy decoding with a preset (default gpt2) instead, random weights, a call of
 `generate` per round: the milliseconds between two tokens of a sequence, with the reading of the
-prompts, and the first call's seconds, with compilation. `--prompts 8` decodes 8 prompts of unequal
-length as one batch. Each token reads all weights except embedding tables that are only indexed, so
-memory bandwidth sets a bound: the time of a compiled sum over an array of as many bytes, on all
-cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its cache, on the
-GPU if there is one.
+prompts, and the first call's seconds, with compilation; and the same with int8 weights.
+`--prompts 8` decodes 8 prompts of unequal length as one batch. Each token reads all weights except
+embedding tables that are only indexed, so memory bandwidth sets a bound: the time of a compiled sum
+over an array of as many bytes, on all cores, in turn with the rest. `--against torch` is Hugging
+Face's `generate` with its cache, on the GPU if there is one.
 """
 
 import argparse
@@ -66,7 +66,7 @@ from gptjax import (
 )
 from gptjax.cli import accept_all_characters
 from gptjax.config import InputError, MeshConfig
-from gptjax.config.values import Dtype
+from gptjax.config.values import DecodingWeights, Dtype
 from gptjax.data.batch import Batch
 from gptjax.parallel.sharding import build_mesh, configure_cpu
 from gptjax.runs.result import environment
@@ -147,13 +147,16 @@ def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
 RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_steps}
 
 
-def jax_decoding(config: TransformerConfig, rows: int) -> RunSteps:
+def jax_decoding(
+    config: TransformerConfig, rows: int, weights: DecodingWeights = "dtype"
+) -> RunSteps:
     """Returns a function that decodes tokens with gptjax."""
     model, greedy = build(config, rngs=nnx.Rngs(0)), Sampling(temperature=0)
 
     def run(steps: int) -> None:
         prompts = [[0] * length for length in prompt_lengths(rows)]
-        for _ in generate(model, prompts, max_new_tokens=steps, sampling=greedy):
+        how = {"max_new_tokens": steps, "sampling": greedy, "weights": weights}
+        for _ in generate(model, prompts, **how):
             pass
 
     return run
@@ -188,7 +191,8 @@ def decoding_bytes(config: TransformerConfig) -> int:
 
 
 BOUNDS = {"reading": memory_reads, "copying": memory_copies}
-DECODERS = {"gptjax": jax_decoding, **BOUNDS, "torch": huggingface_decoding}
+INT8 = functools.partial(jax_decoding, weights="int8")
+DECODERS = {"gptjax": jax_decoding, "int8": INT8, **BOUNDS, "torch": huggingface_decoding}
 
 
 def serve(
@@ -243,7 +247,7 @@ def measure_decoding(
     """Returns the figures of decoding `rows` prompts with `config`, the preset `name`."""
     runners = {
         runner: functools.partial(DECODERS[runner], config, rows)
-        for runner in ("gptjax", *BOUNDS, *against)
+        for runner in ("gptjax", "int8", *BOUNDS, *against)
     }
     parameters = model_cost(config).parameters
     steps = TOKENS_A_ROUND.get(jax.default_backend(), 256)
@@ -264,7 +268,6 @@ def measure_decoding(
             "slowest": 1000 * max(seconds),
             "first_call_seconds": first[runner],
             "tokens_per_second": rows / median,
-            "gigabytes_per_second": decoding_bytes(config) / median / 1e9,
             "share_of_bounds": {name: bound / median for name, bound in bounds.items()},
             "gptjax_over_this": statistics.median(times["gptjax"]) / median,
         }
@@ -278,7 +281,7 @@ def print_decoding(figures: dict) -> None:
     print(f"{figures['preset']}, {what}: {megabytes:.1f} MB of {dtype} weights read per token")
     shares = "".join(f"{f'of {name}':>12}" for name in BOUNDS)
     print(
-        f"{'runner':<10}{'ms/token':>9}{'range':>16}{'tokens/s':>10}{'first s':>9}{'GB/s':>7}"
+        f"{'runner':<10}{'ms/token':>9}{'range':>16}{'tokens/s':>10}{'first s':>9}"
         f"{shares}{'ratio':>7}"
     )
     for runner in DECODERS:
@@ -288,7 +291,7 @@ def print_decoding(figures: dict) -> None:
             print(
                 f"{runner:<10}{row['milliseconds']:>9.2f}{span:>16}"
                 f"{row['tokens_per_second']:>10,.0f}{row['first_call_seconds']:>9.1f}"
-                f"{row['gigabytes_per_second']:>7.0f}{shares}{row['gptjax_over_this']:>7.2f}",
+                f"{shares}{row['gptjax_over_this']:>7.2f}",
                 flush=True,
             )
 

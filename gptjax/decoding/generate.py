@@ -16,6 +16,7 @@ from gptjax.decoding.programs import (
     Choosing,
     State,
     Weights,
+    prepared,
     programs,
     reordered,
     resized,
@@ -160,7 +161,7 @@ class Decoding:
         if sources is not None:
             length = _padded_length(max(map(len, sources)), context)
             self._source, source_mask = map(jnp.asarray, padded(sources, length))
-        params, layers = self._programs.prepare(self._params, weights)
+        params, layers = prepared(graphdef, self._params, weights)
         self._weights = Weights(params, layers, source_mask)
         self.reset()
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -173,6 +174,30 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
         jax.jit(empty, static_argnums=(3, 4)),
         *(jax.jit(program, donate_argnums=1) for program in (read, start, advance)),
     )
+
+
+_LATEST: dict[Any, tuple[list[weakref.ref], Any]] = {}
+"""The parameters that were prepared last, and references to what they were prepared from."""
+
+
+def prepared(
+    graphdef: nnx.GraphDef, params: Params, weights: DecodingWeights
+) -> tuple[Params, list[Params] | None]:
+    """The params and layers of `Weights`.
+
+    Those prepared last are kept while the model's own parameters live, so that decoding again takes
+    no time for them: for GPT-2 on a CPU that of 40 tokens.
+    """
+    leaves, key = jax.tree.leaves(params), (graphdef, weights, jax.sharding.get_abstract_mesh())
+    sources, found = _LATEST.get(key, ([], None))
+    if len(sources) == len(leaves) and all(
+        source() is leaf for source, leaf in zip(sources, leaves, strict=True)
+    ):
+        return found
+    _LATEST.clear()  # Before the next ones are made, so that both are never in memory.
+    found = programs(graphdef).prepare(params, weights)
+    _LATEST[key] = [weakref.ref(leaf, lambda _: _LATEST.clear()) for leaf in leaves], found
+    return found
 
 
 WEIGHTS = exhaustive(DecodingWeights, {"dtype": Matrix, "int8": Int8Matrix})

@@ -1,5 +1,7 @@
 import functools
+import gc
 import importlib
+import weakref
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from flax import nnx
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
 from gptjax.config import MeshConfig
 from gptjax.decoding.generate import Decoding, first_state
-from gptjax.decoding.programs import Choosing, as_read, cast, programs
+from gptjax.decoding.programs import Choosing, as_read, cast, prepared, programs
 from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
 from gptjax.layers.matrices import Int8Matrix
 from gptjax.models.build import build, parameter_axes
@@ -214,6 +216,22 @@ def test_int8_weights_decode_as_the_same_weights_in_float(name):
     in_float = Decoding(nnx.merge(graphdef, rounded), 3, source).read(PROMPTS)
     np.testing.assert_allclose(logits, in_float, atol=1e-3 * np.abs(in_float).max())
     assert not np.allclose(logits, Decoding(built, 3, source).read(PROMPTS), rtol=1e-3)
+
+
+def test_parameters_are_prepared_once_and_again_when_they_change():
+    built = build(CONFIG, rngs=nnx.Rngs(0))
+    before = np.asarray(Decoding(built, 1).read([[1]]))
+    graphdef, params = split(built)
+    assert prepared(graphdef, params, "dtype") is prepared(graphdef, params, "dtype")
+    nnx.update(built, jax.tree.map(lambda leaf: 2 * leaf, nnx.state(built, nnx.Param)))
+    after = np.asarray(Decoding(built, 1).read([[1]]))
+    np.testing.assert_allclose(after[0], built(np.array([[1]]))[0, 0], atol=2e-5)
+    assert not np.allclose(before, after)
+    kept = weakref.ref(prepared(*split(built), "dtype")[1][0]["mlp"]["up"]["kernel"].values)
+    assert kept() is not None
+    del built, params
+    gc.collect()
+    assert kept() is None
 
 
 def test_int8_weights_are_for_one_device():
