@@ -17,7 +17,7 @@ MODULES = {
     "InputError": "gptjax.config",
     "OptimizerConfig": "gptjax.config",
     "Recurrent": "gptjax.models.build",
-    "Sampling": "gptjax.decoding.generate",
+    "Sampling": "gptjax.decoding.sampling",
     "TrainConfig": "gptjax.config",
     "TransformerConfig": "gptjax.config",
     "Run": "gptjax.runs.loading",
@@ -54,8 +54,8 @@ if TYPE_CHECKING:  # The same names again, since type checkers and editors read 
     from gptjax.costs.model import model_cost as model_cost
     from gptjax.decoding.beam_search import Hypothesis as Hypothesis
     from gptjax.decoding.beam_search import beam_search as beam_search
-    from gptjax.decoding.generate import Sampling as Sampling
     from gptjax.decoding.generate import generate as generate
+    from gptjax.decoding.sampling import Sampling as Sampling
     from gptjax.huggingface import from_gguf as from_gguf
     from gptjax.huggingface import from_huggingface as from_huggingface
     from gptjax.huggingface import to_huggingface as to_huggingface

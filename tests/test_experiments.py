@@ -252,8 +252,8 @@ def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]
     printed = output_of(start("benchmarks/steps_and_tokens.py", *flags))
-    assert "quickstart: 3.3 MB of float32 weights read per token" in printed
-    figures = json.loads(file.read_text())["decoding"]
+    assert "quickstart, 1 x 64 tokens: 3.3 MB of float32 weights read per token" in printed
+    (figures,) = json.loads(file.read_text())["decoding"]
     ours, reading = figures["gptjax"], figures["reading"]
     # All parameters but the 128 positions are read; the embedding is the head.
     assert figures["weight_bytes"] == 4 * (12 * 4 * 128**2 + 256 * 128 + 4 * 13 * 128 + 2 * 128)
@@ -280,7 +280,7 @@ def test_gpu_changes_time_decoding_and_small_models():
     rows = rows_of(
         output_of(start("benchmarks/gpu_changes.py", "--tiny", "--parts", "decoding", "small"))
     )
-    assert [row[1] for row in rows if row and row[0] == "a loop, no switch"] == ["1", "32"]
+    assert [row[1] for row in rows if row and row[0] == "float32"] == ["1", "2", "32"]
     assert [row[1] for row in rows if row and row[0] == "biases"] == ["1", "10"]
     _, errors = start("benchmarks/gpu_changes.py").communicate(timeout=300)
     assert errors.endswith("There is no GPU; --tiny runs small shapes without one.\n")

@@ -22,7 +22,7 @@ ROOMS = {
     "data": "config system",
     "distributed": "config system",
     "training": "config system costs parallel data distributed",
-    "decoding": "config parallel models",
+    "decoding": "config layers parallel models",
     "huggingface": "config models",
     "plots": "config system",
     "runs": "config system costs parallel layers models data distributed training",

@@ -8,10 +8,10 @@
 no dropout, AdamW) as it is now and with changes: what a CPU runs (float32 logits, GELU's derivative
 kept, a condition around the update, sums of rows at once), singly and together, and what is not
 done. The first is timed again at the end, to show the noise. `plan` is the peak memory of
-XLA's plan. `decoding` is greedy, GPT-2 124M with random weights: as in `generate`, one call per
-token, and as one program that loops on the device, with the switch of `attend_to_prefix` and
-without. `small` is the step of a model like the quickstart's, one and ten per call. For loops and
-small steps another run is profiled: the number of kernels on the GPU, and the sum of their times.
+XLA's plan. `decoding` is `generate`, greedy, GPT-2 124M with random weights: the first call, with
+compilation, and the best of three more. `small` is the step of a model like the quickstart's, one
+and ten per call. For both another run is profiled: the number of kernels on the GPU, and the sum of
+their times.
 Changes are monkeypatched into `gptjax` while this script traces.
 """
 
@@ -48,7 +48,7 @@ from gptjax.cli import accept_all_characters
 from gptjax.config import MeshConfig
 from gptjax.data.batch import Batch
 from gptjax.layers import linear, mlp, norms, stack
-from gptjax.layers.attention import module, xla
+from gptjax.layers.attention import module
 from gptjax.models.build import split
 from gptjax.parallel import platforms
 from gptjax.parallel.sharding import build_mesh
@@ -119,11 +119,6 @@ def cast(tree: Any, dtype: Any, axes: int = 2) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim >= axes else leaf, tree)
 
 
-def attend_to_all(_, query, kv, mask, bias, scale, softcap, normalize) -> jax.Array:
-    """`attend_to_prefix` without its switch."""
-    return xla.attend(query, kv.key, kv.value, mask, bias, scale, softcap, normalize)
-
-
 F32_LOGITS: Swap = (cross_entropy, "by_platform", as_on_cpu)
 GELU: Swap = (mlp, "by_platform", as_on_cpu)
 CONDITION: Swap = (training_step, "by_platform", as_on_cpu)
@@ -132,7 +127,6 @@ BEFORE = (F32_LOGITS, GELU, CONDITION, SUMS)
 STATISTICS: Swap = (norms, "layer_norm", norm_of_saved_statistics)
 FUSED_QKV: Swap = (module, "project", fused)
 CAST_FIRST: Swap = (stack, "unstacked", cast_first)
-NO_SWITCH: Swap = (module, "attend_to_prefix", attend_to_all)
 CHANGES: dict[str, tuple[tuple[Swap, ...], dict[str, Any], dict[str, Any]]] = {
     # name: (swaps, fields of the model, options of the loss)
     "now": ((), {}, {}),
@@ -161,6 +155,14 @@ SMALL: dict[str, tuple[tuple[Swap, ...], dict[str, Any]]] = {
     "biases, norm statistics": ((STATISTICS,), {}),
     "biases, fused qkv": ((FUSED_QKV,), {}),
     "no biases": ((), {"bias": False}),
+}
+
+
+DECODED: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "float32": {"dtype": "float32"},
+    "bfloat16, no biases": {"bias": False},
+    "scanned": {"scan_layers": True},
 }
 
 
@@ -255,57 +257,24 @@ def measure_training(names: Sequence[str], rows: int, steps: int, tiny: bool) ->
 
 def measure_decoding(tokens: int, tiny: bool) -> None:
     """The table of decoding."""
-    head("decoding", "rows", "ms per token", "kernels", "ms of them", "longest")
-    calls, loop, no_switch = "one call per token", "a loop", "a loop, no switch"
-    for rows in (1, 32):
-        model = Decoder(gpt2(tiny), rngs=nnx.Rngs(0))
-        decode = functools.partial(generate, model, [[1] * 8] * rows, max_new_tokens=tokens)
-        for name in (f"{calls}, compilation included", calls):
-            start = time.perf_counter()
-            collections.deque(decode(sampling=Sampling(temperature=0)), maxlen=0)
-            row(name, rows, f"{1e3 * (time.perf_counter() - start) / tokens:.2f}", "", "", "")
-        row(loop, rows, *device_loop(gpt2(tiny), rows, tokens, ()))
-        row(no_switch, rows, *device_loop(gpt2(tiny), rows, tokens, (NO_SWITCH,)))
-    float32, unbiased = gpt2(tiny, dtype="float32"), gpt2(tiny, bias=False)
-    row(f"{no_switch}, float32", 1, *device_loop(float32, 1, tokens, (NO_SWITCH,)))
-    row(f"{no_switch}, no biases", 1, *device_loop(unbiased, 1, tokens, (NO_SWITCH,)))
+    head("decoding", "rows", "first call, s", "ms per token", "kernels", "ms of them", "longest")
+    for name, fields in DECODED.items():
+        model = Decoder(gpt2(tiny, **fields), rngs=nnx.Rngs(0))
+        for rows in (1, 2, 32):
+
+            def decode(model: Decoder = model, rows: int = rows) -> None:
+                greedy = Sampling(temperature=0)
+                steps = generate(model, [[1] * 8] * rows, max_new_tokens=tokens, sampling=greedy)
+                collections.deque(steps, maxlen=0)
+
+            seconds = []
+            for _ in range(4):
+                start = time.perf_counter()
+                decode()
+                seconds.append(time.perf_counter() - start)
+            first, best = f"{seconds[0]:.1f}", f"{1e3 * min(seconds[1:]) / tokens:.2f}"
+            row(name, rows, first, best, *kernels(decode, tokens))
     print()
-
-
-def device_loop(
-    config: TransformerConfig, rows: int, tokens: int, swaps: Sequence[Swap]
-) -> tuple[str, ...]:
-    """Returns milliseconds per token of a loop on the device, best of three, and its kernels."""
-    model = Decoder(config, rngs=nnx.Rngs(0))
-    graphdef, params = split(model)
-    layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
-    params, layers = cast((params, layers), config.dtype)
-
-    def loop(params: Any, layers: Any, cache: Any, token: jax.Array) -> Any:
-        def body(index: jax.Array, carry: Any) -> Any:
-            cache, token, said = carry
-            model = nnx.merge(graphdef, params)
-            output = model.hidden(token, cache=cache, cache_index=8 + index, layers=layers)
-            logits = model.unembed(model.readout(output.hidden[:, -1]))
-            token = logits.argmax(axis=-1).astype(jnp.int32)[:, None]
-            return output.cache, token, said.at[:, index].set(token[:, 0])
-
-        said = jnp.zeros((rows, tokens), jnp.int32)
-        return jax.lax.fori_loop(0, tokens, body, (cache, token, said))
-
-    def given() -> Any:
-        cache = model.empty_cache(rows)
-        return jax.block_until_ready((params, layers, cache, jnp.zeros((rows, 1), jnp.int32)))
-
-    with swapped(swaps):
-        program = jax.jit(loop, donate_argnums=2).lower(*given()).compile()
-    seconds = []
-    for _ in range(3):
-        arguments, start = given(), time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        seconds.append(time.perf_counter() - start)
-    cells = kernels(functools.partial(program, *given()), tokens)
-    return f"{1e3 * min(seconds) / tokens:.2f}", *cells
 
 
 def measure_small(steps: int, tiny: bool) -> None:

@@ -3,6 +3,7 @@
     python experiments/benchmarks/steps_and_tokens.py
     python experiments/benchmarks/steps_and_tokens.py --against torch --json figures.json
     python experiments/benchmarks/steps_and_tokens.py --decode --against torch
+    python experiments/benchmarks/steps_and_tokens.py --decode --prompts 1 8 --dtype bfloat16
 
 For each configuration: milliseconds per step, tokens/s, achieved GFLOP/s (exact model FLOPs of
 `gptjax.model_cost` over time) and their share of the machine's matrix-product peak, measured in the
@@ -12,21 +13,26 @@ machine's speed drifts, so the ratio is the figure to quote. `--against lean-tor
 with the leanest GPT-2 that eager PyTorch allows. Random tokens, float32, gradients clipped at
 norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
 
-`--decode` times greedy decoding of a preset (default gpt2) instead, one sequence, token by token
-after the first, random weights. Each token reads all weights except embedding tables that are only
-indexed, so memory bandwidth sets a bound: the time of a compiled sum over an array of as many
-bytes, on all cores, in turn with the rest. `--against torch` is Hugging Face's `generate` with its
-cache.
+`--decode` times greedy decoding with a preset (default gpt2) instead, random weights, a call of
+`generate` per round: the milliseconds between two tokens of a sequence, with the reading of the
+prompts, and the first call's seconds, with compilation; and the same with int8 weights.
+`--prompts 8` decodes 8 prompts of unequal length as one batch. Each token reads all weights except
+embedding tables that are only indexed, so memory bandwidth sets a bound: the time of a compiled sum
+over an array of as many bytes, on all cores, in turn with the rest. `--against torch` is Hugging
+Face's `generate` with its cache, on the GPU if there is one.
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import time
+import typing
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,6 +49,7 @@ from torch_baselines import (
     huggingface_decoding,
     huggingface_steps,
     lean_steps,
+    prompt_lengths,
 )
 
 from gptjax import (
@@ -59,6 +66,7 @@ from gptjax import (
 )
 from gptjax.cli import accept_all_characters
 from gptjax.config import InputError, MeshConfig
+from gptjax.config.values import DecodingWeights, Dtype
 from gptjax.data.batch import Batch
 from gptjax.parallel.sharding import build_mesh, configure_cpu
 from gptjax.runs.result import environment
@@ -92,7 +100,8 @@ CONFIGURATIONS = {
         1,
     ),
 }
-TOKENS_A_ROUND = 48
+TOKENS_A_ROUND = {"cpu": 64}
+"""Of each sequence by platform, 256 on others."""
 
 
 def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
@@ -138,29 +147,27 @@ def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
 RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_steps}
 
 
-def jax_decoding(config: TransformerConfig) -> RunSteps:
+def jax_decoding(
+    config: TransformerConfig, rows: int, weights: DecodingWeights = "dtype"
+) -> RunSteps:
     """Returns a function that decodes tokens with gptjax."""
     model, greedy = build(config, rngs=nnx.Rngs(0)), Sampling(temperature=0)
-    tokens = iter(())
 
     def run(steps: int) -> None:
-        nonlocal tokens
-        for _ in range(steps):
-            if next(tokens, None) is None:
-                tokens = generate(
-                    model, [[0]], max_new_tokens=config.context_length, sampling=greedy
-                )
-                next(tokens)
+        prompts = [[0] * length for length in prompt_lengths(rows)]
+        how = {"max_new_tokens": steps, "sampling": greedy, "weights": weights}
+        for _ in generate(model, prompts, **how):
+            pass
 
     return run
 
 
-def memory_reads(config: TransformerConfig) -> RunSteps:
+def memory_reads(config: TransformerConfig, rows: int) -> RunSteps:
     """The bandwidth bound of reading: as many bytes as the weights that a token reads."""
     return _passes(jnp.sum, decoding_bytes(config))
 
 
-def memory_copies(config: TransformerConfig) -> RunSteps:
+def memory_copies(config: TransformerConfig, rows: int) -> RunSteps:
     """The bandwidth bound of copying: as many bytes moved, half of them read and half written."""
     return _passes(jnp.copy, decoding_bytes(config) // 2)
 
@@ -176,25 +183,33 @@ def _passes(through: Callable[[jax.Array], jax.Array], size: int) -> RunSteps:
 
 
 def decoding_bytes(config: TransformerConfig) -> int:
-    """Returns bytes of float32 weights read per decoded token, without indexed tables."""
+    """Returns bytes of weights read per decoded token, without indexed tables."""
     looked_up = config.context_length if config.position_embedding == "learned" else 0
     looked_up += 0 if config.tie_embeddings else config.vocab_size
-    return 4 * (model_cost(config).parameters - looked_up * config.width)
+    size = jnp.dtype(config.dtype).itemsize
+    return size * (model_cost(config).parameters - looked_up * config.width)
 
 
 BOUNDS = {"reading": memory_reads, "copying": memory_copies}
-DECODERS = {"gptjax": jax_decoding, **BOUNDS, "torch": huggingface_decoding}
+INT8 = functools.partial(jax_decoding, weights="int8")
+DECODERS = {"gptjax": jax_decoding, "int8": INT8, **BOUNDS, "torch": huggingface_decoding}
 
 
 def serve(
     runner: Callable[[], RunSteps], parameters: int, steps: int, connection: Connection
 ) -> None:
-    """Run one runner in this process, one round per request; answers with seconds."""
+    """Run one runner in this process, one round per request; answers with seconds.
+
+    The first answer, before any request, is the seconds of a first round.
+    """
+    # Several processes share a GPU's memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     configure_cpu(parameters)
     run = runner()
+    start = time.perf_counter()
     run(steps)
     gc.disable()
-    connection.send("ready")
+    connection.send(time.perf_counter() - start)
     while connection.recv():
         start = time.perf_counter()
         run(steps)
@@ -203,19 +218,19 @@ def serve(
 
 def timed_rounds(
     runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
-) -> dict[str, list[float]]:
-    """Returns seconds per step of each runner in each round, the runners in turn.
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Returns the seconds of each runner's first round, and those per step in each further round.
 
-    Each has a process of its own, so that threads and memory are separate.
+    The runners take turns. Each has a process of its own, so that threads and memory are separate.
     """
     spawn = multiprocessing.get_context("spawn")
-    connections = {}
+    connections, first = {}, {}
     for name, runner in runners.items():
         connections[name], other = spawn.Pipe()
         # PyTorch runs with its defaults.
         own = 0 if "torch" in name else parameters
         spawn.Process(target=serve, args=(runner, own, steps, other), daemon=True).start()
-        assert connections[name].recv() == "ready"
+        first[name] = connections[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, connection in connections.items():
@@ -223,27 +238,36 @@ def timed_rounds(
             seconds[name].append(connection.recv())
     for connection in connections.values():
         connection.send(False)
-    return seconds
+    return first, seconds
 
 
-def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
-    """Returns the figures of decoding with the preset `name`."""
-    config = preset(name)
+def measure_decoding(
+    config: TransformerConfig, name: str, rows: int, rounds: int, against: list[str]
+) -> dict:
+    """Returns the figures of decoding `rows` prompts with `config`, the preset `name`."""
     runners = {
-        runner: functools.partial(DECODERS[runner], config)
-        for runner in ("gptjax", *BOUNDS, *against)
+        runner: functools.partial(DECODERS[runner], config, rows)
+        for runner in ("gptjax", "int8", *BOUNDS, *against)
     }
     parameters = model_cost(config).parameters
-    times = timed_rounds(runners, parameters, TOKENS_A_ROUND, rounds)
+    steps = TOKENS_A_ROUND.get(jax.default_backend(), 256)
+    first, times = timed_rounds(runners, parameters, steps, rounds)
     bounds = {name: statistics.median(times[name]) for name in BOUNDS}
-    figures: dict = {"preset": name, "weight_bytes": decoding_bytes(config)}
+    figures: dict = {
+        "preset": name,
+        "dtype": config.dtype,
+        "prompts": rows,
+        "new_tokens": steps,
+        "weight_bytes": decoding_bytes(config),
+    }
     for runner, seconds in times.items():
         median = statistics.median(seconds)
         figures[runner] = {
             "milliseconds": 1000 * median,
             "fastest": 1000 * min(seconds),
             "slowest": 1000 * max(seconds),
-            "gigabytes_per_second": decoding_bytes(config) / median / 1e9,
+            "first_call_seconds": first[runner],
+            "tokens_per_second": rows / median,
             "share_of_bounds": {name: bound / median for name, bound in bounds.items()},
             "gptjax_over_this": statistics.median(times["gptjax"]) / median,
         }
@@ -252,17 +276,23 @@ def measure_decoding(name: str, rounds: int, against: list[str]) -> dict:
 
 def print_decoding(figures: dict) -> None:
     """Print the figures of `measure_decoding` as a table."""
-    megabytes = figures["weight_bytes"] / 1e6
-    print(f"{figures['preset']}: {megabytes:.1f} MB of float32 weights read per token")
+    megabytes, dtype = figures["weight_bytes"] / 1e6, figures["dtype"]
+    what = f"{figures['prompts']} x {figures['new_tokens']} tokens"
+    print(f"{figures['preset']}, {what}: {megabytes:.1f} MB of {dtype} weights read per token")
     shares = "".join(f"{f'of {name}':>12}" for name in BOUNDS)
-    print(f"{'runner':<12}{'ms/token':>9}{'range':>16}{'GB/s':>8}{shares}{'ratio':>7}")
+    print(
+        f"{'runner':<10}{'ms/token':>9}{'range':>16}{'tokens/s':>10}{'first s':>9}"
+        f"{shares}{'ratio':>7}"
+    )
     for runner in DECODERS:
         if row := figures.get(runner):
-            span = f"{row['fastest']:.1f}–{row['slowest']:.1f}"
+            span = f"{row['fastest']:.2f}–{row['slowest']:.2f}"
             shares = "".join(f"{share:>12.1%}" for share in row["share_of_bounds"].values())
             print(
-                f"{runner:<12}{row['milliseconds']:>9.1f}{span:>16}"
-                f"{row['gigabytes_per_second']:>8.1f}{shares}{row['gptjax_over_this']:>7.2f}"
+                f"{runner:<10}{row['milliseconds']:>9.2f}{span:>16}"
+                f"{row['tokens_per_second']:>10,.0f}{row['first_call_seconds']:>9.1f}"
+                f"{shares}{row['gptjax_over_this']:>7.2f}",
+                flush=True,
             )
 
 
@@ -273,7 +303,7 @@ def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
     runners = {
         runner: functools.partial(RUNNERS[runner], config, batch) for runner in ("gptjax", *against)
     }
-    times = timed_rounds(runners, model_cost(config).parameters, steps, rounds)
+    _, times = timed_rounds(runners, model_cost(config).parameters, steps, rounds)
     figures: dict = {"configuration": name}
     for runner, seconds in times.items():
         median = statistics.median(seconds)
@@ -337,6 +367,12 @@ def main() -> None:
         metavar="PRESET",
         help="time decoding with a preset (default gpt2)",
     )
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[1], help="sequences at once (default 1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=typing.get_args(Dtype), default="float32", help="of decoding"
+    )
     arguments = parser.parse_args()
     accept_all_characters()
     if arguments.json:
@@ -351,10 +387,14 @@ def main() -> None:
     if arguments.decode:
         if "lean-torch" in arguments.against:
             parser.error("--decode is timed against torch only.")
-        figures = measure_decoding(arguments.decode, arguments.rounds, arguments.against)
-        print_decoding(figures)
+        config = dataclasses.replace(preset(arguments.decode), dtype=arguments.dtype)
+        decoding = []
+        for rows in arguments.prompts:
+            how = arguments.decode, rows, arguments.rounds, arguments.against
+            decoding.append(measure_decoding(config, *how))
+            print_decoding(decoding[-1])
         if arguments.json:
-            write_figures(arguments.json, {"decoding": figures})
+            write_figures(arguments.json, {"decoding": decoding})
         return
 
     peak = measured_matmul_flops()

@@ -122,14 +122,27 @@ def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
     return run
 
 
-def huggingface_decoding(config: TransformerConfig) -> RunSteps:
-    """Returns greedy decoding with Hugging Face's `generate` and its cache, one sequence."""
+def prompt_lengths(rows: int) -> list[int]:
+    """Returns the lengths of prompts, from 1 to 64 tokens; the first has one."""
+    return [1 + 9 * row % 64 for row in range(rows)]
+
+
+def huggingface_decoding(config: TransformerConfig, rows: int) -> RunSteps:
+    """Returns greedy decoding with Hugging Face's `generate` and its cache, on a GPU if there is.
+
+    Prompts are padded on the left.
+    """
     torch = importlib.import_module("torch")
-    model = huggingface_model(config).eval()
-    prompt = torch.zeros((1, 1), dtype=torch.long)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = huggingface_model(config).eval().to(device, getattr(torch, config.dtype))
+    lengths = torch.tensor(prompt_lengths(rows), device=device)
+    places = torch.arange(int(lengths.max()), device=device)
+    mask = (places >= lengths.max() - lengths[:, None]).long()
 
     def run(steps: int) -> None:
         how = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **how)
+        model.generate(torch.zeros_like(mask), attention_mask=mask, pad_token_id=0, **how)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run

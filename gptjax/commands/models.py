@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
+from gptjax.config.values import DecodingWeights
 from gptjax.costs.model import ModelCost, model_cost
 from gptjax.models.presets import PRESETS, preset
 from gptjax.system.memory import ACTIVATION_BYTES, check_fits
@@ -35,6 +36,7 @@ def sample(
     seed: int = 0,
     num_samples: int = 1,
     sliding_window: bool = False,
+    weights: DecodingWeights = "dtype",
     step: Annotated[int | None, tyro.conf.arg(metavar="STEP")] = None,
 ) -> None:
     """Continue a prompt with a trained run, printing both as one text while it is decoded.
@@ -54,13 +56,15 @@ def sample(
       seed: Random seed of the first sample; further samples have the next seeds.
       num_samples: Continuations, decoded as one batch; more than one are printed when all end.
       sliding_window: At the end of the context, continue from its second half.
+      weights: The model's dtype, or int8, which is faster where reading the weights takes the time.
       step: Checkpoint to load; the best by default.
     """
     import numpy as np
 
     from gptjax.data.tokenizers import stream_text
     from gptjax.decoding.beam_search import beam_search
-    from gptjax.decoding.generate import Sampling, generate
+    from gptjax.decoding.generate import generate
+    from gptjax.decoding.sampling import Sampling
     from gptjax.runs.loading import load_run
 
     if num_samples < 1:
@@ -119,6 +123,7 @@ def sample(
             beams=beams,
             end_token=question.ends,
             source=repeated(question.source),
+            weights=weights,
         )
         say(best.tokens)
         return
@@ -131,6 +136,7 @@ def sample(
         end_token=question.ends,
         sliding_window=sliding_window,
         source=repeated(question.source),
+        weights=weights,
     )
     if num_samples == 1:
         say(int(row[0]) for row in rows)

@@ -15,7 +15,8 @@ from gptjax.data.report import INVISIBLE, labels
 from gptjax.data.sources import Documents
 from gptjax.data.tokenizers import Tokenizer, stream_text
 from gptjax.decoding.beam_search import beam_search
-from gptjax.decoding.generate import Sampling, generate
+from gptjax.decoding.generate import generate
+from gptjax.decoding.sampling import Sampling
 from gptjax.runs.loading import Run
 from gptjax.training.metrics import METRICS, read_jsonl
 
@@ -130,21 +131,23 @@ def predictions(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
 
 def translations(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write translations of validation sentences by the best checkpoint, with 4 beams."""
-    shown = []
+    context, asked = run.config.model.context_length, []
     for number in range(min(SHOWN, len(sources.validation[0]))):
         text, reference = sources.validation[0][number], sources.validation_targets[0][number]
         question = run.decoding_inputs(text)
-        if question.source is None or len(question.source) > run.config.model.context_length:
-            continue
-        ((best, *_),) = beam_search(
-            run.model,
-            question.prompt[None],
-            max_new_tokens=run.config.model.context_length - 1,
-            beams=4,
-            end_token=question.ends,
-            length_penalty=0.6,
-            source=question.source[None],
-        )
+        if question.source is not None and len(question.source) <= context:
+            asked.append((text, reference, question))
+    found = asked and beam_search(
+        run.model,
+        [question.prompt for *_, question in asked],
+        max_new_tokens=context - 1,
+        beams=4,
+        end_token=run.tokens.ends,
+        length_penalty=0.6,
+        source=[question.source for *_, question in asked],
+    )
+    shown = []
+    for (text, reference, question), (best, *_) in zip(asked, found, strict=True):
         written = run.tokenizer.decode(token for token in best.tokens if token not in question.ends)
         shown.append(f"{text}\n  model      {written}\n  reference  {reference}")
     (out / "translations.txt").write_text("\n".join(shown) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "ge
 EncoderHeads = Literal["none", "pooler", "masked_lm", "pretraining"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 MuDtype = Literal["float32", "bfloat16"]
+DecodingWeights = Literal["dtype", "int8"]
 Remat = Literal["none", "full", "dots", "names", "offload"]
 Objective = Literal[
     "causal", "masked_lm", "next_sentence", "sequence_to_sequence", "prefix", "span_corruption"

@@ -3,14 +3,16 @@
 Source: Graves 2012, section 2.3; the length penalty, Wu et al. 2016 (GNMT), equation 14.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from gptjax.config import InputError
+from gptjax.config.values import DecodingWeights
 from gptjax.decoding.generate import Decoding, checked_rows, checked_sources, end_tokens
 from gptjax.models.build import LanguageModel
 
@@ -34,12 +36,14 @@ def beam_search(
     length_penalty: float = 0.0,
     early_stopping: bool = False,
     source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
+    weights: DecodingWeights = "dtype",
 ) -> list[list[Hypothesis]]:
     """The `beams` best continuations found of each row of `prompt`, best first.
 
     A continuation's log-probability is divided by ((5 + length) / 6)^length_penalty (GNMT, Wu et
     al. 2016, equation 14). A row's search ends when no live beam can still beat its worst finished
-    hypothesis; with `early_stopping` as soon as it has `beams` finished ones.
+    hypothesis; with `early_stopping` as soon as it has `beams` finished ones. All prompts are
+    decoded as one batch.
 
     Args:
       model: a decoder, a recurrent model, or an encoder-decoder.
@@ -50,21 +54,61 @@ def beam_search(
       length_penalty: 0 compares log-probabilities; larger favours longer continuations.
       early_stopping: see above.
       source: source tokens of an encoder-decoder, B rows.
+      weights: as in `generate`.
 
     Raises:
       InputError: `beams` below 1, or as `generate`.
     """
     if beams < 1:
         raise InputError(f"beams is {beams}: it must be at least 1.")
-    prompts = checked_rows(model, prompt, "prompt")
-    sources = checked_sources(model, source, len(prompts))
-    found = []
-    for tokens, read in zip(prompts, sources or [None] * len(prompts), strict=True):
-        decoding = Decoding(model, beams, None if read is None else [read] * beams)
-        longest = min(max_new_tokens, model.config.context_length - len(tokens) + 1)
-        search = _BeamSearch(beams, end_tokens(end_token), length_penalty, early_stopping, longest)
-        found.append(search.run(decoding, tokens))
-    return found
+    prompts, ends = checked_rows(model, prompt, "prompt"), end_tokens(end_token)
+    sources, context = checked_sources(model, source, len(prompts)), model.config.context_length
+    searches = [
+        _BeamSearch(
+            beams,
+            ends,
+            length_penalty,
+            early_stopping,
+            min(max_new_tokens, context - len(tokens) + 1),
+        )
+        for tokens in prompts
+    ]
+    most = max(len(row) + search.longest for row, search in zip(prompts, searches, strict=True))
+    decoding = Decoding(model, beams * len(prompts), _repeated(sources, beams), most, weights)
+    unread, starts = _repeated(prompts, beams), np.zeros(beams * len(prompts), np.int32)
+    while any(search.live for search in searches):
+        # Each beam has one finished extension per end token, and needs an unfinished one.
+        candidates = min((1 + len(ends)) * beams, model.config.vocab_size)
+        scores, tokens = map(np.asarray, _likeliest(decoding.read(unread, starts), candidates))
+        order, following = [], []
+        for index, search in enumerate(searches):
+            own = slice(index * beams, (index + 1) * beams)
+            if search.live:
+                starts[own] += [len(row) for row in unread[own]]
+                search.extend(scores[own], tokens[own])
+            if not search.live:
+                starts[own] = 0  # Its beams read on beside the others, whatever it is.
+            spare = beams - len(search.live)
+            parents = search.parents[: len(search.live)] + [0] * spare
+            order += [own.start + parent for parent in parents]
+            following += [beam.tokens[-1:] for beam in search.live] + [[0]] * spare
+        decoding.reorder(order)
+        unread = following
+    return [search.finished for search in searches]
+
+
+def _repeated(rows: Any, times: int) -> Any:
+    """Each row that many times, or None."""
+    return None if rows is None else [row for row in rows for _ in range(times)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _likeliest(
+    logits: Float[Array, "B V"], count: int
+) -> tuple[Float[Array, "B count"], Int[Array, "B count"]]:
+    """The log-probabilities of the likeliest tokens, largest first, and these tokens."""
+    values, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), count)
+    return values, tokens
 
 
 class _BeamSearch:
@@ -82,75 +126,55 @@ class _BeamSearch:
         self._ends = ends
         self._length_penalty = length_penalty
         self._early_stopping = early_stopping
-        self._longest = longest
+        self.longest = longest
+        self.live = [Hypothesis([], 0.0)] if longest > 0 else []
+        """The best unfinished hypotheses; none when the search has ended."""
+        self.parents = []
+        """The beams that the live ones extend."""
+        self.finished: list[Hypothesis] = []
+        """The best finished hypotheses, best first."""
 
-    def run(self, decoding: Decoding, prompt: list[int]) -> list[Hypothesis]:
-        """The finished hypotheses of `prompt`, best first."""
-        finished: list[Hypothesis] = []
-        live: list[Hypothesis] = [Hypothesis([], 0.0)]
-        unread, start = [prompt] * self._beams, 0
-        for length in range(1, self._longest + 1):
-            logits = decoding.read(unread, np.full(self._beams, start, np.int32))
-            start += len(unread[0])
-            scores = np.asarray(jax.nn.log_softmax(logits))[: len(live)]
-            scores = scores + np.array([[beam.score] for beam in live])
-            live, parents = self._extend(live, scores, finished)
-            if not live or self._done(live, finished, length):
-                break
-            padding = self._beams - len(live)
-            decoding.reorder(parents + [0] * padding)
-            unread = [beam.tokens[-1:] for beam in live] + [live[0].tokens[-1:]] * padding
-        else:
-            self._keep(finished, [self._scored(beam.tokens, beam.score) for beam in live])
-        return finished
+    def extend(
+        self, scores: Float[np.ndarray, "beams count"], tokens: Int[np.ndarray, "beams count"]
+    ) -> None:
+        """Extend the live hypotheses by the best `beams` unfinished extensions.
 
-    def _extend(
-        self,
-        live: list[Hypothesis],
-        scores: Float[np.ndarray, "beams V"],
-        finished: list[Hypothesis],
-    ) -> tuple[list[Hypothesis], list[int]]:
-        """The best `beams` unfinished extensions and their parents; finished ones are kept.
-
-        `scores` [live beams, V] are the extensions' log-probabilities. As usual, a finished
+        `scores` are the log-probabilities of each beam's likeliest `tokens`. As usual, a finished
         extension is kept only if it is among the best `beams`, so that one beam is greedy.
         """
-        extended, parents = [], []
-        # Each beam has one finished extension per end token, and needs an unfinished one.
-        candidates = (1 + len(self._ends)) * self._beams
-        for rank, index in enumerate(_largest(scores.ravel(), candidates)):
-            parent, token = divmod(int(index), scores.shape[1])
-            tokens, score = [*live[parent].tokens, token], float(scores[parent, token])
+        total = scores[: len(self.live)] + np.array([[beam.score] for beam in self.live])
+        extended, self.parents = [], []
+        for rank, index in enumerate(np.argsort(-total, axis=None, kind="stable")):
+            parent, column = divmod(int(index), total.shape[1])
+            token = int(tokens[parent, column])
+            row, score = [*self.live[parent].tokens, token], float(total[parent, column])
             if token in self._ends:
                 if rank < self._beams:
-                    self._keep(finished, [self._scored(tokens, score)])
+                    self._keep([self._scored(row, score)])
             elif len(extended) < self._beams:
-                extended.append(Hypothesis(tokens, score))
-                parents.append(parent)
-        return extended, parents
+                extended.append(Hypothesis(row, score))
+                self.parents.append(parent)
+        self.live = extended
+        if extended and len(extended[0].tokens) == self.longest:
+            self._keep([self._scored(beam.tokens, beam.score) for beam in extended])
+            self.live = []
+        elif extended and self._done(len(extended[0].tokens)):
+            self.live = []
 
     def _scored(self, tokens: list[int], log_probability: float) -> Hypothesis:
         penalty = ((5 + len(tokens)) / 6) ** self._length_penalty
         return Hypothesis(tokens, log_probability / penalty)
 
-    def _keep(self, finished: list[Hypothesis], candidates: list[Hypothesis]) -> None:
-        finished += candidates
-        finished.sort(key=lambda hypothesis: -hypothesis.score)
-        del finished[self._beams :]
+    def _keep(self, candidates: list[Hypothesis]) -> None:
+        self.finished += candidates
+        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.finished[self._beams :]
 
-    def _done(self, live: list[Hypothesis], finished: list[Hypothesis], length: int) -> bool:
-        if len(finished) < self._beams:
+    def _done(self, length: int) -> bool:
+        """Whether no live hypothesis, of that length, can still beat the worst finished one."""
+        if len(self.finished) < self._beams:
             return False
         # A log-probability only falls, and the largest penalty is that of the longest length.
-        lengths = (length + 1, self._longest)
-        bound = max(self._scored([0] * n, live[0].score).score for n in lengths)
-        return self._early_stopping or bound <= finished[-1].score
-
-
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the `count` largest of `values`, largest first."""
-    if count < len(values):
-        indices = np.argpartition(-values, count)[:count]
-    else:
-        indices = np.arange(len(values))
-    return indices[np.argsort(-values[indices], kind="stable")]
+        lengths = (length + 1, self.longest)
+        bound = max(self._scored([0] * n, self.live[0].score).score for n in lengths)
+        return self._early_stopping or bound <= self.finished[-1].score

@@ -1,101 +1,31 @@
-"""Autoregressive decoding with a key/value cache, greedy or sampled, for a batch of prompts.
+"""Autoregressive decoding with a key/value cache, greedy or sampled, for a batch of prompts."""
 
-Sources: temperature, Ackley et al. 1985; top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al.
-2020; min-p, Nguyen et al. 2024; repetition penalty, CTRL (Keskar et al. 2019, section 4.1). They
-are applied in this order, but the penalty first, as in Hugging Face transformers.
-"""
-
-import functools
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from gptjax.config import InputError
-from gptjax.models.build import LanguageModel, Params, split
-from gptjax.parallel.keys import random_key
+from gptjax.config.values import DecodingWeights
+from gptjax.decoding.programs import (
+    MAX_PORTION,
+    Choosing,
+    State,
+    Weights,
+    prepared,
+    programs,
+    reordered,
+    resized,
+)
+from gptjax.decoding.sampling import Filters, Sampling
+from gptjax.models.build import LanguageModel, split
 
-SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
-"""The smallest normal float32; a temperature below it is greedy decoding."""
-PENALTIES = 1e-6, 1e6
-"""The least and the largest repetition penalty for which logits stay finite."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is sampled.
-
-    Raises:
-      InputError: a value out of range.
-    """
-
-    temperature: float = 1.0
-    """Divides the logits; 0, or a number that float32 rounds to 0, is greedy decoding."""
-    top_k: int = 0
-    """Sample from this many of the most likely tokens; 0 takes all."""
-    top_p: float = 1.0
-    """Sample from the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Sample from tokens with at least this fraction of the most likely token's probability."""
-    repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens that occurred, and multiplies the negative ones."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}: it must be at least 0.")
-        if self.top_k < 0:
-            raise InputError(f"top-k is {self.top_k}: it must be at least 0.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top-p is {self.top_p}: it must be above 0 and at most 1.")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min-p is {self.min_p}: it must be at least 0 and at most 1.")
-        if not PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]:
-            raise InputError(
-                f"repetition-penalty is {self.repetition_penalty}: it must be at least "
-                f"{PENALTIES[0]:g} and at most {PENALTIES[1]:g}."
-            )
-
-
-def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, -inf where top-k, top-p or min-p exclude a token.
-
-    The most likely token gets 0 and is never excluded. The temperature is above 0.
-    """
-    # Relative to the largest, since a logit divided by the temperature may be infinite.
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        smallest_kept = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest_kept, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        descending = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        kept = jnp.where(before < sampling.top_p, descending, 0)
-        logits = jnp.where(logits < kept.min(axis=-1, keepdims=True), -jnp.inf, logits)
-    if sampling.min_p:
-        logits = jnp.where(logits < math.log(sampling.min_p), -jnp.inf, logits)
-    return logits
-
-
-def penalised_logits(
-    logits: Float[Array, "B V"], occurred: Bool[Array, "B V"], penalty: float
-) -> Float[Array, "B V"]:
-    """Logits after the repetition penalty of the tokens that `occurred` (CTRL)."""
-    return jnp.where(occurred, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def choose(logits: Float[Array, "B V"], sampling: Sampling, key: jax.Array) -> Int[Array, " B"]:
-    """Next tokens, int32, greedy or sampled from the filtered softmax of `logits`."""
-    if sampling.temperature < SMALLEST_TEMPERATURE:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    chosen = jax.random.categorical(key, filtered_logits(logits, sampling), axis=-1)
-    return chosen.astype(jnp.int32)
+PORTION_SECONDS = 1 / 30
+"""The longest that `generate` keeps tokens back, so that text still seems to flow."""
 
 
 def generate(
@@ -108,13 +38,15 @@ def generate(
     end_token: int | Sequence[int] | None = None,
     sliding_window: bool = False,
     source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
+    weights: DecodingWeights = "dtype",
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Continue each row of `prompt`, yielding the next tokens [B], int32, per step.
 
     Rows may differ in length; each is decoded as it would be alone with its own seed. A row that
     has reached `end_token` repeats it; decoding stops when all have, or when the longest of the
     others fills the context. With `sliding_window` that row is truncated to its last half context,
-    which is read again, and decoding continues without what was cut.
+    which is read again, and decoding continues without what was cut. The device decodes several
+    tokens per dispatch, as many as take `PORTION_SECONDS`.
 
     Args:
       model: a decoder, a recurrent model, or an encoder-decoder.
@@ -126,45 +58,60 @@ def generate(
       end_token: the token that ends a row, or several such tokens.
       sliding_window: whether to continue past the end of the context.
       source: source tokens of an encoder-decoder, B rows.
+      weights: "dtype" reads them in the model's dtype, "int8" a quarter of float32's bytes, with
+        the error that `gptjax.layers.matrices` bounds.
 
     Raises:
       InputError: an empty prompt, one longer than the context, a token out of the vocabulary, or
         not as many seeds as rows.
     """
-    sampling, context_length = sampling or Sampling(), model.config.context_length
+    context, size = model.config.context_length, model.config.vocab_size
     rows = checked_rows(model, prompt, "prompt")
-    decoding = Decoding(model, len(rows), source)
-    choose_next = functools.partial(_choose_next, sampling)
-    occurred = None
-    if sampling.repetition_penalty != 1:
-        occurred = np.zeros((len(rows), model.config.vocab_size), bool)
-        for row, tokens in enumerate(rows):
-            occurred[row, tokens] = True
-    seeds, ends = _row_seeds(seed, len(rows)), end_tokens(end_token)
-    ended, last_tokens = np.zeros(len(rows), bool), np.zeros(len(rows), np.int32)
-    logits, lengths = decoding.read(rows), _lengths(rows)
-    for index in range(max_new_tokens):
-        chosen, occurred = choose_next(logits, occurred, seeds, index)
-        last, full = index == max_new_tokens - 1, lengths[~ended].max() == context_length
-        if not (last or full):
-            # Started before these tokens are fetched: the device does not wait for the host.
-            logits = decoding.read_chosen(chosen, lengths)
-        tokens = last_tokens = np.where(ended, last_tokens, np.asarray(chosen)[:, 0])
-        yield tokens
-        ended |= np.isin(tokens, ends)
-        if last or ended.all() or (full and not sliding_window):
+    filters, reach = (sampling or Sampling()).filters(), max(map(len, rows))
+    most = context if sliding_window else reach + max_new_tokens
+    decoding = Decoding(model, len(rows), source, most, weights)
+    is_end = np.isin(np.arange(size), end_tokens(end_token))
+    choosing = Choosing(filters, _row_seeds(seed, len(rows)), jnp.asarray(is_end))
+    state = first_state(rows, size, filters)
+    if max_new_tokens < 1:
+        return
+    live, portion, dispatched = np.ones(len(rows), bool), 1, 1
+    since = time.perf_counter()
+    state, said = decoding.start(rows, state, choosing)
+    pending = [said]
+    while True:
+        # `reach` is the most tokens that a row has in the cache when all pending ones are decoded.
+        steps = min(portion, max_new_tokens - dispatched, context - reach)
+        if steps > 0:
+            # Started before the last ones are fetched: the device does not wait for the host.
+            reach, dispatched = reach + steps, dispatched + steps
+            state, said = decoding.advance(reach, steps, state, choosing)
+            pending.append(said)
+        if not pending:
             return
-        # An ended row no longer grows, so that no other is truncated or stopped for it.
-        rows = [
-            row if done else [*row, int(token)]
-            for row, token, done in zip(rows, tokens, ended, strict=True)
-        ]
-        lengths = lengths + ~ended
-        if full:
-            half = max(1, context_length // 2)
-            rows = [row[-half:] if len(row) > context_length else row for row in rows]
+        fetched = np.asarray(pending.pop(0))
+        fetched = fetched[fetched[:, 0] >= 0]
+        since, seconds = time.perf_counter(), time.perf_counter() - since
+        lively = int(PORTION_SECONDS * len(fetched) / seconds)
+        portion = min(2 * portion, MAX_PORTION, max(1, lively))
+        for tokens in fetched:
+            yield tokens
+            # An ended row no longer grows, so that no other is truncated or stopped for it.
+            live &= ~is_end[tokens]
+            for row in np.flatnonzero(live):
+                rows[row].append(int(tokens[row]))
+        if not live.any():
+            return
+        if pending:
+            continue
+        reach = max(len(rows[row]) for row in np.flatnonzero(live)) - 1
+        if reach == context and sliding_window and dispatched < max_new_tokens:
+            half = max(1, context // 2)
+            rows = [row[-half:] if len(row) > context else row for row in rows]
             decoding.reset()
-            logits, lengths = decoding.read(rows), _lengths(rows)
+            reach, dispatched = max(map(len, rows)), dispatched + 1
+            state, said = decoding.start(rows, state, choosing)
+            pending.append(said)
 
 
 def end_tokens(given: int | Sequence[int] | None) -> list[int]:
@@ -172,85 +119,113 @@ def end_tokens(given: int | Sequence[int] | None) -> list[int]:
     return [] if given is None else np.atleast_1d(given).tolist()
 
 
+def first_state(rows: Sequence[Sequence[int]], vocab_size: int, filters: Filters) -> State:
+    """The state before `rows` are read."""
+    occurred = None
+    if filters.penalty is not None:
+        occurred = np.zeros((len(rows), vocab_size), bool)
+        for row, tokens in enumerate(rows):
+            occurred[row, tokens] = True
+        occurred = jnp.asarray(occurred)
+    none = jnp.zeros(len(rows), jnp.int32)
+    return State(none, none, none.astype(bool), occurred, jnp.int32(0))
+
+
+FIRST_SLOTS = {"cpu": 128}
+"""The slots of a new cache by platform, 512 on others; where it is full, it gets four times as many
+(on a CPU to read more takes time, and elsewhere to compile, since each size is a program)."""
+
+
 class Decoding:
-    """A model with its key/value cache for a batch of sequences, read incrementally."""
+    """A model with its key/value cache for a batch of sequences, read incrementally.
+
+    `most` is the most tokens that a sequence will have, by default the model's context; `weights`
+    is as in `generate`.
+    """
 
     def __init__(
         self,
         model: LanguageModel,
         batch_size: int,
         source: Int[np.ndarray, "B S"] | Sequence[Sequence[int]] | None = None,
+        most: int | None = None,
+        weights: DecodingWeights = "dtype",
     ):
+        context = model.config.context_length
         sources = checked_sources(model, source, batch_size)
         graphdef, self._params = split(model)
-        self._read = compiled_read(graphdef)
+        self._programs = programs(graphdef)
+        self._batch_size, self._source, source_mask = batch_size, None, None
         self._scanned = model.config.scan_layers
-        self._context = model.config.context_length
-        # Unrolled blocks would be sliced from their stack, and so copied, at every step.
-        self._layers = None
-        if not self._scanned:
-            self._layers = [nnx.to_pure_dict(layer) for layer in model.decoding_layers()]
-        self._source_mask = None
-        if sources is None:
-            self._empty_cache = functools.partial(model.empty_cache, batch_size)
-        else:
-            length = _padded_length(max(map(len, sources)), self._context)
-            tokens, self._source_mask = padded(sources, length)
-            self._empty_cache = functools.partial(model.empty_cache, tokens, self._source_mask)
-        self._cache = self._empty_cache()
+        self._most = _padded_length(context if most is None else most, context)
+        if sources is not None:
+            length = _padded_length(max(map(len, sources)), context)
+            self._source, source_mask = map(jnp.asarray, padded(sources, length))
+        params, layers = prepared(graphdef, self._params, weights)
+        self._weights = Weights(params, layers, source_mask)
+        self.reset()
 
     def reset(self) -> None:
         """Empty the cache, which for a recurrent model resets its state."""
-        self._cache = self._empty_cache()
+        self._cache, self._slots = None, 0
 
     def read(
         self, rows: Sequence[Sequence[int]], starts: Int[np.ndarray, " B"] | None = None
     ) -> Float[Array, "B V"]:
         """The next-token logits after reading `rows`, each from its cache index in `starts`."""
         starts = np.zeros(len(rows), np.int32) if starts is None else starts
-        length = _padded_length(max(map(len, rows)), self._context - int(starts.max()))
-        tokens, padding_mask = padded(rows, length)
-        return self._step(jnp.asarray(tokens), padding_mask, starts)
+        first = int(starts.max())
+        tokens, padding_mask = padded(rows, self._padded_length(rows, first))
+        reach = first + tokens.shape[1]
+        return self._run(self._programs.read, reach, tokens, padding_mask, starts)
 
-    def read_chosen(
-        self, chosen: Int[Array, "B 1"], starts: Int[np.ndarray, " B"]
-    ) -> Float[Array, "B V"]:
-        """As `read` of one token per row, which need not have been computed yet."""
-        return self._step(chosen, np.ones(chosen.shape, bool), starts)
+    def start(
+        self, rows: Sequence[Sequence[int]], state: State, choosing: Choosing
+    ) -> tuple[State, Int[Array, "1 B"]]:
+        """Read `rows` into the empty cache and choose the next tokens; the state, and these."""
+        tokens, padding_mask = padded(rows, self._padded_length(rows, 0))
+        state = state._replace(lengths=jnp.zeros(len(rows), jnp.int32))
+        reach = tokens.shape[1]
+        return self._run(self._programs.start, reach, tokens, padding_mask, state, choosing)
 
-    def _step(
-        self,
-        tokens: Int[Array, "B T"],
-        padding_mask: Bool[np.ndarray, "B T"],
-        starts: Int[np.ndarray, " B"],
-    ) -> Float[Array, "B V"]:
-        logits, self._cache = self._read(
-            self._params,
-            self._layers,
-            self._cache,
-            tokens,
-            padding_mask,
-            starts,
-            self._source_mask,
-        )
-        return logits
+    def advance(
+        self, reach: int, steps: int, state: State, choosing: Choosing
+    ) -> tuple[State, Int[Array, "MAX_PORTION B"]]:
+        """Decode up to `steps` tokens per row, fewer if all rows end; the state, and the tokens.
+
+        At most `reach` slots of the cache are filled then. What is not decoded is -1.
+        """
+        return self._run(self._programs.advance, reach, np.int32(steps), state, choosing)
+
+    def _padded_length(self, rows: Sequence[Sequence[int]], start: int) -> int:
+        return _padded_length(max(map(len, rows)), self._most - start)
+
+    def _run(self, program: Callable, reach: int, *arguments: Any) -> Any:
+        """What a program returns that reads at most `reach` slots of the cache, and updates it."""
+        if reach > self._slots:
+            slots = max(self._slots, FIRST_SLOTS.get(jax.default_backend(), 512))
+            while slots < reach:
+                slots *= 4
+            self._slots = min(slots, self._most)
+            if self._cache is None:
+                given = self._params, self._source, self._weights.source_mask
+                self._cache = self._programs.empty(*given, self._batch_size, self._slots)
+            else:
+                self._cache = resized(self._cache, self._slots)
+        output, self._cache = program(self._weights, self._cache, *arguments)
+        return output
 
     def reorder(self, order: Sequence[int]) -> None:
         """Reorder the cache: sequence i continues from sequence order[i]."""
-        self._cache = _reordered(self._cache, np.array(order, np.int32), int(self._scanned))
+        self._cache = reordered(self._cache, np.array(order, np.int32), int(self._scanned))
 
 
-def _row_seeds(seed: int | Sequence[int], rows: int) -> UInt32[np.ndarray, " B"]:
+def _row_seeds(seed: int | Sequence[int], rows: int) -> UInt32[Array, " B"]:
     """The seed of each row, uint32."""
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + row for row in range(rows)]
     if len(seeds) != rows:
         raise InputError(f"There are {len(seeds)} seeds and {rows} rows: each row needs one.")
-    return np.array([each % 2**32 for each in seeds], np.uint32)
-
-
-def _lengths(rows: Sequence[Sequence[int]]) -> Int[np.ndarray, " B"]:
-    """The number of tokens of each row."""
-    return np.array([len(row) for row in rows], np.int32)
+    return jnp.asarray(np.array([each % 2**32 for each in seeds], np.uint32))
 
 
 def _padded_length(length: int, most: int) -> int:
@@ -317,65 +292,3 @@ def padded(
         tokens[index, : len(row)] = row
         padding_mask[index, : len(row)] = True
     return tokens, padding_mask
-
-
-@functools.cache
-def compiled_read(graphdef: nnx.GraphDef) -> Any:
-    """The compiled decoding step of models of one structure.
-
-    As an argument the structure would be hashed at every step, a tenth of a GPT-2 step's time.
-    """
-
-    def read(
-        params: Params,
-        layers: list[Params] | None,
-        cache: Any,
-        tokens: Int[Array, "B T"],
-        padding_mask: Bool[Array, "B T"],
-        starts: Int[Array, " B"],
-        source_mask: Bool[Array, "B S"] | None,
-    ) -> tuple[Float[Array, "B V"], Any]:
-        """Logits after each row's last token that is no padding, and the updated cache."""
-        model = nnx.merge(graphdef, params)
-        sources = {} if source_mask is None else {"source_mask": source_mask}
-        output = model.hidden(
-            tokens,
-            padding_mask=padding_mask,
-            cache=cache,
-            cache_index=starts,
-            layers=layers,
-            **sources,
-        )
-        last = padding_mask.sum(axis=1)[:, None, None] - 1
-        hidden = jnp.take_along_axis(output.hidden, last, axis=1)[:, 0]
-        return model.unembed(model.readout(hidden)), output.cache
-
-    return jax.jit(read, donate_argnums=2)
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _reordered(cache: Any, order: jax.Array, axis: int) -> Any:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, order, axis=axis), cache)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _choose_next(
-    sampling: Sampling,
-    logits: Float[Array, "B V"],
-    occurred: Bool[Array, "B V"] | None,
-    seeds: UInt32[Array, " B"],
-    index: Int[Array, ""],
-) -> tuple[Int[Array, "B 1"], Bool[Array, "B V"] | None]:
-    """The next tokens, each row's sampled with its own seed, and the updated `occurred`."""
-    if occurred is not None:
-        logits = penalised_logits(logits, occurred, sampling.repetition_penalty)
-
-    def choose_in_row(logits: Float[Array, " V"], seed: UInt32[Array, ""]) -> Int[Array, ""]:
-        # Made here: a key as an argument would leave jit's fast path.
-        key = jax.random.fold_in(random_key(seed), index)
-        return choose(logits[None], sampling, key)[0]
-
-    chosen = jax.vmap(choose_in_row)(logits, seeds)
-    if occurred is not None:
-        occurred = occurred.at[jnp.arange(len(chosen)), chosen].set(True)
-    return chosen[:, None], occurred

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from gptjax.layers.linear import DEFAULT_STD
+from gptjax.layers.matrices import Int8Matrix
 from gptjax.parallel.sharding import auto_mesh, gathered, mesh_axes, parameter_spec, spec
 
 
@@ -29,6 +30,9 @@ class Embedding(nnx.Module):
         """The vectors at `indices`, in `dtype`; NaN for an index outside the table."""
         if self.axes == "VD" and auto_mesh() is not None:
             return _sharded_lookup(self.table[...], indices, dtype)
+        table = self.table.get_value()
+        if isinstance(table, Int8Matrix):
+            return table.rows(jnp.asarray(indices)).astype(dtype)
         known = jnp.where(indices < 0, self.table.shape[0], indices)
         return jnp.take(gathered(self.table.astype(dtype), self.axes), known, axis=0)
 

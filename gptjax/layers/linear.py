@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from gptjax.layers.matrices import Int8Matrix, Matrix
 from gptjax.parallel.platforms import sum_rows
 from gptjax.parallel.sharding import auto_mesh, constrain, gathered
 
@@ -53,7 +54,11 @@ class Linear(nnx.Module):
             return y if self.bias is None else y + self.bias.astype(x.dtype)
         leading = x.shape[: x.ndim - len(self.inputs)]
         fan_in, fan_out = math.prod(self.inputs), math.prod(self.outputs)
-        y = x.reshape(-1, fan_in) @ self.kernel.reshape(fan_in, fan_out).astype(x.dtype)
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Matrix | Int8Matrix):
+            y = kernel.products(x.reshape(-1, fan_in)).astype(x.dtype)
+        else:
+            y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out).astype(x.dtype)
         if self.bias is not None:
             y = add_bias(y, self.bias.reshape(fan_out))
         return y.reshape(*leading, *self.outputs)

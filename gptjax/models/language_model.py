@@ -15,6 +15,7 @@ from gptjax.layers.dropout import dropout
 from gptjax.layers.embedding import Embedding
 from gptjax.layers.hooks import check_hook_points
 from gptjax.layers.inputs import Cache, Inputs
+from gptjax.layers.matrices import Int8Matrix
 from gptjax.layers.norms import Norm, build_norm
 from gptjax.layers.positions import sinusoidal
 from gptjax.layers.stack import StackOutput
@@ -130,17 +131,26 @@ class LanguageModel(nnx.Module):
 
     def unembed(self, hidden: Float[Array, "*shape D"]) -> Float32[Array, "*shape V"]:
         """The logits, soft-capped if `logit_softcap` is set."""
-        table = self.unembedding.astype(hidden.dtype)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        table = self.unembedding
+        if isinstance(table, Int8Matrix):
+            rows = table.products(hidden.reshape(-1, hidden.shape[-1]))
+            logits = rows.reshape(*hidden.shape[:-1], -1)
+        else:
+            logits = jnp.einsum(
+                "...d,vd->...v",
+                hidden,
+                table.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )
         if self.unembedding_bias is not None:
             logits += self.unembedding_bias
         cap = self.config.logit_softcap
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     @property
-    def unembedding(self) -> Float[Array, "V D"]:
+    def unembedding(self) -> Float[Array, "V D"] | Int8Matrix:
         """The head's matrix; the token embedding itself if tied (Press & Wolf 2017)."""
-        return (self.embedding if self.config.tie_embeddings else self.head).table[...]
+        return (self.embedding if self.config.tie_embeddings else self.head).table.get_value()
 
     @property
     def unembedding_bias(self) -> Float[Array, " V"] | None:

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.data.batch import Batch
-from gptjax.decoding.generate import compiled_read
+from gptjax.decoding.programs import Weights, programs
 from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import abstract, build, parameter_axes, split
 from gptjax.parallel.sharding import BATCH, build_mesh
@@ -138,17 +138,16 @@ def lower_decoding(config: ExperimentConfig, devices: tuple[Any, ...]) -> Lowere
         placed, jax.eval_shape(functools.partial(_empty_cache, graphdef, rows), params, source)
     )
     row = P(BATCH)
+    source_mask: Any = None if source is None else shaped(source.shape, jnp.bool_, row)
     arguments = (
-        params,
-        None,
+        Weights(params, None, source_mask),
         cache,
         shaped((rows, 1), jnp.int32, row),
         shaped((rows, 1), jnp.bool_, row),
         shaped((rows,), jnp.int32, row),
-        None if source is None else shaped(source.shape, jnp.bool_, row),
     )
     with jax.set_mesh(mesh):
-        lowered = compiled_read(graphdef).lower(*arguments)
+        lowered = programs(graphdef).read.lower(*arguments)
     return Lowered(lowered, mesh, params, None, cache, kernel)
 
 

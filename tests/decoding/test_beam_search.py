@@ -179,8 +179,12 @@ def test_prompts_and_sources_of_a_batch_are_searched_as_each_alone():
 
 
 def test_the_search_ends_with_the_context():
-    (found,) = beam_search(model(), [[1] * 6], max_new_tokens=50, beams=2)
-    assert [len(hypothesis.tokens) for hypothesis in found] == [8 - 6 + 1] * 2
+    """And goes on for prompts of the batch that have not filled it."""
+    prompts = [[1] * 6, [2, 1], [1] * 6]
+    batch = beam_search(model(), prompts, max_new_tokens=50, beams=2)
+    for prompt, found in zip(prompts, batch, strict=True):
+        assert [len(hypothesis.tokens) for hypothesis in found] == [8 - len(prompt) + 1] * 2
+    assert batch[1] == beam_search(model(), prompts[1:2], max_new_tokens=50, beams=2)[0]
 
 
 def test_the_penalty_is_gnmts():

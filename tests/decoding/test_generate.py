@@ -1,4 +1,7 @@
 import functools
+import gc
+import importlib
+import weakref
 from typing import Any
 
 import jax
@@ -8,15 +11,14 @@ import pytest
 from flax import nnx
 
 from gptjax import InputError, Sampling, TransformerConfig, generate, split
-from gptjax.decoding.generate import (
-    Decoding,
-    choose,
-    compiled_read,
-    filtered_logits,
-    penalised_logits,
-)
-from gptjax.layers.attention.module import KVCache, attend, attend_to_prefix
-from gptjax.models.build import build
+from gptjax.config import MeshConfig
+from gptjax.decoding.generate import Decoding, first_state
+from gptjax.decoding.programs import Choosing, as_read, cast, prepared, programs
+from gptjax.decoding.sampling import choose, filtered_logits, penalised_logits
+from gptjax.layers.matrices import Int8Matrix
+from gptjax.models.build import build, parameter_axes
+from gptjax.parallel.keys import random_key
+from gptjax.parallel.sharding import build_mesh, parameter_sharding
 
 VOCABULARY, CONTEXT = 13, 12
 GREEDY = Sampling(temperature=0)
@@ -58,7 +60,7 @@ def model(name: str = "learned", scan_layers: bool = False) -> Any:
 
 @functools.cache
 def forward(name: str) -> Any:
-    """The compiled forward pass without a cache, of sequences of the whole context."""
+    """The compiled forward pass without a cache, of two sequences of the whole context."""
     graphdef, params = split(model(name))
     return functools.partial(
         jax.jit(lambda params, tokens, **how: nnx.merge(graphdef, params)(tokens, **how)), params
@@ -67,8 +69,9 @@ def forward(name: str) -> Any:
 
 def logits_alone(name: str, row: list[int], **how) -> np.ndarray:
     """The logits after `row`, from a forward pass over it and what does not matter."""
-    tokens = np.zeros((1, CONTEXT), np.int32)
+    tokens = np.zeros((2, CONTEXT), np.int32)
     tokens[0, : len(row)] = row
+    how = {key: np.repeat(value, 2, axis=0) for key, value in how.items()}
     return np.asarray(forward(name)(tokens, **how)[0, len(row) - 1])
 
 
@@ -80,49 +83,50 @@ def tokens_of(prompt, max_new_tokens=5, name="learned", **how) -> np.ndarray:
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_layers):
+    """Read four tokens at a time; one at a time is read below."""
     tokens = jax.random.randint(jax.random.key(0), (2, CONTEXT), 0, VOCABULARY)
     graphdef, params = split(model(name, scan_layers))
 
     @jax.jit
-    def hidden(tokens, cache, start):
-        output = nnx.merge(graphdef, params).hidden(tokens, cache=cache, cache_index=start)
-        return output.hidden, output.cache
+    def read(tokens, cache, start):
+        decoder = nnx.merge(graphdef, params)
+        output = decoder.hidden(tokens, cache=cache, cache_index=start)
+        return decoder.unembed(decoder.readout(output.hidden)), output.cache
 
-    full = model(name, scan_layers).hidden(tokens).hidden
-    for chunk in (1, 5):
-        cache, pieces = model(name, scan_layers).empty_cache(2), []
-        for start in range(0, CONTEXT, chunk):
-            piece, cache = hidden(tokens[:, start : start + chunk], cache, start)
-            pieces.append(piece)
-        np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
-
-
-@pytest.mark.parametrize("reach", [3, 128, 129, 256, 257, 1100])
-@pytest.mark.parametrize("biased", [False, True])
-def test_a_cache_is_read_no_further_than_it_is_filled(reach, biased):
-    keys = jax.random.split(jax.random.key(0), 4)
-    query = jax.random.normal(keys[0], (2, 2, 4, 8))
-    key, value = (jax.random.normal(k, (2, 1100, 2, 8)) for k in keys[1:3])
-    mask = (jnp.arange(1100) < jnp.array([[reach - 1], [reach]]))[None]
-    bias = jax.random.normal(keys[3], (1, 4, 2, 1100)) if biased else None
-    expected: Any = attend(query, key, value, mask, bias, 0.3, 0.0)
-    enough = next(size for size in (128, 256, 1100) if size >= reach)
-    unread = KVCache(*(places.at[:, enough:].set(jnp.nan) for places in (key, value)))
-    got = jax.jit(attend_to_prefix, static_argnums=(5, 6))(
-        jnp.int32(reach), query, unread, mask, bias, 0.3, 0.0
-    )
-    np.testing.assert_allclose(got, expected, atol=1e-6)
+    cache, pieces = model(name, scan_layers).empty_cache(2), []
+    for start in range(0, CONTEXT, 4):
+        piece, cache = read(tokens[:, start : start + 4], cache, start)
+        pieces.append(piece)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), forward(name)(tokens), atol=2e-5)
 
 
-def test_decoding_past_the_first_places_of_a_long_context():
+def test_decoding_past_the_first_slots_of_a_long_context():
+    """A cache of 128 slots grows to 512, with what it holds."""
     fields = {**vars(CONFIG), "context_length": 1100, "position_embedding": "alibi"}
     long = build(TransformerConfig(**fields), rngs=nnx.Rngs(0))
-    rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 260)).tolist()
-    decoding, full = Decoding(long, 2), long(np.array(rows))
-    for place, after in ((0, 126), (126, 127), (127, 128), (128, 129), (129, 255), (255, 260)):
-        unread = [row[place:after] for row in rows]
-        logits = decoding.read(unread, np.full(2, place, np.int32))
+    rows = np.random.default_rng(0).integers(VOCABULARY, size=(2, 140))
+    rows[:, 120:] = np.stack(
+        list(generate(long, rows[:, :120], max_new_tokens=20, sampling=GREEDY)), axis=1
+    )
+    full = np.asarray(long(rows))
+    best = full[:, 119:-1].max(axis=-1)
+    chosen = np.take_along_axis(full[:, 119:-1], rows[:, 120:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, best, atol=2e-5)
+    decoding = Decoding(long, 2)
+    for place, after in ((0, 126), (126, 127), (127, 128), (128, 129), (129, 140)):
+        logits = decoding.read(rows[:, place:after].tolist(), np.full(2, place, np.int32))
         np.testing.assert_allclose(logits, full[:, after - 1], atol=2e-5)
+
+
+def test_what_is_cast_once_is_what_the_products_read():
+    """The parameters of decoding, in bfloat16, give the bits that the model's own give."""
+    fields = {"position_embedding": "relative", "num_experts": 2, "qk_norm": True, "depth": 1}
+    config = TransformerConfig(**{**vars(CONFIG), **fields, "dtype": "bfloat16"})
+    graphdef, params = split(build(config, rngs=nnx.Rngs(0)))
+    logits = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
+    tokens, halved = np.arange(8)[None], cast(params, "bfloat16")
+    assert halved["embedding"]["table"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(logits(halved, tokens), logits(params, tokens))
 
 
 PROMPTS = [[1, 2, 3, 12, 5], [7], [4, 4, 0]]
@@ -169,15 +173,15 @@ def test_sources_of_different_lengths_are_translated_as_each_alone(scan_layers):
 
 
 def steps_compiled() -> int:
-    return compiled_read(split(model())[0])._cache_size()
+    return sum(p._cache_size() for p in programs(split(model())[0])[2:])
 
 
 def test_one_step_is_compiled_whatever_the_length():
     before = steps_compiled()
     for length in range(1, CONTEXT + 1):
         tokens_of([[1] * length] * 7, CONTEXT, sampling=GREEDY)
-    # Prompts of 1, 2, 3–4, 5–8 and 9–12 tokens; all steps are prompts of one.
-    assert steps_compiled() == before + 5
+    # Prompts of 1, 2, 3–4, 5–8 and 9–12 tokens, and the loop.
+    assert steps_compiled() == before + 6
 
 
 def test_a_context_of_one_token_slides():
@@ -188,10 +192,130 @@ def test_a_context_of_one_token_slides():
 
 
 def test_a_later_decoding_of_the_model_compiles_nothing():
-    tokens_of([[1, 2]])
+    tokens_of([[1, 2]], sampling=Sampling(0.9, top_p=0.9))
     before = steps_compiled()
-    tokens_of([[3, 4]])
+    tokens_of([[3, 4]], sampling=Sampling(0.7, top_p=0.8), end_token=5, seed=3)
     assert steps_compiled() == before
+
+
+@pytest.mark.parametrize("name", ["learned", "scanned", "lstm", "translator"])
+def test_int8_weights_decode_as_the_same_weights_in_float(name):
+    source = [[3, 1], [2, 9, 9, 4, 12], [6]] if name == "translator" else None
+    built = model("learned", True) if name == "scanned" else model(name)
+    graphdef, params = split(built)
+
+    def back(path, leaf: jax.Array, matrix: Any) -> jax.Array:
+        if not isinstance(matrix, Int8Matrix):
+            return leaf
+        rounded = matrix.values * matrix.scale[..., None]
+        kernel = path[-1].key == "kernel"
+        return (rounded.swapaxes(-1, -2) if kernel else rounded).reshape(leaf.shape)
+
+    rounded = jax.tree_util.tree_map_with_path(back, params, as_read(built, params, "int8"))
+    logits = Decoding(built, 3, source, weights="int8").read(PROMPTS)
+    in_float = Decoding(nnx.merge(graphdef, rounded), 3, source).read(PROMPTS)
+    np.testing.assert_allclose(logits, in_float, atol=1e-3 * np.abs(in_float).max())
+    assert not np.allclose(logits, Decoding(built, 3, source).read(PROMPTS), rtol=1e-3)
+
+
+def test_parameters_are_prepared_once_and_again_when_they_change():
+    built = build(CONFIG, rngs=nnx.Rngs(0))
+    before = np.asarray(Decoding(built, 1).read([[1]]))
+    graphdef, params = split(built)
+    assert prepared(graphdef, params, "dtype") is prepared(graphdef, params, "dtype")
+    nnx.update(built, jax.tree.map(lambda leaf: 2 * leaf, nnx.state(built, nnx.Param)))
+    after = np.asarray(Decoding(built, 1).read([[1]]))
+    np.testing.assert_allclose(after[0], built(np.array([[1]]))[0, 0], atol=2e-5)
+    assert not np.allclose(before, after)
+    (layer, _) = prepared(*split(built), "dtype")[1] or []
+    kept = weakref.ref(layer["mlp"]["up"]["kernel"].values)
+    assert kept() is not None
+    del built, params, layer
+    gc.collect()
+    assert kept() is None
+
+
+def test_int8_weights_are_for_one_device():
+    with (
+        jax.set_mesh(build_mesh(MeshConfig(data=4, tensor=2), 8)),
+        pytest.raises(
+            InputError, match="weights is 'int8': it is for one device, and the mesh has 8"
+        ),
+    ):
+        tokens_of([[1, 2]], weights="int8")
+
+
+def one_by_one(name, prompts, count, sampling, seeds, ends) -> np.ndarray:
+    """What `generate` promises, a token per dispatch: read, penalise, choose by the row's key."""
+    decoding, filters = Decoding(model(name), len(prompts)), sampling.filters()
+    rows, unread, starts, steps = [list(row) for row in prompts], prompts, None, []
+    ended = np.zeros(len(prompts), bool)
+    for index in range(count):
+        logits = decoding.read(unread, starts)
+        occurred = np.array([np.isin(np.arange(VOCABULARY), row) for row in rows])
+        logits = penalised_logits(logits, jnp.array(occurred), sampling.repetition_penalty)
+        keys = [jax.random.fold_in(random_key(seed), index) for seed in seeds]
+        chosen = [choose(logits[row : row + 1], filters, key)[0] for row, key in enumerate(keys)]
+        steps.append(np.where(ended, steps[-1] if steps else 0, chosen))
+        ended |= np.isin(steps[-1], ends)
+        if ended.all():
+            break
+        starts = np.array([len(row) for row in rows], np.int32)
+        unread = steps[-1][:, None].tolist()
+        rows = [[*row, *new] for row, new in zip(rows, unread, strict=True)]
+    return np.stack(steps, axis=1)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize(
+    ("sampling", "ends"),
+    [
+        (Sampling(1.3, top_k=7, top_p=0.9, min_p=0.01, repetition_penalty=1.2), [4, 9]),
+        (Sampling(temperature=0.8), []),
+    ],
+)
+def test_portions_hold_the_tokens_of_single_steps(monkeypatch, seconds, sampling, ends):
+    """However many tokens a dispatch decodes: one, or as many as it may."""
+    monkeypatch.setattr(
+        importlib.import_module("gptjax.decoding.generate"), "PORTION_SECONDS", seconds
+    )
+    for seed in range(3):
+        expected = one_by_one("learned", PROMPTS, 8, sampling, range(seed, seed + 3), ends)
+        got = tokens_of(PROMPTS, 8, sampling=sampling, seed=seed, end_token=ends)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_device_stops_when_every_row_has_ended():
+    free = tokens_of([[1, 2, 3]], 9, sampling=GREEDY)[0]
+    assert free[2] not in free[:2]
+    decoding, filters = Decoding(model(), 1), GREEDY.filters()
+    is_end = jnp.arange(VOCABULARY) == free[2]
+    how = Choosing(filters, jnp.zeros(1, jnp.uint32), is_end)
+    state, said = decoding.start([[1, 2, 3]], first_state([[1, 2, 3]], VOCABULARY, filters), how)
+    np.testing.assert_array_equal(said, free[None, :1].T)
+    state, said = decoding.advance(3 + 8, 8, state, how)
+    np.testing.assert_array_equal(said[:3, 0], [*free[1:3], -1])
+    assert int(state.decoded) == 3
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
+def test_a_model_on_a_mesh_decodes_as_on_one_device(family):
+    fields = {"family": family, "vocab_size": 16, "context_length": 16}
+    built = build(TransformerConfig(**{**vars(CONFIG), **fields}), rngs=nnx.Rngs(0))
+    source = {"source": [[1, 2], [3, 4, 5]] * 4} if family == "encoder_decoder" else {}
+    how = {"max_new_tokens": 6, "sampling": Sampling(0.7, top_k=9), "seed": 1, **source}
+    prompts = [[1, 2, 3], [4]] * 4
+    expected = np.stack(list(generate(built, prompts, **how)))
+    mesh = build_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    graphdef, params = split(built)
+    placed = jax.tree.map(
+        lambda leaf, axes: jax.device_put(leaf, parameter_sharding("", axes, leaf.shape, mesh)),
+        params,
+        parameter_axes(built.config),
+    )
+    with jax.set_mesh(mesh):
+        got = np.stack(list(generate(nnx.merge(graphdef, placed), prompts, **how)))
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_greedy_takes_the_most_likely_token_of_the_full_forward():
@@ -282,30 +406,30 @@ def test_a_sliding_window_goes_on_from_the_second_half(name):
 
 def test_top_k_keeps_the_k_most_likely():
     logits = jnp.array([[0.1, 3.0, 2.0, -1.0, 2.5]])
-    kept = np.isfinite(filtered_logits(logits, Sampling(top_k=3)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(top_k=3).filters()))
     np.testing.assert_array_equal(kept, [[False, True, True, False, True]])
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
     probability = np.array([[0.5, 0.05, 0.3, 0.15]])
     for top_p, expected in ((0.4, [1, 0, 0, 0]), (0.6, [1, 0, 1, 0]), (0.9, [1, 0, 1, 1])):
-        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(top_p=top_p)))
+        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(top_p=top_p).filters()))
         np.testing.assert_array_equal(kept[0], np.array(expected, bool))
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_most_likely():
     probability = np.array([[0.5, 0.05, 0.3, 0.15]])
     for min_p, expected in ((0.05, [1, 1, 1, 1]), (0.2, [1, 0, 1, 1]), (0.7, [1, 0, 0, 0])):
-        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(min_p=min_p)))
+        kept = np.isfinite(filtered_logits(jnp.log(probability), Sampling(min_p=min_p).filters()))
         np.testing.assert_array_equal(kept[0], np.array(expected, bool))
 
 
 def test_the_temperature_acts_before_what_leaves_tokens_out():
     # At temperature 2 the probabilities go as their roots: 0.45, 0.35, 0.20.
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.1]]))
-    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=2.0, min_p=0.4)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=2.0, min_p=0.4).filters()))
     np.testing.assert_array_equal(kept, [[True, True, True]])
-    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=0.5, min_p=0.4)))
+    kept = np.isfinite(filtered_logits(logits, Sampling(temperature=0.5, min_p=0.4).filters()))
     np.testing.assert_array_equal(kept, [[True, False, False]])
 
 
@@ -347,15 +471,15 @@ def test_what_leaves_one_token_leaves_the_likeliest(extreme):
     logits = jnp.array([[1.0, 5.0, 3.0, -2.0], [-1e30, -1e9, -1.0, -2.0]])
     for more in ({}, {"temperature": 1e-38}, {"top_k": 3, "top_p": 0.9, "min_p": 1e-50}):
         sampling = Sampling(**{**more, **extreme})
-        chosen = jax.jit(choose, static_argnums=1)(logits, sampling, jax.random.key(0))
+        chosen = jax.jit(choose)(logits, sampling.filters(), jax.random.key(0))
         np.testing.assert_array_equal(chosen, [1, 2])
 
 
 def test_extremes_that_ask_for_nothing_leave_all():
     logits = jnp.array([[1.0, 5.0, 3.0, -2.0]])
     for nothing in (Sampling(min_p=1e-50), Sampling(top_p=1 - 1e-12), Sampling(top_k=10**30)):
-        np.testing.assert_array_equal(filtered_logits(logits, nothing), logits - 5)
-    hottest = filtered_logits(logits, Sampling(temperature=1e300))
+        np.testing.assert_array_equal(filtered_logits(logits, nothing.filters()), logits - 5)
+    hottest = filtered_logits(logits, Sampling(temperature=1e300).filters())
     np.testing.assert_array_equal(hottest, jnp.zeros((1, 4)))
 
 
@@ -376,7 +500,7 @@ def test_sampling_follows_the_softmax():
     logits, draws = jnp.array([0.0, 1.0, 2.0, -1.0]), 20_000
     for temperature in (0.7, 1.0, 1.5):
         sampling = Sampling(temperature=temperature)
-        chosen = choose(jnp.tile(logits, (draws, 1)), sampling, jax.random.key(0))
+        chosen = choose(jnp.tile(logits, (draws, 1)), sampling.filters(), jax.random.key(0))
         assert_frequencies(np.asarray(chosen), np.asarray(jax.nn.softmax(logits / temperature)))
 
 
@@ -384,7 +508,7 @@ def test_what_is_left_keeps_its_proportions():
     probability, draws = np.array([0.4, 0.04, 0.3, 0.1, 0.16]), 20_000
     for sampling in (Sampling(top_k=4), Sampling(top_p=0.9), Sampling(min_p=0.2)):
         logits = jnp.tile(jnp.log(probability), (draws, 1))
-        chosen = choose(logits, sampling, jax.random.key(1))
+        chosen = choose(logits, sampling.filters(), jax.random.key(1))
         left = np.where(probability > 0.05, probability, 0)
         assert_frequencies(np.asarray(chosen), left / left.sum())
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax import beam_search, from_huggingface, generate
 from gptjax.config import InputError, read_sealed, sealed
 from gptjax.data.tokenizers import save_tokenizer, train_tokenizer
-from gptjax.decoding.generate import Sampling
+from gptjax.decoding.sampling import Sampling
 from gptjax.huggingface import files
 from gptjax.runs.directory import CONFIG, save_model
 from gptjax.runs.loading import load_run

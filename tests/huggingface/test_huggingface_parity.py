@@ -11,7 +11,7 @@ from flax import nnx
 
 from gptjax import TransformerConfig, build, from_huggingface, generate, split, to_huggingface
 from gptjax.commands import convert
-from gptjax.decoding.generate import Sampling
+from gptjax.decoding.sampling import Sampling
 from gptjax.layers.inputs import Inputs
 from gptjax.runs.directory import load_config
 from gptjax.runs.loading import decoding_tokens, load_model

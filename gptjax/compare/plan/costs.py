@@ -19,7 +19,8 @@ from gptjax.compare.results import Costs
 from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.costs.model import model_cost
 from gptjax.data.batch import Batch
-from gptjax.decoding.generate import Sampling, generate
+from gptjax.decoding.generate import generate
+from gptjax.decoding.sampling import Sampling
 from gptjax.models.build import abstract, build, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.training.losses import training_loss

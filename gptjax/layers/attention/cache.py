@@ -34,6 +34,16 @@ class KVCache(NamedTuple):
 
         return KVCache(write_rows(self.key, new.key), write_rows(self.value, new.value))
 
+    def resized(self, slots: int) -> "KVCache":
+        """The cache [..., K, S, H] with `slots` slots: its first ones, or zeros after its own."""
+
+        def resized(leaf: jax.Array) -> jax.Array:
+            missing = max(slots - leaf.shape[-2], 0)
+            kept = leaf[..., :slots, :]
+            return jnp.pad(kept, [*[(0, 0)] * (leaf.ndim - 2), (0, missing), (0, 0)])
+
+        return KVCache(resized(self.key), resized(self.value))
+
     def swapped(self) -> "KVCache":
         """[B, S, K, H] ↔ [B, K, S, H], the layout in which a cache is stored, free of copies in
         products."""

@@ -19,7 +19,7 @@ from gptjax.layers.attention.reference import (
     biased,
     weighted_values,
 )
-from gptjax.layers.attention.xla import attend, attend_to_prefix
+from gptjax.layers.attention.xla import attend
 from gptjax.layers.hooks import NO_HOOKS, Hooks
 from gptjax.layers.linear import DEFAULT_STD, Linear, project
 from gptjax.layers.norms import RMSNorm
@@ -92,13 +92,12 @@ class Attention(nnx.Module):
             kv = KVCache(key, value)
         else:
             (query,) = self.heads(x, "query")
-        kv_length = None
         if cache is not None:
             assert inputs.cache_index is not None
             kv = cache.swapped().write(kv, inputs.cache_index)
-            cache, kv_length = kv.swapped(), jnp.max(inputs.cache_index) + x.shape[1]
+            cache = kv.swapped()
         query, kv = hook("query", query), KVCache(hook("key", kv.key), hook("value", kv.value))
-        z = hook("z", self.attend(query, kv, inputs, kv_length, hook))
+        z = hook("z", self.attend(query, kv, inputs, hook))
         return hook("attention_output", self._output(z, hook)), cache
 
     def heads(
@@ -130,14 +129,12 @@ class Attention(nnx.Module):
         query: Float[Array, "B T N H"],
         kv: KVCache,
         inputs: AttentionInputs,
-        kv_length: Int[Array, ""] | None,
         hook: Hooks,
     ) -> Float[Array, "B T N H"]:
         """softmax(Q Kᵀ / √H) V, by the fastest implementation that fits.
 
         If scores or weights are captured or changed, they are computed step by step, since no fast
-        path materialises them. `kv_length` is the number of filled cache slots; None
-        without a cache.
+        path materialises them.
         """
         config, mask = self.config, inputs.mask
         keys, values = self._compress(kv) if self.compressed else kv
@@ -152,13 +149,10 @@ class Attention(nnx.Module):
             return checkpoint_name(weighted_values(weights, values), "attention")
         batch, queries, heads, _ = query.shape
         dropout = hook.dropout("attention", (batch, heads, queries, keys.shape[1]))
-        rule = mask.rule if kv_length is None else None
+        rule, options = mask.rule, (scale, softcap)
         if rule is not None and flash.takes(kernel, query, keys, rule, dropout):
-            return flash.attend_by(kernel, query, keys, values, rule, scale, softcap, dropout)
-        options = inputs.bias, scale, softcap, normalize
-        if kv_length is None or self.compressed or mask.array is None or dropout is not None:
-            return attend(query, keys, values, mask.array, *options, dropout)
-        return attend_to_prefix(kv_length, query, kv, mask.array, *options)
+            return flash.attend_by(kernel, query, keys, values, rule, *options, dropout)
+        return attend(query, keys, values, mask.array, inputs.bias, *options, normalize, dropout)
 
     def _observed(
         self, name: str, x: Float[Array, "B N T S"], kv: KVCache, hook: Hooks

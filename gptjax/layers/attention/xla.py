@@ -1,13 +1,12 @@
-"""Attention in XLA: the reference with a custom backward pass, and over a cache's prefix."""
+"""Attention in XLA: the reference with a custom backward pass."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from gptjax.layers.attention.cache import KVCache
 from gptjax.layers.attention.reference import (
     Normalizer,
     attention_scores,
@@ -107,36 +106,3 @@ def _attend_backward(scale, softcap, residuals, gradient):
 
 
 attend_by_softmax.defvjp(_attend_forward, _attend_backward)
-
-MIN_PREFIX = 128
-"""The fewest cache slots that attention reads."""
-
-
-def attend_to_prefix(
-    kv_length: Int[Array, ""],
-    query: Float[Array, "B T N H"],
-    kv: KVCache,
-    mask: Bool[Array, "#B #T S"],
-    bias: Float[Array, "#B N T S"] | None,
-    scale: float,
-    softcap: float,
-    normalize: Normalizer = masked_softmax,
-) -> Float[Array, "B T N H"]:
-    """`attend` to a cache of which the first `kv_length` slots are filled.
-
-    It reads the smallest sufficient of 128, 256 … S / 4 or all S slots, so that decoding a short
-    text reads little besides the weights. A prefix is copied before it is multiplied; beyond a
-    quarter of the slots that takes longer than reading all. All cases are in one compiled program.
-    """
-    slots = kv.key.shape[1]
-    sizes = [MIN_PREFIX << n for n in range(slots.bit_length())]
-    sizes = [size for size in sizes if size <= slots // 4] + [slots]
-    by_head = kv.swapped()  # Slices of the stored layout; slices of [B, S, K, H] would be copied.
-
-    def attend_to(size: int) -> jax.Array:
-        prefix = KVCache(by_head.key[:, :, :size], by_head.value[:, :, :size]).swapped()
-        prefix_bias = None if bias is None else bias[..., :size]
-        return attend(query, *prefix, mask[..., :size], prefix_bias, scale, softcap, normalize)
-
-    case = (kv_length > jnp.array(sizes[:-1], jnp.int32)).sum()
-    return jax.lax.switch(case, [functools.partial(attend_to, size) for size in sizes])
