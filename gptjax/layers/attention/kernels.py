@@ -11,6 +11,12 @@ from gptjax.layers.attention.flash import LANES
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}
 """The platform of each kernel, as in `jax.Device.platform`."""
 NAMES = {"splash": "the splash kernel", "cudnn": "cuDNN", "triton": "the Triton kernel"}
+FASTEST = {"tpu": "splash", "gpu": "cudnn"}
+"""What auto takes: of the kernels of a platform that have run there, the fastest.
+
+The Triton kernel is not among them: it agrees with XLA in Pallas's interpreter and compiles for
+H100s and H200s, but has not run on one yet.
+"""
 CAPABILITY = 8.0
 """The least compute capability of NVIDIA's GPUs that have bfloat16 and take flash attention."""
 HEAD_DIMS = 16, 32, 64, 128
@@ -33,8 +39,7 @@ def resolve_kernel(
     """
     on_xla = dataclasses.replace(config, attention_kernel="xla")
     requested = config.attention_kernel
-    fastest = {"tpu": "splash", "gpu": "triton" if config.dropout else "cudnn"}
-    kernel = fastest.get(platform, "xla") if requested == "auto" else requested
+    kernel = FASTEST.get(platform, "xla") if requested == "auto" else requested
     known = _number(capability)
     emulated = []
     if platform == "gpu" and config.dtype == "bfloat16" and known is not None:

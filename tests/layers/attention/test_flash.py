@@ -242,20 +242,14 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
         (
             "gpu",
             {"dtype": "bfloat16", "dropout": 0.1},
+            "xla",
+            "dropout 0.1 applies to attention weights, which cuDNN does not drop.",
+        ),
+        (
+            "gpu",
+            {"dtype": "bfloat16", "dropout": 0.1, "attention_kernel": "triton"},
             "triton",
             "Attention: the Triton kernel on GPU.",
-        ),
-        (
-            "gpu",
-            {"dropout": 0.1},
-            "xla",
-            "XLA, since the Triton kernel takes bfloat16, not float32.",
-        ),
-        (
-            "gpu",
-            {"dtype": "bfloat16", "dropout": 0.1, "head_dim": 80},
-            "xla",
-            "since the Triton kernel takes head dims 16, 32, 64, 128, not 80.",
         ),
         (
             "tpu",
@@ -301,7 +295,7 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
     assert lines == ["Attention: XLA, since cuDNN does not shard a sequence over devices."]
     windowed = dataclasses.replace(half, family="encoder", attention="local", window=8)
     assert "attend to earlier keys only" in resolve_kernel(windowed, "gpu", "9.0")[1][0]
-    dropped = dataclasses.replace(windowed, dropout=0.1)
+    dropped = dataclasses.replace(windowed, dropout=0.1, attention_kernel="triton")
     assert resolve_kernel(dropped, "gpu", "9.0")[0].attention_kernel == "triton"
     mixed = dataclasses.replace(GPT2, attention="full,compressed")
     config, lines = resolve_kernel(mixed, "tpu")
@@ -362,13 +356,28 @@ def test_gpus_without_flash_attention_take_xlas_and_say_so(capability, line):
         assert resolve_kernel(half, "gpu", enough)[1] == ["Attention: cuDNN on GPU."]
 
 
-def test_without_pallas_for_triton_dropout_takes_xla(monkeypatch):
+def triton_for(**changes: Any) -> TransformerConfig:
+    named = {"dtype": "bfloat16", "dropout": 0.1, "attention_kernel": "triton", **changes}
+    return dataclasses.replace(GPT2, **named)
+
+
+def test_without_pallas_for_triton_its_kernel_is_refused(monkeypatch):
     """JAX 0.11 calls it deprecated."""
-    half = dataclasses.replace(GPT2, dtype="bfloat16", dropout=0.1)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    config, lines = resolve_kernel(half, "gpu", "9.0")
-    assert config.attention_kernel == "xla"
-    assert lines == ["Attention: XLA, since this JAX has no Pallas for Triton."]
+    with pytest.raises(InputError, match="auto or xla here, since this JAX has no Pallas for Tri"):
+        resolve_kernel(triton_for(), "gpu", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"dtype": "float32"}, "the Triton kernel takes bfloat16, not float32."),
+        ({"head_dim": 80}, "the Triton kernel takes head dims 16, 32, 64, 128, not 80."),
+    ],
+)
+def test_what_the_triton_kernel_does_not_take_is_refused(changes, why):
+    with pytest.raises(InputError, match=why):
+        resolve_kernel(triton_for(**changes), "gpu", "9.0")
 
 
 def shaped(*shape: int) -> Any:
