@@ -186,7 +186,8 @@ def _attention(case: Case) -> float:
 def reference_attention() -> Iterator[None]:
     """Replace `attend` by the attention of reference.py, with autodiff's backward pass."""
 
-    def reference(query, key, value, mask, bias, scale, softcap, normalize):
+    def reference(query, key, value, mask, bias, scale, softcap, normalize, dropout):
+        assert dropout is None  # No check trains with it.
         how = {"scale": scale, "softcap": softcap, "normalize": normalize}
         return weighted_values(attention_weights(query, key, mask, bias, **how), value)
 

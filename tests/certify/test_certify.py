@@ -141,8 +141,8 @@ def _steeper(attend: Callable) -> Callable:
 
 
 def _means_of_means(summed: Callable) -> Callable:
-    def wrong(params, batch, key, loss, grad_accumulation):
-        sums, gradients = summed(params, batch, key, loss, grad_accumulation)
+    def wrong(params, batch, key, loss, grad_accumulation, *scale):
+        sums, gradients = summed(params, batch, key, loss, grad_accumulation, *scale)
         return sums._replace(weight=sums.weight * grad_accumulation), gradients
 
     return wrong
