@@ -25,9 +25,9 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # A program's code in one part, not in 32 compiled side by side: both cores have a worker, and
 # 61 tests of the models and of interventions took 60 CPU seconds for 74.
 os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
-# Where in Python each operation came from is looked at by nobody, and written into every program:
-# without it 28 tests of the models took 27.1 CPU seconds for 29.3.
-os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+# Of where in Python each operation comes from, the innermost frame, which preflight's report names:
+# the stack of calls is written into every program, and looked at by nobody.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
