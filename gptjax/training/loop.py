@@ -169,8 +169,8 @@ def fit(
             if not (evaluates or saves):
                 continue
             validation_loss = None
+            logger.check(*pending, state)  # Waits for the steps, whose time counts.
             with logger.paused():
-                logger.check(*pending, state)
                 if evaluates:
                     validation_loss = progress.last_loss = evaluate(state.params)
                     if validation_loss < progress.best_loss:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import functools
 import math
@@ -95,6 +96,29 @@ def test_logged_and_evaluated_steps_are_written(uninterrupted):
     assert list(evaluated) == [4, 8, 12]
     assert fitted.progress.last_loss == evaluated[12]
     assert fitted.progress.best_loss == min(evaluated.values())
+
+
+def test_time_that_steps_take_before_an_evaluation_counts(tmp_path, monkeypatch):
+    """Their metrics are waited for while the clock of tokens per second runs."""
+    paused, waited = [False], []
+    pause, check = loop._Logger.paused, loop._Logger.check
+
+    @contextlib.contextmanager
+    def noted(self):
+        with pause(self):
+            paused[0] = True
+            yield
+            paused[0] = False
+
+    def noting(self, *pending):
+        waited.append(paused[0])
+        check(self, *pending)
+
+    monkeypatch.setattr(loop._Logger, "paused", noted)
+    monkeypatch.setattr(loop._Logger, "check", noting)
+    run(tmp_path, train=dataclasses.replace(TRAIN, steps_per_dispatch=2, eval_every=6))
+    assert waited
+    assert not any(waited)
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
