@@ -110,10 +110,11 @@ def why_unsupported(config: TransformerConfig, kernel: str, sequence: int = 1) -
         multiple = LANES * sequence
         aligned = config.context_length % multiple == 0
         reasons += [
+            (config.dtype == "float16", "TPUs compute in bfloat16, not in float16"),
             (
                 not aligned,
                 f"context_length {config.context_length} is not a multiple of {multiple}",
-            )
+            ),
         ]
     else:
         name, width = NAMES[kernel], config.actual_head_dim

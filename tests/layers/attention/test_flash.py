@@ -232,6 +232,12 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
         ("tpu", {}, "splash", "Attention: the splash kernel on TPU."),
         ("tpu", {"attention_kernel": "xla"}, "xla", "Attention: XLA."),
         ("tpu", {"attention_softcap": 50.0}, "splash", "Attention: the splash kernel on TPU."),
+        (
+            "tpu",
+            {"dtype": "float16"},
+            "xla",
+            "XLA, since TPUs compute in bfloat16, not in float16.",
+        ),
         ("gpu", {"dtype": "bfloat16"}, "cudnn", "Attention: cuDNN on GPU."),
         (
             "tpu",
