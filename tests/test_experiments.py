@@ -185,7 +185,9 @@ def test_every_experiment_is_run_by_a_test():
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
     # Compiling the table takes many minutes; tests/preflight run the command that it calls.
-    others = {"benchmarks/torch_baselines.py", "benchmarks/preflight_table.py"}
+    others = {"benchmarks/preflight_table.py"}
+    # Both are parts of steps_and_tokens.py.
+    others |= {"benchmarks/timed_rounds.py", "benchmarks/torch_baselines.py"}
     scripts = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.py")}
     assert scripts == tested | others
 

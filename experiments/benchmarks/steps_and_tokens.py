@@ -25,22 +25,18 @@ Face's `generate` with its cache, on the GPU if there is one.
 import argparse
 import dataclasses
 import functools
-import gc
 import importlib.util
 import json
-import multiprocessing
-import os
 import statistics
-import time
 import typing
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from timed_rounds import timed_rounds
 from torch_baselines import (
     BETAS,
     LEARNING_RATE,
@@ -68,7 +64,7 @@ from gptjax.cli import accept_all_characters
 from gptjax.config import InputError, MeshConfig
 from gptjax.config.values import DecodingWeights, Dtype
 from gptjax.data.batch import Batch
-from gptjax.parallel.sharding import build_mesh, configure_cpu
+from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.result import environment
 from gptjax.system.outputs import check_output, write_whole
 from gptjax.training.losses import token_loss
@@ -193,52 +189,6 @@ def decoding_bytes(config: TransformerConfig) -> int:
 BOUNDS = {"reading": memory_reads, "copying": memory_copies}
 INT8 = functools.partial(jax_decoding, weights="int8")
 DECODERS = {"gptjax": jax_decoding, "int8": INT8, **BOUNDS, "torch": huggingface_decoding}
-
-
-def serve(
-    runner: Callable[[], RunSteps], parameters: int, steps: int, connection: Connection
-) -> None:
-    """Run one runner in this process, one round per request; answers with seconds.
-
-    The first answer, before any request, is the seconds of a first round.
-    """
-    # Several processes share a GPU's memory.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    configure_cpu(parameters)
-    run = runner()
-    start = time.perf_counter()
-    run(steps)
-    gc.disable()
-    connection.send(time.perf_counter() - start)
-    while connection.recv():
-        start = time.perf_counter()
-        run(steps)
-        connection.send((time.perf_counter() - start) / steps)
-
-
-def timed_rounds(
-    runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Returns the seconds of each runner's first round, and those per step in each further round.
-
-    The runners take turns. Each has a process of its own, so that threads and memory are separate.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    connections, first = {}, {}
-    for name, runner in runners.items():
-        connections[name], other = spawn.Pipe()
-        # PyTorch runs with its defaults.
-        own = 0 if "torch" in name else parameters
-        spawn.Process(target=serve, args=(runner, own, steps, other), daemon=True).start()
-        first[name] = connections[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(rounds):
-        for name, connection in connections.items():
-            connection.send(True)
-            seconds[name].append(connection.recv())
-    for connection in connections.values():
-        connection.send(False)
-    return first, seconds
 
 
 def measure_decoding(

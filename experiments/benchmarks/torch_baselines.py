@@ -136,8 +136,8 @@ def huggingface_decoding(config: TransformerConfig, rows: int) -> RunSteps:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = huggingface_model(config).eval().to(device, getattr(torch, config.dtype))
     lengths = torch.tensor(prompt_lengths(rows), device=device)
-    places = torch.arange(int(lengths.max()), device=device)
-    mask = (places >= lengths.max() - lengths[:, None]).long()
+    positions = torch.arange(int(lengths.max()), device=device)
+    mask = (positions >= lengths.max() - lengths[:, None]).long()
 
     def run(steps: int) -> None:
         how = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}

@@ -26,9 +26,10 @@ ROWS = 16
 ROUNDING = 1e-5
 """Tolerance for the order of float32 sums; a wrong program errs by far more."""
 COMPILED_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""XLA's options for programs that run once or twice: less is optimised, and the sums are as good.
+"""XLA's options for tiny programs that run a few times: less is optimised, and sums are as good.
 
-The training step alone is compiled as in a run.
+The training step and decoding are compiled as in a run. `compile_for_once` of a run's first state
+is for large arrays, which code of the lowest level would draw too slowly.
 """
 
 
@@ -117,7 +118,10 @@ class Case:
     def _logits(self) -> Callable[..., jax.Array]:
         """The compiled forward pass: parameters, tokens, other inputs → logits."""
         graphdef = self.graphdef()
-        return jax.jit(lambda params, tokens, inputs: nnx.merge(graphdef, params)(tokens, **inputs))
+        return jax.jit(
+            lambda params, tokens, inputs: nnx.merge(graphdef, params)(tokens, **inputs),
+            compiler_options=COMPILED_FAST,
+        )
 
 
 def _batch(config: TransformerConfig, draw: np.random.Generator) -> Batch:

@@ -77,16 +77,16 @@ def generate(
         return
     live, portion, dispatched = np.ones(len(rows), bool), 1, 1
     since = time.perf_counter()
-    state, said = decoding.start(rows, state, choosing)
-    pending = [said]
+    state, chosen = decoding.start(rows, state, choosing)
+    pending = [chosen]
     while True:
         # `reach` is the most tokens that a row has in the cache when all pending ones are decoded.
         steps = min(portion, max_new_tokens - dispatched, context - reach)
         if steps > 0:
             # Started before the last ones are fetched: the device does not wait for the host.
             reach, dispatched = reach + steps, dispatched + steps
-            state, said = decoding.advance(reach, steps, state, choosing)
-            pending.append(said)
+            state, chosen = decoding.advance(reach, steps, state, choosing)
+            pending.append(chosen)
         if not pending:
             return
         fetched = np.asarray(pending.pop(0))
@@ -110,8 +110,8 @@ def generate(
             rows = [row[-half:] if len(row) > context else row for row in rows]
             decoding.reset()
             reach, dispatched = max(map(len, rows)), dispatched + 1
-            state, said = decoding.start(rows, state, choosing)
-            pending.append(said)
+            state, chosen = decoding.start(rows, state, choosing)
+            pending.append(chosen)
 
 
 def end_tokens(given: int | Sequence[int] | None) -> list[int]:

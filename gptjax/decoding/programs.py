@@ -159,15 +159,15 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
             return (state.decoded < before + steps) & ~state.ended.all()
 
         def decode(carry: tuple[State, jax.Array, Any]) -> tuple[State, jax.Array, Any]:
-            state, said, cache = carry
+            state, new_tokens, cache = carry
             # An ended row reads padding, which leaves its length.
             tokens, is_token = state.tokens[:, None], ~state.ended[:, None]
             following, cache = step(weights, cache, tokens, is_token, state, choosing)
-            return following, said.at[state.decoded - before].set(following.tokens), cache
+            return following, new_tokens.at[state.decoded - before].set(following.tokens), cache
 
-        said = jnp.full((MAX_PORTION, len(state.tokens)), -1, jnp.int32)
-        state, said, cache = jax.lax.while_loop(more, decode, (state, said, cache))
-        return (state, said), cache
+        new_tokens = jnp.full((MAX_PORTION, len(state.tokens)), -1, jnp.int32)
+        state, new_tokens, cache = jax.lax.while_loop(more, decode, (state, new_tokens, cache))
+        return (state, new_tokens), cache
 
     return Programs(
         jax.jit(prepare, static_argnums=1),

@@ -2,7 +2,7 @@
 
 Starting a program costs the host milliseconds: batches to send, metrics to fetch, every leaf of the
 state to pass. A step of a small model takes an accelerator less. So batches go to the devices in
-stacks, and a program makes as many steps of a stack as it is told: the same program whatever their
+stacks, and a program makes as many steps of a stack as an argument says: one program whatever their
 number, so that the grouping of steps changes no bit of the result.
 
 | steps per dispatch | where |

@@ -40,8 +40,8 @@ def test_the_mask_follows_the_key_alone_on_one_device_and_on_eight():
     assert (alone[0] != alone[1]).any()
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     parts = jax.device_put(x, NamedSharding(mesh, P("data", "tensor")))
-    parted = jax.jit(dropout, static_argnums=1)(parts, 0.3, random_key(1))
-    np.testing.assert_array_equal(parted, alone)
+    sharded = jax.jit(dropout, static_argnums=1)(parts, 0.3, random_key(1))
+    np.testing.assert_array_equal(sharded, alone)
     with jax.enable_x64(True):
         np.testing.assert_array_equal(dropout(x, 0.3, random_key(1)), alone)
 

@@ -96,7 +96,7 @@ def test_the_scale_doubles_after_finite_steps(monkeypatch):
     state: Any = optimizer.init(params)
     scales = []
     for step in range(7):
-        if step == 3:  # The count begins anew.
+        if step == 3:  # The count restarts.
             state = loss_scale.after_skipped_step(state)
         else:
             _, state = optimizer.update(params, state, params)

@@ -371,7 +371,7 @@ def _limits(rule: Rule) -> tuple[int | None, int | None]:
 def _reach(
     start: Any, size: int, before: int | None, after: int | None, block: int, length: int
 ) -> tuple[Any, Any]:
-    """The range of the blocks of the other side that `size` places from `start` on may see."""
+    """The range of the blocks of the other side that `size` positions from `start` on attend to."""
     lower = 0 if before is None else lax.div(jnp.maximum(start - before, 0), block)
     upper = length // block
     if after is not None:
