@@ -54,6 +54,20 @@ PRESETS = {
         ),
         train=TrainConfig(steps=450, batch_size=16, eval_every=450, checkpoint_every=450),
     ),
+    "gpu": ExperimentConfig(
+        model=TransformerConfig(
+            context_length=256,
+            depth=6,
+            width=384,
+            heads=6,
+            bias=False,
+            dropout=0.2,
+            dtype="bfloat16",
+        ),
+        data=DataConfig(tokenizer="characters"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
+        train=TrainConfig(steps=5000, batch_size=64, eval_every=250, checkpoint_every=1000),
+    ),
 }
 
 

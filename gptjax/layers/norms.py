@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gptjax.config import TransformerConfig
-from gptjax.parallel.platforms import sum_rows
+from gptjax.parallel.platforms import as_saved, sum_rows
 
 
 class LayerNorm(nnx.Module):
@@ -84,6 +84,7 @@ def _layer_norm_forward(x, scale, bias, epsilon):
 
 def _layer_norm_backward(_, residuals, gradient):
     x, scale, bias, mean, inverse = residuals
+    x, mean, inverse, gradient = as_saved(x, mean, inverse, gradient)
     gradient = gradient.astype(jnp.float32)
     normalised = (x.astype(jnp.float32) - mean) * inverse
     scaled = gradient * scale
@@ -115,6 +116,7 @@ def _rms_norm_forward(x, scale, epsilon):
 
 def _rms_norm_backward(_, residuals, gradient):
     x, scale, inverse = residuals
+    x, inverse, gradient = as_saved(x, inverse, gradient)
     gradient = gradient.astype(jnp.float32)
     normalised = x.astype(jnp.float32) * inverse
     scaled = gradient * scale

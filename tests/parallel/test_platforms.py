@@ -57,7 +57,11 @@ def test_a_program_has_the_code_of_its_platform(platform, dtype, logits, tanhs, 
     assert text.count("stablehlo.tanh") == tanhs
     # The update's; those by platform have a constant index, or one branch alone.
     assert len(re.findall(r"stablehlo\.convert.*tensor<i1>\) -> tensor<i32>", text)) == conditions
-    assert ("optimization_barrier" in text) == (platform == "cuda")
+    # Sums in two steps have one operand, and the statistics of each of three norms are in one of 4.
+    operands = re.findall(r"stablehlo.optimization_barrier (.*) :", text)
+    assert bool(operands) == (platform == "cuda")
+    saved = [each for each in operands if each.count("%") == 4]
+    assert len(saved) == (3 if platform == "cuda" else 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (7, 5), (3, 11, 2), (64, 4), (2, 2048, 3)])

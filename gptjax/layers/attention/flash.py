@@ -66,9 +66,8 @@ def takes(
         case "splash":
             queries = query.shape[1] // _query_shards(query)
             return queries % LANES == 0 and key.shape[1] % LANES == 0
-        case "cudnn":  # Its backward pass takes no bias, as which masks reach it, of odd lengths.
-            biased = rule.padding_mask is not None or rule.segment_ids is not None
-            return not (biased and (query.shape[1] % 2 or key.shape[1] % 2))
+        case "cudnn":  # JAX refuses odd lengths in training, also where there is no bias.
+            return query.shape[1] % 2 == key.shape[1] % 2 == 0
         case "triton":
             return query.shape[0] * query.shape[2] <= MOST_HEADS
         case "auto" | "xla":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax._src.cudnn.fused_attention_stablehlo import check_is_flash_attention
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -248,14 +248,14 @@ GPT2 = dataclasses.replace(preset("gpt2"), dropout=0.0)
         (
             "gpu",
             {"dtype": "bfloat16", "dropout": 0.1},
-            "xla",
-            "dropout 0.1 applies to attention weights, which cuDNN does not drop.",
+            "triton",
+            "Attention: the Triton kernel on GPU.",
         ),
         (
             "gpu",
-            {"dtype": "bfloat16", "dropout": 0.1, "attention_kernel": "triton"},
-            "triton",
-            "Attention: the Triton kernel on GPU.",
+            {"dtype": "bfloat16", "dropout": 0.1, "head_dim": 24},
+            "xla",
+            "dropout 0.1 applies to attention weights, which cuDNN does not drop.",
         ),
         (
             "tpu",
@@ -300,9 +300,9 @@ def test_a_shared_sequence_and_mixed_layers_change_the_choice():
     _, lines = resolve_kernel(half, "gpu", "9.0", sequence=2)
     assert lines == ["Attention: XLA, since cuDNN does not shard a sequence over devices."]
     windowed = dataclasses.replace(half, family="encoder", attention="local", window=8)
-    assert "attend to earlier keys only" in resolve_kernel(windowed, "gpu", "9.0")[1][0]
-    dropped = dataclasses.replace(windowed, dropout=0.1, attention_kernel="triton")
-    assert resolve_kernel(dropped, "gpu", "9.0")[0].attention_kernel == "triton"
+    assert resolve_kernel(windowed, "gpu", "9.0")[0].attention_kernel == "triton"
+    with pytest.raises(InputError, match="attend to earlier keys only"):
+        resolve_kernel(dataclasses.replace(windowed, attention_kernel="cudnn"), "gpu", "9.0")
     mixed = dataclasses.replace(GPT2, attention="full,compressed")
     config, lines = resolve_kernel(mixed, "tpu")
     assert config.attention_kernel == "splash"
@@ -399,19 +399,22 @@ MASKED = [
 
 
 @pytest.mark.parametrize("rule", MASKED, ids=["causal", "window", "padding", "documents"])
-def test_cudnn_takes_no_length_that_jax_refuses(rule):
-    """JAX checks them before it calls cuDNN, in training more than in evaluation."""
-    biased = rule.padding_mask is not None or rule.segment_ids is not None
+def test_cudnn_takes_no_length_that_jax_refuses(rule, monkeypatch):
+    """JAX checks them while it traces, in training more than in evaluation."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+
+    def attention(query: jax.Array, key: jax.Array) -> jax.Array:
+        return flash.cudnn(query, key, key, rule, 1.0)
+
     for length in range(1, 131):
         for keys in {length, 130} if rule.segment_ids is None else {length}:
             query, key = shaped(1, length, 1, 64), shaped(1, keys, 1, 64)
-            taken = flash.takes("cudnn", query, key, rule)
             refused = False
             try:
-                check_is_flash_attention(query, key, key, 0, 91_000, biased, is_training=True)
+                jax.eval_shape(lambda *given: jax.vjp(attention, *given)[0], query, key)
             except NotImplementedError:
                 refused = True
-            assert taken != refused
+            assert flash.takes("cudnn", query, key, rule) != refused
             assert flash.takes("triton", query, key, rule)  # It pads any length.
 
 
