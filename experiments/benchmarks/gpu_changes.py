@@ -7,11 +7,11 @@
 `training` times GPT-2 124M (32 rows of 1,024 random tokens, bfloat16, cuDNN attention, no biases,
 no dropout, AdamW) as it is now and with changes: what a CPU runs (float32 logits, GELU's derivative
 kept, a condition around the update, sums of rows at once, norms' statistics computed again), singly
-and together, and what is not done. The first is timed again at the end, to show the noise. `plan` is the peak memory of
-XLA's plan. `decoding` is `generate`, greedy, GPT-2 124M with random weights: the first call, with
-compilation, and the best of three more. `small` is the step of a model like the quickstart's, one
-and ten per call. For both another run is profiled: the number of kernels on the GPU, and the sum of
-their times.
+and together, and what is not done. The first is timed again at the end, to show the noise. `plan`
+is the peak memory of XLA's plan. `decoding` is `generate`, greedy, GPT-2 124M with random weights:
+the first call, with compilation, and the best of three more. `small` is the step of a model like
+the quickstart's, one and ten per call. For both another run is profiled: the number of kernels on
+the GPU, and the sum of their times.
 Changes are monkeypatched into `gptjax` while this script traces.
 """
 

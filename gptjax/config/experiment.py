@@ -156,7 +156,7 @@ class TrainConfig:
     """Tokens whose logits are in memory at a time; 0 takes all at once."""
     steps_per_dispatch: int = 0
     """Most steps that one program makes before the host looks; 0 takes 1 on a CPU, and elsewhere as
-    many as the host needs to keep up. It changes no result."""
+    many as the host needs to keep up. It changes no result, but logged steps appear in groups."""
     log_every: int = 10
     """Steps between logged lines."""
     eval_every: int = 250

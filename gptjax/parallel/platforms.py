@@ -32,7 +32,9 @@ def as_saved(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     XLA would compute a norm's statistics again in its backward pass, which takes 1.2 ms of the
     61.4 ms of GPT-2's step on an H200 (experiments/README.md).
     """
-    return by_platform(*arrays, gpu=lambda *arrays: jax.lax.optimization_barrier(arrays), other=_same)
+    return by_platform(
+        *arrays, gpu=lambda *arrays: jax.lax.optimization_barrier(arrays), other=_same
+    )
 
 
 def _same(*arrays: jax.Array) -> tuple[jax.Array, ...]:

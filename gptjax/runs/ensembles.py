@@ -31,15 +31,13 @@ from gptjax.runs.assembly import assemble
 from gptjax.runs.trial import Trial
 from gptjax.system.programs import keep_programs
 from gptjax.training.cross_entropy import LossSums
-from gptjax.training.dispatch import Pace, several, stack_size
-from gptjax.training.loop import Batches
+from gptjax.training.dispatch import Pace, logged_steps, several, stack_size
+from gptjax.training.loop import SCALARS, Batches
 from gptjax.training.step import Metrics, State, compile_for_once, train_step
 
 MOST_PARAMETERS = 500_000
 """The size up to which a CPU trains one run per core; for larger models, all cores on one run are
 faster (experiments/README.md)."""
-LOGGED = "loss", "cross_entropy", "grad_norm"
-"""The metrics of a step that a run's lines have."""
 BYTES_PER_PARAMETER = 64
 """Accelerator memory allotted to a run: 16 for its state, the rest for a step's temporaries."""
 
@@ -160,16 +158,25 @@ def _train_round(
             check(*pending)
         pending = step, count, metrics
         evaluates = step % train.eval_every == 0 or step == train.steps
-        if evaluates or step % train.log_every == 0:
-            logged = metrics.loss, metrics.cross_entropy, metrics.grad_norm
+        logged = logged_steps(train, step, count, evaluated=evaluates)
+        if logged:
             columns = {
-                name: values.reshape(len(configs), -1)[:, count - 1].tolist()
-                for name, values in zip(LOGGED, jax.device_get(logged), strict=True)
+                name: values.reshape(len(configs), -1)
+                for name, values in zip(
+                    SCALARS,
+                    jax.device_get([getattr(metrics, name) for name in SCALARS]),
+                    strict=True,
+                )
             }
-            if evaluates:
-                columns["validation_loss"] = _evaluated(program, state.params, validation).tolist()
             for run, own in enumerate(lines):
-                own.append({"step": step} | {name: row[run] for name, row in columns.items()})
+                for number in logged:
+                    index = number - step + count - 1
+                    line = {name: float(values[run, index]) for name, values in columns.items()}
+                    own.append({"step": number} | line)
+        if evaluates:
+            losses = _evaluated(program, state.params, validation).tolist()
+            for loss, own in zip(losses, lines, strict=False):
+                own[-1]["validation_loss"] = loss
         progress(runs * count)
     if pending is not None:
         check(*pending)

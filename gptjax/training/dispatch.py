@@ -8,9 +8,9 @@ number, so that the grouping of steps changes no bit of the result.
 | steps per dispatch | where |
 |---|---|
 | 1, the step alone, without a loop around it | on a CPU, and where a step is above `SHORT_FLOPS` |
-| as many as take `SECONDS`, by the time that a step is measured to take | else |
+| as many as take `SECONDS`, by the time that steps are measured to take | else |
 
-A group ends at each step that is logged, evaluated or saved, and at the end of a stack.
+A group ends at each step that is evaluated or saved, and at the end of a stack.
 """
 
 import time
@@ -35,7 +35,7 @@ SHORT_FLOPS = 5e12
 MOST = 50
 """The most steps per dispatch that are chosen by time."""
 WARM_UP, MEASURED = 2, 3
-"""Dispatches of one step at the start: those that are not timed, and those that are."""
+"""Dispatches of one size: those that are not timed, and those that are."""
 
 
 class Group(NamedTuple):
@@ -71,9 +71,11 @@ def stack_size(config: TrainConfig, parameters: int, tokens: int, platform: str)
 
 
 class Pace:
-    """The number of steps per dispatch, from the time that a step is measured to take.
+    """The number of steps per dispatch, from the time that steps are measured to take.
 
-    Every process of a run takes the longest time that any of them measures.
+    Where dispatches take the host longer than the device, the time of a step falls as groups grow:
+    so it is measured anew until groups no longer double. Every process of a run takes the longest
+    time that any of them measures.
     """
 
     def __init__(self, config: TrainConfig, most: int):
@@ -82,23 +84,35 @@ class Pace:
         self._most = most
         self._measures = most > 1 and not config.steps_per_dispatch
         self._steps = 1 if self._measures else most
-        self._times: list[float] = []
+        self._begun: list[tuple[float, int]] = []
+        """When each dispatch of the present size began, and the steps that were done by then."""
 
     def steps(self, done: int) -> int:
         """The steps of the next dispatch, after `done` steps; called once before each."""
         if self._measures:
-            self._times.append(time.perf_counter())
-            if len(self._times) > WARM_UP + MEASURED:
-                self._measures = False
-                mean = (self._times[-1] - self._times[WARM_UP]) / MEASURED
-                slowest = max(distributed.meet("the time of a step", mean))
-                self._steps = max(1, min(self._most, round(SECONDS / slowest)))
+            self._begun.append((time.perf_counter(), done))
+            if len(self._begun) > WARM_UP + MEASURED:
+                self._choose()
         left = [every - done % every for every in _intervals(self._config)]
         return min(self._steps, *left, self._config.steps - done)
 
+    def _choose(self) -> None:
+        (start, first), (end, last) = self._begun[WARM_UP], self._begun[-1]
+        mean = (end - start) / (last - first)
+        slowest = max(distributed.meet("the time of a step", mean))
+        before, fitting = self._steps, round(SECONDS / slowest)
+        self._steps, self._begun = max(before, min(self._most, fitting)), self._begun[-1:]
+        self._measures = 2 * before <= self._steps < self._most
 
-def _intervals(config: TrainConfig) -> tuple[int, int, int]:
-    return config.log_every, config.eval_every, config.checkpoint_every
+
+def _intervals(config: TrainConfig) -> tuple[int, int]:
+    return config.eval_every, config.checkpoint_every
+
+
+def logged_steps(config: TrainConfig, last: int, count: int, *, evaluated: bool) -> list[int]:
+    """Of the `count` steps up to `last`, those that are logged: `last` too if it is evaluated."""
+    steps = range(last - count + 1, last + 1)
+    return [n for n in steps if n % config.log_every == 0 or (evaluated and n == last)]
 
 
 def several(step: Callable[[Any, Batch], tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -21,7 +21,7 @@ from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
 from gptjax.system.exits import Diverged, Interrupted, Interrupts
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.dispatch import Pace, stack_size
+from gptjax.training.dispatch import Pace, logged_steps, stack_size
 from gptjax.training.leaves import leaf_names
 from gptjax.training.losses import LossFunction, Params
 from gptjax.training.metrics import DurableWriter, Writer
@@ -31,11 +31,14 @@ from gptjax.training.step import (
     EvalStep,
     Metrics,
     State,
-    compile_eval_step,
-    compile_train_step,
     init_state,
+    lower_eval_step,
+    lower_train_step,
     state_shapes,
 )
+
+SCALARS = "loss", "cross_entropy", "grad_norm"
+"""The metrics of a step that its line has."""
 
 
 class Batches(Protocol):
@@ -120,20 +123,20 @@ def fit(
     """
     start = time.perf_counter()
     feed = DevicePrefetch(batches, mesh)
-    if checkpoints.last_step is None:
-        state, progress = init_state(init, optimizer, mesh, axes), Progress()
-    else:
-        state, saved = checkpoints.restore(state_shapes(init, optimizer, mesh, axes))
+    shapes = state_shapes(init, optimizer, mesh, axes)
+    state, progress = None, Progress()
+    if checkpoints.last_step is not None:
+        state, saved = checkpoints.restore(shapes)
         progress = Progress(**saved)
         feed.set_state(progress.data)
     seconds_before = progress.seconds
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
     tokens, platform = feed.tokens() // mesh.size, mesh.devices.flat[0].platform
     stack = 1 if pmap else stack_size(config, parameters, tokens, platform)
     feed.stack(stack, progress.step)
 
-    compile_step = functools.partial(
-        compile_train_step,
+    lower_step = functools.partial(
+        lower_train_step,
         loss,
         optimizer,
         mesh=mesh,
@@ -142,10 +145,15 @@ def fit(
         pmap=pmap,
         stacked=stack > 1,
     )
-    train_step = CompiledByShape(compile_step)
-    train_step.prepare(state, feed.shapes())
+    train_step = CompiledByShape(lower_step)
+    eval_step = CompiledByShape(functools.partial(lower_eval_step, loss, mesh=mesh))
+    # Both compile while the state is initialised.
+    compiled = train_step.prepare(shapes, feed.shapes())
+    eval_step.prepare(shapes.params, feed.on_devices(validation[0]))
+    if state is None:
+        state = init_state(init, optimizer, mesh, axes)
+    compiled.result()
     compile_seconds = time.perf_counter() - start
-    eval_step = CompiledByShape(functools.partial(compile_eval_step, loss, mesh=mesh))
     evaluate = _evaluator(eval_step, validation, feed)
     logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
 
@@ -155,6 +163,8 @@ def fit(
         while progress.step < config.steps:
             group = feed.take(pace.steps(progress.step))
             state, metrics = train_step(state, group.batches, *group.part)
+            for scalars in _scalars(metrics):
+                scalars.copy_to_host_async()
             progress.step += group.steps
             if pending is not None:
                 logger.log(*pending, state)
@@ -243,40 +253,35 @@ class _Logger:
         *,
         through: bool = False,
     ) -> None:
-        """Check the metrics of the `count` steps up to `step`, and write those of `step`.
+        """Check the metrics of the `count` steps up to `step`, and write those of logged steps.
 
-        They are written if the step is a logged or an evaluated one. With `through`, all lines so
-        far are on disk on return.
+        With a validation loss, `step` is one of them. With `through`, all lines so far are on disk
+        on return.
         """
         self.check(step, count, metrics, state)
-        logged = step % self._config.log_every == 0 or validation_loss is not None
-        last = _of_step(metrics, count - 1)
-        scalars = self._scalars(step, last, validation_loss) if logged else None
+        evaluated = validation_loss is not None
+        logged = logged_steps(self._config, step, count, evaluated=evaluated)
+        rates = self._rates() if logged else {}
+        lines = []
+        for number in logged:
+            own = _of_step(_scalars(metrics), number - step + count - 1)
+            described = self._describe(number, rates["tokens_per_second"])
+            lines.append({**dict(zip(SCALARS, own, strict=True)), **rates, **described})
+        if evaluated:
+            lines[-1]["validation_loss"] = validation_loss
         for writer in self._writers:
+            for number, scalars in zip(logged, lines, strict=True):
+                writer.write(number, scalars)
             if through and isinstance(writer, DurableWriter):
-                writer.write_through(step, scalars)
-            elif scalars is not None:
-                writer.write(step, scalars)
+                writer.write_through()
 
-    def _scalars(
-        self, step: int, metrics: Metrics, validation_loss: float | None
-    ) -> dict[str, float]:
-        """The scalars of a logged step; rates are over the steps since the last one."""
+    def _rates(self) -> dict[str, float]:
+        """Rates over the steps since the last logged ones."""
         now = time.perf_counter()
         seconds, waited = now - self._since, self._feed.waited - self._waited
         tokens_per_second = self.tokens / seconds
         self._since, self._waited, self.tokens = now, self._feed.waited, 0
-        scalars = {
-            "loss": float(metrics.loss),
-            "cross_entropy": float(metrics.cross_entropy),
-            "grad_norm": float(metrics.grad_norm),
-            "tokens_per_second": tokens_per_second,
-            "data_wait": waited / seconds,
-            **self._describe(step, tokens_per_second),
-        }
-        if validation_loss is not None:
-            scalars["validation_loss"] = validation_loss
-        return scalars
+        return {"tokens_per_second": tokens_per_second, "data_wait": waited / seconds}
 
     def check(self, step: int, count: int, metrics: Metrics, state: State) -> None:
         """Raise `Diverged` if a loss or gradient of the steps up to `step` is not finite."""
@@ -284,7 +289,8 @@ class _Logger:
         bad = np.flatnonzero(~np.atleast_1d(finite)[:count])
         if not bad.size:
             return
-        step, metrics = step - count + 1 + int(bad[0]), _of_step(metrics, int(bad[0]))
+        index = int(bad[0])
+        step, metrics = step - count + 1 + index, _of_step(metrics, index)
         last = self._checkpoints.last_step
         known = (
             "there is no checkpoint yet"
@@ -292,8 +298,8 @@ class _Logger:
             else f"the last good checkpoint is step {last}"
         )
         raise Diverged(
-            f"Step {step}: the loss is {float(metrics.loss)} and the gradient norm "
-            f"{float(metrics.grad_norm)}; {self._suspect(metrics, state)}; {known}."
+            f"Step {step}: the loss is {metrics.loss} and the gradient norm {metrics.grad_norm}; "
+            f"{self._suspect(metrics, state)}; {known}."
         )
 
     def _suspect(self, metrics: Metrics, state: State) -> str:
@@ -318,9 +324,14 @@ class _Logger:
         self._since += time.perf_counter() - start
 
 
-def _of_step(metrics: Metrics, index: int) -> Metrics:
+def _scalars(metrics: Metrics) -> list[jax.Array]:
+    """Those that are fetched of every step; the norms of leaves are of one that diverged."""
+    return [getattr(metrics, name) for name in SCALARS]
+
+
+def _of_step(metrics: Any, index: int) -> Any:
     """The metrics of one step of a group."""
-    return jax.tree.map(lambda values: np.atleast_1d(values)[index], metrics)
+    return jax.tree.map(lambda values: float(np.atleast_1d(values)[index]), metrics)
 
 
 @contextlib.contextmanager

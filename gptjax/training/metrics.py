@@ -112,8 +112,8 @@ class Writer(Protocol):
 class DurableWriter(Writer, Protocol):
     """A writer whose lines must be on disk before the checkpoint of the last of their steps."""
 
-    def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
-        """Record `scalars`, if there are any, and return when everything so far is on disk."""
+    def write_through(self) -> None:
+        """Return when everything so far is on disk."""
         ...
 
 
@@ -161,17 +161,16 @@ class JsonlWriter:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append one line, which other processes can read at once."""
-        self._append(step, scalars)
+        self._file.write(line_of({"step": step, **scalars}))
+        self._file.flush()
 
-    def write_through(self, step: int, scalars: dict[str, float] | None) -> None:
-        """Append one line, if there are scalars, and return when all lines are on disk.
+    def write_through(self) -> None:
+        """Return when all lines are on disk.
 
         Raises:
           OSError: the disk fails.
           DiskError: the file was deleted or replaced.
         """
-        if scalars is not None:
-            self._append(step, scalars)
         os.fsync(self._file.fileno())
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
@@ -181,10 +180,6 @@ class JsonlWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _append(self, step: int, scalars: dict[str, float]) -> None:
-        self._file.write(line_of({"step": step, **scalars}))
-        self._file.flush()
 
 
 class WandbWriter:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -277,36 +278,39 @@ def compile_train_step(*arguments: Any, **options: Any) -> TrainStep:
     return lower_train_step(*arguments, **options).compile()
 
 
-def compile_eval_step(loss: LossFunction, params: Params, batch: Batch, mesh: Mesh) -> EvalStep:
-    """The compiled evaluation step: (params, batch) → loss sums, without dropout."""
+def lower_eval_step(
+    loss: LossFunction, params: Params, batch: Batch, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The evaluation step: (params, batch) → loss sums, without dropout."""
 
     def step(params: Params, batch: Batch, axis: str | None = None) -> LossSums:
         return sum_over_devices(loss(params, batch, None), axis)
 
     if partitioned(mesh):
-        return _lower_partitioned(step, mesh, params, batch).compile()
+        return _lower_partitioned(step, mesh, params, batch)
     step = functools.partial(step, axis=_axis(mesh))
-    return _lower_data_parallel(step, mesh, params, batch).compile()
+    return _lower_data_parallel(step, mesh, params, batch)
 
 
 class CompiledByShape:
-    """A step that is compiled once for each shape of batch."""
+    """A step that is compiled once for each shape of batch, in a thread of its own."""
 
-    def __init__(self, compile: Callable[..., Callable]):
-        """Take `compile(state, batch)`, which returns the compiled step."""
-        self._compile = compile
-        self._compiled: dict[Any, Callable] = {}
+    def __init__(self, lower: Callable[..., jax.stages.Lowered]):
+        """Take `lower(state, batch)`, which returns the lowered step."""
+        self._lower = lower
+        self._compiled: dict[Any, Future[jax.stages.Compiled]] = {}
+        self._thread = ThreadPoolExecutor(1)
 
-    def prepare(self, state: Any, batch: Batch) -> Callable:
-        """The step compiled for batches of that shape; `state` is its first argument."""
+    def prepare(self, state: Any, batch: Batch) -> "Future[jax.stages.Compiled]":
+        """Start compiling the step for batches of that shape; `state` is its first argument."""
         shapes = tuple(None if array is None else array.shape for array in batch)
         if shapes not in self._compiled:
-            self._compiled[shapes] = self._compile(state, batch)
+            self._compiled[shapes] = self._thread.submit(self._lower(state, batch).compile)
         return self._compiled[shapes]
 
     def __call__(self, state: Any, batch: Batch, *part: Any) -> Any:
         """Run the step, compiled if its shape is new."""
-        return self.prepare(state, batch)(state, batch, *part)
+        return self.prepare(state, batch).result()(state, batch, *part)
 
 
 def _axis(mesh: Mesh) -> str | None:

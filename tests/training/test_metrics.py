@@ -106,17 +106,15 @@ def test_a_line_is_on_the_disk_before_it_is_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(path.read_bytes()))
     writer.write(1, {"loss": 1.5})
     assert not synced
-    writer.write_through(2, {"loss": 2.5})
-    writer.write_through(3, None)
-    lines = [line_of({"step": step, "loss": step + 0.5}) for step in (1, 2)]
-    assert synced == ["".join(lines).encode()] * 2
+    writer.write_through()
+    assert synced == [line_of({"step": 1, "loss": 1.5}).encode()]
     monkeypatch.undo()
     path.unlink()
     with pytest.raises(DiskError, match=r"metrics\.jsonl was deleted or replaced"):
-        writer.write_through(3, {"loss": 3.5})
+        writer.write_through()
     path.write_text("of another")
     with pytest.raises(DiskError, match=r"metrics\.jsonl was deleted or replaced"):
-        writer.write_through(4, {"loss": 4.5})
+        writer.write_through()
     writer.close()
 
 
