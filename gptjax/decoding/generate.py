@@ -16,6 +16,7 @@ from gptjax.decoding.programs import (
     Choosing,
     State,
     Weights,
+    compiling,
     prepared,
     programs,
     reordered,
@@ -93,7 +94,7 @@ def generate(
         fetched = fetched[fetched[:, 0] >= 0]
         since, seconds = time.perf_counter(), time.perf_counter() - since
         lively = int(PORTION_SECONDS * len(fetched) / seconds)
-        portion = min(2 * portion, MAX_PORTION, max(1, lively))
+        portion = min(4 * portion, MAX_PORTION, max(1, lively))
         for tokens in fetched:
             yield tokens
             # An ended row no longer grows, so that no other is truncated or stopped for it.
@@ -182,11 +183,17 @@ class Decoding:
     def start(
         self, rows: Sequence[Sequence[int]], state: State, choosing: Choosing
     ) -> tuple[State, Int[Array, "1 B"]]:
-        """Read `rows` into the empty cache and choose the next tokens; the state, and these."""
+        """Read `rows` into the empty cache and choose the next tokens; the state, and these.
+
+        The first time `advance` is compiled meanwhile.
+        """
         tokens, padding_mask = padded(rows, self._padded_length(rows, 0))
         state = state._replace(lengths=jnp.zeros(len(rows), jnp.int32))
         reach = tokens.shape[1]
-        return self._run(self._programs.start, reach, tokens, padding_mask, state, choosing)
+        self._grow(reach)
+        following = self._weights, self._cache, np.int32(1), state, choosing
+        with compiling(self._programs.advance, *following):
+            return self._run(self._programs.start, reach, tokens, padding_mask, state, choosing)
 
     def advance(
         self, reach: int, steps: int, state: State, choosing: Choosing
@@ -202,18 +209,23 @@ class Decoding:
 
     def _run(self, program: Callable, reach: int, *arguments: Any) -> Any:
         """What a program returns that reads at most `reach` slots of the cache, and updates it."""
-        if reach > self._slots:
-            slots = max(self._slots, FIRST_SLOTS.get(jax.default_backend(), 512))
-            while slots < reach:
-                slots *= 4
-            self._slots = min(slots, self._most)
-            if self._cache is None:
-                given = self._params, self._source, self._weights.source_mask
-                self._cache = self._programs.empty(*given, self._batch_size, self._slots)
-            else:
-                self._cache = resized(self._cache, self._slots)
+        self._grow(reach)
         output, self._cache = program(self._weights, self._cache, *arguments)
         return output
+
+    def _grow(self, reach: int) -> None:
+        """Let the cache have `reach` slots or more."""
+        if reach <= self._slots:
+            return
+        slots = max(self._slots, FIRST_SLOTS.get(jax.default_backend(), 512))
+        while slots < reach:
+            slots *= 4
+        self._slots = min(slots, self._most)
+        if self._cache is None:
+            given = self._params, self._source, self._weights.source_mask
+            self._cache = self._programs.empty(*given, self._batch_size, self._slots)
+        else:
+            self._cache = resized(self._cache, self._slots)
 
     def reorder(self, order: Sequence[int]) -> None:
         """Reorder the cache: sequence i continues from sequence order[i]."""

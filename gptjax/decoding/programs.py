@@ -1,8 +1,11 @@
 """The compiled programs of decoding: reading prompts, and a loop on the device over new tokens."""
 
+import contextlib
 import functools
 import math
 import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -174,6 +177,27 @@ def programs(graphdef: nnx.GraphDef) -> Programs:
         jax.jit(empty, static_argnums=(3, 4)),
         *(jax.jit(program, donate_argnums=1) for program in (read, start, advance)),
     )
+
+
+_COMPILED: set[Any] = set()
+"""The programs that `compiling` has compiled, with the structure and shapes of their arguments."""
+
+
+@contextlib.contextmanager
+def compiling(program: Any, *arguments: Any) -> Iterator[None]:
+    """Compile a program for such arguments in a thread of its own while the body runs.
+
+    Its first call after that finds it compiled.
+    """
+    leaves, structure = jax.tree.flatten(arguments)
+    key = program, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    if key in _COMPILED:
+        yield
+        return
+    _COMPILED.add(key)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(program.lower(*arguments).compile)
+        yield
 
 
 _LATEST: dict[Any, tuple[list[weakref.ref], Any]] = {}

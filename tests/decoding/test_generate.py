@@ -1,6 +1,8 @@
+import dataclasses
 import functools
 import gc
 import importlib
+import threading
 import weakref
 from typing import Any
 
@@ -182,6 +184,29 @@ def test_one_step_is_compiled_whatever_the_length():
         tokens_of([[1] * length] * 7, CONTEXT, sampling=GREEDY)
     # Prompts of 1, 2, 3–4, 5–8 and 9–12 tokens, and the loop.
     assert steps_compiled() == before + 6
+
+
+def test_two_programs_are_compiled_at_once_and_each_once():
+    """The loop while prompts are read: half of the first call's time on a GPU is compilation."""
+    compiled = []
+
+    def note(event: str, _: float, **of: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append((of["fun_name"], threading.current_thread()))
+
+    odd = dataclasses.replace(CONFIG, width=10)  # No other test's, whose programs are compiled.
+    decoder = build(odd, rngs=nnx.Rngs(0))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        for _ in range(2):
+            list(generate(decoder, [[1]], max_new_tokens=4, sampling=GREEDY))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    by = dict(compiled)
+    names = [name for name, _ in compiled if name in ("jit(start)", "jit(advance)")]
+    assert sorted(names) == ["jit(advance)", "jit(start)"]
+    assert by["jit(start)"] is threading.main_thread()
+    assert by["jit(advance)"] is not threading.main_thread()
 
 
 def test_a_context_of_one_token_slides():
