@@ -180,7 +180,7 @@ def test_every_experiment_is_run_by_a_test():
         "quickstart.py", "shakespeare_char.py", "masked_lm.py", "translation.py",
         "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
         "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
-        "benchmarks/gpu_changes.py", "benchmarks/forward_trace.py",
+        "benchmarks/gpu.py", "benchmarks/gpu_changes.py", "benchmarks/forward_trace.py",
         "compare.py",  # In tests/compare/.
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -284,8 +284,26 @@ def test_gpu_changes_time_decoding_and_small_models():
     )
     assert [row[1] for row in rows if row and row[0] == "float32"] == ["1", "2", "32"]
     assert [row[1] for row in rows if row and row[0] == "biases"] == ["1", "10"]
-    _, errors = start("benchmarks/gpu_changes.py").communicate(timeout=300)
+    assert_needs_a_gpu("benchmarks/gpu_changes.py")
+
+
+def assert_needs_a_gpu(script: str) -> None:
+    _, errors = start(script).communicate(timeout=300)
     assert errors.endswith("There is no GPU; --tiny runs small shapes without one.\n")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_times_a_step(tmp_path):
+    file = tmp_path / "figures.json"
+    flags = "--tiny", "--only", "gpt2", "--rounds=1", "--no-decoding", "--json", str(file)
+    rows = rows_of(output_of(start("benchmarks/gpu.py", *flags)))
+    (figures,) = json.loads(file.read_text())["training"]
+    (ours,) = (row for row in rows if row and row[0] == "gpt2")
+    assert ours[1] == "gptjax"
+    assert ours[2] == f"{figures['gptjax']['milliseconds']:.2f}"
+    speed = 2 * 16 / (figures["gptjax"]["milliseconds"] / 1000)
+    assert figures["gptjax"]["tokens_per_second"] == pytest.approx(speed)
+    assert_needs_a_gpu("benchmarks/gpu.py")
 
 
 @pytest.mark.slow

@@ -65,10 +65,14 @@ class OfflineKernel(AsyncKernelManager):
 
 
 def users_environment(folder: Path) -> dict[str, str]:
-    """Without what tests/conftest.py asks of JAX, pytest of its processes, or IPython's user."""
+    """Without what tests/conftest.py asks of JAX, pytest of its processes, or IPython's user.
+
+    But for how much LLVM optimises, which is seen in nothing but the time.
+    """
     ours = ("JAX_", "XLA_", "PYTEST_", "JUPYTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return {**environment, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
+    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=1"}
+    return {**environment, **quick, "IPYTHONDIR": str(folder / "ipython")}
 
 
 def execute(notebook: NotebookNode, name: str, folder: Path, seconds: float = SECONDS) -> None:

@@ -10,8 +10,8 @@ For each configuration: milliseconds per step, tokens/s, achieved GFLOP/s (exact
 same run. `--against torch` (pip install -e '.[torch]') times a Hugging Face GPT-2 of the same shape
 with PyTorch's fused AdamW in turn with ours, A B A B, and prints our median over its median; the
 machine's speed drifts, so the ratio is the figure to quote. `--against lean-torch` does the same
-with the leanest GPT-2 that eager PyTorch allows. Random tokens, float32, gradients clipped at
-norm 1, AdamW, no dropout: what nanoGPT's benchmark does.
+with the leanest GPT-2 that eager PyTorch allows, `compiled-torch` with that by `torch.compile`.
+Random tokens, float32, gradients clipped at norm 1, AdamW, no dropout, as nanoGPT's benchmark.
 
 `--decode` times greedy decoding with a preset (default gpt2) instead, random weights, a call of
 `generate` per round: the milliseconds between two tokens of a sequence, with the reading of the
@@ -101,7 +101,10 @@ TOKENS_A_ROUND = {"cpu": 64}
 
 
 def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """Returns a function that runs training steps of gptjax and waits for them."""
+    """Returns a function that runs training steps of gptjax and waits for them.
+
+    The first call compiles the step.
+    """
     graphdef, params = split(Decoder(config, rngs=nnx.Rngs(0)))
     beta1, beta2 = BETAS
     optimizer = build_optimizer(
@@ -117,11 +120,13 @@ def jax_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
     )
     mesh = build_mesh(MeshConfig(), len(batch.tokens))
     state = init_state(lambda: params, optimizer, mesh)
-    step = compile_train_step(token_loss(graphdef), optimizer, state, batch, mesh)
+    compiled = functools.cache(
+        lambda: compile_train_step(token_loss(graphdef), optimizer, state, batch, mesh)
+    )
 
     def run(steps: int) -> None:
         nonlocal state
-        late = None
+        step, late = compiled(), None
         for _ in range(steps):
             state, metrics = step(state, batch)
             if late is not None:
@@ -140,7 +145,12 @@ def random_batch(config: TransformerConfig, batch_size: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones)
 
 
-RUNNERS = {"gptjax": jax_steps, "torch": huggingface_steps, "lean-torch": lean_steps}
+RUNNERS = {
+    "gptjax": jax_steps,
+    "torch": huggingface_steps,
+    "lean-torch": lean_steps,
+    "compiled-torch": functools.partial(lean_steps, compiled=True),
+}
 
 
 def jax_decoding(
@@ -201,7 +211,7 @@ def measure_decoding(
     }
     parameters = model_cost(config).parameters
     steps = TOKENS_A_ROUND.get(jax.default_backend(), 256)
-    first, times = timed_rounds(runners, parameters, steps, rounds)
+    first, times, _ = timed_rounds(runners, parameters, steps, rounds)
     bounds = {name: statistics.median(times[name]) for name in BOUNDS}
     figures: dict = {
         "preset": name,
@@ -253,7 +263,7 @@ def measure(name: str, rounds: int, against: list[str], peak: float) -> dict:
     runners = {
         runner: functools.partial(RUNNERS[runner], config, batch) for runner in ("gptjax", *against)
     }
-    _, times = timed_rounds(runners, model_cost(config).parameters, steps, rounds)
+    _, times, _ = timed_rounds(runners, model_cost(config).parameters, steps, rounds)
     figures: dict = {"configuration": name}
     for runner, seconds in times.items():
         median = statistics.median(seconds)
@@ -335,7 +345,7 @@ def main() -> None:
     if arguments.against and importlib.util.find_spec("transformers") is None:
         parser.error("--against needs PyTorch and transformers: pip install -e '.[torch]'.")
     if arguments.decode:
-        if "lean-torch" in arguments.against:
+        if {*arguments.against} - {"torch"}:
             parser.error("--decode is timed against torch only.")
         config = dataclasses.replace(preset(arguments.decode), dtype=arguments.dtype)
         decoding = []

@@ -3,10 +3,12 @@
 import gc
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import jax
 from torch_baselines import RunSteps
 
 from gptjax.parallel.sharding import configure_cpu
@@ -31,12 +33,20 @@ def serve(
         start = time.perf_counter()
         run(steps)
         connection.send((time.perf_counter() - start) / steps)
+    connection.send(gpu_peak())
+
+
+def gpu_peak() -> int:
+    """Returns the most bytes that this process has taken of a GPU's memory; 0 without one."""
+    if torch := sys.modules.get("torch"):
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def timed_rounds(
     runners: dict[str, Callable[[], RunSteps]], parameters: int, steps: int, rounds: int
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Returns the seconds of each runner's first round, and those per step in each further round.
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, int]]:
+    """Returns the seconds of each runner's first round, those per step in each further, its peak.
 
     The runners take turns. Each has a process of its own, so that threads and memory are separate.
     """
@@ -53,6 +63,8 @@ def timed_rounds(
         for name, connection in connections.items():
             connection.send(True)
             seconds[name].append(connection.recv())
-    for connection in connections.values():
+    peaks = {}
+    for name, connection in connections.items():
         connection.send(False)
-    return first, seconds
+        peaks[name] = connection.recv()
+    return first, seconds, peaks

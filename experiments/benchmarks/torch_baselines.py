@@ -45,33 +45,38 @@ def huggingface_model(config: TransformerConfig) -> Any:
     )
 
 
-def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
-    """Returns training steps of the leanest GPT-2 in eager PyTorch, as nanoGPT trains it.
+def lean_steps(config: TransformerConfig, batch: Batch, *, compiled: bool = False) -> RunSteps:
+    """Returns training steps of the leanest GPT-2 in PyTorch, as nanoGPT trains it.
 
-    No biases, one product for query, key and value, PyTorch's own attention kernel.
+    No biases, one product for query, key and value, PyTorch's own attention kernel; on a GPU if
+    there is one, there with autocast to the config's dtype. With `compiled`, the loss is
+    `torch.compile`d; else it is eager.
     """
     torch = importlib.import_module("torch")
-    functional, width = torch.nn.functional, config.width
+    functional, width, device = torch.nn.functional, config.width, torch_device()
 
     def matrix(*shape: int):
-        return (0.02 * torch.randn(shape)).requires_grad_()
+        return (0.02 * torch.randn(shape, device=device)).requires_grad_()
+
+    def ones():
+        return torch.ones(width, device=device, requires_grad=True)
 
     def norm(x, scale):
         return functional.layer_norm(x, (width,), scale)
 
     blocks = [
         {
-            "attention_norm": torch.ones(width, requires_grad=True),
+            "attention_norm": ones(),
             "query_key_value": matrix(3 * width, width),
             "output": matrix(width, width),
-            "mlp_norm": torch.ones(width, requires_grad=True),
+            "mlp_norm": ones(),
             "up": matrix(4 * width, width),
             "down": matrix(width, 4 * width),
         }
         for _ in range(config.depth)
     ]
     embedding, positions = matrix(config.vocab_size, width), matrix(config.context_length, width)
-    last_norm = torch.ones(width, requires_grad=True)
+    last_norm = ones()
 
     def logits(tokens):
         x = functional.embedding(tokens, embedding) + positions
@@ -90,12 +95,26 @@ def lean_steps(config: TransformerConfig, batch: Batch) -> RunSteps:
         return functional.linear(norm(x, last_norm), embedding)
 
     leaves = [leaf for block in blocks for leaf in block.values()]
-    return torch_steps(logits, [embedding, positions, last_norm, *leaves], batch)
+    parameters = [embedding, positions, last_norm, *leaves]
+    return torch_steps(logits, parameters, batch, dtype=config.dtype, compiled=compiled)
 
 
-def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
-    """Returns a function that runs training steps of a PyTorch model."""
+def torch_device() -> str:
+    """Returns the GPU if there is one, and else the CPU."""
+    return "cuda" if importlib.import_module("torch").cuda.is_available() else "cpu"
+
+
+def torch_steps(
+    logits: Callable,
+    parameters: list,
+    batch: Batch,
+    *,
+    dtype: str = "float32",
+    compiled: bool = False,
+) -> RunSteps:
+    """Returns a function that runs training steps of a PyTorch model, where its parameters are."""
     torch = importlib.import_module("torch")
+    device = parameters[0].device
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -107,12 +126,19 @@ def torch_steps(logits: Callable, parameters: list, batch: Batch) -> RunSteps:
         betas=BETAS,
         fused=True,
     )
-    tokens = torch.from_numpy(batch.tokens).long()
-    targets = torch.from_numpy(batch.targets).long().flatten()
+    tokens = torch.from_numpy(batch.tokens).long().to(device)
+    targets = torch.from_numpy(batch.targets).long().flatten().to(device)
+
+    def loss_of():
+        return torch.nn.functional.cross_entropy(logits(tokens).flatten(0, 1), targets)
+
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+    torch.backends.cuda.matmul.allow_tf32 = True
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            loss = torch.nn.functional.cross_entropy(logits(tokens).flatten(0, 1), targets)
+            with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
+                loss = loss_of()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -133,7 +159,7 @@ def huggingface_decoding(config: TransformerConfig, rows: int) -> RunSteps:
     Prompts are padded on the left.
     """
     torch = importlib.import_module("torch")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     model = huggingface_model(config).eval().to(device, getattr(torch, config.dtype))
     lengths = torch.tensor(prompt_lengths(rows), device=device)
     positions = torch.arange(int(lengths.max()), device=device)
