@@ -190,7 +190,7 @@ def test_two_programs_are_compiled_at_once_and_each_once():
     """The loop while prompts are read: half of the first call's time on a GPU is compilation."""
     compiled = []
 
-    def note(event: str, _: float, **of: Any) -> None:
+    def note(event: str, duration_secs: float, **of: Any) -> None:
         if event.endswith("backend_compile_duration"):
             compiled.append((of["fun_name"], threading.current_thread()))
 
