@@ -20,7 +20,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # What a program computes is asked here, not how fast, and compiling is most of the time: XLA's
-# own passes stay, and its code generator is a quicker one.
+# own passes stay, and its code generator is a quicker one. Notebooks run as users run them.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # A program's code in one part, not in 32 compiled side by side: both cores have a worker, and
 # 61 tests of the models and of interventions took 60 CPU seconds for 74.

@@ -277,7 +277,7 @@ def test_gpu_changes_train_the_same_model():
     assert [loss for _, loss in trained] == pytest.approx([trained[0][1]] * 3, abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_gpu_changes_time_decoding_and_small_models():
     rows = rows_of(
         output_of(start("benchmarks/gpu_changes.py", "--tiny", "--parts", "decoding", "small"))

@@ -52,6 +52,8 @@ STANDARD = {
 LINES = 25
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
+LONG = "heads_that_form", "transformer_or_lstm", "variants"
+"""Those that train for a third of a minute or longer; the others run in the gate."""
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -65,14 +67,10 @@ class OfflineKernel(AsyncKernelManager):
 
 
 def users_environment(folder: Path) -> dict[str, str]:
-    """Without what tests/conftest.py asks of JAX, pytest of its processes, or IPython's user.
-
-    But for how much LLVM optimises, which is seen in nothing but the time.
-    """
+    """Without what tests/conftest.py asks of JAX, pytest of its processes, or IPython's user."""
     ours = ("JAX_", "XLA_", "PYTEST_", "JUPYTER_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    quick = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=1"}
-    return {**environment, **quick, "IPYTHONDIR": str(folder / "ipython")}
+    return {**environment, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
 
 
 def execute(notebook: NotebookNode, name: str, folder: Path, seconds: float = SECONDS) -> None:
@@ -109,8 +107,17 @@ def python_of(notebook: NotebookNode) -> ast.Module:
     return ast.parse("\n".join(sources))
 
 
-@pytest.mark.slow
-@every_notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path,
+            marks=pytest.mark.large if path.stem in LONG else pytest.mark.slow,
+            id=path.stem,
+        )
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_notebook_runs_and_shows_pictures_in_words_too(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     execute(notebook, path.name, tmp_path)

@@ -95,7 +95,7 @@ def test_every_axis_value_is_in_a_combination():
             assert getattr(config, axis) == getattr(alone[value], axis), (name, value)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_attention_of_two_kinds_in_turn_passes():
     assert failures({"t-dmca": certify(preset("t-dmca"))}) == []
 

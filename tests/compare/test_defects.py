@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from compared import COSTS, tiny
 
 from gptjax.compare import study
@@ -43,6 +44,7 @@ def test_known_defects_are_found(tmp_path, monkeypatch):
         assert standing.mean > sound.mean + 0.1
 
 
+@pytest.mark.large
 def test_eight_seeds_against_eight_others_are_not_told_apart(tmp_path):
     plan = make_plan(riddles(tmp_path, SOUND, seeds=16), tmp_path / "out")
     (each,) = plan.planned

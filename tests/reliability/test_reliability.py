@@ -20,7 +20,7 @@ def trial(name: str, *flags: str) -> str:
 
 @pytest.mark.slow
 def test_killed_runs_come_to_what_a_run_left_alone_comes_to():
-    printed = trial("kills", "--kills=4", "--at-once=1")
+    printed = trial("kills", "--kills=2", "--at-once=1")
     assert ": 0 problems." in printed
 
 
@@ -32,7 +32,7 @@ def test_damage_is_noticed():
 
 @pytest.mark.slow
 def test_wrong_invocations_end_in_a_sentence():
-    printed = trial("invocations", "--count=10")
+    printed = trial("invocations", "--count=5")
     assert "; 0 faults." in printed
 
 

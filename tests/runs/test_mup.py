@@ -135,7 +135,7 @@ def test_a_base_of_the_same_width_changes_no_step():
     assert with_base == pytest.approx(without, rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("name", list(FAMILIES)[1:])
 def test_a_step_moves_activations_of_every_family_as_far_at_every_width(name):
     check_coordinates(name)

@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,20 @@ def test_a_checksum_notices_every_bit_and_what_is_exchanged(tmp_path):
         assert checksum(file) != expected
     file.write_bytes(whole)
     assert checksum(file) == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"a", bytes(range(256)) * 5000])
+def test_a_file_just_written_has_the_checksum_that_is_read_later(tmp_path, monkeypatch, content):
+    """Whether it can be mapped or not."""
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    assert checksum(file, just_written=True) == checksum(file)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("No such device")
+
+    monkeypatch.setattr(checkpoint_files.mmap, "mmap", refuse)
+    assert checksum(file, just_written=True) == checksum(file)
 
 
 def harm_bit(path: Path, draw: random.Random) -> None:
@@ -286,9 +301,12 @@ def test_each_process_lists_what_it_wrote_and_the_first_the_rest(tmp_path, monke
         list_own_files(tmp_path / item / "ocdbt.process_3")  # Has written nothing.
         (tmp_path / item / "_METADATA").write_text("{}")
     read, original = [], checkpoint_files.checksum
-    monkeypatch.setattr(
-        checkpoint_files, "checksum", lambda path: read.append(path) or original(path)
-    )
+
+    def noted(path: Path, *, just_written: bool) -> str:
+        read.append(path)
+        return original(path, just_written=just_written)
+
+    monkeypatch.setattr(checkpoint_files, "checksum", noted)
     list_files(tmp_path, {"params": {"a": "float32[]"}})
     assert sorted(read) == [tmp_path / item / "_METADATA" for item in sorted(items)]
     listed = read_list(tmp_path)
