@@ -150,9 +150,9 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for directory in (whole, broken):
         directory.mkdir()
-    variants = TINY, f"{TINY},activation=silu"
-    # Runs train two at a time: with four of each variant there are some left at the second signal.
-    asked = words(broken, *variants, rates="1e-2", seeds="4")
+    # A variant's seeds end together: with three variants, one is left at the second signal.
+    variants = TINY, f"{TINY},activation=silu", f"{TINY},activation=relu"
+    asked = words(broken, *variants, rates="1e-2", seeds="2")
     for number in (signal.SIGKILL, signal.SIGINT):
         known = len(list(broken.glob("out/runs/*/result.json")))
         process = start(*asked)
@@ -163,7 +163,7 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
         assert "Traceback" not in errors
         assert ("the same command resumes." in errors) == (number == signal.SIGINT)
     kept = {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}
-    for asked_of in (asked, words(whole, *variants, rates="1e-2", seeds="4")):
+    for asked_of in (asked, words(whole, *variants, rates="1e-2", seeds="2")):
         process = start(*asked_of)
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -172,9 +172,9 @@ def test_a_killed_comparison_goes_on_to_the_same_report(tmp_path):
         kept.items()
         <= {path: path.stat().st_mtime_ns for path in broken.glob("out/runs/*/result.json")}.items()
     )
-    assert 0 < len(kept) < 2 * 4
+    assert 0 < len(kept) < 3 * 2
     ours, theirs = losses(broken / "out"), losses(whole / "out")
-    assert len(ours) == 2 * 4
+    assert len(ours) == 3 * 2
     # By order: the directories' hashes hold the text's path, which differs.
     assert list(ours.values()) == list(theirs.values())
 

@@ -174,7 +174,11 @@ def test_prompts_and_sources_of_a_batch_are_searched_as_each_alone():
         batch = beam_search(model(name), prompts, source=read, **how)
         for row, prompt in enumerate(prompts):
             source = None if read is None else [read[row]]
-            assert batch[row] == beam_search(model(name), [prompt], source=source, **how)[0]
+            alone = beam_search(model(name), [prompt], source=source, **how)[0]
+            assert [found.tokens for found in batch[row]] == [found.tokens for found in alone]
+            # XLA adds in another order for another number of rows: jax 0.12 differs by 2e-7.
+            scores = [found.score for found in alone]
+            assert [found.score for found in batch[row]] == pytest.approx(scores, rel=1e-6)
     assert len({tuple(found[0].tokens) for found in batch}) > 1
 
 
