@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from gpu_changes import head, row
 from steps_and_tokens import (
     jax_steps,
     measure_decoding,
@@ -41,8 +42,10 @@ from torch_baselines import lean_steps
 
 from gptjax import TransformerConfig, model_cost, preset
 from gptjax.cli import accept_all_characters
-from gptjax.config import InputError
+from gptjax.config import InputError, MeshConfig
 from gptjax.costs.chips import chip_of
+from gptjax.layers.attention.kernels import resolve_kernel, target
+from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.result import environment
 from gptjax.system.outputs import check_output
 from gptjax.training.metrics import peak_flops
@@ -73,8 +76,8 @@ def model(name: str, tiny: bool) -> tuple[TransformerConfig, int]:
     fields = {"dtype": "bfloat16", "scan_layers": False, **fields}
     if tiny:
         return dataclasses.replace(preset(base), **fields | TINY), 2
-    kernel = "triton" if fields.get("dropout") else "cudnn"
-    return dataclasses.replace(preset(base), **fields, attention_kernel=kernel), rows
+    config = dataclasses.replace(preset(base), **fields)
+    return resolve_kernel(config, *target(build_mesh(MeshConfig(), 1)))[0], rows
 
 
 def measure(name: str, against: list[str], steps: int, rounds: int, tiny: bool) -> dict[str, Any]:
@@ -149,11 +152,6 @@ def flag(field: str, value: Any) -> str:
     return f"--model.{field}={value}"
 
 
-def row(*cells: Any) -> None:
-    """Print a row of a table in Markdown."""
-    print("|", *(f"{cell} |" for cell in cells), flush=True)
-
-
 def print_step(figures: dict[str, Any]) -> None:
     """Print the figures of `measure`: a row per runner, and one of what was predicted."""
     for runner, found in figures.items():
@@ -210,8 +208,7 @@ def main() -> None:
         except InputError as error:
             parser.error(str(error))
     print(environment())
-    row(*HEAD)
-    print("|---" * len(HEAD) + "|")
+    head(*HEAD)
     training, decoding = [], []
     for name in asked.only or MODELS:
         training.append(

@@ -76,8 +76,8 @@ class TransformerConfig:
     attention_scaled: bool = True
     """Divide the scores by the root of the head dim."""
     attention_kernel: AttentionKernel = "auto"
-    """auto: the platform's fastest for this config; splash runs on TPUs, cudnn on GPUs, and
-    triton, which drops attention weights too, on GPUs where it is asked for by name."""
+    """auto: the platform's fastest for this config; splash runs on TPUs, cudnn on GPUs, and triton,
+    which drops attention weights too, on GPUs where cudnn does not support the config."""
     attention_normalizer: AttentionNormalizer = "softmax"
     """How scores become weights: softmax over the keys, or a sigmoid of each score."""
     attention_softcap: float = 0.0

@@ -78,7 +78,7 @@ def generate(
         return
     live, portion, dispatched = np.ones(len(rows), bool), 1, 1
     since = time.perf_counter()
-    state, chosen = decoding.start(rows, state, choosing)
+    state, chosen = decoding.start(rows, state, choosing, more=max_new_tokens > 1)
     pending = [chosen]
     while True:
         # `reach` is the most tokens that a row has in the cache when all pending ones are decoded.
@@ -181,19 +181,27 @@ class Decoding:
         return self._run(self._programs.read, reach, tokens, padding_mask, starts)
 
     def start(
-        self, rows: Sequence[Sequence[int]], state: State, choosing: Choosing
+        self,
+        rows: Sequence[Sequence[int]],
+        state: State,
+        choosing: Choosing,
+        *,
+        more: bool = True,
     ) -> tuple[State, Int[Array, "1 B"]]:
         """Read `rows` into the empty cache and choose the next tokens; the state, and these.
 
-        The first time `advance` is compiled meanwhile.
+        If `more` tokens are to follow, `advance` is compiled meanwhile, the first time.
         """
         tokens, padding_mask = padded(rows, self._padded_length(rows, 0))
         state = state._replace(lengths=jnp.zeros(len(rows), jnp.int32))
         reach = tokens.shape[1]
+        arguments = tokens, padding_mask, state, choosing
+        if not more:
+            return self._run(self._programs.start, reach, *arguments)
         self._grow(reach)
         following = self._weights, self._cache, np.int32(1), state, choosing
         with compiling(self._programs.advance, *following):
-            return self._run(self._programs.start, reach, tokens, padding_mask, state, choosing)
+            return self._run(self._programs.start, reach, *arguments)
 
     def advance(
         self, reach: int, steps: int, state: State, choosing: Choosing

@@ -198,13 +198,15 @@ def test_two_programs_are_compiled_at_once_and_each_once():
     decoder = build(odd, rngs=nnx.Rngs(0))
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
+        list(generate(decoder, [[1]], max_new_tokens=1, sampling=GREEDY))
+        assert "jit(advance)" not in dict(compiled)  # Nothing is to follow.
         for _ in range(2):
-            list(generate(decoder, [[1]], max_new_tokens=4, sampling=GREEDY))
+            list(generate(decoder, [[1, 2]], max_new_tokens=4, sampling=GREEDY))
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     by = dict(compiled)
     names = [name for name, _ in compiled if name in ("jit(start)", "jit(advance)")]
-    assert sorted(names) == ["jit(advance)", "jit(start)"]
+    assert sorted(names) == ["jit(advance)", "jit(start)", "jit(start)"]  # Of one token, of two.
     assert by["jit(start)"] is threading.main_thread()
     assert by["jit(advance)"] is not threading.main_thread()
 
