@@ -84,6 +84,7 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     assert "finished run" in output_of(quickstart(out, *flags))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shakespeare_char.py"])
 def test_other_experiments_run_two_steps(name, tmp_path):
     text = tmp_path / "text.txt"
@@ -93,6 +94,7 @@ def test_other_experiments_run_two_steps(name, tmp_path):
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_masked_lm_shows_what_it_finds(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be, that is the question.\n" * 40)
@@ -117,6 +119,7 @@ def test_masked_lm_shows_what_it_finds(tmp_path):
     assert "final_bits_per_byte" not in result
 
 
+@pytest.mark.slow
 def test_translation_translates_what_validates(tmp_path, capsys):
     text = "".join(f"{n} and {n + 1}\t{n} und {n + 1}\n" for n in range(10, 24))
     (tmp_path / "pairs.tsv").write_text(text)
@@ -192,6 +195,7 @@ def test_every_experiment_is_run_by_a_test():
     assert scripts == tested | others
 
 
+@pytest.mark.slow
 def test_a_forward_pass_is_traced():
     printed = output_of(start("benchmarks/forward_trace.py"))
     assert re.search(r"quickstart: \d+ files, \d+ functions, \d+ lines run, of \d+ of", printed)
@@ -222,6 +226,7 @@ def test_looks_again_mislead_unless_the_error_is_spent_over_them():
     assert np.mean(held) == pytest.approx(95, abs=2)
 
 
+@pytest.mark.slow
 def test_seeds_together_tells_what_is_saved():
     flags = ["--seeds=2", "--steps=12", "--width=16", "--rounds=1"]
     printed = output_of(start("benchmarks/seeds_together.py", *flags))
@@ -230,6 +235,7 @@ def test_seeds_together_tells_what_is_saved():
     assert float(apart) < 1e-5
 
 
+@pytest.mark.slow
 def test_benchmark_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     printed = output_of(
@@ -250,6 +256,7 @@ def test_benchmark_prints_and_writes_its_figures(tmp_path):
     assert row["share_of_peak"] == pytest.approx(row["gflops"] / figures["peak_gflops"])
 
 
+@pytest.mark.slow
 def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]
@@ -267,6 +274,7 @@ def rows_of(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
 
 
+@pytest.mark.slow
 def test_gpu_changes_train_the_same_model():
     changes = "now", "fused-qkv"
     printed = output_of(
@@ -343,6 +351,7 @@ def test_a_checkpoint_without_room_is_one_sentence_and_the_run_goes_on(tmp_path)
     assert [line["step"] for line in lines] == [*range(1, 21)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_sentence(tmp_path, number, code):
     process = quickstart(tmp_path / "run", "--train.steps=100000")

@@ -255,6 +255,7 @@ def test_a_changed_config_is_refused_with_the_differing_field(quickstart, tiny_r
     assert _content(tiny_run) == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_files_its_tokenizer_was_read_from(
     quickstart, tiny_run, tmp_path
 ):

@@ -78,6 +78,7 @@ def test_beams_enough_for_all_find_what_an_exhaustive_search_finds(end_token, le
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "decoder"])
 def test_so_do_other_families(name):
     source = [3, 0, 1] if name == "encoder_decoder" else None
@@ -167,6 +168,7 @@ def test_the_search_ends_when_no_beam_can_win(monkeypatch):
     assert steps == [2]
 
 
+@pytest.mark.slow
 def test_prompts_and_sources_of_a_batch_are_searched_as_each_alone():
     prompts, sources = [[1, 3], [0], [2, 2, 1]], [[3], [0, 1, 2], [1, 1]]
     for name, read in (("decoder", None), ("encoder_decoder", sources)):

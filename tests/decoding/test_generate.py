@@ -155,6 +155,7 @@ def test_prompts_of_different_lengths_decode_as_each_alone(name):
     np.testing.assert_array_equal(batch, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_sources_of_different_lengths_are_translated_as_each_alone(scan_layers):
     sources = [[3, 1], [2, 9, 9, 4, 12], [6]]

@@ -116,6 +116,7 @@ def restored_arrays(out: Path, step: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
+@pytest.mark.slow
 def test_a_killed_process_stops_the_others_and_one_process_goes_on(
     tmp_path, text, whole, monkeypatch
 ):

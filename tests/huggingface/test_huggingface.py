@@ -621,6 +621,7 @@ def test_a_converted_model_is_a_run_and_comes_back(tmp_path, capsys):
         convert(str(GOLDEN / "llama"), tmp_path / "new", step=3)
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_directory_of_theirs(tiny_run, tmp_path):
     convert(str(tiny_run), tmp_path / "written")
     _, model, _ = load_model(tiny_run)

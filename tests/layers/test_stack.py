@@ -48,6 +48,7 @@ def test_a_recomputed_block_has_the_same_gradient(remat):
     assert difference(gradient, CASE.plain) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_layers_that_are_recomputed_together_keep_one_input(capsys):
     deeper = dataclasses.replace(CONFIG, depth=2 * L)
     case = Case(deeper, deeper)

@@ -219,6 +219,7 @@ def test_a_segment_is_an_embedding_more():
     assert (difference[:, :3] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_decoder_reads_the_source_but_not_its_padding():
     config = dataclasses.replace(TINY, family="encoder_decoder", encoder_depth=2)
     model = build(config, rngs=nnx.Rngs(0))
@@ -261,6 +262,7 @@ def test_layers_of_different_kinds_are_captured_together():
     assert (compressed[:2, 0] == 1).all()
 
 
+@pytest.mark.slow
 def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
     config = dataclasses.replace(TINY, num_experts=4, experts_per_token=1, capacity_factor=0.5)
     block = MoE(config, rngs=nnx.Rngs(0))
@@ -276,6 +278,7 @@ def test_an_expert_beyond_its_capacity_takes_no_token_in_training():
     np.testing.assert_array_equal(flat[taken], np.asarray(all_taken).reshape(16, -1)[taken])
 
 
+@pytest.mark.slow
 def test_a_mixture_is_the_weighted_sum_of_the_chosen_experts():
     config = dataclasses.replace(TINY, num_experts=4, activation="swiglu")
     block: Any = MoE(config, rngs=nnx.Rngs(0))

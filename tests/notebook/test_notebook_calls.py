@@ -31,6 +31,7 @@ def text(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_text_becomes_a_trained_model_and_its_attention(text, tmp_path, capsys):
     trained = train(text, tokenizer="characters", learning_rate=1e-2, out=tmp_path / "run", **TINY)
     assert trained.config.model.width == 16
@@ -81,6 +82,7 @@ def test_a_field_is_of_one_section_and_a_wrong_one_is_refused():
         with_fields(config, depth=0)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_trained_or_shown_is_refused(text, tmp_path):
     with pytest.raises(InputError, match="did you mean quickstart"):
         train(text, "quickstrat")

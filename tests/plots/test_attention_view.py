@@ -581,6 +581,7 @@ def test_a_notebook_shows_the_page_in_a_frame(opened):
 FOLLOWING = [[("·fish", 0.75), ("·dog", 0.125)]] * 4
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_what_comes_next_is_shown_with_its_probability_in_every_view(opened):
     frame = opened(AttentionView([part()._replace(next_tokens=FOLLOWING)]), "view=heads")
@@ -642,6 +643,7 @@ def test_what_a_mask_hides_looks_like_no_weight(theme, opened):
     assert len(np.unique(cell(3, 0), axis=0)) == 1
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_header_speaks_of_the_colours_that_are_drawn(opened):
     frame = opened(AttentionView([part()]), "view=neurons")

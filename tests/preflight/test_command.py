@@ -63,6 +63,7 @@ def values(process: subprocess.Popen[str]) -> dict:
     return json.loads(out)
 
 
+@pytest.mark.slow
 @TPU
 def test_two_processes_compile_a_tiny_step_for_a_tpu_at_once():
     flags = f"{SMALL} --topology v5e:2x2 --mesh data=1,fsdp=4"
@@ -78,6 +79,7 @@ def test_two_processes_compile_a_tiny_step_for_a_tpu_at_once():
     assert decoding["memory"]["cache"] > 0 == decoding["memory"]["optimizer"]
 
 
+@pytest.mark.slow
 @GPU
 def test_a_tiny_step_is_compiled_for_a_gpu():
     report = values(start(f"{SMALL} --topology h100:2"))

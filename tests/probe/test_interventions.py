@@ -17,6 +17,7 @@ def score(logits: jax.Array) -> jax.Array:
     return logits[0, -1, 3] - logits[1, -2, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_everything_patched_from_a_run_is_that_run(name):
     places = [*probe.hook_points(config(name))]

@@ -115,6 +115,7 @@ def test_only_what_is_kept_of_a_place_is_returned():
     np.testing.assert_allclose(rows.captured["attention"][..., 0], 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_asking_for_nothing_is_the_program_of_training(monkeypatch):
     graphdef, params = split(model("scanned"))
     batch = Batch.causal(np.concatenate([TOKENS[:, :1], TOKENS], axis=1)[:, :9])

@@ -45,6 +45,7 @@ def trained(configs, seeds, **how):
     return train_ensemble(configs, batches, [held_out(seed) for seed in seeds], **how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("at_once", "grouped"), [(0, 1), (3, 2), (16, 2)])
 def test_runs_together_are_those_that_run_alone(at_once, grouped, monkeypatch):
     """On four devices, in rounds of three, and by vmap, two on each of two devices."""
@@ -71,6 +72,7 @@ def test_runs_together_are_those_that_run_alone(at_once, grouped, monkeypatch):
     assert len({round(loss, 4) for loss in losses}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
 def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator, monkeypatch):
     """Of these, under vmap all numbers come from the first key (jax.random's documentation)."""
@@ -86,6 +88,7 @@ def test_runs_draw_and_drop_the_same_whatever_jaxs_generator(generator, monkeypa
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_alone():
     configs = [with_steps_per_dispatch(each, 2) for each in (changed(0, 1e30), changed(0))]
     diverged, alone = trained(configs, [5, 5])

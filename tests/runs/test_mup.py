@@ -121,6 +121,7 @@ def check_coordinates(name: str) -> None:
         assert least < slope < 0.1, (place, slope)
 
 
+@pytest.mark.slow
 def test_a_step_moves_activations_as_far_at_every_width():
     check_coordinates("gpt2-style")
 
@@ -315,6 +316,7 @@ def test_a_run_begins_where_its_base_says_and_goes_as_far(alone):
     assert query == pytest.approx(table / 2**1.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_base_is_the_same_together(alone):
     ours, theirs = (
         together([experiment(WIDE, seed, 1e-3, 10) for seed in (0, 1)], SMALL)[1],

@@ -123,11 +123,13 @@ def test_every_two_axes_meet_in_the_meshes_below():
     assert met == set(itertools.combinations(AXES, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", PAIRED, ids="-".join)
 def test_a_decoder_with_experts_under_every_two_axes(axes):
     assert error_of(case_of("decoder", 2), dict.fromkeys(axes, 2)) <= ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
 @pytest.mark.parametrize(
     "axes", [("fsdp", "sequence", "tensor"), ("pipeline", "data", "tensor")], ids="-".join

@@ -219,6 +219,7 @@ def run(directory: Path, made, writer: Recorder) -> Fit:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MIXED, PAIRS], ids=["mixed", "pairs"])
 def test_a_run_on_such_batches_goes_on_bit_for_bit(texts, tmp_path, kind):
     made = opened(texts, kind, streaming=kind is MIXED)

@@ -85,6 +85,7 @@ def test_many_devices_are_one(devices):
     assert_same(state.optimizer, expected.optimizer)
 
 
+@pytest.mark.slow
 def test_pmap_is_jit_on_one_device_and_on_two():
     state, metrics = stepped(steps=2, devices=2, pmap=True)
     assert_same(metrics, stepped(steps=2)[1])
@@ -153,6 +154,7 @@ def test_a_step_that_is_not_finite_changes_no_parameter(by_platform, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
 
 
+@pytest.mark.slow
 def test_gpus_take_the_same_step(monkeypatch):
     modules = (step, cross_entropy, mlp, platforms)
     for module in modules:

@@ -98,6 +98,7 @@ def test_no_model_computes_in_float64(name):
         )
 
 
+@pytest.mark.slow
 def test_a_step_is_that_without_it_dropout_and_all():
     """Its state, which is what a checkpoint holds, has the same types, and the same numbers."""
     config = config_of("gpt")
@@ -125,6 +126,7 @@ def test_a_step_is_that_without_it_dropout_and_all():
     jax.tree.map(compare, found, expected)
 
 
+@pytest.mark.slow
 def test_decoding_and_probing_are_those_without_it():
     model = build(config_of("gpt"), rngs=nnx.Rngs(0))
     sampling = Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1)

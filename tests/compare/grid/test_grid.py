@@ -83,6 +83,7 @@ def test_an_outcome_says_what_was_trained(kept, data):
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_is_compared_can_be_looked_into(kept, data):
     out, runs, outcomes, _ = kept
     run = load_run(out / outcomes[0].directory)
@@ -125,6 +126,7 @@ def test_one_after_another_gives_the_same(kept, data, tmp_path, monkeypatch):
     assert load_run(tmp_path / alone.directory).config == runs[1].config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_run_that_diverges_is_an_outcome_and_stays_one(at_once, data, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "most_at_once", lambda parameters: at_once)

@@ -24,6 +24,7 @@ def config(**fields) -> ExperimentConfig:
     )
 
 
+@pytest.mark.slow
 def test_every_variant_has_its_costs():
     lstm = {"family": "recurrent", "position_embedding": "none"}
     taken = costs.measure({"small": config(), "lstm": config(**lstm)}, BATCH)

@@ -198,6 +198,7 @@ def test_models_give_the_kernel_the_masks_of_all_their_attention(changes, given,
     np.testing.assert_allclose(computed["splash"] * used, computed["auto"] * used, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_kernels_do_not_take_is_computed_by_xla(monkeypatch):
     monkeypatch.setattr(flash, "splash", None)
     config = dataclasses.replace(SMALL, attention_kernel="splash", attention_softcap=0.0)
