@@ -1,5 +1,6 @@
 """What every test shares: eight virtual CPU devices, set before anything touches JAX."""
 
+import gc
 import importlib
 import importlib.metadata
 import os
@@ -30,6 +31,9 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones know no such flag.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Tracing makes many objects and little garbage: looking for it as often as Python does takes 7% of
+# the tests of steps and models (A B A B).
+gc.set_threshold(50_000, 50, 50)
 
 
 # The same examples at every run, so that the gate fails for a change alone.
