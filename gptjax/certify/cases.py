@@ -78,13 +78,15 @@ class Case:
         """The reference `gradients`: unrolled, no remat, all logits at once, one device."""
         return self.gradients()
 
-    def step(self, *, devices: int = 1, grad_accumulation: int = 1, **changes: Any) -> Any:
+    def step(
+        self, *, devices: int = 1, grad_accumulation: int = 1, chunk: int = 0, **changes: Any
+    ) -> Any:
         """Returns loss and gradient of the compiled train step, with `changes` of the config."""
         mesh = build_mesh(MeshConfig(), devices)
         keep_gradient = optax.trace(decay=0.0)
         state = init_state(lambda: self.params, keep_gradient, mesh)
         step = compile_train_step(
-            self.loss(**changes),
+            self.loss(chunk=chunk, **changes),
             keep_gradient,
             state,
             self.batch,
@@ -96,13 +98,18 @@ class Case:
 
     @functools.cached_property
     def together(self) -> float:
-        """Error of a scanned, accumulated and sharded step: three properties at once.
+        """Error of a step that is scanned, recomputed, chunked, accumulated and sharded.
 
-        Compiling a program for each would take most of the grid's time.
+        Five properties at once: compiling a program for each would take most of the grid's time.
         """
-        return difference(
-            self.step(devices=ROWS, grad_accumulation=2, scan_layers=True), self.plain
+        step = self.step(
+            devices=ROWS,
+            grad_accumulation=2,
+            chunk=self.config.context_length // 3 + 1,
+            scan_layers=True,
+            remat="full",
         )
+        return difference(step, self.plain)
 
     def together_or(self, alone: Callable[[], Any]) -> float:
         """Returns the error of `together`; if it is too large, that of one property alone."""

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Fit, fit
 from gptjax.training.losses import token_loss
 from gptjax.training.optimizers import build_optimizer
+from gptjax.training.step import CompiledByShape, State
 
 MODEL = TransformerConfig(vocab_size=7, context_length=8, depth=1, width=16, heads=2, dropout=0.1)
 TRAIN = TrainConfig(steps=12, batch_size=4, log_every=2, eval_every=4, checkpoint_every=5, seed=3)
@@ -119,6 +121,48 @@ def test_time_that_steps_take_before_an_evaluation_counts(tmp_path, monkeypatch)
     run(tmp_path, train=dataclasses.replace(TRAIN, steps_per_dispatch=2, eval_every=6))
     assert waited
     assert not any(waited)
+
+
+def test_norms_of_leaves_stay_on_the_device(tmp_path, monkeypatch):
+    """Three scalars of a step are fetched, whatever the number of its leaves."""
+
+    class OnDevice:
+        def fetched(self, *_):
+            raise AssertionError("norms of leaves were fetched")
+
+        __array__ = __getitem__ = __float__ = copy_to_host_async = fetched
+
+    call = CompiledByShape.__call__
+
+    def step(self, *arguments):
+        returned = call(self, *arguments)
+        if not isinstance(returned[0], State):
+            return returned
+        state, metrics = returned
+        return state, metrics._replace(leaf_norms=OnDevice())
+
+    monkeypatch.setattr(CompiledByShape, "__call__", step)
+    writer = Recorder()
+    run(tmp_path, writer, dataclasses.replace(TRAIN, steps_per_dispatch=2))
+    assert [number for number, _ in writer.lines] == [2, 4, 6, 8, 10, 12]
+
+
+def test_step_and_evaluation_compile_while_the_state_is_initialised(tmp_path, monkeypatch):
+    begun = threading.Barrier(3, timeout=60)  # Broken if one waits for another to end.
+    compile_one, init = jax.stages.Lowered.compile, loop.init_state
+
+    def compiled(self, *arguments, **options):
+        if threading.current_thread() is not threading.main_thread():
+            begun.wait()
+        return compile_one(self, *arguments, **options)
+
+    def initialised(*arguments):
+        begun.wait()
+        return init(*arguments)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    monkeypatch.setattr(loop, "init_state", initialised)
+    assert run(tmp_path).progress.step == 12
 
 
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
