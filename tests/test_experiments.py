@@ -226,7 +226,7 @@ def test_looks_again_mislead_unless_the_error_is_spent_over_them():
     assert np.mean(held) == pytest.approx(95, abs=2)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_seeds_together_tells_what_is_saved():
     flags = ["--seeds=2", "--steps=12", "--width=16", "--rounds=1"]
     printed = output_of(start("benchmarks/seeds_together.py", *flags))
@@ -256,7 +256,7 @@ def test_benchmark_prints_and_writes_its_figures(tmp_path):
     assert row["share_of_peak"] == pytest.approx(row["gflops"] / figures["peak_gflops"])
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_benchmark_of_decoding_prints_and_writes_its_figures(tmp_path):
     file = tmp_path / "figures.json"
     flags = ["--decode", "quickstart", "--rounds", "1", "--json", str(file)]

@@ -52,8 +52,8 @@ STANDARD = {
 LINES = 25
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-LONG = "heads_that_form", "transformer_or_lstm", "variants"
-"""Those that train for a third of a minute or longer; the others run in the gate."""
+GATED = "quickstart", "inside_gpt", "attention_step_by_step"
+"""Those that the gate runs: about 20 s each. The others run by hand, with the large tests."""
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -112,7 +112,7 @@ def python_of(notebook: NotebookNode) -> ast.Module:
     [
         pytest.param(
             path,
-            marks=pytest.mark.large if path.stem in LONG else pytest.mark.slow,
+            marks=pytest.mark.slow if path.stem in GATED else pytest.mark.large,
             id=path.stem,
         )
         for path in NOTEBOOKS
