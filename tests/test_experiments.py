@@ -201,6 +201,7 @@ def test_a_forward_pass_is_traced():
     assert re.search(r"quickstart: \d+ files, \d+ functions, \d+ lines run, of \d+ of", printed)
 
 
+@pytest.mark.slow
 def test_long_attention_tells_time_and_memory():
     flags = ["--tokens", "64", "--block", "16", "--model", "quickstart", "--layer", "1"]
     printed = output_of(start("benchmarks/long_attention.py", *flags))

@@ -259,6 +259,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_a_broken_model_fails(fault, monkeypatch):
     # A vocabulary of its own, so that no program compiled of the whole model is met again.
@@ -271,6 +272,7 @@ def test_a_broken_model_fails(fault, monkeypatch):
     assert cell.error > 10 * cell.tolerance or fault.noticed_by == "rounded"
 
 
+@pytest.mark.slow
 def test_of_properties_checked_together_only_the_broken_one_fails(monkeypatch):
     config = dataclasses.replace(BASE, vocab_size=7)
     monkeypatch.setattr(step, "sum_over_devices", lambda tree, axis: tree)

@@ -670,6 +670,7 @@ def test_an_error_of_ours_is_no_mistake_of_the_users(end):
         end(lambda: cli.run_experiment(run, PRESETS, "runs/two", "Broken."))
 
 
+@pytest.mark.slow
 def test_the_programs_themselves_end_so(tiny_run):
     finished = subprocess.run(
         [sys.executable, "-m", "gptjax", "params", "gpt2", "--json"],

@@ -205,6 +205,7 @@ def test_the_second_call_trains_nothing_and_says_the_same(answered, monkeypatch)
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_a_larger_question_trains_what_is_missing(answered, monkeypatch, tmp_path):
     comparison, out, answer = answered
     trained = []
@@ -220,6 +221,7 @@ def test_a_larger_question_trains_what_is_missing(answered, monkeypatch, tmp_pat
     assert [outcome.validation_loss for outcome in larger.entries[0].finals][:3] == old
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
     out = tmp_path / "out"
     answer = study.compare(tiny(tmp_path, TINY, SILU, seeds=1), out, "it")

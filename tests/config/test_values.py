@@ -86,6 +86,7 @@ def variant(axis: str, value: str) -> TransformerConfig:
 NAMED = [axis for axis, values in AXES.items() if all(isinstance(value, str) for value in values)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", NAMED)
 def test_no_two_values_of_a_model_compute_the_same(axis):
     """Those with the same parameters get the same numbers; others are other models."""

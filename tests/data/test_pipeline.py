@@ -114,6 +114,7 @@ def test_weights_are_the_shares_of_the_rows():
     assert {firsts[start] for start in TOKENS[:-1:CONTEXT].tolist()} <= {2, 3}
 
 
+@pytest.mark.slow
 def test_weights_hold_within_buckets_too():
     # The first source has 8 short rows and 2 long ones, the second 3 and 6.
     def bucket(length: int, *sizes: int) -> Bucket:

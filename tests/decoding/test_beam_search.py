@@ -68,6 +68,7 @@ def assert_same(hypotheses, expected) -> None:
     np.testing.assert_allclose(scores, [score for _, score in expected], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0, -1.0])
 @pytest.mark.parametrize("end_token", [None, 2])
 def test_beams_enough_for_all_find_what_an_exhaustive_search_finds(end_token, length_penalty):
@@ -122,6 +123,7 @@ def test_one_beam_is_greedy(prompt, end_token):
     assert len(found) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_scores_are_the_models_and_fall(beams):
     (found,) = beam_search(

@@ -82,6 +82,7 @@ def tokens_of(prompt, max_new_tokens=5, name="learned", **how) -> np.ndarray:
     return np.stack(list(rows), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("name", DECODERS)
 def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_layers):
@@ -102,6 +103,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_position(name, scan_la
     np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), forward(name)(tokens), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_decoding_past_the_first_slots_of_a_long_context():
     """A cache of 128 slots grows to 512, with what it holds."""
     fields = {**vars(CONFIG), "context_length": 1100, "position_embedding": "alibi"}
@@ -326,6 +328,7 @@ def test_the_device_stops_when_every_row_has_ended():
     assert int(state.decoded) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
 def test_a_model_on_a_mesh_decodes_as_on_one_device(family):
     fields = {"family": family, "vocab_size": 16, "context_length": 16}
@@ -353,6 +356,7 @@ def test_greedy_takes_the_most_likely_token_of_the_full_forward():
         row.append(int(chosen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, Sampling(0.9, top_k=7, repetition_penalty=1.2)])
 @pytest.mark.parametrize("name", ["learned", "lstm"])
 def test_a_row_is_sampled_as_it_would_be_alone(name, sampling):

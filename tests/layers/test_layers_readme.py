@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from gptjax import PRESETS, TransformerConfig, build, probe
@@ -40,6 +41,7 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
+@pytest.mark.slow
 def test_every_hook_point_has_the_axes_that_are_told():
     told = {name.strip("`"): axes.split() for name, axes, *_ in rows("Hook points")}
     assert told.keys() == POINTS.keys()

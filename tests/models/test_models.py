@@ -103,12 +103,14 @@ def test_dropout_needs_a_key_and_follows_it(scan_layers):
     assert not np.allclose(logits_of(model), first)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_scanned_and_unrolled():
     key = jax.random.key(1)
     scanned = loss_and_gradient(decoder(dropout=0.3, scan_layers=True), key)
     assert_same(loss_and_gradient(decoder(dropout=0.3), key), scanned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_captured_intermediates_are_those_of_the_model(scan_layers):
     model = decoder(scan_layers=scan_layers)
@@ -142,6 +144,7 @@ def test_gpt2_has_its_published_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 124_439_808
 
 
+@pytest.mark.slow
 def test_initialisation_is_gpt2s():
     model = Decoder(
         TransformerConfig(vocab_size=500, context_length=64, depth=8, width=128, heads=4),

@@ -203,6 +203,7 @@ def test_an_experiment_says_over_which_devices_it_is_spread(sizes, rows, lines, 
     assert devices(config)[1] == lines
 
 
+@pytest.mark.slow
 def test_who_holds_what_of_every_preset_is_as_written_down():
     golden = ROOT / "tests" / "golden"
     layouts = runpy.run_path(str(golden / "make_layouts.py"))["layouts"]

@@ -339,6 +339,7 @@ def chip(frame: Any, group: str, text: str) -> Any:
     return frame.locator(f"#{group} button", has_text=re.compile(f"^{text}$"))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_every_view_draws_and_none_is_another(opened):
     frame = opened(AttentionView([part()]))
@@ -378,6 +379,7 @@ def test_the_map_shows_each_weight_by_its_colour_and_its_number(opened):
     assert in_order[0] > 740 > 250 > in_order[-1]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_token_of_the_head_view_shows_its_own_lines_and_a_click_keeps_them(opened):
     given = part()
@@ -402,6 +404,7 @@ def test_a_token_of_the_head_view_shows_its_own_lines_and_a_click_keeps_them(ope
     assert np.array_equal(picture(frame), plain)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_clicks_choose_heads_and_layers_and_the_address_keeps_them(opened):
     view = AttentionView([part()._replace(layers=[4, 9], heads=[0, 5, 7])])
@@ -464,6 +467,7 @@ def test_the_keyboard_reaches_all(opened):
     assert state(frame)["head"] == "1"
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_picture_of_the_model_view_opens_its_head(opened):
     words = "view=map&layer=1&head=2"
@@ -482,6 +486,7 @@ def test_a_picture_of_the_model_view_opens_its_head(opened):
     assert np.array_equal(shown, picture(opened(AttentionView([part()]), words)))
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_the_neuron_view_adds_up_to_the_score(opened):
     given = part(columns=CHINESE, heads=4, key_heads=2, name="cross")
@@ -614,6 +619,7 @@ def test_next_tokens_of_512_places_take_little_of_a_page():
     assert 0 < grown < 60_000
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_what_a_mask_hides_looks_like_no_weight(theme, opened):

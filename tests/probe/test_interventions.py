@@ -136,6 +136,7 @@ def test_sweeps_are_each_run_by_itself():
             np.testing.assert_allclose(sweep[layer, head], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "encoder_decoder"])
 @pytest.mark.parametrize("hook_point", ["residual", "query", "attention"])
 def test_a_map_of_patches_is_each_patch_by_itself(name, hook_point):

@@ -139,6 +139,7 @@ def test_asking_for_nothing_is_the_program_of_training(monkeypatch):
     assert program() == with_hooks  # Without capture and interventions in it.
 
 
+@pytest.mark.slow
 def test_another_text_of_the_same_shape_needs_no_other_program():
     traced = []
 

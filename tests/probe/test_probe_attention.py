@@ -13,6 +13,7 @@ from gptjax import InputError, build, probe, split
 from gptjax.probe import heads, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -37,6 +38,7 @@ def test_what_is_chosen_is_a_part_of_the_whole(name, part):
     np.testing.assert_allclose(found, top.weights, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoder", "scanned", "parallel", "compressed"])
 def test_blocks_of_queries_are_the_whole(name):
     whole = probe.attention(model(name), TOKENS, heads=[1])
@@ -54,6 +56,7 @@ def temporary(program: jax.stages.Compiled) -> int:
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_long_text_is_never_held_whole():
     """Bytes that the programs take beside what comes in: not L layers' weights, nor one's."""
     length, layers = 1024, 6

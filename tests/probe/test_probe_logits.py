@@ -11,6 +11,7 @@ from probed import TOKENS, VARIANTS, config, inputs, model
 from gptjax import InputError, build, probe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "recurrent"])
 def test_attributions_add_up_to_the_logit(name):
     logits = probe.observe(model(name), TOKENS, **inputs(name)).logits
@@ -39,6 +40,7 @@ def test_a_head_is_credited_with_what_it_adds_to_the_last_stream():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_lens_ends_at_the_models_own_logits(name):
     seen = probe.observe(model(name), TOKENS, ("residual",), **inputs(name))

@@ -373,6 +373,7 @@ def test_leaves_missing_extra_of_another_shape_and_of_another_dtype_are_listed_a
     )
 
 
+@pytest.mark.slow
 def test_loading_again_and_again_keeps_nothing(tiny_run):
     def objects() -> int:
         gc.collect()

@@ -126,6 +126,7 @@ def test_a_step_moves_activations_as_far_at_every_width():
     check_coordinates("gpt2-style")
 
 
+@pytest.mark.slow
 def test_without_it_activations_move_farther_in_a_wider_model():
     for place, slope in slopes("gpt2-style", mup=False).items():
         assert slope > 0.3, (place, slope)

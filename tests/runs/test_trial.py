@@ -97,6 +97,7 @@ def test_its_directory_keeps_the_config_the_curve_and_every_checkpoint_asked_for
     assert all(np.abs(early - logits[-1]).max() > 0.1 for early in logits[:-1])
 
 
+@pytest.mark.slow
 def test_the_seed_alone_decides(kept, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     trained, _ = kept
@@ -120,6 +121,7 @@ def test_another_trials_directory_is_refused(kept):
         run(shorter(7), directory=directory)
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_interrupted_goes_on(kept, tmp_path):
     class Interrupting:
         def write(self, step, scalars):

@@ -100,6 +100,7 @@ def test_logged_and_evaluated_steps_are_written(uninterrupted):
     assert fitted.progress.best_loss == min(evaluated.values())
 
 
+@pytest.mark.slow
 def test_time_that_steps_take_before_an_evaluation_counts(tmp_path, monkeypatch):
     """Their metrics are waited for while the clock of tokens per second runs."""
     paused, waited = [False], []
@@ -165,6 +166,7 @@ def test_step_and_evaluation_compile_while_the_state_is_initialised(tmp_path, mo
     assert run(tmp_path).progress.step == 12
 
 
+@pytest.mark.slow
 def test_the_last_and_the_best_checkpoint_are_kept(tmp_path, monkeypatch):
     # Evaluated at 4, 8 and 12; stopped and resumed in between, the best must still be known.
     train = dataclasses.replace(TRAIN, eval_every=4, checkpoint_every=3)
@@ -203,6 +205,7 @@ def test_a_line_is_written_through_before_the_checkpoint_that_it_leads_to(tmp_pa
     assert [step for step, _ in writer.lines] == [*range(2, 13, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "step", "stops", "grouped"),
     [
@@ -231,6 +234,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert fitted.progress.tokens == expected.progress.tokens
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_no_more(tmp_path, uninterrupted):
     run(tmp_path)
     again = Recorder()

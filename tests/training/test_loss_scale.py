@@ -51,6 +51,7 @@ def scaled(state: Any, scale: float) -> Any:
     return state._replace(optimizer=state.optimizer._replace(scale=jnp.float32(scale)))
 
 
+@pytest.mark.slow
 def test_float16_learns_as_float32_does():
     _, expected = trained(program("float32")[1], 8, "float32")
     _, found = trained(program("float16")[1], 8)

@@ -194,6 +194,7 @@ def test_the_next_sentences_loss_is_added_as_a_mean_over_rows():
     assert sums.weight == masked.weight == rows.sum()
 
 
+@pytest.mark.slow
 def test_the_next_sentences_loss_adds_up_over_parts_and_devices():
     graphdef, params = split(build(BERT, rngs=nnx.Rngs(0)))
     # The rows are in such an order that those without hidden tokens are a part of their own.

@@ -86,6 +86,7 @@ def test_weight_decay_moves_just_the_leaves_that_decay(name, changes):
         )
 
 
+@pytest.mark.slow
 def test_factors_scale_the_step_and_not_the_decay():
     """What a weight loses to decay in a step is the same share at every width."""
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, **STEADY)
@@ -323,6 +324,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_first_moment_in_bfloat16_takes_half_and_steps_alike(name):
     def stepped(moments: Any) -> tuple[Any, Any]:

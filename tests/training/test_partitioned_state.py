@@ -110,6 +110,7 @@ def test_parameters_made_in_parts_are_those_of_one_device_by_bits():
     jax.tree.map(np.testing.assert_array_equal, made("adamw").params, alone.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kernels"), [("adamw", 3), ("muon", 2)])
 def test_a_step_keeps_each_part_where_it_is(name, kernels):
     optimizer = optimizer_of(name)

@@ -138,6 +138,7 @@ def test_other_families_under_several_axes(family, axes):
     assert error_of(case_of(family, 2), dict.fromkeys(axes, 2)) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_of_a_stack_under_several_axes():
     """The step makes the second of a stack's three batches."""
     case = case_of("decoder", 2)
@@ -171,6 +172,7 @@ def test_other_variants_under_several_axes(name):
     assert error_of(case, dict.fromkeys(("fsdp", "sequence", "tensor"), 2)) <= ROUNDING
 
 
+@pytest.mark.slow
 def test_dropout_in_a_pipeline_follows_the_step_alone():
     case = case_of("encoder", 2)
     step, state = step_under(case, dict.fromkeys(THREE, 2), dropout=0.5)

@@ -71,6 +71,7 @@ def test_the_gradient_norm_is_that_of_its_leaves():
     np.testing.assert_allclose(metrics.grad_norm, np.sqrt(sum(squares)), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_four_parts_are_one_large_batch(optimizer):
     # SGD-like: Adam's first step is a sign, which noise in a zero gradient would flip.
@@ -110,6 +111,7 @@ def test_training_overfits_one_batch():
     assert metrics.cross_entropy < 0.05
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_seed_and_the_step():
     config = TransformerConfig(
         vocab_size=17,

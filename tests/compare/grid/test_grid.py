@@ -116,6 +116,7 @@ def test_what_is_missing_comes_out_the_same(kept, data, tmp_path):
         assert dataclasses.replace(new, seconds=0.0) == dataclasses.replace(old, seconds=0.0)
 
 
+@pytest.mark.slow
 def test_one_after_another_gives_the_same(kept, data, tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "most_at_once", lambda parameters: 1)
     monkeypatch.setattr(grid, "train_ensemble", refuse)

@@ -106,6 +106,7 @@ def test_a_query_without_keys_yields_numbers_and_no_gradient():
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.slow
 def test_a_model_trains_with_the_dropout_of_its_key_whatever_computes_it(monkeypatch):
     calls = []
 
