@@ -25,9 +25,9 @@ from gptjax.runs.result import finish
 from gptjax.runs.run import devices, rate_and_mfu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import fit
-from gptjax.training.metrics import open_writers
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import state_shapes
+from gptjax.training.trackers import open_trackers
 
 DEFAULTS = ExperimentConfig(
     model=dataclasses.replace(preset("quickstart"), vocab_size=0),
@@ -59,7 +59,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
         print(*about_mesh, *model.lines, sep="\n")
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-            open_writers(out, config.train, checkpoints.last_step or 0) as writers,
+            open_trackers(out, config.train, checkpoints.last_step or 0) as trackers,
         ):
             fitted = fit(
                 config.train,
@@ -72,7 +72,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
                 axes=model.axes,
                 pmap=config.mesh.pmap,
                 checkpoints=checkpoints,
-                writers=writers,
+                trackers=trackers,
                 describe=rate_and_mfu(config),
             )
 

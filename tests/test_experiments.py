@@ -17,7 +17,7 @@ from gptjax.commands import sample
 from gptjax.commands.outcomes import attention_of_words, first_line
 from gptjax.data.objectives.vocabulary import vocabulary
 from gptjax.data.tokenizers import train_tokenizer
-from gptjax.training.metrics import read_jsonl
+from gptjax.training.trackers.jsonl import read_jsonl
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
 TINY = [

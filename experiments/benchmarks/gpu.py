@@ -48,7 +48,7 @@ from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.result import environment
 from gptjax.system.outputs import check_output
-from gptjax.training.metrics import peak_flops
+from gptjax.training.mfu import peak_flops
 
 GIB = 2**30
 GPT2 = {"vocab_size": 50304, "bias": False, "dropout": 0.0}

@@ -56,7 +56,7 @@ from gptjax.runs.result import environment
 from gptjax.training import cross_entropy
 from gptjax.training import step as training_step
 from gptjax.training.losses import token_loss
-from gptjax.training.metrics import peak_flops
+from gptjax.training.mfu import peak_flops
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import State, lower_train_step, train_step
 

@@ -68,7 +68,7 @@ from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.result import environment
 from gptjax.system.outputs import check_output, write_whole
 from gptjax.training.losses import token_loss
-from gptjax.training.metrics import measured_matmul_flops
+from gptjax.training.mfu import measured_matmul_flops
 from gptjax.training.optimizers import build_optimizer
 from gptjax.training.step import compile_train_step, init_state
 

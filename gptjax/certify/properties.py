@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import tempfile
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -240,8 +241,9 @@ def _rounded(case: Case) -> float:
 
 def _restored(case: Case) -> float:
     """Parameters and both moments of AdamW, bit for bit."""
-    moments, *rest = optax.adamw(1e-3).init(case.params)
-    moments = moments._replace(mu=case.plain[1], nu=jax.tree.map(jnp.square, case.plain[1]))
+    _, gradient = case.plain
+    adam, *rest = typing.cast(tuple, optax.adamw(1e-3).init(case.params))
+    moments = adam._replace(mu=gradient, nu=jax.tree.map(jnp.square, gradient))
     saved = State(jnp.int32(7), case.params, (moments, *rest))
     with tempfile.TemporaryDirectory() as directory:
         with Checkpoints(Path(directory)) as checkpoints:

@@ -18,7 +18,7 @@ from gptjax.decoding.beam_search import beam_search
 from gptjax.decoding.generate import generate
 from gptjax.decoding.sampling import Sampling
 from gptjax.runs.loading import Run
-from gptjax.training.metrics import METRICS, read_jsonl
+from gptjax.training.trackers.jsonl import METRICS, read_jsonl
 
 SPACE = INVISIBLE[" "]
 SHOWN = 20

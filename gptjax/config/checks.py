@@ -84,6 +84,11 @@ def check_types(config: Any) -> None:
             continue
         if typing.get_origin(hint) is tuple:
             (kind, _) = typing.get_args(hint)
+            if typing.get_origin(kind) is Literal:
+                choices = typing.get_args(kind)
+                named = type(value) is tuple and all(item in choices for item in value)
+                check(config, name, named, f"several of {', '.join(choices)}")
+                continue
             accepted = type(value) is tuple and all(_fits(item, kind) for item in value)
             check(config, name, accepted, f"several {kind.__name__}")
             _check_numbers(config, name, value)

@@ -14,6 +14,7 @@ from gptjax.config.values import (
     OptimizerName,
     Packing,
     Schedule,
+    TrackerName,
 )
 
 
@@ -163,8 +164,13 @@ class TrainConfig:
     """Steps between evaluations on the validation part."""
     checkpoint_every: int = 250
     """Steps between checkpoints; the last and the best are kept."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which a checkpoint is saved if none was; 0 saves by steps alone."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as well, for later analysis; 0 keeps none."""
+    track: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where logged scalars go beside metrics.jsonl: TensorBoard's files in the run's directory,
+    Weights & Biases, MLflow or Trackio, which their own variables configure."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -173,10 +179,12 @@ class TrainConfig:
         )
         check_minimum(self, 1, "checkpoint_every")
         check_minimum(self, 0, "seed", "z_loss", "balance_loss", "router_z_loss", "loss_chunk")
-        check_minimum(self, 0, "keep_every", "steps_per_dispatch")
+        check_minimum(self, 0, "keep_every", "steps_per_dispatch", "checkpoint_minutes")
         saved = self.keep_every % self.checkpoint_every == 0
         check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
         check(self, "steps", self.steps < 1 << 31, "below 2**31")
+        once = len(set(self.track)) == len(self.track)
+        check(self, "track", once, "each tracker once")
         check(self, "seed", self.seed < 1 << 32, "below 2**32")
         check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         divides = self.batch_size % self.grad_accumulation == 0

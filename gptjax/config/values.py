@@ -38,6 +38,7 @@ OptimizerName = Literal[
 WITH_MU_DTYPE = ("adamw", "nadamw", "lion", "sgd", "muon")
 """Optimizers whose first moment may have a dtype of its own."""
 Schedule = Literal["cosine", "constant", "wsd"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 Entry = TypeVar("Entry")
 

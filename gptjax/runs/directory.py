@@ -44,7 +44,8 @@ from gptjax.system.locks import LOCK, locked
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.step import State
-from gptjax.training.tensorboard import event_files
+from gptjax.training.trackers import check_installed
+from gptjax.training.trackers.tensorboard import event_files
 
 CONFIG, RESULT = "config.json", "result.json"
 TOKENS = "tokens"
@@ -54,7 +55,10 @@ SHOWING = ".showing"
 """Exists while figures and samples are made: a run killed then makes them again."""
 DIRECTORY_READY = "the run's directory"
 """The name of the barrier at which the processes of a run wait for its directory."""
-FREE_TO_CHANGE = "config.mesh", "config.train.steps_per_dispatch"
+FREE_TO_CHANGE = tuple(
+    f"config.{name}"
+    for name in ("mesh", "train.steps_per_dispatch", "train.track", "train.checkpoint_minutes")
+)
 """What changes no result, and so may change when a run is resumed."""
 WRITTEN = (
     LOCK,
@@ -69,6 +73,8 @@ WRITTEN = (
     "metrics.jsonl",
     "metrics.tmp",
     "wandb",
+    "mlflow",
+    "trackio",
     "loss.png",
     "attention.png",
     "samples.txt",
@@ -175,8 +181,9 @@ def open_run(
 
     Raises:
       InputError: a directory that holds another run or other files, that cannot be written, or
-        that the processes do not share.
+        that the processes do not share; or a tracker that is not installed.
     """
+    check_installed(config.train)
     wanted = {
         "config": to_dict(config),
         "data_sha256": fingerprint,

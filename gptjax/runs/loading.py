@@ -17,7 +17,7 @@ from gptjax.runs.directory import CONFIG, TOKENS, load_config, read_config
 from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
-from gptjax.training.metrics import METRICS, read_jsonl
+from gptjax.training.trackers.jsonl import METRICS, read_jsonl
 
 
 class DecodingInputs(NamedTuple):

@@ -27,9 +27,10 @@ from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.loop import fit
-from gptjax.training.metrics import MFU_FORMULA, open_writers, peak_flops
+from gptjax.training.mfu import MFU_FORMULA, peak_flops
 from gptjax.training.optimizers import learning_rate_schedule
 from gptjax.training.step import state_shapes
+from gptjax.training.trackers import open_trackers
 
 RATES = 1024
 """Steps whose learning rates are computed at once."""
@@ -74,7 +75,7 @@ def run(
         batches, validation = data.batches(mesh)
         with (
             Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-            open_writers(out, config.train, checkpoints.last_step or 0) as writers,
+            open_trackers(out, config.train, checkpoints.last_step or 0) as trackers,
         ):
             fitted = fit(
                 config.train,
@@ -87,7 +88,7 @@ def run(
                 batches=batches,
                 validation=validation,
                 checkpoints=checkpoints,
-                writers=writers,
+                trackers=trackers,
                 describe=rate_and_mfu(config),
             )
         finish(out, data, fitted, show=show)

@@ -29,7 +29,8 @@ from gptjax.runs.directory import (
 from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
-from gptjax.training.metrics import METRICS, JsonlWriter, Writer, read_jsonl
+from gptjax.training.trackers.jsonl import METRICS, JsonlTracker, read_jsonl
+from gptjax.training.trackers.protocol import Tracker
 
 
 class Trial(NamedTuple):
@@ -53,7 +54,7 @@ def train(
     validation: Batches,
     *,
     directory: str | Path | None = None,
-    writers: Sequence[Writer] = (),
+    trackers: Sequence[Tracker] = (),
     mup_base: TransformerConfig | None = None,
 ) -> Trial:
     """Train a model from scratch, or resume an interrupted trial of the same directory.
@@ -64,7 +65,7 @@ def train(
       validation: a list of batches; each evaluation uses all.
       directory: where checkpoints and `metrics.jsonl` are kept, for `load_model` and
         `probe.history`, and from which the same config resumes. None keeps nothing.
-      writers: further writers of the scalars.
+      trackers: further trackers of the scalars.
       mup_base: the model of the width at which the learning rate was tuned, from which muP
         transfers it to the width of `config`; None is without muP.
 
@@ -76,7 +77,7 @@ def train(
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
     with or_temporary(directory) as own, hold(own):
-        return _train(config, batches, validation, own, writers, mup_base)
+        return _train(config, batches, validation, own, trackers, mup_base)
 
 
 def _train(
@@ -84,7 +85,7 @@ def _train(
     batches: grain.DatasetIterator,
     validation: Batches,
     directory: Path,
-    writers: Sequence[Writer],
+    trackers: Sequence[Tracker],
     mup_base: TransformerConfig | None,
 ) -> Trial:
     mesh = build_mesh(config.mesh, config.train.batch_size // config.train.grad_accumulation)
@@ -100,8 +101,8 @@ def _train(
     with (
         Checkpoints(directory / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
         closing(
-            JsonlWriter(directory / METRICS, checkpoints.last_step or 0, config.train.log_every)
-        ) as writer,
+            JsonlTracker(directory / METRICS, checkpoints.last_step or 0, config.train)
+        ) as tracker,
     ):
         fitted = fit(
             config.train,
@@ -112,7 +113,7 @@ def _train(
             batches=batches,
             validation=validation,
             checkpoints=checkpoints,
-            writers=[writer, *writers],
+            trackers=[tracker, *trackers],
         )
     params = jax.device_put(fitted.params, jax.devices()[0])
     progress = fitted.progress

@@ -17,8 +17,8 @@ def in_notebook() -> bool:
     return getattr(ipython and ipython.get_ipython(), "kernel", None) is not None
 
 
-class ConsoleWriter:
-    """A writer of scalars that shows them as a progress bar, or as lines where there is no tty."""
+class ConsoleTracker:
+    """A tracker of scalars that shows them as a progress bar, or as lines where there is no tty."""
 
     def __init__(self, steps: int):
         self._steps = steps
@@ -70,7 +70,7 @@ class ConsoleWriter:
 class ProgressLine:
     """One line of training progress in a notebook, overwritten as steps are made.
 
-    A writer of scalars for `trial.train`, and the `progress` callback of `train_ensemble`; several
+    A tracker of scalars for `trial.train`, and the `progress` callback of `train_ensemble`; several
     runs may share one, which then counts the steps of all.
     """
 

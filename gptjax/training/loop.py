@@ -21,10 +21,10 @@ from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
 from gptjax.system.exits import Diverged, Interrupted, Interrupts
 from gptjax.training.checkpoint import Checkpoints
+from gptjax.training.checkpoint_clock import CheckpointClock
 from gptjax.training.dispatch import Pace, logged_steps, stack_size
 from gptjax.training.leaves import leaf_names
 from gptjax.training.losses import LossFunction, Params
-from gptjax.training.metrics import DurableWriter, Writer
 from gptjax.training.prefetch import DevicePrefetch
 from gptjax.training.step import (
     CompiledByShape,
@@ -36,6 +36,7 @@ from gptjax.training.step import (
     lower_train_step,
     state_shapes,
 )
+from gptjax.training.trackers.protocol import DurableTracker, Tracker
 
 SCALARS = "loss", "cross_entropy", "grad_norm"
 """The metrics of a step that its line has."""
@@ -93,7 +94,7 @@ def fit(
     batches: grain.DatasetIterator,
     validation: Batches,
     checkpoints: Checkpoints,
-    writers: Sequence[Writer],
+    trackers: Sequence[Tracker],
     describe: Callable[[int, float], dict[str, float]] = lambda step, tokens_per_second: {},
 ) -> Fit:
     """Train to `config.steps`, from the last checkpoint or from initial parameters.
@@ -112,7 +113,7 @@ def fit(
       batches: the training data, this process's rows of it, with `get_state` and `set_state`.
       validation: held-out batches, this process's rows; each evaluation uses all.
       checkpoints: where the state is saved and restored.
-      writers: where scalars are written.
+      trackers: where scalars are written.
       describe: (step, tokens per second) → further scalars for a logged step.
 
     Raises:
@@ -155,10 +156,10 @@ def fit(
     compiled.result()
     compile_seconds = time.perf_counter() - start
     evaluate = _evaluator(eval_step, validation, feed)
-    logger = _Logger(config, writers, describe, checkpoints, feed, state.params)
+    logger = _Logger(config, trackers, describe, checkpoints, feed, state.params)
 
     with _caught_signals() as caught:
-        pace = Pace(config, stack)
+        pace, clock = Pace(config, stack), CheckpointClock(config.checkpoint_minutes, progress.step)
         pending = None  # The last step of a group whose metrics are not fetched yet.
         while progress.step < config.steps:
             group = feed.take(pace.steps(progress.step))
@@ -176,6 +177,7 @@ def fit(
             evaluates = ends or progress.step % config.eval_every == 0
             stop = agreed_stop(progress.step, caught[0] if caught else None)
             saves = ends or bool(stop) or progress.step % config.checkpoint_every == 0
+            saves = clock.over(progress.step) or saves
             if not (evaluates or saves):
                 continue
             validation_loss = None
@@ -194,6 +196,7 @@ def fit(
                     progress.data = feed.get_state()
                     progress.seconds = seconds_before + time.perf_counter() - start
                     checkpoints.save(state, asdict(progress), validation_loss)
+                    clock.saved(progress.step)
             if stop and not ends:
                 checkpoints.wait()
                 raise Interrupted(progress.step, stop)
@@ -227,14 +230,14 @@ class _Logger:
     def __init__(
         self,
         config: TrainConfig,
-        writers: Sequence[Writer],
+        trackers: Sequence[Tracker],
         describe: Callable[[int, float], dict[str, float]],
         checkpoints: Checkpoints,
         feed: DevicePrefetch,
         params: Params,
     ):
         self._config = config
-        self._writers = writers
+        self._trackers = trackers
         self._describe = describe
         self._checkpoints = checkpoints
         self._feed = feed
@@ -269,11 +272,11 @@ class _Logger:
             lines.append({**dict(zip(SCALARS, own, strict=True)), **rates, **described})
         if evaluated:
             lines[-1]["validation_loss"] = validation_loss
-        for writer in self._writers:
+        for tracker in self._trackers:
             for number, scalars in zip(logged, lines, strict=True):
-                writer.write(number, scalars)
-            if through and isinstance(writer, DurableWriter):
-                writer.write_through()
+                tracker.write(number, scalars)
+            if through and isinstance(tracker, DurableTracker):
+                tracker.write_through()
 
     def _rates(self) -> dict[str, float]:
         """Rates over the steps since the last logged ones."""

@@ -224,6 +224,9 @@ REFUSED = [
     (TrainConfig, {"eval_every": 0}, "at least 1"),
     (TrainConfig, {"checkpoint_every": 0}, "at least 1"),
     (TrainConfig, {"keep_every": -250}, "at least 0"),
+    (TrainConfig, {"checkpoint_minutes": -1.0}, "at least 0"),
+    (TrainConfig, {"track": ("comet",)}, "several of tensorboard, wandb, mlflow, trackio"),
+    (TrainConfig, {"track": ("mlflow", "mlflow")}, "each tracker once"),
     (TrainConfig, {"keep_every": 100}, "a multiple of checkpoint_every 250"),
     (ExperimentConfig, {"model": {}}, "TransformerConfig"),
 ]

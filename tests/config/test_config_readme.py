@@ -44,6 +44,8 @@ def accepted(section: type, name: str, kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
+        if typing.get_origin(typing.get_args(kind)[0]) is Literal:
+            return f"several of {accepted(section, name, typing.get_args(kind)[0])}"
         return {str: "texts", float: "numbers above 0"}[typing.get_args(kind)[0]]
     options = typing.get_args(kind) or (kind,)
     words = ", ".join(NAMES.get(option, "`None`") for option in options)

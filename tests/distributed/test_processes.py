@@ -21,7 +21,7 @@ from gptjax.cli import run_experiment
 from gptjax.models.build import split
 from gptjax.runs.loading import load_run
 from gptjax.runs.run import run
-from gptjax.training.metrics import read_jsonl
+from gptjax.training.trackers.jsonl import read_jsonl
 
 SCRIPT = Path(__file__).with_name("process_of_a_run.py")
 STEPS, SAVED = 8, 4
@@ -174,7 +174,7 @@ def test_four_processes_share_parameters_and_go_on_as_one(tmp_path, text, whole,
 def test_two_processes_come_to_the_end_of_a_run(tmp_path, text, whole):
     out = tmp_path / "run"
     flags = ["--mesh.tensor=2", "--mesh.data=1", "--train.log-every=2"]
-    flags += ["--train.steps-per-dispatch=2"]
+    flags += ["--train.steps-per-dispatch=2", "--train.checkpoint-minutes=0.001"]
     code, printed, errors, _ = launched(out, text, *flags)
     assert code == 0, errors
     assert printed.count("Best validation loss") == 1

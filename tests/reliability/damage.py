@@ -80,7 +80,7 @@ def read_finished_run(directory: Path) -> Any:
     from gptjax.config import to_dict
     from gptjax.runs.directory import load_config
     from gptjax.runs.loading import checkpoint_steps, load_run
-    from gptjax.training.metrics import read_jsonl
+    from gptjax.training.trackers.jsonl import read_jsonl
 
     run = directory / "run"
     found = {"config": to_dict(load_config(run)), "lines": read_jsonl(run / "metrics.jsonl")}

@@ -41,7 +41,7 @@ from gptjax.runs.directory import (
 from gptjax.runs.loading import checkpoint_steps, load_model, load_run
 from gptjax.system.disk import DiskError
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.tensorboard import event_files
+from gptjax.training.trackers.tensorboard import event_files
 
 CONFIGURED = ExperimentConfig(model=TransformerConfig(vocab_size=256))
 OTHER = ExperimentConfig(model=TransformerConfig(vocab_size=256, depth=5, bias=False))

@@ -23,7 +23,7 @@ from gptjax.runs import trial
 from gptjax.runs.directory import CHECKPOINTS, load_config
 from gptjax.runs.loading import load_model
 from gptjax.training.checkpoint import Checkpoints
-from gptjax.training.metrics import read_jsonl
+from gptjax.training.trackers.jsonl import read_jsonl
 
 VOCABULARY, CONTEXT = 5, 8
 CONFIG = ExperimentConfig(
@@ -134,7 +134,7 @@ def test_a_trial_that_was_interrupted_goes_on(kept, tmp_path):
     trained, _ = kept
     batches = made_batches(count_on, seed=CONFIG.train.seed)
     with pytest.raises(KeyboardInterrupt):
-        trial.train(CONFIG, batches, VALIDATION, directory=tmp_path, writers=[Interrupting()])
+        trial.train(CONFIG, batches, VALIDATION, directory=tmp_path, trackers=[Interrupting()])
     resumed = run(directory=tmp_path)
     assert losses(resumed) == losses(trained)
     assert resumed.validation_loss == trained.validation_loss

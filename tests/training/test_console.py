@@ -1,6 +1,6 @@
 """What a person sees of a run that goes on."""
 
-from gptjax.training.console import ProgressLine
+from gptjax.training.console import ConsoleTracker, ProgressLine
 
 
 def lines(printed: str) -> list[str]:
@@ -44,3 +44,16 @@ def test_a_line_is_not_written_for_every_step(capsys):
         "step 1 of 1,000  loss 1.000  0 s",
         "step 1,000 of 1,000  loss 1.000  0 s",
     ]
+
+
+def test_the_log_says_a_validation_loss_at_its_step_alone(capsys):
+    tracker = ConsoleTracker(steps=3)
+    for step, validation in ((1, {}), (2, {"validation_loss": 2.5}), (3, {})):
+        tracker.write(step, {"loss": 3.0, "tokens_per_second": 10.0, "mfu": 0.5, **validation})
+    tracker.close()
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "step 1/3  loss 3.0000  10 tokens/s  MFU 50.0%"
+    assert second.startswith(
+        "step 2/3  loss 3.0000  validation 2.5000  10 tokens/s  MFU 50.0%  0:0"
+    )
+    assert third.startswith("step 3/3  loss 3.0000  10 tokens/s  MFU 50.0%  0:00 left")

@@ -48,7 +48,7 @@ TRAINING, VALIDATION = rows(TOKENS[:300]), rows(TOKENS[300:], rest=True)
 
 
 class Recorder:
-    """A writer that keeps what it is given, and can act at a step."""
+    """A tracker that keeps what it is given, and can act at a step."""
 
     def __init__(self, at: int = 0, act=None):
         self.lines: list[tuple[int, dict[str, float]]] = []
@@ -63,7 +63,7 @@ class Recorder:
         pass
 
 
-def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params) -> Fit:
+def run(directory: Path, tracker=None, train=TRAIN, change=lambda params: params) -> Fit:
     graphdef, params = split(Decoder(MODEL, rngs=nnx.Rngs(train.seed)))
     with Checkpoints(directory) as checkpoints:
         return fit(
@@ -75,15 +75,15 @@ def run(directory: Path, writer=None, train=TRAIN, change=lambda params: params)
             batches=training_batches(TRAINING, batch_size=train.batch_size, seed=train.seed),
             validation=EvaluationBatches(VALIDATION, train.batch_size),
             checkpoints=checkpoints,
-            writers=[writer or Recorder()],
+            trackers=[tracker or Recorder()],
             describe=lambda step, tokens_per_second: {},
         )
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    writer = Recorder()
-    return run(tmp_path_factory.mktemp("whole"), writer), writer.lines
+    tracker = Recorder()
+    return run(tmp_path_factory.mktemp("whole"), tracker), tracker.lines
 
 
 def losses(lines) -> dict[int, tuple]:
@@ -143,9 +143,9 @@ def test_norms_of_leaves_stay_on_the_device(tmp_path, monkeypatch):
         return state, metrics._replace(leaf_norms=OnDevice())
 
     monkeypatch.setattr(CompiledByShape, "__call__", step)
-    writer = Recorder()
-    run(tmp_path, writer, dataclasses.replace(TRAIN, steps_per_dispatch=2))
-    assert [number for number, _ in writer.lines] == [2, 4, 6, 8, 10, 12]
+    tracker = Recorder()
+    run(tmp_path, tracker, dataclasses.replace(TRAIN, steps_per_dispatch=2))
+    assert [number for number, _ in tracker.lines] == [2, 4, 6, 8, 10, 12]
 
 
 def test_step_and_evaluation_compile_while_the_state_is_initialised(tmp_path, monkeypatch):
@@ -195,14 +195,21 @@ def test_a_line_is_written_through_before_the_checkpoint_that_it_leads_to(tmp_pa
         save(self, state, progress, validation_loss)
 
     monkeypatch.setattr(Checkpoints, "save", saved)
-    writer = Durable()
-    run(tmp_path, writer)
+    tracker = Durable()
+    run(tmp_path, tracker)
     assert events == [
         event
         for logged, step in [(4, 4), (4, 5), (8, 8), (10, 10), (12, 12)]
         for event in (("through", logged), ("saved", step))
     ]
-    assert [step for step, _ in writer.lines] == [*range(2, 13, 2)]
+    assert [step for step, _ in tracker.lines] == [*range(2, 13, 2)]
+
+
+def test_checkpoints_are_saved_by_the_clock_too(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, *_: saved.append(int(state.step)))
+    run(tmp_path, train=dataclasses.replace(TRAIN, steps=4, checkpoint_minutes=1e-9))
+    assert saved == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -282,7 +289,7 @@ def test_the_last_good_checkpoint_is_named_when_a_later_loss_is_not_finite(tmp_p
             batches=training_batches(TRAINING, batch_size=4, seed=3),
             validation=EvaluationBatches(VALIDATION, 4),
             checkpoints=checkpoints,
-            writers=[],
+            trackers=[],
             describe=lambda step, tokens_per_second: {},
         )
     assert str(stopped.value).startswith("Step 9: the loss is nan")

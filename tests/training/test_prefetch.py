@@ -186,7 +186,7 @@ def test_a_place_that_was_kept_while_others_were_made_is_still_that_place(texts,
 
 
 class Recorder:
-    """A writer that keeps what it is given, and stops the run at a step."""
+    """A tracker that keeps what it is given, and stops the run at a step."""
 
     def __init__(self, stop: int = 0):
         self.lines: dict[int, dict[str, float]] = {}
@@ -201,7 +201,7 @@ class Recorder:
         pass
 
 
-def run(directory: Path, made, writer: Recorder) -> Fit:
+def run(directory: Path, made, tracker: Recorder) -> Fit:
     model, corpus, batches = made
     graphdef, params = split(build(model, rngs=nnx.Rngs(0)))
     with Checkpoints(directory) as checkpoints:
@@ -214,7 +214,7 @@ def run(directory: Path, made, writer: Recorder) -> Fit:
             batches=batches(),
             validation=EvaluationBatches(corpus.validation[:1], RUN_BATCH),
             checkpoints=checkpoints,
-            writers=[writer],
+            trackers=[tracker],
             describe=lambda step, tokens_per_second: {},
         )
 

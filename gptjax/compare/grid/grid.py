@@ -111,14 +111,14 @@ def _trials(
             data.validation,
             mup_base=run.mup_base,
             directory=out / RUNS / run.directory(data),
-            writers=[_Counted(progress, each)],
+            trackers=[_Counted(progress, each)],
         )
         for run in runs
     ]
 
 
 class _Counted:
-    """A metrics writer that reports a run's steps to the grid's progress."""
+    """A metrics tracker that reports a run's steps to the grid's progress."""
 
     def __init__(self, progress: GridProgress, each: float):
         self._progress, self._each = progress, each

@@ -25,7 +25,7 @@ from gptjax.data.tokenizers import save_tokenizer
 from gptjax.runs.directory import CHECKPOINTS, CONFIG, RESULT, save_model, write_json
 from gptjax.runs.result import environment
 from gptjax.runs.trial import Trial
-from gptjax.training.metrics import METRICS, line_of
+from gptjax.training.trackers.jsonl import METRICS, line_of
 
 RUNS = "runs"
 

@@ -30,8 +30,8 @@ LOSS = "validation_loss"
 """Its name in metrics.jsonl."""
 
 
-class TensorBoardWriter:
-    """A writer of scalars as event files in `train/` and `validation/` of a run's directory.
+class TensorBoardTracker:
+    """Scalars as event files in `train/` and `validation/` of a run's directory.
 
     Args:
       directory: of the run.
