@@ -44,7 +44,8 @@ class _Service:
         try:
             self._tracker: Tracker | None = SERVICES[name](directory)
         except Exception as error:
-            raise InputError(f"TrainConfig.track names {name}, which fails: {error}") from error
+            words = " ".join(str(error).split())
+            raise InputError(f"TrainConfig.track names {name}, which fails: {words}") from error
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Record `scalars` at `step`, if nothing failed before."""

@@ -1,4 +1,7 @@
-"""Trackio: its store on this machine, or the Space of `TRACKIO_SPACE_ID`, its own variable."""
+"""Trackio: its store on this machine, or the Space of `TRACKIO_SPACE_ID`, its own variable.
+
+Steps that a killed run had logged after its last checkpoint are logged twice, with the same values.
+"""
 
 import importlib
 from pathlib import Path
