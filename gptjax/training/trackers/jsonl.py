@@ -73,11 +73,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     checkpoint of their step.
     """
     lines, run = _undamaged(path), path.parent
-    if path.exists():
-        with contextlib.suppress(InputError):  # No run's directory, or a config that is damaged.
-            train = from_dict(TrainConfig, read_sealed(run / "config.json")["config"]["train"])
+    with contextlib.suppress(InputError):  # No run's directory, or a config that is damaged.
+        config = read_sealed(run / "config.json")["config"]
+        if "train" in config:  # An imported model was not trained here.
             saved = max(survey(run / CHECKPOINTS)[0], default=0)
-            _report_missing(path, lines, _last_logged(saved, train))
+            logged = _last_logged(saved, from_dict(TrainConfig, config["train"]))
+            _report_missing(path, lines, logged)
     return lines
 
 

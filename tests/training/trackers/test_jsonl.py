@@ -77,6 +77,9 @@ def test_lines_that_a_checkpoint_followed_are_missed(tiny_run, tmp_path, capsys,
     assert len(read_jsonl(path)) == len(lines[:cut])
     said = capsys.readouterr().err
     assert f"{lost} up to step 4" in said if lost else said == ""
+    path.unlink()
+    assert read_jsonl(path) == []
+    assert "all up to step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
