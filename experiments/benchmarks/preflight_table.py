@@ -67,6 +67,12 @@ ROWS = (
         "30.9; 90 s",
     ),
     Row(
+        "GPT-3 175B, dense",
+        GPT3_175B + DENSE,
+        "--train.loss-chunk 512 --model.remat-layers 2 --train.grad-accumulation 2",
+        "",
+    ),
+    Row(
         "GPT-3 175B, dense and local",
         GPT3_175B,
         "--train.loss-chunk 512 --model.remat-layers 2",
