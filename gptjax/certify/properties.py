@@ -146,6 +146,7 @@ def _decoded(
     prompts: np.ndarray,
     expected: np.ndarray,
     weights: DecodingWeights = "dtype",
+    measure: Callable[[Any, Any], float] = difference,
     **changes: Any,
 ) -> float:
     """Returns the error of the logits: a prompt of `prompts` [B] tokens, then token by token."""
@@ -160,7 +161,7 @@ def _decoded(
     while True:
         logits = decoding.read(unread, starts)
         starts = starts + np.array([len(given) for given in unread], np.int32)
-        error = max(error, difference(logits, expected[row, starts - 1]))
+        error = max(error, measure(logits, expected[row, starts - 1]))
         if starts.max() == case.config.context_length:
             return error
         unread = tokens[row, starts][:, None].tolist()
@@ -221,22 +222,28 @@ def _sharded(case: Case) -> float:
 def _rounded(case: Case) -> float:
     """Training with bfloat16 activations; and decoding with int8 weights.
 
-    The error of the gradient as one vector, as small entries have large relative errors. Of a
-    mixture of experts only the loss: rounding may route a token to another expert.
+    Errors are those of the gradient and of the logits as one vector each, as small entries have
+    large relative errors. Of a mixture of experts only the loss: rounding may route a token to
+    another expert.
     """
     (loss, found), (expected_loss, expected) = case.gradients(dtype="bfloat16"), case.plain
     error = difference(loss, expected_loss)
     if case.config.num_experts:
         return error
     if case.config.family != "encoder":
-        expected_logits = case.logits(case.batch)
-        error = max(error, _decoded(case, np.ones(ROWS, int), expected_logits, "int8"))
-    found, expected = (
-        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(gradient)])
-        for gradient in (found, expected)
+        prompts, logits = np.ones(ROWS, int), case.logits(case.batch)
+        error = max(error, _decoded(case, prompts, logits, "int8", _apart))
+    return max(error, _apart(found, expected))
+
+
+def _apart(found: Any, expected: Any) -> float:
+    """Returns how far two trees, each as one vector, are apart, over the length of the second."""
+    one, other = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (found, expected)
     )
-    apart = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    return max(error, float(apart)) if np.isfinite(apart) else math.inf
+    apart = float(np.linalg.norm(one - other) / np.linalg.norm(other))
+    return apart if math.isfinite(apart) else math.inf
 
 
 def _restored(case: Case) -> float:
