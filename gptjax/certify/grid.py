@@ -272,10 +272,9 @@ def page(rows: Mapping[str, Row], command: str) -> str:
             f"{BASE.width} and more, {ROWS} rows) with random parameters. An error is the largest "
             "difference over the largest value, of logits or of the loss and its gradient; for "
             "`rounded`, of the gradient and the logits as vectors, and for a mixture of experts of "
-            "the loss. "
-            "`scanned`, `remat`, `chunked`, `accumulated` and `sharded` are one compiled step that "
-            "is all five, and each alone if that fails. `parameters` are of the variant in its own "
-            "size.",
+            "the loss. `scanned`, `remat`, `chunked`, `accumulated` and `sharded` are one compiled "
+            "step that is all five, and each alone if that fails. `parameters` are of the variant "
+            "in its own size.",
             "",
             "| property | what equals what | largest error | tolerance |",
             "|---|---|---|---|",

@@ -45,10 +45,10 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
         shown = ""
         print(f"Warning: no figures or samples were made: {error}", file=sys.stderr)
     (out / SHOWING).unlink()
-    print(
-        f"{summary(reached)}\nIn {out}: {shown}result.json, metrics.jsonl, checkpoints/, "
-        "train/ and validation/ for TensorBoard."
-    )
+    files = f"{shown}result.json, metrics.jsonl, checkpoints/"
+    if "tensorboard" in data.config.train.track:
+        files += ", train/ and validation/ for TensorBoard"
+    print(f"{summary(reached)}\nIn {out}: {files}.")
 
 
 def result(data: Data, fitted: Fit) -> dict[str, Any]:

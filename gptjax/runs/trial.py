@@ -60,7 +60,8 @@ def train(
     """Train a model from scratch, or resume an interrupted trial of the same directory.
 
     Args:
-      config: the model, the optimizer, the number of steps; its `data` is ignored.
+      config: the model, the optimizer, the number of steps; its `data` and `train.track` are
+        ignored.
       batches: from `gptjax.data.pipeline`: `training_batches` of text, `made_batches` of anything.
       validation: a list of batches; each evaluation uses all.
       directory: where checkpoints and `metrics.jsonl` are kept, for `load_model` and

@@ -12,8 +12,6 @@ from gptjax.costs.chips import chip_of
 
 MFU_FORMULA = "MFU = tokens/s × training FLOPs per token / peak FLOP/s"
 """Model FLOPs utilisation, after PaLM (Chowdhery et al. 2022, appendix B)."""
-
-
 BUSY = 0.1
 """Share of a machine's CPU time above which other programs spoil a measurement."""
 CLOCK_TICK = 0.01

@@ -1,5 +1,6 @@
-"""What becomes of a run whose figures and samples fail, or are not made to their end."""
+"""The end of a run: its summary, and figures and samples that fail or are not made to their end."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -37,3 +38,11 @@ def test_a_figure_that_fails_is_a_warning_and_the_run_is_finished(directory, cap
     assert run(config, directory, show=fails)
     assert "Warning: no figures or samples were made: no font" in capsys.readouterr().err
     assert not run(config, directory, show=fails)
+
+
+@pytest.mark.parametrize(("track", "named"), [(("tensorboard",), True), ((), False)])
+def test_the_summary_names_what_the_run_has(directory, capsys, track, named):
+    config = load_config(directory)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, track=track))
+    assert run(config, directory, show=None)
+    assert ("for TensorBoard" in capsys.readouterr().out) == named

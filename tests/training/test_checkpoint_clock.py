@@ -1,7 +1,5 @@
 from types import SimpleNamespace
 
-import pytest
-
 from gptjax import distributed
 from gptjax.training import checkpoint_clock
 from gptjax.training.checkpoint_clock import CheckpointClock
@@ -24,15 +22,16 @@ def saved_at(monkeypatch, seconds_of, minutes: float = 1.0, until: int = 400, ot
 
 
 def test_a_checkpoint_is_due_when_the_minutes_are_over(monkeypatch):
-    times, asked = saved_at(monkeypatch, lambda step: 1.0)
+    times, asked = saved_at(monkeypatch, lambda step: 1.0, until=361)
     assert times == [60.0, 120.0, 180.0, 240.0, 300.0, 360.0]
-    assert asked <= 9 * len(times)
+    assert asked <= 8 * len(times)
 
 
 def test_steps_that_become_slower_are_noticed_on_the_way(monkeypatch):
-    # Planned by a step of 1 s, half of a minute would be 30 steps, which take 150 s.
+    # Planned by steps of 1 s alone, the first checkpoint would be after step 60, at 184 s. At 34 s
+    # the mean is still near 1 s, so that half of what is left is 11 steps of 5 s.
     times, _ = saved_at(monkeypatch, lambda step: 1.0 if step < 30 else 5.0, until=100)
-    assert times[0] == pytest.approx(60, abs=30)
+    assert times[0] == 89
     assert times[1] - times[0] == 60
 
 

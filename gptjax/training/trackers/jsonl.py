@@ -14,12 +14,12 @@ from gptjax.config import (
     TrainConfig,
     from_dict,
     parse_json,
-    read_sealed,
     sealed,
     unsealed,
 )
 from gptjax.system.disk import DiskError, replacing
 from gptjax.training.checkpoint_files import CHECKPOINTS, survey
+from gptjax.training.trackers.protocol import run_config
 
 METRICS = "metrics.jsonl"
 
@@ -74,7 +74,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     lines, run = _undamaged(path), path.parent
     with contextlib.suppress(InputError):  # No run's directory, or a config that is damaged.
-        config = read_sealed(run / "config.json")["config"]
+        config = run_config(run)
         if "train" in config:  # An imported model was not trained here.
             saved = max(survey(run / CHECKPOINTS)[0], default=0)
             logged = _last_logged(saved, from_dict(TrainConfig, config["train"]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from gptjax.config import read_sealed
+from gptjax.system.disk import replacing
 
 PROJECT = "gptjax"
 """The project or experiment in a service, where its own variable names none."""
@@ -39,10 +40,15 @@ def identity(
     path = directory / service / "run_id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        path.write_text(create())
+        with replacing(path) as file:
+            file.write(create().encode())
     return path.read_text()
 
 
 def run_config(directory: Path) -> dict[str, Any]:
-    """The config of the run in `directory`, nested as in its config.json."""
+    """The config of the run in `directory`, nested as in its config.json.
+
+    Raises:
+      InputError: no config.json, or one that is damaged.
+    """
     return read_sealed(directory / "config.json")["config"]
