@@ -19,6 +19,7 @@ from gptjax.commands.outcomes import outcome
 from gptjax.config import DataConfig, ExperimentConfig, OptimizerConfig, TrainConfig
 from gptjax.costs.model import model_cost
 from gptjax.runs.assembly import assemble
+from gptjax.runs.bucket import address
 from gptjax.runs.data import open_data
 from gptjax.runs.directory import CHECKPOINTS, hold, open_run
 from gptjax.runs.result import finish
@@ -52,14 +53,14 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     state_shapes(model.init, optimizer, mesh, model.axes)  # Raises before a file is written.
 
     # Training: one compiled step in a loop; Orbax saves its state, the same command resumes it.
-    with hold(out, finished=overwrite):
-        if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
+    with hold(out, finished=overwrite) as run_dir:
+        if open_run(run_dir, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return
         print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
         print(*about_mesh, *model.lines, sep="\n")
         with (
-            Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-            open_trackers(out, config.train, checkpoints.last_step or 0) as trackers,
+            Checkpoints(run_dir / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
+            open_trackers(run_dir, config.train, checkpoints.last_step or 0) as trackers,
         ):
             fitted = fit(
                 config.train,
@@ -77,9 +78,9 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
             )
 
         # The result: the loss reached, its curve, what every head attends to, samples.
-        finish(out, data, fitted, show=outcome)
+        finish(run_dir, data, fitted, show=outcome)
     if distributed.is_first():
-        print(f'Next: python -m gptjax sample {out} --prompt "The "')
+        print(f'Next: python -m gptjax sample {address(out)} --prompt "The "')
 
 
 if __name__ == "__main__":

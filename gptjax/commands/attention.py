@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from gptjax.system.buckets import url_of
 from gptjax.system.outputs import check_output
 
 
@@ -40,4 +41,4 @@ def attention(
         model, text, target=target, part=part, layers=layers, heads=heads, step=step
     )
     view.save(html, overwrite=overwrite)
-    print(f"{html} is the attention of {view.model}.")
+    print(f"{url_of(html) or html} is the attention of {view.model}.")

@@ -15,7 +15,9 @@ from gptjax.config import ExperimentConfig, InputError, TransformerConfig
 from gptjax.config.values import DecodingWeights
 from gptjax.costs.model import ModelCost, model_cost
 from gptjax.models.presets import PRESETS, preset
+from gptjax.system.buckets import downloaded, has, url_of
 from gptjax.system.memory import ACTIVATION_BYTES, check_fits
+from gptjax.system.mirrors import copied
 from gptjax.system.outputs import whole_directory
 
 TOKEN_BYTES = 8
@@ -213,7 +215,7 @@ def _model_of_run(name: str) -> TransformerConfig:
     """
     from gptjax.runs.directory import CONFIG, load_config  # Which imports JAX.
 
-    named = Path(name).name == name and not (Path(name) / CONFIG).exists()
+    named = Path(name).name == name and not has(name, CONFIG)
     return preset(name) if named else load_config(name).model
 
 
@@ -321,20 +323,23 @@ def convert(
       step: Checkpoint of the run to take; the best by default.
     """
     from gptjax.huggingface.files import check_unused
+    from gptjax.runs.bucket import is_pushed
     from gptjax.runs.directory import CHECKPOINTS
 
     check_unused(destination)
-    is_run = (Path(source) / CHECKPOINTS).is_dir()
+    is_run = has(source, CHECKPOINTS)
     if step is not None and not is_run:
         raise InputError(f"step is {step}: {source} is no run, and has no checkpoints.")
     with whole_directory(destination) as made:
         if is_run:
-            what = _convert_run(Path(source), made, step)
+            with copied(Path(source), is_pushed) as run:
+                what = _convert_run(run, made, step)
         elif Path(source).suffix == ".gguf":
-            what = _convert_gguf(Path(source), made)
+            url = url_of(source)
+            what = _convert_gguf(downloaded(url) if url else Path(source), made)
         else:
             what = _convert_huggingface(source, made)
-    print(f"{destination} is {what}.")
+    print(f"{url_of(destination) or destination} is {what}.")
 
 
 def _convert_run(run: Path, destination: Path, step: int | None) -> str:
@@ -343,6 +348,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
     from gptjax.data.tokenizers.special import TOKENIZER_CONFIG, tokenizer_config
     from gptjax.huggingface import to_huggingface
     from gptjax.huggingface.files import TOKENIZER
+    from gptjax.runs.bucket import address
     from gptjax.runs.loading import decoding_tokens, load_model
 
     config, model, step = load_model(run, step)
@@ -358,7 +364,7 @@ def _convert_run(run: Path, destination: Path, step: int | None) -> str:
         described = tokenizer_config(tokenizer.special_texts(), family)
         (destination / TOKENIZER_CONFIG).write_text(json.dumps(described, indent=2) + "\n")
         its = "with its tokenizer"
-    return f"step {step} of {run}, {its}"
+    return f"step {step} of {address(run)}, {its}"
 
 
 def _convert_huggingface(source: str, destination: Path) -> str:

@@ -25,14 +25,16 @@ def train(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
     All outputs are in the directory `--out`; the same command resumes the run.
     """
     from gptjax.commands.outcomes import outcome
+    from gptjax.runs.bucket import address
     from gptjax.runs.run import run
 
     if not run(config, out, overwrite, show=outcome):
         return
+    sample = f"python -m gptjax sample {address(out)}"
     if config.data.objective == "causal":
-        print(f'Next: python -m gptjax sample {out} --prompt "The "')
+        print(f'Next: {sample} --prompt "The "')
     elif config.data.objective == "sequence_to_sequence":
-        print(f'Next: python -m gptjax sample {out} --beams 4 --prompt "A text to translate."')
+        print(f'Next: {sample} --beams 4 --prompt "A text to translate."')
 
 
 def compare(
@@ -51,17 +53,22 @@ def compare(
       dry_run: Print the plan and how long it would take, and train nothing.
     """
     from gptjax.compare.study import compare, describe, summary
+    from gptjax.runs.bucket import address
 
+    named = address(out)
     if dry_run:
         print(describe(comparison, out))
         return
     try:
         answer = compare(comparison, out, _command())
     except KeyboardInterrupt:
-        print(f"\nFinished runs are kept in {out}: the same command resumes.", file=sys.stderr)
+        print(
+            f"\nFinished runs are kept in {named}: the same command resumes.",
+            file=sys.stderr,
+        )
         raise
     print(
-        f"{summary(answer)}\nIn {out}: report.html, report.md, results.csv, results.jsonl, runs/."
+        f"{summary(answer)}\nIn {named}: report.html, report.md, results.csv, results.jsonl, runs/."
     )
 
 

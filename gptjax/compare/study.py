@@ -23,13 +23,16 @@ from gptjax.compare.results import Answer, Costs, Entry, Outcome
 from gptjax.compare.versioned_files import read_versioned, write_versioned
 from gptjax.config import InputError, to_dict
 from gptjax.costs.model import model_cost
+from gptjax.runs.bucket import address, is_pushed
 from gptjax.runs.directory import hold
 from gptjax.runs.result import environment
+from gptjax.system.buckets import url_of
 from gptjax.system.disk import write_error
 from gptjax.system.locks import LOCK
+from gptjax.system.mirrors import INDEX, copied
 
 QUESTION = "comparison.json"
-HALF_MADE = {TIMINGS, "measured.tmp", "comparison.tmp", LOCK}
+HALF_MADE = {TIMINGS, "measured.tmp", "comparison.tmp", LOCK, INDEX}
 """Files that may exist before the question is written."""
 
 
@@ -42,10 +45,17 @@ def compare(comparison: Comparison, out: Path, command: str) -> Answer:
       DiskError: a disk that is full or fails; finished runs are kept.
       Interrupted: a signal while a large model trained; its state is saved.
     """
-    _open(out)
-    plan = make_plan(comparison, out)
+    if url_of(out):
+        with hold(out) as directory:
+            return _compare(comparison, _planned(comparison, directory), directory, command)
+    plan = _planned(comparison, out)  # Before anything is written, so that a mistake leaves none.
     with hold(out):
         return _compare(comparison, plan, out, command)
+
+
+def _planned(comparison: Comparison, out: Path) -> Plan:
+    _open(out)
+    return make_plan(comparison, out)
 
 
 def _compare(comparison: Comparison, plan: Plan, out: Path, command: str) -> Answer:
@@ -91,8 +101,12 @@ def describe(comparison: Comparison, out: Path) -> str:
     Raises:
       InputError: as `compare`.
     """
-    _open(out)
-    plan = make_plan(comparison, out)
+    with copied(out, is_pushed, empty=True) as directory:
+        return _describe(_planned(comparison, directory), directory, address(out))
+
+
+def _describe(plan: Plan, out: Path, name: str) -> str:
+    comparison = plan.comparison
     rate = comparison.rates[0]
     lines = [
         f"{plan.data.description}.",
@@ -115,7 +129,7 @@ def describe(comparison: Comparison, out: Path) -> str:
             f"{cost.training_flops:>13,}{off:>+8.2%}{each.steps:>8,}{len(runs):>6}"
         )
     lines.append(
-        f"{total} runs, of which {out} has {done}; training the rest takes about "
+        f"{total} runs, of which {name} has {done}; training the rest takes about "
         f"{clock(left)}, by {plan.planned[0].variant.name}'s measured step and the FLOPs of "
         "each, without evaluations and compilation."
     )

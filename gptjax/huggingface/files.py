@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.config import InputError, near_directories, read_json_object, shown
+from gptjax.system.buckets import url_of
+from gptjax.system.mirrors import downloaded_directory
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -163,13 +165,15 @@ def _no_weights(directory: Path) -> str:
 
 
 def find(source: str | Path) -> Path:
-    """Returns the directory of a model: `source` itself, or a download of OWNER/NAME from the hub.
+    """Returns the directory of a model: `source` itself, or a download from a bucket or the hub.
 
     If there is a directory OWNER, `source` is a path, and the hub is not queried.
 
     Raises:
       InputError: neither; or a failed download.
     """
+    if url := url_of(source):
+        return downloaded_directory(url)
     path = Path(source)
     try:
         if path.is_dir():

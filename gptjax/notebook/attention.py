@@ -18,6 +18,7 @@ from gptjax.models.build import LanguageModel
 from gptjax.plots.attention_view import AttentionPart, AttentionView, likeliest
 from gptjax.runs.directory import CHECKPOINTS
 from gptjax.runs.loading import Run, load_run
+from gptjax.system.buckets import has
 
 PARTS = {
     "decoder": ("decoder",),
@@ -74,7 +75,7 @@ def _load(model: Run | str | Path, step: int | None) -> tuple[LanguageModel, Tok
     """The model, its tokenizer, and its title."""
     if isinstance(model, Run):
         return model.model, model.tokenizer, f"the model at step {model.step}"
-    if (Path(model) / CHECKPOINTS).is_dir():
+    if has(model, CHECKPOINTS):
         run = load_run(model, step)
         return run.model, run.tokenizer, f"{model}, step {run.step}"
     if step is not None:

@@ -38,9 +38,12 @@ from gptjax.config import (
 from gptjax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, split
+from gptjax.runs.bucket import address, delete_checkpoints, held_in_bucket, pull, push
+from gptjax.system.buckets import url_of
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
 from gptjax.system.exits import Interrupted
 from gptjax.system.locks import LOCK, locked
+from gptjax.system.mirrors import INDEX, copied
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.step import State
@@ -103,10 +106,11 @@ def or_temporary(directory: str | Path | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
-    """Create `directory` and hold its lock while the context is open.
+def hold(directory: Path, *, finished: bool = True) -> Iterator[Path]:
+    """Create `directory` and hold its lock while the context is open; yields where to work.
 
-    Of several processes of a run, process 0 holds it.
+    That is the directory itself, or of one in a bucket a local one of each process. Of several
+    processes of a run, process 0 holds the lock.
 
     Args:
       directory: of a run.
@@ -116,19 +120,19 @@ def hold(directory: Path, *, finished: bool = True) -> Iterator[None]:
       InputError: another process holds the lock, or the directory cannot be created.
       DiskError: the disk fails, now or while the context is open.
     """
-    if not distributed.is_first() or (not finished and _is_finished(directory)):
-        yield
-        return
     with contextlib.ExitStack() as held:
+        if url := url_of(directory):
+            directory = held.enter_context(held_in_bucket(url))
+        elif distributed.is_first() and (finished or not _is_finished(directory)):
+            try:
+                check_local(directory).mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(directory / LOCK, directory))
+            except OSError as error:
+                raise write_error(error, directory) from error
         try:
-            check_local(directory).mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(directory / LOCK, directory))
+            yield directory
         except OSError as error:
-            raise write_error(error, directory) from error
-        try:
-            yield
-        except OSError as error:
-            if not is_failure(error):
+            if not distributed.is_first() or not is_failure(error):
                 raise
             raise DiskError(
                 f"{error.filename or directory}: {error.strerror}; what is saved in {directory} "
@@ -144,7 +148,7 @@ def _is_finished(directory: Path) -> bool:
 def begins(directory: Path) -> bool:
     """Whether a new run may begin in `directory`: it is empty, or was set up only in part."""
     names = {path.name for path in directory.iterdir()}
-    return BEGUN in names or names <= {LOCK}
+    return BEGUN in names or names <= {LOCK, INDEX}
 
 
 def begin(
@@ -155,6 +159,8 @@ def begin(
     If the process is killed meanwhile, a new run still `begins` in the directory.
     """
     (directory / BEGUN).touch()
+    push(directory)
+    delete_checkpoints(directory)
     for name in reversed(WRITTEN):
         path = directory / name
         if name not in (LOCK, BEGUN):
@@ -163,7 +169,9 @@ def begin(
         path.unlink()
     make()
     write_json(directory / CONFIG, sealed(content))
+    push(directory)
     (directory / BEGUN).unlink()
+    push(directory)
 
 
 def open_run(
@@ -191,6 +199,7 @@ def open_run(
     }
     if not distributed.is_first():
         distributed.meet(DIRECTORY_READY)
+        pull(directory)
         if not (directory / CONFIG).exists():
             raise InputError(
                 f"{directory} on {socket.gethostname()} is not the directory of process 0: "
@@ -201,7 +210,7 @@ def open_run(
     finished = _open_first(directory, wanted, tokenizer, overwrite)
     distributed.meet(DIRECTORY_READY)
     if finished:
-        print(f"{directory} holds a finished run of this config; --overwrite starts over.")
+        print(f"{address(directory)} holds a finished run of this config; --overwrite starts over.")
     return finished
 
 
@@ -232,13 +241,14 @@ def saved_tokenizer(directory: Path, data: DataConfig, fingerprint: str) -> Toke
 
     With it a resumed run neither trains its tokenizer again nor needs the files it was read from.
     """
-    if not (directory / CONFIG).exists() or begins(directory):
-        return None
-    saved = read_config(directory)
-    was = saved["config"].get("data")
-    same = isinstance(was, dict) and was.get("tokenizer") == data.tokenizer
-    same = same and saved.get("data_sha256") == fingerprint
-    return load_tokenizer(directory) if same else None
+    with copied(directory, {BEGUN, CONFIG, *TOKENIZER_FILES}.__contains__, empty=True) as own:
+        if not (own / CONFIG).exists() or begins(own):
+            return None
+        saved = read_config(own)
+        was = saved["config"].get("data")
+        same = isinstance(was, dict) and was.get("tokenizer") == data.tokenizer
+        same = same and saved.get("data_sha256") == fingerprint
+        return load_tokenizer(own) if same else None
 
 
 def _is_imported(directory: Path) -> bool:
@@ -272,12 +282,13 @@ def load_config(directory: str | Path) -> ExperimentConfig:
     Raises:
       InputError: no run, or a `config.json` that does not hold a config.
     """
-    directory = Path(directory)
-    if not directory.exists():
-        raise InputError(f"{directory} is no run: {near_directories(directory)}")
-    if not (directory / CONFIG).exists():
-        raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
-    return from_dict(ExperimentConfig, read_config(directory)["config"], str(directory / CONFIG))
+    with copied(Path(directory), {CONFIG}.__contains__) as directory:
+        if not directory.exists():
+            raise InputError(f"{directory} is no run: {near_directories(directory)}")
+        if not (directory / CONFIG).exists():
+            raise InputError(f"{directory} holds no run: it has no {CONFIG}.")
+        saved = read_config(directory)
+        return from_dict(ExperimentConfig, saved["config"], str(directory / CONFIG))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Loading a run from its directory: its model, tokenizer and metrics."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ from gptjax.data.objectives.rows import objective_vocabulary
 from gptjax.data.tokenizers import Tokenizer, load_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, abstract
+from gptjax.runs.bucket import address, is_pushed
 from gptjax.runs.directory import CONFIG, TOKENS, load_config, read_config
+from gptjax.system.mirrors import copied
 from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
@@ -71,11 +75,11 @@ def load_run(directory: str | Path, step: int | None = None) -> Run:
     Raises:
       InputError: no run, no checkpoint, or one that does not fit its config.
     """
-    directory = Path(directory)
-    config, model, step = load_model(directory, step)
-    tokenizer = load_tokenizer(directory)
-    tokens = decoding_tokens(directory, config, tokenizer)
-    return Run(config, model, tokenizer, step, tokens, read_jsonl(directory / METRICS))
+    with copied(Path(directory), is_pushed) as directory:
+        config, model, step = load_model(directory, step)
+        tokenizer = load_tokenizer(directory)
+        tokens = decoding_tokens(directory, config, tokenizer)
+        return Run(config, model, tokenizer, step, tokens, read_jsonl(directory / METRICS))
 
 
 def decoding_tokens(
@@ -87,7 +91,8 @@ def decoding_tokens(
       InputError: a `config.json` that holds something else there.
     """
     path = Path(directory) / CONFIG
-    saved = read_config(Path(directory)).get(TOKENS)
+    with copied(Path(directory), {CONFIG}.__contains__) as own:
+        saved = read_config(own).get(TOKENS)
     if saved is not None:
         try:
             fields = DecodingTokens(**saved).fields()
@@ -114,18 +119,18 @@ def load_model(
     Raises:
       InputError: no run, no checkpoint, or one that does not fit its config.
     """
-    directory, config = Path(directory), load_config(directory)
-    _check_checkpoints(directory)
-    graphdef, shapes = abstract(config.model)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    keep_programs()
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-    )
-    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        step = checkpoints.best_step if step is None else step
-        params = checkpoints.restore_params(shapes, step)
-        step = checkpoints.last_step if step is None else step
+    with copied(Path(directory), is_pushed) as directory:
+        config = load_config(directory)
+        graphdef, shapes = abstract(config.model)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        keep_programs()
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+        )
+        with _checkpoints(directory) as checkpoints:
+            step = checkpoints.best_step if step is None else step
+            params = checkpoints.restore_params(shapes, step)
+            step = checkpoints.last_step if step is None else step
     assert step is not None
     return config, nnx.merge(graphdef, params), step
 
@@ -136,13 +141,20 @@ def checkpoint_steps(directory: str | Path) -> list[int]:
     Raises:
       InputError: no run, or no checkpoint.
     """
-    directory = Path(directory)
-    load_config(directory)
-    _check_checkpoints(directory)
+    with copied(Path(directory), is_pushed) as directory:
+        load_config(directory)
+        with _checkpoints(directory) as checkpoints:
+            return checkpoints.steps
+
+
+@contextlib.contextmanager
+def _checkpoints(directory: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a run, to be read.
+
+    Raises:
+      InputError: there are none yet.
+    """
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
-        return checkpoints.steps
-
-
-def _check_checkpoints(directory: Path) -> None:
-    if not (directory / CHECKPOINTS).is_dir():
-        raise InputError(f"{directory} holds no {CHECKPOINTS} yet.")
+        if not (directory / CHECKPOINTS).is_dir():
+            raise InputError(f"{address(directory)} holds no {CHECKPOINTS} yet.")
+        yield checkpoints

@@ -12,6 +12,7 @@ from gptjax import distributed
 from gptjax.costs.model import model_cost
 from gptjax.data.corpus import Corpus, Sources
 from gptjax.data.pipeline import bits_per_byte
+from gptjax.runs.bucket import address, push
 from gptjax.runs.data import Data
 from gptjax.runs.directory import RESULT, SHOWING
 from gptjax.runs.loading import Run, load_run
@@ -37,6 +38,7 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
         return
     (out / SHOWING).touch()
     write_json(out / RESULT, reached)
+    push(out)
     try:
         shown = f"{show(load_run(out), data.sources, data.corpus, out)}, "
     except Exception as error:  # Of whatever kind.
@@ -48,7 +50,7 @@ def finish(out: Path, data: Data, fitted: Fit, *, show: Show | None) -> None:
     files = f"{shown}result.json, metrics.jsonl, checkpoints/"
     if "tensorboard" in data.config.train.track:
         files += ", train/ and validation/ for TensorBoard"
-    print(f"{summary(reached)}\nIn {out}: {files}.")
+    print(f"{summary(reached)}\nIn {address(out)}: {files}.")
 
 
 def result(data: Data, fitted: Fit) -> dict[str, Any]:

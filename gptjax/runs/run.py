@@ -67,15 +67,15 @@ def run(
     optimizer = assembly.optimizer()
     state_shapes(assembly.init, optimizer, mesh, assembly.axes)  # Raises before a file is written.
 
-    with hold(out, finished=overwrite):
-        if open_run(out, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
+    with hold(out, finished=overwrite) as run_dir:
+        if open_run(run_dir, config, data.tokenizer, data.sources.fingerprint, overwrite=overwrite):
             return False
         print(f"{model_cost(config.model).parameters:,} parameters; training on {data.size}.")
         print(*mesh_lines, *assembly.lines, sep="\n")
         batches, validation = data.batches(mesh)
         with (
-            Checkpoints(out / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
-            open_trackers(out, config.train, checkpoints.last_step or 0) as trackers,
+            Checkpoints(run_dir / CHECKPOINTS, keep_every=config.train.keep_every) as checkpoints,
+            open_trackers(run_dir, config.train, checkpoints.last_step or 0) as trackers,
         ):
             fitted = fit(
                 config.train,
@@ -91,7 +91,7 @@ def run(
                 trackers=trackers,
                 describe=rate_and_mfu(config),
             )
-        finish(out, data, fitted, show=show)
+        finish(run_dir, data, fitted, show=show)
     return distributed.is_first()
 
 

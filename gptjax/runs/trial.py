@@ -77,7 +77,7 @@ def train(
       Diverged: a loss that is not finite.
       Interrupted: an interrupt, by keyboard or in a notebook.
     """
-    with or_temporary(directory) as own, hold(own):
+    with or_temporary(directory) as named, hold(named) as own:
         return _train(config, batches, validation, own, trackers, mup_base)
 
 

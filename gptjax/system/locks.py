@@ -116,14 +116,14 @@ def _take(path: Path, what: object) -> BinaryIO:
             if _is_at(file, path):
                 owner = _owner(file)
                 if owner and _is_alive(owner, path, what, alone):
-                    raise InUse(_sentence(owner, what))
+                    raise InUse(sentence_of(owner, what))
                 _sign(file, what, alone)
                 return file
             file.close()  # Its owner has just exited and deleted it.
         except BlockingIOError as error:
             owner = _owner(file)
             file.close()
-            raise InUse(_sentence(owner, what)) from error
+            raise InUse(sentence_of(owner, what)) from error
         except BaseException:
             file.close()
             raise
@@ -167,41 +167,27 @@ def _sign(file: BinaryIO, what: object, alone: bool) -> None:
     Raises:
       InUse: without `flock`, another process has done so after it.
     """
-    process = psutil.Process()
-    now = datetime.datetime.now().astimezone()
-    own = Owner(
-        host=socket.gethostname(),
-        boot=_boot(),
-        process=process.pid,
-        started=process.create_time(),
-        since=now.isoformat(" ", "seconds"),
-    )
+    own = this_owner()
     file.truncate(0)
     file.write(json.dumps(own._asdict()).encode() + b"\n")
     os.fsync(file.fileno())
     if not alone:
         time.sleep(SETTLE_SECONDS)
         if (owner := _owner(file)) != own:
-            raise InUse(_sentence(owner, what))
+            raise InUse(sentence_of(owner, what))
 
 
 def _is_alive(owner: Owner, path: Path, what: object, alone: bool) -> bool:
     """Whether the owner still runs; `alone` says that no process of this machine holds it."""
     if owner.boot != _boot():
         return _is_touched(owner, path, what)
-    if alone:
-        return False
-    try:
-        process = psutil.Process(owner.process)
-        return abs(process.create_time() - owner.started) < 1 and process.is_running()
-    except psutil.Error:
-        return False
+    return not alone and is_running(owner)
 
 
 def _is_touched(owner: Owner, path: Path, what: object) -> bool:
     """Watch the file for a while, reopened each time, as network file systems require."""
     print(
-        f"{what} was in use by {_name(owner)}: checking for {SILENT_SECONDS:.0f} s whether it "
+        f"{what} was in use by {name_of(owner)}: checking for {SILENT_SECONDS:.0f} s whether it "
         "still is.",
         file=sys.stderr,
     )
@@ -225,16 +211,40 @@ def _beat(file: BinaryIO, ended: threading.Event) -> None:
             os.utime(file.fileno())
 
 
+def this_owner() -> Owner:
+    """This process as an owner from now on."""
+    process = psutil.Process()
+    now = datetime.datetime.now().astimezone()
+    return Owner(
+        host=socket.gethostname(),
+        boot=_boot(),
+        process=process.pid,
+        started=process.create_time(),
+        since=now.isoformat(" ", "seconds"),
+    )
+
+
+def is_running(owner: Owner) -> bool:
+    """Whether an owner on this machine still runs."""
+    try:
+        process = psutil.Process(owner.process)
+        return abs(process.create_time() - owner.started) < 1 and process.is_running()
+    except psutil.Error:
+        return False
+
+
 @functools.cache
 def _boot() -> str:
     return BOOT_ID.read_text().strip() if BOOT_ID.exists() else socket.gethostname()
 
 
-def _name(owner: Owner | None) -> str:
+def name_of(owner: Owner | None) -> str:
+    """The owner in words."""
     if owner is None:
         return "another process"
     return f"process {owner.process} on {owner.host} since {owner.since}"
 
 
-def _sentence(owner: Owner | None, what: object) -> str:
-    return f"{what} is in use by {_name(owner)}: wait until it ends, or choose another directory."
+def sentence_of(owner: Owner | None, what: object) -> str:
+    """The error that another process holds the lock."""
+    return f"{what} is in use by {name_of(owner)}: wait until it ends, or choose another directory."

@@ -4,14 +4,20 @@ import contextlib
 import glob
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from gptjax.config import InputError
+from gptjax.system.buckets import exists, upload, url_of
 from gptjax.system.disk import check_local, write_error
 from gptjax.system.locks import LOCK, locked
+from gptjax.system.mirrors import Rules, uploaded
+
+LAST = ("config.json", "checksums.json")
+"""Files of a model's directory that say that others are complete: uploaded last."""
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> Path:
@@ -21,6 +27,10 @@ def check_output(path: Path, *, overwrite: bool = False) -> Path:
       InputError: an existing file, unless `overwrite`; a directory, a device, a pipe or a socket; a
         broken link; or a parent directory that is missing or not writable.
     """
+    if url := url_of(path):
+        if exists(url) and not overwrite:
+            raise InputError(f"{url} already exists: choose another, or --overwrite it.")
+        return path
     check_local(path)
     try:
         if path.is_symlink() and not path.exists():
@@ -55,6 +65,12 @@ def whole_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     where = check_output(path, overwrite=overwrite)
+    if url := url_of(path):
+        with tempfile.TemporaryDirectory() as directory:
+            made = Path(directory) / path.name
+            yield made
+            upload(made, url)
+        return
     temporary = where.with_name(f".{os.getpid()}.{where.name}")
     try:
         for left in where.parent.glob(f".*.{glob.escape(where.name)}"):
@@ -92,6 +108,13 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises:
       InputError: another process is making it, or it cannot be written.
     """
+    if url := url_of(path):
+        if exists(url):
+            raise InputError(f"{url} already exists: choose another.")
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+            uploaded(Path(directory), url, Rules(last=LAST))
+        return
     where = check_local(path).resolve()
     partial = where.with_name(f".{where.name}.partial")
     made = partial / "new"

@@ -78,7 +78,7 @@ def default_directory(backend: str, cpuinfo: str) -> Path | None:
     itself with an error for every program (github.com/jax-ml/jax/issues/38445).
     """
     try:
-        directory = _user_caches() / "gptjax" / "jax"
+        directory = user_caches() / "gptjax" / "jax"
     except RuntimeError:  # The user has no home.
         return None
     if backend != "cpu":
@@ -92,7 +92,7 @@ def default_directory(backend: str, cpuinfo: str) -> Path | None:
     return directory.with_name(f"jax-cpu-{digest}")
 
 
-def _user_caches() -> Path:
+def user_caches() -> Path:
     """The directory for caches of this user, by the platform's convention."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given)

@@ -1,13 +1,16 @@
 """Asynchronous checkpoints of a run: the last, the best, and every `keep_every` steps.
 
-The only module that imports Orbax. A checkpoint `DIR/STEP/` holds four items: `params` (the nested
-dict of arrays), `optimizer` (the same, by leaf name), `progress` (JSON: the data iterator's state
-and the loop's own) and, after an evaluation, `metrics` (JSON: the validation loss); and the
-checksums of their files. Writing and deleting are atomic, by renaming the folder, so no partial
-checkpoint is ever visible. What is restored equals bit for bit what was saved, or is refused.
+With orbax_checkpointer.py the only module that imports Orbax. A checkpoint `DIR/STEP/` holds four
+items: `params` (the nested dict of arrays), `optimizer` (the same, by leaf name), `progress` (JSON:
+the data iterator's state and the loop's own) and, after an evaluation, `metrics` (JSON: the
+validation loss); and the checksums of their files. Writing and deleting are atomic, by renaming the
+folder, so no partial checkpoint is ever visible. What is restored equals bit for bit what was
+saved, or is refused. Of a run in a bucket, the directory is one of this process's own
+(checkpoint_bucket.py).
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -22,17 +25,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.future import ChainedFuture
-from orbax.checkpoint.handlers import DefaultCheckpointHandlerRegistry
-from orbax.checkpoint.metadata import metadata_store
-from orbax.checkpoint.options import AsyncOptions, MultiprocessingOptions
 
 from gptjax import distributed
 from gptjax.config import InputError, read_json_object
 from gptjax.system.disk import CheckpointFailed, DiskError
+from gptjax.system.mirrors import mirror_of
 from gptjax.training import checkpoint_files as files
+from gptjax.training.checkpoint_bucket import BucketCheckpoints
 from gptjax.training.checkpoint_files import ARRAYS, HAS_LIST, METRICS, PROGRESS, Manifest
 from gptjax.training.leaves import by_name, check_leaves, described, leaf_names, shapes_of
+from gptjax.training.orbax_checkpointer import checkpointer, once
 from gptjax.training.step import Params, State
 
 VALIDATION_LOSS = "validation_loss"
@@ -68,7 +70,12 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.directory = directory.resolve()
         self._keep_every, self._read_only = keep_every, read_only
-        self._steps, self._incomplete = files.survey(self.directory)
+        found = mirror_of(self.directory)
+        self._bucket = BucketCheckpoints(*found, writes=not read_only) if found else None
+        if self._bucket:
+            self._steps, self._incomplete = self._bucket.steps, {}
+        else:
+            self._steps, self._incomplete = files.survey(self.directory)
         if distributed.is_first():
             for step, what in self._incomplete.items():
                 print(f"{self.directory / str(step)} is skipped: {what}.", file=sys.stderr)
@@ -78,17 +85,8 @@ class Checkpoints:
         self._saving: int | None = None
         self._failed = False
         self._arrays: dict[str, dict[str, str]] = {}
-        # One process may read a run while the others wait, as when it draws samples.
-        alone = MultiprocessingOptions(jax.process_index(), {jax.process_index()})
-        processes = alone if read_only else MultiprocessingOptions()
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                composite_options=ocp.CompositeOptions(multiprocessing_options=processes),
-                handler_registry=_handlers(),
-            ),
-            multiprocessing_options=processes,
-            async_options=AsyncOptions(post_finalization_callback=self._list_files),
-            checkpoint_metadata_store=metadata_store(enable_write=True, blocking_write=True),
+        self._checkpointer = checkpointer(
+            self._list_files, read_only=read_only, one_directory=self._bucket is None
         )
         self._deleting = ThreadPoolExecutor(1)
 
@@ -101,6 +99,8 @@ class Checkpoints:
         same = kind is None or issubclass(kind, (OSError, DiskError))
         hidden = [] if same else [CheckpointFailed]
         try:
+            if self._bucket and kind:
+                self._bucket.close()  # Other processes may have ended with this one.
             with contextlib.suppress(*hidden):
                 self.wait()
         finally:
@@ -124,9 +124,13 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
+            if isinstance(error, InputError) and not isinstance(error, DiskError):
+                raise
             number = OS_ERROR.search(str(error))
             if isinstance(error, OSError):
                 reason = error.strerror or str(error)
+            elif isinstance(error, DiskError):
+                reason = str(error).rstrip(".")
             elif number:
                 reason = os.strerror(int(number[1]))
             elif "NOT_FOUND" in str(error):
@@ -183,8 +187,8 @@ class Checkpoints:
         self._delete_superseded()
         optimizer = by_name(state.optimizer)
         items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(_once(state.params)),
-            "optimizer": ocp.args.StandardSave(_once(optimizer)),
+            "params": ocp.args.StandardSave(once(state.params)),
+            "optimizer": ocp.args.StandardSave(once(optimizer)),
             "progress": ocp.args.JsonSave(progress),
         }
         if validation_loss is not None:
@@ -272,10 +276,13 @@ class Checkpoints:
             return None
         unread = {*ARRAYS} - {*wanted}
         names = [name for name in manifest.files if name.split("/")[0] not in unread]
+        if self._bucket:
+            self._bucket.fetch(step, manifest, names)
         if self._read_only:
             found = [files.changed(path, manifest, names)]
         else:
-            own = names[jax.process_index() :: jax.process_count()]
+            alone = self._bucket or jax.process_count() == 1
+            own = names if alone else names[jax.process_index() :: jax.process_count()]
             problem = files.changed(path, manifest, own)
             found = distributed.meet(f"the checkpoint of step {step}", problem)
         for what in filter(None, found):
@@ -289,7 +296,8 @@ class Checkpoints:
             manifest = files.read_list(path)
         except InputError as error:
             raise self._damaged(step, f"{files.LIST} is not what was written") from error
-        if missing := files.missing_file(path):
+        lacks = functools.partial(self._bucket.lacks, step) if self._bucket else None
+        if missing := files.missing_file(path, lacks):
             raise self._damaged(step, missing)
         return manifest
 
@@ -322,67 +330,33 @@ class Checkpoints:
         return InputError(f"The checkpoint {path} is damaged ({what}){choice}.")
 
     def _list_files(self) -> None:
-        """Called on process 0 when all items of a checkpoint are written, before it is renamed."""
-        files.list_files(self.directory / f"{self._saving}{UNFINISHED}", self._arrays)
+        """Called when all items of a checkpoint are written, before it is renamed.
+
+        On process 0, or of a run in a bucket on each.
+        """
+        assert self._saving is not None
+        folder = self.directory / f"{self._saving}{UNFINISHED}"
+        if self._bucket:
+            self._bucket.upload(self._saving, folder, self._arrays)
+        else:
+            files.list_files(folder, self._arrays)
 
     def _delete_superseded(self) -> None:
         """Delete superseded and partial checkpoints, in the background of process 0."""
         every = self._keep_every
         kept = {self.last_step, self.best_step}
         kept |= {step for step in (*self._steps, *self._incomplete) if every and step % every == 0}
-        superseded = {str(step) for step in (*self._steps, *self._incomplete) if step not in kept}
+        superseded = {step for step in (*self._steps, *self._incomplete) if step not in kept}
         self._steps = [step for step in self._steps if step in kept]
         self._incomplete = {}
-        if jax.process_index() or not self.directory.exists():
+        if self._bucket and distributed.is_first():
+            for step in sorted(superseded):
+                self._deleting.submit(self._bucket.delete, step)
+        if not self.directory.exists() or (jax.process_index() and not self._bucket):
             return
         for path in self.directory.iterdir():
-            if path.name.endswith(UNFINISHED) or path.name in superseded:
+            if path.name.endswith(UNFINISHED) or path.name in map(str, superseded):
                 with self._writing():
                     path = path.rename(path.with_name(f"{path.name}.{time.time_ns()}{DELETED}"))
             if path.name.endswith(DELETED):
                 self._deleting.submit(shutil.rmtree, path, ignore_errors=True)
-
-
-def _once(arrays: Any) -> Any:
-    """Arrays that every device has, as they are on one; of one process.
-
-    Of replicas Orbax saves a slice each, for which it compiles a program per shape.
-    """
-    if jax.process_count() > 1:
-        return arrays
-
-    def of_one(array: Any) -> Any:
-        replicated = isinstance(array, jax.Array) and array.is_fully_replicated
-        return array.addressable_data(0) if replicated else array
-
-    return jax.tree.map(of_one, arrays)
-
-
-class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Has each process checksum its own files as soon as they are written, in the background."""
-
-    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        written = await super().async_save(directory, *args, **kwargs)
-        own = Path(directory) / f"ocdbt.process_{jax.process_index()}"
-        return [ChainedFuture(written or [], lambda: files.list_own_files(own))]
-
-    @classmethod
-    def typestr(cls) -> str:
-        """The handler's name in `_CHECKPOINT_METADATA`, by which other programs read the arrays."""
-        return ocp.StandardCheckpointHandler.typestr()
-
-
-def _handlers() -> DefaultCheckpointHandlerRegistry:
-    registry = DefaultCheckpointHandlerRegistry()
-    arrays = {item: _ArraysHandler() for item in ARRAYS}
-    metrics, progress = METRICS.split("/")[1], PROGRESS.split("/")[1]
-    for item, handler in arrays.items():
-        registry.add(item, ocp.args.StandardSave, handler)
-        registry.add(item, ocp.args.StandardRestore, handler)
-    for item, handler in {
-        "metrics": ocp.JsonCheckpointHandler(metrics),
-        "progress": ocp.JsonCheckpointHandler(progress),
-    }.items():
-        registry.add(item, ocp.args.JsonSave, handler)
-        registry.add(item, ocp.args.JsonRestore, handler)
-    return registry

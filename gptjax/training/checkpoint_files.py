@@ -21,7 +21,7 @@ import hashlib
 import json
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -93,15 +93,28 @@ def list_own_files(directory: Path) -> None:
 
 def list_files(checkpoint: Path, arrays: dict[str, dict[str, str]]) -> None:
     """Write the manifest of `checkpoint`, with the checksums that each process has listed."""
+    write_list(checkpoint, Manifest(arrays, checksums_of_all(checkpoint)))
+
+
+def checksums_of_all(checkpoint: Path) -> dict[str, str]:
+    """Checksums of all files of a checkpoint just written, with those that processes have listed.
+
+    The lists are deleted.
+    """
     known = {}
     for own in checkpoint.rglob(PROCESS_LIST):
         folder = own.parent.relative_to(checkpoint)
         listed = json.loads(own.read_text(encoding="utf-8"))
         known |= {(folder / name).as_posix(): found for name, found in listed.items()}
         own.unlink()
-    content = {"arrays": arrays, "files": _checksums(checkpoint, known)}
-    text = json.dumps(sealed(content), indent=1)
-    (checkpoint / LIST).write_text(text + "\n", encoding="utf-8")
+    return _checksums(checkpoint, known)
+
+
+def write_list(checkpoint: Path, manifest: Manifest) -> str:
+    """Write the manifest of `checkpoint`, whose content it returns."""
+    text = json.dumps(sealed(manifest._asdict()), indent=1) + "\n"
+    (checkpoint / LIST).write_text(text, encoding="utf-8")
+    return text
 
 
 def read_list(checkpoint: Path) -> Manifest | None:
@@ -170,8 +183,14 @@ def survey(directory: Path) -> tuple[list[int], dict[int, str]]:
     return [step for step in steps if step not in incomplete], incomplete
 
 
-def missing_file(checkpoint: Path) -> str | None:
-    """A sentence about the first file that a checkpoint lacks; None if it lacks none."""
+def missing_file(checkpoint: Path, lacks: Callable[[str], bool] | None = None) -> str | None:
+    """A sentence about the first file that a checkpoint lacks; None if it lacks none.
+
+    Args:
+      checkpoint: its directory.
+      lacks: whether it lacks a file, of those in a bucket; by default, whether none is here.
+    """
+    lacks = lacks or (lambda name: not (checkpoint / name).exists())
     try:
         manifest = read_list(checkpoint)
         names = tuple(manifest.files) if manifest else NEEDED
@@ -180,7 +199,7 @@ def missing_file(checkpoint: Path) -> str | None:
             names = (LIST, *NEEDED) if saved == HAS_LIST else NEEDED
     except InputError:
         return None  # A damaged manifest is reported when the checkpoint is read.
-    name = next((name for name in names if not (checkpoint / name).exists()), None)
+    name = next(filter(lacks, names), None)
     return name and f"{name} is missing"
 
 

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import buckets
 import jax
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from gptjax.cli import run_experiment
 from gptjax.models.build import split
 from gptjax.runs.loading import load_run
 from gptjax.runs.run import run
+from gptjax.system.mirrors import copied
 from gptjax.training.trackers.jsonl import read_jsonl
 
 SCRIPT = Path(__file__).with_name("process_of_a_run.py")
@@ -51,7 +54,7 @@ def text(tmp_path_factory) -> Path:
 def launched(out: Path, text: Path, *flags: str, processes: int = 2, trouble: str = "none 0 0"):
     """Exit code, output, errors and seconds from the first line of errors to the end."""
     words = ["launch", f"--local={processes}", str(SCRIPT), *FLAGS, f"--out={out}", *flags]
-    printed, errors, first = out.with_suffix(".printed"), "", math.inf
+    printed, errors, first = text.with_suffix(".printed"), "", math.inf
     with (
         printed.open("w") as output,
         subprocess.Popen(
@@ -116,11 +119,19 @@ def restored_arrays(out: Path, step: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
+@pytest.fixture(params=["disk", "bucket"])
+def out(request, tmp_path) -> Iterator[Path]:
+    """Where a run is: in a directory, or in a bucket, where its processes share none."""
+    if request.param == "disk":
+        yield tmp_path / "run"
+        return
+    pytest.importorskip("moto", reason="the extra dev has an S3 server")
+    with buckets.s3("bucket", tmp_path):
+        yield Path("s3://bucket/run")
+
+
 @pytest.mark.slow
-def test_a_killed_process_stops_the_others_and_one_process_goes_on(
-    tmp_path, text, whole, monkeypatch
-):
-    out = tmp_path / "run"
+def test_a_killed_process_stops_the_others_and_one_process_goes_on(out, text, whole, monkeypatch):
     code, printed, errors, seconds = launched(out, text, trouble=f"SIGKILL 1 {SAVED + 2}")
     assert code == 128 + 9
     assert "Process 1 was ended by SIGKILL.\n" in errors
@@ -134,18 +145,21 @@ def test_a_killed_process_stops_the_others_and_one_process_goes_on(
     assert printed.count("parameters; training on") == 1  # Process 0 alone prints.
     assert re.search(rf"^step {SAVED}/{STEPS}  loss", printed, flags=re.MULTILINE)
 
-    assert len(losses(out)) >= SAVED
-    assert_same_losses(out, whole)
-    saved = saved_arrays(out, SAVED)
+    with copied(out) as left:
+        assert len(losses(left)) >= SAVED
+        assert_same_losses(left, whole)
+        saved = saved_arrays(left, SAVED)
     restored = restored_arrays(out, SAVED)  # On one device of one process.
     assert len(saved) == len(restored) > 10
     for array, again in zip(saved, restored, strict=True):
         np.testing.assert_array_equal(array, again)
 
     in_one_process(out, text, monkeypatch)
-    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [*range(1, STEPS + 1)]
-    assert_same_losses(out, whole)  # Of other batches they would be others.
-    assert json.loads((out / "result.json").read_text())["tokens_seen"] == STEPS * 8 * 32
+    with copied(out) as left:
+        steps = [line["step"] for line in read_jsonl(left / "metrics.jsonl")]
+        assert steps == [*range(1, STEPS + 1)]
+        assert_same_losses(left, whole)  # Of other batches they would be others.
+        assert json.loads((left / "result.json").read_text())["tokens_seen"] == STEPS * 8 * 32
 
 
 @pytest.mark.slow

@@ -1,16 +1,21 @@
 """Kill training runs, again and again, and compare what they leave with a run left alone.
 
     python tests/reliability/kills.py --kills 1000
+    python tests/reliability/kills.py --kills 50 --processes 2 --bucket
 
 A run of experiments/quickstart.py, in one process or in two, is killed by SIGKILL at a random
 moment, at a random change of a file in its directory, or at one while it writes its results;
 started again by the same command, and so on to its end. Then every step, line of metrics, point in
 TensorBoard, checkpoint, sample and result must be that of the run left alone, bit for bit; speeds
 and times differ and are left out.
+
+With `--bucket` the runs are in a bucket of an S3 server on this machine (moto), no two processes
+share a directory, and a run of two processes goes on now in one with two devices, now in two.
 """
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -27,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import buckets
 import forked
 import numpy as np
 
@@ -49,6 +55,7 @@ TIMES = {"tokens_per_second", "data_wait", "mfu", "wall_seconds", "compile_secon
 """What no two runs have in common: times, and the checksum of a line with times."""
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link"}
 """Python's audit events that change a directory; `open` does if it may write."""
+BUCKET, DEVICES = "trial", "JAX_NUM_CPU_DEVICES"
 KILLED = -signal.SIGKILL
 SECONDS = 120
 """After which a run that should have ended hangs."""
@@ -76,19 +83,28 @@ def drawn_kill(draw: random.Random, processes: int, seconds: float) -> Kill:
     return Kill(kind, at[kind], draw.randrange(processes))
 
 
+def address(out: Path) -> str:
+    """Where the run is: its directory, or what stands for it in the bucket."""
+    return f"s3://{BUCKET}/{out.name}" if buckets.ENDPOINT in os.environ else str(out)
+
+
 def train(out: Path, text: Path, kill: Kill | None, process: int, processes: int, port: int):
     """One process of the run; the program of a forked process."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", int(os.environ[DEVICES]) // processes)
     if processes > 1:
         os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
         os.environ["JAX_NUM_PROCESSES"] = str(processes)
         os.environ["JAX_PROCESS_ID"] = str(process)
         os.environ["GPTJAX_SECRET"] = "known to the processes of a trial"
     if kill and kill.process == process and kill.kind != "moment":
-        die_at_change(out, int(kill.at), "loss.png" if kill.kind == "result" else "")
+        local = Path(os.environ["XDG_CACHE_HOME"]) if buckets.ENDPOINT in os.environ else out
+        die_at_change(local, int(kill.at), "loss.png" if kill.kind == "result" else "")
     from gptjax.cli import run_experiment
 
     quickstart = importlib.import_module("quickstart")
-    sys.argv = ["quickstart", *FLAGS, f"--data.source={text}", f"--out={out}"]
+    sys.argv = ["quickstart", *FLAGS, f"--data.source={text}", f"--out={address(out)}"]
     run_experiment(quickstart.quickstart, {"quickstart": quickstart.DEFAULTS}, "none", "")
 
 
@@ -129,10 +145,18 @@ def run_once(
     return ended
 
 
-def left(out: Path) -> dict[str, Any]:
+def left(run: Path) -> dict[str, Any]:
     """What a finished run left, by the name of each thing, without times."""
+    from gptjax.system.mirrors import copied
+
+    with copied(Path(address(run))) as out:
+        return _left(out)
+
+
+def _left(out: Path) -> dict[str, Any]:
     # Whoever was killed behind its last file leaves a lock that nobody holds.
-    names = {path.name for path in out.iterdir()} - {".lock"}
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".lock")}
+    names -= {".mirror.json"}
     found: dict[str, Any] = {"files": sorted(names)}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     found["steps"] = [line["step"] for line in lines]
@@ -247,10 +271,11 @@ def killed_runs(
     while counted.total() < kills:
         out, history, found = directory / f"{seed}-{runs}", [], []
         while not found:
-            kill = drawn_kill(draw, processes, seconds)
-            history.append(f"{kill.kind} {kill.at:.3g} of process {kill.process}")
-            ended = run_once(out, text, kill, processes, port=20_000 + seed % 10_000)
-            found = list(troubles(ended, processes))
+            now = draw.randint(1, processes) if buckets.ENDPOINT in os.environ else processes
+            kill = drawn_kill(draw, now, seconds)
+            history.append(f"{kill.kind} {kill.at:.3g} of process {kill.process} of {now}")
+            ended = run_once(out, text, kill, now, port=20_000 + seed % 10_000)
+            found = list(troubles(ended, now))
             if ended[kill.process].code != KILLED:
                 break
             counted[kill.kind] += 1
@@ -260,7 +285,7 @@ def killed_runs(
         runs += 1
         print(f"{counted.total()} kills, {runs} runs", *problems[-len(found) or len(problems) :])
         if not found:
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
     return Tally(counted, runs, problems)
 
 
@@ -281,11 +306,11 @@ def trial(
     directory: Path, kills: int, *, processes: int = 1, seed: int = 0, at_once: int = 2
 ) -> Tally:
     """Kill runs below `directory`, `kills` times or a few more, `at_once` runs side by side."""
-    text, whole = directory / "text.txt", directory / "whole"
+    text, whole = directory / "text.txt", directory
     text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(300)))
     start = 0.0
-    for _ in range(2):  # The second has its programs compiled, and so its usual length.
-        shutil.rmtree(whole, ignore_errors=True)
+    for whole in (directory / "compiled", directory / "whole"):
+        # The second has its programs compiled, and so its usual length.
         start = time.monotonic()
         for end in run_once(whole, text, None, processes, port=20_000 + seed % 10_000):
             assert end.code == 0, end.said
@@ -313,10 +338,10 @@ def trial(
     return Tally(counted, sum(tally.runs for tally in tallies), problems)
 
 
-def prepare() -> None:
-    """Import, before any process is forked, what a run imports."""
+def prepare(devices: int = 1) -> None:
+    """Import, before any process is forked, what a run on `devices` devices imports."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_NUM_CPU_DEVICES"] = "1"
+    os.environ[DEVICES] = str(devices)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -334,16 +359,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+    parser.add_argument("--bucket", action="store_true", help="keep the runs in a bucket")
     wanted = parser.parse_args()
-    prepare()
+    prepare(wanted.processes)
     start, directory = time.monotonic(), Path(tempfile.mkdtemp())
-    tally = trial(
-        directory,
-        wanted.kills,
-        processes=wanted.processes,
-        seed=wanted.seed,
-        at_once=wanted.at_once,
-    )
+    with buckets.s3(BUCKET, directory) if wanted.bucket else contextlib.nullcontext():
+        tally = trial(
+            directory,
+            wanted.kills,
+            processes=wanted.processes,
+            seed=wanted.seed,
+            at_once=wanted.at_once,
+        )
     kinds = ", ".join(f"{number} by {kind}" for kind, number in sorted(tally.kills.items()))
     print(
         f"{sum(tally.kills.values())} kills ({kinds}) of {tally.runs} runs of {wanted.processes} "

@@ -10,6 +10,7 @@ from gptjax.compare.plan.runs import RUNS, GridRun, failed, finished, keep, keep
 from gptjax.compare.results import Outcome
 from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.costs.model import model_cost
+from gptjax.runs.bucket import push
 from gptjax.runs.ensembles import most_at_once, train_ensemble
 from gptjax.runs.trial import Trial, train
 from gptjax.system.disk import is_failure
@@ -42,6 +43,7 @@ def run_grid(
         goal = progress.done + sum(work(run.config) for run in missing)
         trained = iter(_train(missing, out, data, progress))
         progress.add(goal - progress.done)  # The rest of failed runs.
+        push(out)
         outcomes += [outcome or next(trained) for outcome in found]
     return outcomes
 

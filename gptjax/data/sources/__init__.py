@@ -14,6 +14,7 @@
 Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
 Options are joined by `&`; field defaults to text, split to train. Line ends within documents are
 kept, a byte order mark is dropped. A pattern reads each file once, however many links lead to it.
+A path may be in a bucket (`gs://`, `s3://`): its files are downloaded once per machine.
 Memory use is an index of 8 bytes per document, not the text.
 """
 
@@ -25,6 +26,7 @@ from gptjax.data.sources.files import find_files, is_gzip
 from gptjax.data.sources.protocol import Documents, Spec, check_no_option, parse_spec, refuse
 from gptjax.data.sources.records import JsonLines, Parquet
 from gptjax.data.sources.text import Blocks, Column, Lines, Whole
+from gptjax.system.buckets import downloaded, find, url_of
 
 __all__ = ["Documents", "embedded_corpus", "open_source", "reopen"]
 
@@ -65,7 +67,12 @@ def reopen(spec: str, fingerprint: str) -> Documents:
 
 
 def _open_files(spec: Spec) -> Documents:
-    paths = find_files(spec.address)
+    if url := url_of(spec.address):
+        paths = [str(downloaded(each)) for each in find(url)]
+        if not paths:
+            refuse(f"no file fits {url}")
+    else:
+        paths = find_files(spec.address)
     if not os.path.lexists(paths[0]):
         check_no_option(spec)
     kinds = {_kind(path) for path in paths}

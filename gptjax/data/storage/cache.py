@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,8 +33,12 @@ from gptjax.config import InputError, read_json
 from gptjax.data.sources import Documents
 from gptjax.data.storage.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.system.bucket_locks import locked_in_bucket
+from gptjax.system.buckets import url_of
 from gptjax.system.disk import DiskError, check_local, is_failure, replacing
 from gptjax.system.locks import locked
+from gptjax.system.mirrors import Mirror, Rules
+from gptjax.system.programs import user_caches
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
 VERSION = 1
@@ -63,20 +68,65 @@ def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> T
         "dtype": dtype.name,
     }
     fingerprint = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()
-    cache_dir = directory / fingerprint[:20]
+    name = fingerprint[:20]
+    if url := url_of(directory):
+        cache_dir = _from_bucket(documents, tokenizer, f"{url}/{name}", wanted)
+    else:
+        cache_dir = directory / name
+        _make(documents, tokenizer, cache_dir, wanted)
     with _sentence_on_failure(cache_dir):
-        if not _finished(cache_dir, wanted):
-            check_local(directory).mkdir(parents=True, exist_ok=True)
-            lock = directory / f"{cache_dir.name}.lock"
-            waiting = f"Another process builds {cache_dir}; waiting for it."
-            with locked(lock, cache_dir, waiting=waiting):
-                if not _finished(cache_dir, wanted):
-                    if cache_dir.exists():
-                        print(f"{cache_dir} is damaged: it is rebuilt.", file=sys.stderr)
-                        shutil.rmtree(cache_dir)
-                    _build(documents, tokenizer, cache_dir, wanted)
         tokens, offsets = Mapped(cache_dir / TOKENS, dtype), Mapped(cache_dir / OFFSETS, OFFSET)
     return TokenStore(tokens, offsets, cache_dir, tokenizer.end_token is not None)
+
+
+def _make(
+    documents: Documents, tokenizer: Tokenizer, cache_dir: Path, wanted: dict[str, Any]
+) -> None:
+    """Build the cache if it is missing or damaged; wait if another process does."""
+    with _sentence_on_failure(cache_dir):
+        if _finished(cache_dir, wanted):
+            return
+        check_local(cache_dir.parent).mkdir(parents=True, exist_ok=True)
+        waiting = f"Another process builds {cache_dir}; waiting for it."
+        with locked(cache_dir.with_name(f"{cache_dir.name}.lock"), cache_dir, waiting=waiting):
+            if not _finished(cache_dir, wanted):
+                if cache_dir.exists():
+                    print(f"{cache_dir} is damaged: it is rebuilt.", file=sys.stderr)
+                    shutil.rmtree(cache_dir)
+                _build(documents, tokenizer, cache_dir, wanted)
+
+
+def _from_bucket(
+    documents: Documents, tokenizer: Tokenizer, url: str, wanted: dict[str, Any]
+) -> Path:
+    """This machine's copy of a cache in a bucket, which one process builds if it is missing there.
+
+    Raises:
+      InputError: a bucket that cannot be used, or a damaged cache in it.
+    """
+    directory = user_caches() / "gptjax" / "tokens"
+    cache_dir = directory / url.rpartition("/")[2]
+    with contextlib.ExitStack() as held, _sentence_on_failure(cache_dir):
+        directory.mkdir(parents=True, exist_ok=True)
+        waiting = f"Another process of this machine gets {cache_dir}; waiting for it."
+        held.enter_context(locked(directory / f"{cache_dir.name}.copy", cache_dir, waiting=waiting))
+        copy = Path(held.enter_context(tempfile.TemporaryDirectory(dir=directory))) / "copy"
+        copy.mkdir()
+        mirror = Mirror(url, copy, Rules())
+        if META not in mirror.refresh():
+            with locked_in_bucket(mirror, waiting=f"Another process builds {url}; waiting for it."):
+                if META not in mirror.refresh():
+                    _make(documents, tokenizer, cache_dir, wanted)
+                    mirror.put({name: cache_dir / name for name in (TOKENS, OFFSETS)})
+                    mirror.put({META: cache_dir / META})
+        if not _finished(cache_dir, wanted):
+            shutil.rmtree(cache_dir, ignore_errors=True)
+            mirror.get([TOKENS, OFFSETS, META])
+            copy.rename(cache_dir)
+            if not _finished(cache_dir, wanted):
+                shutil.rmtree(cache_dir)
+                raise InputError(f"data.cache: {url} is damaged: delete it, or choose another.")
+    return cache_dir
 
 
 def kept(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -331,3 +332,54 @@ def test_a_full_disk_while_keeping_rows_is_one_sentence_and_leaves_nothing(tmp_p
             kept(store, "rows", NUMBER, lambda: [np.arange(5)])
     assert sorted(path.name for path in store.directory.iterdir()) == [META, OFFSETS, TOKENS]
     assert kept(store, "rows", NUMBER, lambda: [np.arange(5)])[:].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path) -> Iterator[dict]:
+    """A bucket of fsspec's own, in memory, and a machine of its own per `XDG_CACHE_HOME`."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+    yield store.store
+    store.store.clear()
+
+
+def test_a_cache_in_a_bucket_is_built_once_for_all_machines(bucket, monkeypatch, tmp_path):
+    tokenizer, url = Ended(), Path("memory://bucket/cache")
+    built = open_store(Lines(LINES), tokenizer, url)
+    encoded = len(tokenizer.encoded)
+    assert encoded
+    assert {at.rpartition("/")[2] for at in bucket} == {TOKENS, OFFSETS, META}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    for _ in range(2):  # Downloaded, and then there.
+        again = open_store(Lines(LINES), tokenizer, url)
+        np.testing.assert_array_equal(again.tokens[:], built.tokens[:])
+        np.testing.assert_array_equal(again.offsets[:], built.offsets[:])
+        # What is derived from it is kept on each machine.
+        assert again.directory.is_relative_to(tmp_path / "another")
+    assert len(tokenizer.encoded) == encoded
+
+
+def test_a_build_that_was_not_uploaded_to_its_end_is_uploaded_again(bucket):
+    tokenizer, url = Ended(), Path("memory://bucket/cache")
+    open_store(Lines(LINES), tokenizer, url)
+    (meta,) = (at for at in bucket if at.endswith(META))
+    del bucket[meta]
+    open_store(Lines(LINES), tokenizer, url)
+    assert meta in bucket
+
+
+def test_a_damaged_cache_in_a_bucket_is_one_sentence(bucket, monkeypatch, tmp_path):
+    url = Path("memory://bucket/cache")
+    open_store(Lines(LINES), Ended(), url)
+    (tokens,) = (at for at in bucket if at.endswith(TOKENS))
+    content = bytearray(bucket[tokens].getvalue())
+    content[5] ^= 1
+    fsspec.filesystem("memory").pipe_file(tokens, bytes(content))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    sentence = (
+        r"^data\.cache: memory://bucket/cache/\w+ is damaged: delete it, or choose another\.$"
+    )
+    for _ in range(2):  # Nothing of it is kept.
+        with pytest.raises(InputError, match=sentence):
+            open_store(Lines(LINES), Ended(), url)
