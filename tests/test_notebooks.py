@@ -52,7 +52,7 @@ STANDARD = {
 LINES = 25
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-GATED = "quickstart", "inside_gpt", "attention_step_by_step"
+GATED = "quickstart", "attention_step_by_step"
 """Those that the gate runs: about 20 s each. The others run by hand, with the large tests."""
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 

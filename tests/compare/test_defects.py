@@ -33,7 +33,7 @@ def riddles(directory: Path, *variants: str, **fields) -> Comparison:
     return tiny(directory, *variants, data=data, budget="tokens=20480", rates=(1e-2,), **fields)
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_known_defects_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "measure", lambda configs, batch: dict.fromkeys(configs, COSTS))
     comparison = riddles(tmp_path, SOUND, *DEFECTS.values(), seeds=4)

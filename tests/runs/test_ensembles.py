@@ -46,7 +46,9 @@ def trained(configs, seeds, **how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at_once", "grouped"), [(0, 1), (3, 2), (16, 2)])
+@pytest.mark.parametrize(
+    ("at_once", "grouped"), [(0, 1), (3, 2), pytest.param(16, 2, marks=pytest.mark.large)]
+)
 def test_runs_together_are_those_that_run_alone(at_once, grouped, monkeypatch):
     """On four devices, in rounds of three, and by vmap, two on each of two devices."""
     # Two seeds, and two rates of one of them.

@@ -220,7 +220,10 @@ def run(directory: Path, made, tracker: Recorder) -> Fit:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [MIXED, PAIRS], ids=["mixed", "pairs"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(MIXED, id="mixed"), pytest.param(PAIRS, id="pairs", marks=pytest.mark.large)],
+)
 def test_a_run_on_such_batches_goes_on_bit_for_bit(texts, tmp_path, kind):
     made = opened(texts, kind, streaming=kind is MIXED)
     if kind is PAIRS:  # Both shapes are met before and after the stop.

@@ -76,7 +76,7 @@ every_answer = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", ["usual", FITTED])
+@pytest.mark.parametrize("name", ["usual", pytest.param("four sizes", marks=pytest.mark.large)])
 def test_a_report_is_the_same_each_time(name, written, tmp_path):
     write_report(answer(name), tmp_path)
     ours, theirs = (
