@@ -10,7 +10,7 @@ from gptjax.commands.hosts import doctor, launch
 from gptjax.commands.models import certify, convert, params, sample
 from gptjax.commands.preflight import preflight_for
 from gptjax.commands.texts import build_dataset, data
-from gptjax.commands.training import compare, train
+from gptjax.commands.training import compare, goodput, train
 
 __all__ = [
     "attention",
@@ -21,6 +21,7 @@ __all__ = [
     "convert",
     "data",
     "doctor",
+    "goodput",
     "launch",
     "params",
     "sample",
@@ -38,6 +39,7 @@ def commands(arguments: Sequence[str]) -> dict[str, Callable[..., None]]:
         "certify": certify,
         "convert": convert,
         "attention": attention,
+        "goodput": goodput,
         "data": data,
         "build-dataset": build_dataset,
         "preflight": preflight_for(arguments),

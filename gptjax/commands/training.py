@@ -11,6 +11,8 @@ from gptjax.compare.question import Comparison
 from gptjax.config import ExperimentConfig
 from gptjax.models.presets import PRESETS
 from gptjax.runs.defaults import defaults
+from gptjax.system.buckets import url_of
+from gptjax.system.outputs import check_output
 
 
 def trainable() -> dict[str, ExperimentConfig]:
@@ -70,6 +72,41 @@ def compare(
     print(
         f"{summary(answer)}\nIn {named}: report.html, report.md, results.csv, results.jsonl, runs/."
     )
+
+
+def goodput(
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
+    /,
+    png: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    overwrite: bool = False,
+) -> None:
+    """Show where a run's wall time went, over all its restarts: steps, lost steps, waiting …
+
+    Goodput is the share of steps that are kept. Of a run in a bucket it is as of the last upload.
+
+    Args:
+      run: Directory of the run.
+      png: Draw it, too.
+      overwrite: Replace the picture that is there.
+    """
+    from gptjax.runs.bucket import address
+    from gptjax.runs.goodput import goodput, table
+    from gptjax.system.mirrors import copied
+    from gptjax.training.trackers.sessions import SESSIONS
+
+    if png is not None:
+        check_output(png, overwrite=overwrite)
+    with copied(run, {SESSIONS}.__contains__) as directory:
+        found = goodput(directory)
+    print(table(found))
+    if png is not None:
+        from gptjax.plots.curves import stacked_bar
+        from gptjax.plots.legible import save
+
+        parts = {kind: value for kind, value in found.seconds.items() if value}
+        title = f"{address(run)}: goodput {found.share:.1%}"
+        save(stacked_bar([*parts], [*parts.values()], label="wall time, s", title=title), png)
+        print(f"{url_of(png) or png} shows it.")
 
 
 def _command() -> str:

@@ -33,6 +33,7 @@ __all__ = [
     "leave_at_once",
     "meet",
     "versions",
+    "waited",
 ]
 
 START = "GPTJAX_START_SECONDS"
@@ -59,6 +60,11 @@ def meet(name: str, value: Any = None, seconds: float = MEET_SECONDS) -> list[An
       InputError: processes that did not arrive in time, by number and host.
     """
     return [value] if _member is None else _member.gather(name, value, seconds)
+
+
+def waited() -> float:
+    """Seconds for which this process has waited for others in `meet` and when it joined."""
+    return 0.0 if _member is None else _member.waited
 
 
 def agreed_stop(step: int, signal: int | None) -> int | None:

@@ -211,6 +211,8 @@ class Member:
             )
         _enable_keepalive(self._connection)
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.waited = 0.0
+        """Seconds spent in `gather`."""
         self._closed = False
         self._parting: threading.Timer | None = None
         self._noticed = threading.Event()
@@ -233,7 +235,9 @@ class Member:
         """
         self._send(kind="gather", name=name, value=value, seconds=seconds)
         with contextlib.suppress(queue.Empty):
+            since = time.monotonic()
             answer = self._answers.get(timeout=seconds + RETRY_SECONDS + 1)
+            self.waited += time.monotonic() - since
             if "gathered" in answer:
                 return answer["gathered"]
             raise InputError(answer["failed"])

@@ -13,6 +13,7 @@ from gptjax.plots.inline import InlineFigure
 from gptjax.plots.legible import DASHES, LINES, MARKERS, PAGE, finish, wrap
 
 SIZE = 8.0  # Points of text.
+HATCHES = "", "////", "...."
 FEW = 8
 """Most points of a logarithmic axis that are ticks themselves: none might be a power of ten."""
 
@@ -137,6 +138,32 @@ def curves(
         fontsize=SIZE,
         handlelength=4,
     )
+    return finish(figure)
+
+
+def stacked_bar(
+    names: Sequence[str], values: Sequence[float], *, label: str, title: str = ""
+) -> Figure:
+    """Plots parts of a whole as one bar, in the order given, with their shares in the legend.
+
+    Args:
+      names: of the parts.
+      values: [names], none negative.
+      label: axis label.
+      title: above the figure.
+    """
+    figure, axes = page_axes(150, title)
+    begins = np.concatenate([[0.0], np.cumsum(values)[:-1]])
+    whole = float(np.sum(values)) or 1.0
+    for index, (name, begin, value) in enumerate(zip(names, begins, values, strict=True)):
+        turn, number = divmod(index, len(LINES))
+        share = f"{name}, {value / whole:.1%}"
+        (part,) = axes.barh(0, value, left=begin, label=share, color=LINES[number])
+        part.set(edgecolor="white", linewidth=0.5, hatch=HATCHES[turn])
+    axes.set_xlim(0, whole)
+    axes.set_yticks([])
+    axes.set_xlabel(label, fontsize=SIZE)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=SIZE)
     return finish(figure)
 
 

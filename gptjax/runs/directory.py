@@ -7,6 +7,7 @@
 | bytes.txt, characters.json, tokenizer.json, tokenizer.model | the tokenizer, in one of them |
 | checkpoints/ | the last and the best state, and those that train.keep_every keeps |
 | metrics.jsonl | scalars of the logged steps |
+| sessions.jsonl | where the wall time went, from session to session |
 | train/, validation/ | the same as TensorBoard's event files |
 | result.json | written last: a directory that has it holds a finished run |
 | .lock | while a process writes here: the owner of the directory |
@@ -75,6 +76,7 @@ WRITTEN = (
     "result.tmp",
     "metrics.jsonl",
     "metrics.tmp",
+    "sessions.jsonl",
     "wandb",
     "mlflow",
     "trackio",

@@ -62,8 +62,10 @@ def filesystem(scheme: str) -> Any:
     """
     import fsspec  # Here, since most commands use no bucket.
 
+    # file:// is a directory taken for a bucket, which has no directories of its own.
+    options = {"auto_mkdir": True} if scheme == "file" else {}
     try:
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False, **options)
     except ImportError as error:
         extra = EXTRAS.get(scheme)
         how = f": pip install 'gptjax[{extra}]'" if extra else f" ({error})"

@@ -36,7 +36,7 @@ from gptjax.training.step import (
     lower_train_step,
     state_shapes,
 )
-from gptjax.training.trackers.protocol import DurableTracker, Tracker
+from gptjax.training.trackers.protocol import DurableTracker, TimeTracker, Tracker
 
 SCALARS = "loss", "cross_entropy", "grad_norm"
 """The metrics of a step that its line has."""
@@ -155,6 +155,9 @@ def fit(
         state = init_state(init, optimizer, mesh, axes)
     compiled.result()
     compile_seconds = time.perf_counter() - start
+    for tracker in trackers:
+        if isinstance(tracker, TimeTracker):
+            tracker.ready(compile_seconds)
     evaluate = _evaluator(eval_step, validation, feed)
     logger = _Logger(config, trackers, describe, checkpoints, feed, state.params)
 
@@ -182,7 +185,7 @@ def fit(
                 continue
             validation_loss = None
             logger.check(*pending, state)  # Waits for the steps, whose time counts.
-            with logger.paused():
+            with logger.paused("evaluation"):
                 if evaluates:
                     validation_loss = progress.last_loss = evaluate(state.params)
                     if validation_loss < progress.best_loss:
@@ -192,7 +195,7 @@ def fit(
             logger.log(*pending, state, validation_loss, through=saves)
             pending = None
             if saves:
-                with logger.paused():
+                with logger.paused("checkpoint"):
                     progress.data = feed.get_state()
                     progress.seconds = seconds_before + time.perf_counter() - start
                     checkpoints.save(state, asdict(progress), validation_loss)
@@ -200,7 +203,9 @@ def fit(
             if stop and not ends:
                 checkpoints.wait()
                 raise Interrupted(progress.step, stop)
-    checkpoints.wait()
+    with logger.paused("checkpoint"):
+        checkpoints.wait()
+    logger.spend(progress.step)
     return Fit(state.params, progress, compile_seconds)
 
 
@@ -245,6 +250,9 @@ class _Logger:
         self._since, self._waited = time.perf_counter(), feed.waited
         self.tokens = 0
         """Tokens of the steps since the last logged one."""
+        self._spent = {"evaluation": 0.0, "checkpoint": 0.0}
+        """Seconds in `paused`."""
+        self._waited_before = feed.waited
 
     def log(
         self,
@@ -277,6 +285,14 @@ class _Logger:
                 tracker.write(number, scalars)
             if through and isinstance(tracker, DurableTracker):
                 tracker.write_through()
+        self.spend(step)
+
+    def spend(self, step: int) -> None:
+        """Tell where the time went, up to `step`."""
+        seconds = {"data": self._feed.waited - self._waited_before, **self._spent}
+        for tracker in self._trackers:
+            if isinstance(tracker, TimeTracker):
+                tracker.spent(step, seconds)
 
     def _rates(self) -> dict[str, float]:
         """Rates over the steps since the last logged ones."""
@@ -320,11 +336,13 @@ class _Logger:
         return f"every gradient is affected; the suspect is {largest}, up to {max(peaks):.3g}"
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside from tokens per second."""
+    def paused(self, kind: str) -> Iterator[None]:
+        """Exclude the time spent inside from tokens per second, and add it to that of its kind."""
         start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self._since += taken
+        self._spent[kind] += taken
 
 
 def _scalars(metrics: Metrics) -> list[jax.Array]:

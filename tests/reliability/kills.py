@@ -9,8 +9,9 @@ started again by the same command, and so on to its end. Then every step, line o
 TensorBoard, checkpoint, sample and result must be that of the run left alone, bit for bit; speeds
 and times differ and are left out.
 
-With `--bucket` the runs are in a bucket of an S3 server on this machine (moto), no two processes
-share a directory, and a run of two processes goes on now in one with two devices, now in two.
+With `--bucket` the runs are in a bucket of an S3 server on this machine, which takes
+`pip install 's3fs[boto3]' 'moto[server]'`. Then no two processes share a directory, and a run of
+two processes goes on now in one with two devices, now in two.
 """
 
 import argparse

@@ -42,6 +42,7 @@ def test_wrong_invocations_end_in_a_sentence():
     [
         ("kills", ["--kills=900"]),
         ("kills", ["--kills=100", "--processes=2"]),
+        ("kills", ["--kills=50", "--processes=2", "--bucket"]),
         ("damage", ["--changes=1000"]),
         ("invocations", ["--count=600"]),
     ],

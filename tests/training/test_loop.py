@@ -107,8 +107,8 @@ def test_time_that_steps_take_before_an_evaluation_counts(tmp_path, monkeypatch)
     pause, check = loop._Logger.paused, loop._Logger.check
 
     @contextlib.contextmanager
-    def noted(self):
-        with pause(self):
+    def noted(self, kind):
+        with pause(self, kind):
             paused[0] = True
             yield
             paused[0] = False

@@ -3,6 +3,7 @@
 | `train.track` | file | what it is |
 |---|---|---|
 | always | jsonl.py | `metrics.jsonl`, which resumption, figures and reports read |
+| always | sessions.py | `sessions.jsonl`: where the wall time went, for `gptjax goodput` |
 | always | gptjax/training/console.py | a progress bar, or lines |
 | tensorboard | tensorboard.py | event files in the run's directory |
 | wandb | wandb.py | Weights & Biases |
@@ -24,6 +25,7 @@ from gptjax.training.console import ConsoleTracker, ProgressLine, in_notebook
 from gptjax.training.trackers.jsonl import METRICS, JsonlTracker, read_jsonl
 from gptjax.training.trackers.mlflow import MlflowTracker
 from gptjax.training.trackers.protocol import Tracker
+from gptjax.training.trackers.sessions import SESSIONS, SessionTracker
 from gptjax.training.trackers.tensorboard import TensorBoardTracker
 from gptjax.training.trackers.trackio import TrackioTracker
 from gptjax.training.trackers.wandb import WandbTracker
@@ -113,6 +115,7 @@ def open_trackers(
             trackers.append(tracker)
 
         add(JsonlTracker(directory / METRICS, resume_step, config))
+        add(SessionTracker(directory / SESSIONS, resume_step))
         for name in config.track:
             add(TRACKERS[name](directory))
         add(ProgressLine(config.steps) if in_notebook() else ConsoleTracker(config.steps))

@@ -33,6 +33,19 @@ class DurableTracker(Tracker, Protocol):
         ...
 
 
+@runtime_checkable
+class TimeTracker(Tracker, Protocol):
+    """A tracker of where the wall time goes."""
+
+    def ready(self, compile_seconds: float) -> None:
+        """The first step begins."""
+        ...
+
+    def spent(self, step: int, seconds: dict[str, float]) -> None:
+        """The seconds of each kind since `ready`, after `step`."""
+        ...
+
+
 def identity(
     directory: Path, service: str, create: Callable[[], str] = lambda: uuid.uuid4().hex
 ) -> str:
