@@ -134,7 +134,7 @@ def downloaded(url: str) -> Path:
         if info["type"] != "file":
             raise InputError(f"{url} is a directory: give a file, or a pattern such as {url}/*.")
         key = hashlib.sha256(f"{url} {tag_of(info)} {info['size']}".encode()).hexdigest()[:20]
-        path = user_caches() / "gptjax" / "downloads" / key / url.rpartition("/")[2]
+        path = caches("downloads") / key / url.rpartition("/")[2]
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
@@ -174,6 +174,24 @@ def exists(url: str) -> bool:
         return attempt(url, lambda: store.exists(url))
     except OSError as error:
         raise sentence(url, error) from error
+
+
+def caches(kind: str) -> Path:
+    """The user's cache of a kind of copies.
+
+    Raises:
+      InputError: the user has no home.
+    """
+    try:
+        return user_caches() / "gptjax" / kind
+    except RuntimeError as error:
+        raise InputError("XDG_CACHE_HOME must name a directory: there is no home.") from error
+
+
+def file_name(url: str) -> str:
+    """A file's name for a URL, which people can read and no other URL has."""
+    words = re.sub(r"[^A-Za-z0-9.=-]+", "_", url)[-100:]
+    return f"{words}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
 
 def scheme_of(url: str) -> str:

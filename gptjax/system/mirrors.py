@@ -11,17 +11,25 @@ import os
 import shutil
 import tempfile
 import threading
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from gptjax.config import InputError
-from gptjax.system.buckets import attempt, download, filesystem, scheme_of, sentence, tag_of, url_of
+from gptjax.system.buckets import (
+    attempt,
+    caches,
+    download,
+    file_name,
+    filesystem,
+    scheme_of,
+    sentence,
+    tag_of,
+    url_of,
+)
 from gptjax.system.disk import replacing
 from gptjax.system.locks import locked
-from gptjax.system.programs import user_caches
 
 T = TypeVar("T")
 
@@ -182,7 +190,7 @@ class Mirror:
             self.names = {
                 at.removeprefix(root): tag_of(info)
                 for at, info in found.items()
-                if at.startswith(root) and not at.endswith("/")
+                if at.startswith(root) and _is_path(at.removeprefix(root))
             }
         return self.names
 
@@ -265,6 +273,11 @@ class Mirror:
             file.write(json.dumps({"url": self.url, "files": self._copies}).encode())
 
 
+def _is_path(name: str) -> bool:
+    """Whether an object's name is that of a file below a directory; a store allows any name."""
+    return ".." not in name.split("/") and PurePosixPath(name).as_posix() == name
+
+
 _open: dict[Path, Mirror] = {}
 """The mirrors that are open, by local directory."""
 
@@ -290,8 +303,7 @@ def mirrored(url: str, rules: Rules, *, member: str = "") -> Iterator[Mirror]:
     Raises:
       InputError: a scheme whose package is not installed, or a cache that cannot be written.
     """
-    name = urllib.parse.quote(url, safe="") + member
-    local = user_caches() / "gptjax" / "buckets" / name
+    local = caches("buckets") / f"{file_name(url)}{member}"
     try:
         local.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -344,7 +356,7 @@ def downloaded_directory(url: str) -> Path:
     Raises:
       InputError: there is none, or the copy cannot be written.
     """
-    local = user_caches() / "gptjax" / "downloads" / urllib.parse.quote(url, safe="")
+    local = caches("downloads") / file_name(url)
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
         waiting = f"Another process of this machine downloads {url}; waiting for it."

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from gptjax.config import InputError
-from gptjax.system import bucket_locks, buckets
+from gptjax.system import bucket_locks, buckets, mirrors
 from gptjax.system.bucket_locks import PREFIX, locked_in_bucket
 from gptjax.system.buckets import attempt, downloaded, url_of
 from gptjax.system.disk import DiskError
@@ -178,6 +178,23 @@ def test_files_that_the_rules_leave_out_stay_on_both_sides(url, tmp_path):
     mirror.push()
     assert set(_content(url)) == {"own there"}
     assert (mirror.local / "own here").exists()
+
+
+@pytest.mark.parametrize("name", ["../out", "below/../../out"])
+def test_a_name_that_leads_out_is_not_downloaded(url, tmp_path, name):
+    """A store allows any name, so that who writes the bucket could write elsewhere."""
+    store = fsspec.filesystem("memory")
+    store.pipe_file(f"{url}/a", b"1")
+    store.store[f"/bucket/run/{name}"] = store.store["/bucket/run/a"]
+    mirror = _mirror(url, tmp_path / "one")
+    mirror.pull()
+    assert set(mirror.names) == {"a"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["/out", "a//b", "./a", "a/."])
+def test_a_name_that_no_path_has_is_not_known(name):
+    assert not mirrors._is_path(name)
 
 
 @pytest.fixture
@@ -438,3 +455,19 @@ def test_of_many_that_want_a_lock_one_at_a_time_has_it(url, tmp_path, monkeypatc
     for thread in threads:
         thread.join()
     assert most == [1] * 6
+
+
+def test_a_url_becomes_a_file_name_of_its_own():
+    names = [buckets.file_name(url) for url in ("s3://a/b", "s3://a_b", "s3://" + "long/" * 99)]
+    assert names[0].startswith("s3_a_b-")
+    assert len({*names}) == 3
+    assert max(map(len, names)) < 120
+
+
+def test_without_a_home_there_is_a_sentence(monkeypatch):
+    def none() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(buckets, "user_caches", none)
+    with pytest.raises(InputError, match=r"^XDG_CACHE_HOME must name a directory"):
+        buckets.caches("tokens")

@@ -34,11 +34,10 @@ from gptjax.data.sources import Documents
 from gptjax.data.storage.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.system.bucket_locks import locked_in_bucket
-from gptjax.system.buckets import url_of
+from gptjax.system.buckets import caches, url_of
 from gptjax.system.disk import DiskError, check_local, is_failure, replacing
 from gptjax.system.locks import locked
 from gptjax.system.mirrors import Mirror, Rules
-from gptjax.system.programs import user_caches
 
 TOKENS, OFFSETS, META, PROGRESS = "tokens.bin", "offsets.bin", "meta.json", "progress.json"
 VERSION = 1
@@ -104,7 +103,7 @@ def _from_bucket(
     Raises:
       InputError: a bucket that cannot be used, or a damaged cache in it.
     """
-    directory = user_caches() / "gptjax" / "tokens"
+    directory = caches("tokens")
     cache_dir = directory / url.rpartition("/")[2]
     with contextlib.ExitStack() as held, _sentence_on_failure(cache_dir):
         directory.mkdir(parents=True, exist_ok=True)

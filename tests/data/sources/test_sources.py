@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow
 import pytest
@@ -466,3 +467,26 @@ def test_real_text_is_read_as_it_is():
     pairs = [open_source(f"{SHARED}/tatoeba_cmn/cmn.txt#column={n}") for n in (1, 2)]
     assert len(pairs[0]) == len(pairs[1]) > 20_000
     assert (pairs[0][0], pairs[1][0]) == ("Hi.", "嗨。")
+
+
+def test_text_in_a_bucket_is_the_text_of_its_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    texts = {"a.txt": b"one\ntwo\n", "b.txt": b"three\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+        store.pipe_file(f"/bucket/below/{name}", text)
+    store.pipe_file("/bucket/c.txt.gz", gzip.compress(b"four\n"))
+    for pattern, options in (("a.txt", "#documents=line"), ("*.txt", "")):
+        here = open_source(f"{tmp_path}/{pattern}{options}")
+        there = open_source(f"memory://bucket/below/{pattern}{options}")
+        assert all_of(there) == all_of(here)
+        assert there.fingerprint == here.fingerprint
+        assert all_of(pickle.loads(pickle.dumps(there))) == all_of(here)
+        assert there.name == f"memory://bucket/below/{pattern}{options}"
+    assert all_of(open_source("memory://bucket/c.txt.gz")) == ["four\n"]
+    for missing in ("none.txt", "*.md"):
+        with pytest.raises(InputError, match=r"no such bucket or file|no file fits memory://"):
+            open_source(f"memory://bucket/{missing}")
+    store.store.clear()
