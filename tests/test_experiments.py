@@ -61,7 +61,8 @@ def test_quickstart_leaves_everything_it_promises(tmp_path):
     assert "python -m gptjax sample" in printed
     assert {path.name for path in out.iterdir()} == {
         "attention.png", "bytes.txt", "checkpoints", "config.json", "loss.png", "metrics.jsonl",
-        "result.json", "samples.txt", "sessions.jsonl", "tokenizer_kind.json", "train", "validation",
+        "result.json", "samples.txt", "sessions.jsonl", "tokenizer_kind.json", "train",
+        "validation",
     }  # fmt: skip
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"8", "16", "20"}
     lines = read_jsonl(out / "metrics.jsonl")

@@ -275,7 +275,8 @@ class Mirror:
 
 def _is_path(name: str) -> bool:
     """Whether an object's name is that of a file below a directory; a store allows any name."""
-    return ".." not in name.split("/") and PurePosixPath(name).as_posix() == name
+    path = PurePosixPath(name)
+    return path.as_posix() == name and not path.is_absolute() and ".." not in path.parts
 
 
 _open: dict[Path, Mirror] = {}
