@@ -185,6 +185,7 @@ def test_every_experiment_is_run_by_a_test():
         "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
         "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
         "benchmarks/gpu.py", "benchmarks/gpu_changes.py", "benchmarks/forward_trace.py",
+        "benchmarks/preemptions.py",
         "compare.py",  # In tests/compare/.
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -194,6 +195,15 @@ def test_every_experiment_is_run_by_a_test():
     others |= {"benchmarks/timed_rounds.py", "benchmarks/torch_baselines.py"}
     scripts = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.py")}
     assert scripts == tested | others
+
+
+@pytest.mark.large
+def test_preemptions_are_priced():
+    flags = ["--kills=1", "--seconds", "15", "16"]
+    printed = output_of(start("benchmarks/preemptions.py", *flags))
+    assert "With the compilation cache, 1 kills:" in printed
+    assert "Without the compilation cache, 1 kills:" in printed
+    assert printed.count(" in 2 sessions: goodput ") == 2
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from gptjax.runs.goodput import goodput, table
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart.py"
@@ -26,7 +28,7 @@ FLAGS = (
     "--model.width=128",
     "--model.heads=4",
     "--train.steps=1000000",
-    "--train.checkpoint-minutes=0.1",
+    "--train.checkpoint-minutes=0.05",
     "--train.log-every=50",
     "--train.eval-every=500",
 )
@@ -42,16 +44,15 @@ def live(out: Path, cache: str, seconds: float, number: signal.Signals) -> None:
             stdout=log,
             stderr=log,
             env={**os.environ, CACHE: cache},
-            start_new_session=True,
         )
     time.sleep(seconds)
     if process.poll() is not None:
         print((out.parent / "log").read_text()[-2000:])
         raise SystemExit("It ended by itself.")
     if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
+        for each in psutil.Process(process.pid).children(recursive=True):
+            each.kill()
+    process.send_signal(number)
     process.wait()
 
 
