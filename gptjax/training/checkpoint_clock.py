@@ -10,7 +10,9 @@ class CheckpointClock:
 
     Clocks of processes differ, and all must save after the same step. So each time half of what is
     left is over, by the time that a step has taken so far, the processes exchange their clocks and
-    take the one that is furthest: a few messages per checkpoint, none per step.
+    take the one that is furthest: a few messages per checkpoint, none per step. The first steps are
+    only dispatched when they are asked about, and seem to take no time, so that at most as many
+    steps as were made so far pass until the next exchange.
     """
 
     def __init__(self, minutes: float, step: int):
@@ -29,5 +31,5 @@ class CheckpointClock:
         own = time.perf_counter() - self._since
         elapsed = max(distributed.meet("the time since the last checkpoint", own))
         per_step, left = elapsed / (step - self._first), self._seconds - elapsed
-        self._next = step + max(1, int(left / per_step / 2))
+        self._next = step + max(1, min(int(left / per_step / 2), step - self._first))
         return left < per_step
