@@ -47,7 +47,8 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     matched = _URL.fullmatch(os.fspath(path))
     if matched is None:
         return None
-    url = f"{matched[1]}://{matched[2].rstrip('/')}"
+    root = "/" if matched[1] == "file" else ""  # It has no bucket, but an absolute path.
+    url = f"{matched[1]}://{root}{matched[2].rstrip('/')}"
     if ".." in matched[2].split("/"):
         raise InputError(f"{url} has '..', which is part of a name in a bucket: leave it out.")
     return url

@@ -55,6 +55,8 @@ def _content(url: str) -> dict[str, bytes]:
         (Path("gs://bucket/run"), "gs://bucket/run"),
         (Path("s3://bucket/run/"), "s3://bucket/run"),
         ("memory://bucket", "memory://bucket"),
+        ("file:///disk/run", "file:///disk/run"),
+        (Path("file:///disk/run"), "file:///disk/run"),
         ("runs/a", None),
         ("/runs/a:/b", None),
         ("tfds:name", None),
