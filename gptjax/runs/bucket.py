@@ -32,16 +32,8 @@ def is_pushed(name: str) -> bool:
     return not (lock or UNFINISHED.fullmatch(own) or CHECKPOINTS in directories)
 
 
-RULES = Rules(
-    is_pushed,
-    first=(".begun", ".showing"),
-    last=("config.json", "result.json", "comparison.json"),
-)
-"""A directory with one of the former is incomplete, with one of the latter it is there."""
-
-
 @contextlib.contextmanager
-def held_in_bucket(url: str) -> Iterator[Path]:
+def held_in_bucket(url: str, rules: Rules) -> Iterator[Path]:
     """The local directory of a run in a bucket, whose lock process 0 holds meanwhile.
 
     It is deleted at the end. If this process dies or fails, it stays, and a resumed run downloads
@@ -53,7 +45,7 @@ def held_in_bucket(url: str) -> Iterator[Path]:
     """
     several = jax.process_count() > 1
     member = f"-{jax.process_index()}" if several else ""
-    with mirrored(url, RULES, member=member) as mirror, contextlib.ExitStack() as held:
+    with mirrored(url, rules, member=member) as mirror, contextlib.ExitStack() as held:
         held.enter_context(locked(mirror.local / LOCK, mirror.local))
         if distributed.is_first():
             print(f"{url} is worked on in {mirror.local}.")

@@ -39,12 +39,12 @@ from gptjax.config import (
 from gptjax.data.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer, save_tokenizer
 from gptjax.data.tokenizers.special import DecodingTokens
 from gptjax.models.build import LanguageModel, split
-from gptjax.runs.bucket import address, delete_checkpoints, held_in_bucket, pull, push
+from gptjax.runs.bucket import address, delete_checkpoints, held_in_bucket, is_pushed, pull, push
 from gptjax.system.buckets import url_of
 from gptjax.system.disk import DiskError, check_local, is_failure, write_error, write_json
 from gptjax.system.exits import Interrupted
 from gptjax.system.locks import LOCK, locked
-from gptjax.system.mirrors import INDEX, copied
+from gptjax.system.mirrors import INDEX, Rules, copied
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.step import State
@@ -64,6 +64,9 @@ FREE_TO_CHANGE = tuple(
     for name in ("mesh", "train.steps_per_dispatch", "train.track", "train.checkpoint_minutes")
 )
 """What changes no result, and so may change when a run is resumed."""
+# A comparison's question comes first, since a directory with results and without it is refused.
+UPLOADS = Rules(is_pushed, first=(BEGUN, SHOWING, "comparison.json"), last=(CONFIG, RESULT))
+"""What process 0 of a run in a bucket uploads, and in which order."""
 WRITTEN = (
     LOCK,
     BEGUN,
@@ -124,7 +127,7 @@ def hold(directory: Path, *, finished: bool = True) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as held:
         if url := url_of(directory):
-            directory = held.enter_context(held_in_bucket(url))
+            directory = held.enter_context(held_in_bucket(url, UPLOADS))
         elif distributed.is_first() and (finished or not _is_finished(directory)):
             try:
                 check_local(directory).mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def drawn_kill(draw: random.Random, processes: int, seconds: float) -> Kill:
 
 
 def address(out: Path) -> str:
-    """Where the run is: its directory, or what stands for it in the bucket."""
+    """Where the run is: its directory, or its URL in the bucket."""
     return f"s3://{BUCKET}/{out.name}" if buckets.ENDPOINT in os.environ else str(out)
 
 

@@ -14,7 +14,7 @@ import pytest
 from gptjax.config import ExperimentConfig, InputError
 from gptjax.models.build import split
 from gptjax.runs.bucket import address, is_pushed
-from gptjax.runs.directory import load_config
+from gptjax.runs.directory import UPLOADS, load_config
 from gptjax.runs.loading import checkpoint_steps, load_run
 from gptjax.runs.run import run
 from gptjax.system.buckets import has
@@ -138,6 +138,16 @@ def test_a_directory_is_named_as_the_user_named_it(bucket, tmp_path):
     assert has(URL, "checkpoints")
     assert not has(URL, "other")
     assert has(tmp_path.parent, tmp_path.name)
+
+
+def test_files_are_uploaded_so_that_a_kill_leaves_what_can_be_resumed():
+    """A comparison's results without its question would be refused, a run's config is its last."""
+    names = ["comparison.json", "runs/a/config.json", "runs/a/.begun", "runs/a/bytes.txt"]
+    assert UPLOADS.ordered(names) == [
+        ["comparison.json", "runs/a/.begun"],
+        ["runs/a/bytes.txt"],
+        ["runs/a/config.json"],
+    ]
 
 
 @pytest.mark.parametrize(
