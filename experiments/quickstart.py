@@ -27,6 +27,7 @@ from gptjax.runs.run import devices, rate_and_mfu
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import fit
 from gptjax.training.optimizers import build_optimizer
+from gptjax.training.profile.steps import StepProfile
 from gptjax.training.step import state_shapes
 from gptjax.training.trackers import open_trackers
 
@@ -75,6 +76,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
                 checkpoints=checkpoints,
                 trackers=trackers,
                 describe=rate_and_mfu(config),
+                profile=StepProfile(config, run_dir) if distributed.is_first() else None,
             )
 
         # The result: the loss reached, its curve, what every head attends to, samples.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from gptjax.config.checks import check, check_minimum, check_types
+from gptjax.config.checks import check, check_minimum, check_types, whole_number
 from gptjax.config.mesh import MeshConfig
 from gptjax.config.model import TransformerConfig
 from gptjax.config.values import (
@@ -168,6 +168,9 @@ class TrainConfig:
     """Minutes after which a checkpoint is saved if none was; 0 saves by steps alone."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as well, for later analysis; 0 keeps none."""
+    profile: str = ""
+    """Steps whose time is profiled, `FIRST:LAST`, as 20:25: a table by part of the model, the page
+    profile.html, and JAX's trace in profile/ for Perfetto and XProf."""
     track: tuple[TrackerName, ...] = ("tensorboard",)
     """Where logged scalars go beside metrics.jsonl: TensorBoard's files in the run's directory,
     Weights & Biases, MLflow or Trackio, which their own variables configure."""
@@ -183,12 +186,22 @@ class TrainConfig:
         saved = self.keep_every % self.checkpoint_every == 0
         check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
         check(self, "steps", self.steps < 1 << 31, "below 2**31")
+        window = self.profiled
+        inside = 1 <= window.start < window.stop <= self.steps + 1
+        wanted = f"FIRST:LAST, steps from 1 to {self.steps}, as 20:25"
+        check(self, "profile", not self.profile or inside, wanted)
         once = len(set(self.track)) == len(self.track)
         check(self, "track", once, "each tracker once")
         check(self, "seed", self.seed < 1 << 32, "below 2**32")
         check(self, "label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         divides = self.batch_size % self.grad_accumulation == 0
         check(self, "grad_accumulation", divides, f"a divisor of batch_size {self.batch_size}")
+
+    @property
+    def profiled(self) -> range:
+        """The steps of `profile`; empty without, or if it is not `FIRST:LAST`."""
+        first, _, last = map(whole_number, self.profile.partition(":"))
+        return range(0) if first is None or last is None else range(first, last + 1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class LSTM(nnx.Module):
             self.input.bias[...] = self.input.bias[...].at[1].set(1.0)
         self.dropout = config.dropout
 
+    @jax.named_scope("lstm")
     def __call__(
         self,
         x: Float[Array, "B T D"],

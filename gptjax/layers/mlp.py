@@ -41,6 +41,7 @@ class MLP(nnx.Module):
         self.down = Linear(mlp_dim, width, axes="FD", bias=config.bias, std=residual_std, rngs=rngs)
         self.activation = config.activation
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "B T D"], hook: Hooks = NO_HOOKS
     ) -> tuple[Float[Array, "B T D"], None]:

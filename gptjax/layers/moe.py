@@ -45,6 +45,7 @@ class MoE(nnx.Module):
         self.down = ExpertLinear(count, hidden, width, axes="EFD", std=residual_std, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "B T D"], hook: Hooks = NO_HOOKS
     ) -> tuple[Float[Array, "B T D"], RouterLosses]:

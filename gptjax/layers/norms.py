@@ -29,6 +29,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32), axes="-") if bias else None
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
         """x normalised, scaled and shifted, in its dtype."""
         bias = None if self.bias is None else self.bias[...]
@@ -42,6 +43,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width, jnp.float32), axes="-")
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
         """x normalised and scaled, in its dtype."""
         return rms_norm(x, self.scale[...], self.epsilon)

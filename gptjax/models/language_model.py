@@ -4,6 +4,7 @@ import abc
 import math
 from typing import Any, ClassVar, assert_never
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -104,6 +105,7 @@ class LanguageModel(nnx.Module):
         """
         raise InputError(f"A model of the family {self.config.family} does not decode.")
 
+    @jax.named_scope("embedding")
     def embed(self, inputs: Inputs, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
         """The sum of token, position and token type embeddings, normalised and with dropout."""
         config, tokens = self.config, inputs.tokens
@@ -129,6 +131,7 @@ class LanguageModel(nnx.Module):
             x = self.embedding_norm(x)
         return constrain(dropout(x, config.dropout, key), "BtD")
 
+    @jax.named_scope("head")
     def unembed(self, hidden: Float[Array, "*shape D"]) -> Float32[Array, "*shape V"]:
         """The logits, soft-capped if `logit_softcap` is set."""
         table = self.unembedding

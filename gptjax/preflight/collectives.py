@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.preflight.hlo import HOST_SPACE, Instruction, Program
+from gptjax.costs.hlo import COLLECTIVES, HOST_SPACE, Instruction, Program
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 SUMS = ("all-reduce", "reduce-scatter", "collective-permute")
 """TPUs may sum a product's gradient by a ring of permutes between its parts."""
 ALL_REDUCES = {"all-reduce": 1, "all-gather": 0.5, "reduce-scatter": 0.5, "collective-permute": 0.5}
@@ -70,7 +69,7 @@ def _within_a_slice(
 ) -> Collective | None:
     """Returns a collective within a TPU slice, or among GPUs on any hosts; None for others."""
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    if kind not in COLLECTIVES:
         return None
     group = device_group(instruction.attributes, math.prod(mesh.values()))
     size = _whole(instruction, kind, len(group))
@@ -101,7 +100,7 @@ def _between_slices(
     )
     group = tuple(step * number for number in range(count))
     kind = said[1].lower().replace("_", "-")
-    kind = kind if kind in KINDS else "collective-permute"
+    kind = kind if kind in COLLECTIVES else "collective-permute"
     return Collective(kind, instruction.arrays[0].bytes, times, group, _axes(group, mesh))
 
 

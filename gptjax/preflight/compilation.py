@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from gptjax.config import ExperimentConfig, InputError
+from gptjax.costs.hlo import Program, read_program
 from gptjax.preflight.collectives import Collective, collectives
-from gptjax.preflight.hlo import Program, read_program
 from gptjax.preflight.memory import Memory, Model, memory_at_peak, parameter_shapes, read_plan
 from gptjax.preflight.program import Lowered, bytes_held, lower_decoding, lower_training
 from gptjax.preflight.topology import Topology

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.preflight.hlo import Instruction, Program
+from gptjax.costs.hlo import Instruction, Program
 
 KINDS = (
     "parameters",

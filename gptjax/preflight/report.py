@@ -8,11 +8,12 @@ import jax
 
 from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.costs.model import model_cost
+from gptjax.costs.traffic import memory_traffic
 from gptjax.preflight.collectives import Collective, Expected, Shapes, Weight, expected
 from gptjax.preflight.compilation import Compilation, compile_step
 from gptjax.preflight.memory import Memory
 from gptjax.preflight.program import Lowered
-from gptjax.preflight.roofline import SHARES, Roofline, memory_traffic, roofline
+from gptjax.preflight.roofline import SHARES, Roofline, roofline
 from gptjax.preflight.topology import MEMORY_FRACTION, Topology
 
 GIB = 2**30
@@ -103,7 +104,7 @@ def preflight(
         model_flops=useful,
         roofline=roofline(
             repeated / compiled.lowered.mesh.size,
-            memory_traffic(compiled.program),
+            sum(memory_traffic(compiled.program).values()),
             compiled.collectives,
             topology.chip,
             _crosses(compiled),

@@ -61,7 +61,13 @@ DIRECTORY_READY = "the run's directory"
 """The name of the barrier at which the processes of a run wait for its directory."""
 FREE_TO_CHANGE = tuple(
     f"config.{name}"
-    for name in ("mesh", "train.steps_per_dispatch", "train.track", "train.checkpoint_minutes")
+    for name in (
+        "mesh",
+        "train.steps_per_dispatch",
+        "train.track",
+        "train.checkpoint_minutes",
+        "train.profile",
+    )
 )
 """What changes no result, and so may change when a run is resumed."""
 # A comparison's question comes first, since a directory with results and without it is refused.
@@ -80,6 +86,8 @@ WRITTEN = (
     "metrics.jsonl",
     "metrics.tmp",
     "sessions.jsonl",
+    "profile",
+    "profile.html",
     "wandb",
     "mlflow",
     "trackio",

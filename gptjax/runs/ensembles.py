@@ -76,8 +76,8 @@ def train_ensemble(
     the same shapes, and configs that differ only in seed and learning rate, compiles nothing.
 
     Args:
-      configs: equal but for `train.seed` and `optimizer.learning_rate`; `data` and `mesh` are
-        ignored.
+      configs: equal but for `train.seed` and `optimizer.learning_rate`; `data`, `mesh` and
+        `train.profile` are ignored.
       batches: of each run, all of the same shape.
       validation: of each run, the same number of batches for all.
       at_once: runs trained in parallel, in rounds of that many; 0 takes `most_at_once`.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import InputError
-from gptjax.training.trackers.sessions import SESSIONS, read_sessions
+from gptjax.training.trackers.sessions import SESSIONS, SPENT, read_sessions
 
 KINDS = {
     "steps": "steps that are kept",
@@ -18,6 +18,7 @@ KINDS = {
     "data": "waiting for batches",
     "evaluation": "evaluation",
     "checkpoint": "waiting for checkpoints",
+    "profile": "starting and reading a profile",
     "compile": "making the state, and compiling",
     "waiting": "waiting for other processes to join",
     "start": "starting: imports, data, checkpoint",
@@ -113,7 +114,7 @@ def _session(events: list[dict[str, Any]]) -> dict[str, float]:
     own["compile"] = 0.0 if ready is None else ready["compile"]
     own["start"] = begun["time"] - start["started"] - own["waiting"] - own["compile"]
     if ready is not None:
-        for kind in ("data", "evaluation", "checkpoint"):
+        for kind in SPENT:
             own[kind] = last.get(kind, 0.0)
         own["steps"] = _stepping(last, ready)
     return {kind: max(value, 0.0) for kind, value in own.items()}
@@ -121,7 +122,7 @@ def _session(events: list[dict[str, Any]]) -> dict[str, float]:
 
 def _stepping(event: dict[str, Any], ready: dict[str, Any]) -> float:
     """Seconds of a session that had gone into steps by an event."""
-    other = sum(event.get(kind, 0.0) for kind in ("data", "evaluation", "checkpoint"))
+    other = sum(event.get(kind, 0.0) for kind in SPENT)
     return max(event["time"] - ready["time"] - other, 0.0)
 
 

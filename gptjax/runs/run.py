@@ -29,6 +29,7 @@ from gptjax.training.checkpoint_files import CHECKPOINTS
 from gptjax.training.loop import fit
 from gptjax.training.mfu import MFU_FORMULA, peak_flops
 from gptjax.training.optimizers import learning_rate_schedule
+from gptjax.training.profile.steps import StepProfile
 from gptjax.training.step import state_shapes
 from gptjax.training.trackers import open_trackers
 
@@ -90,6 +91,7 @@ def run(
                 checkpoints=checkpoints,
                 trackers=trackers,
                 describe=rate_and_mfu(config),
+                profile=StepProfile(config, run_dir) if distributed.is_first() else None,
             )
         finish(run_dir, data, fitted, show=show)
     return distributed.is_first()

@@ -29,6 +29,7 @@ from gptjax.runs.directory import (
 from gptjax.system.programs import keep_programs
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.loop import Batches, fit
+from gptjax.training.profile.steps import StepProfile
 from gptjax.training.trackers.jsonl import METRICS, JsonlTracker, read_jsonl
 from gptjax.training.trackers.protocol import Tracker
 
@@ -115,6 +116,7 @@ def _train(
             validation=validation,
             checkpoints=checkpoints,
             trackers=[tracker, *trackers],
+            profile=StepProfile(config, directory),
         )
     params = jax.device_put(fitted.params, jax.devices()[0])
     progress = fitted.progress

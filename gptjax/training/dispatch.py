@@ -10,7 +10,8 @@ number, so that the grouping of steps changes no bit of the result.
 | 1, the step alone, without a loop around it | on a CPU, and where a step is above `SHORT_FLOPS` |
 | as many as take `SECONDS`, by the time that steps are measured to take | else |
 
-A group ends at each step that is evaluated or saved, and at the end of a stack.
+A group ends at each step that is evaluated or saved, where a profile starts and ends, and at the
+end of a stack.
 """
 
 import time
@@ -94,7 +95,9 @@ class Pace:
             if len(self._begun) > WARM_UP + MEASURED:
                 self._choose()
         left = [every - done % every for every in _intervals(self._config)]
-        return min(self._steps, *left, self._config.steps - done)
+        profiled = self._config.profiled
+        ends = (profiled.start - 1, profiled.stop - 1, self._config.steps)
+        return min(self._steps, *left, *(end - done for end in ends if end > done))
 
     def _choose(self) -> None:
         (start, first), (end, last) = self._begun[WARM_UP], self._begun[-1]

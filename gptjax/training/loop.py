@@ -26,6 +26,8 @@ from gptjax.training.dispatch import Pace, logged_steps, stack_size
 from gptjax.training.leaves import leaf_names
 from gptjax.training.losses import LossFunction, Params
 from gptjax.training.prefetch import DevicePrefetch
+from gptjax.training.profile.steps import StepProfile
+from gptjax.training.profile.timeline import STEPS, WAIT
 from gptjax.training.step import (
     CompiledByShape,
     EvalStep,
@@ -96,6 +98,7 @@ def fit(
     checkpoints: Checkpoints,
     trackers: Sequence[Tracker],
     describe: Callable[[int, float], dict[str, float]] = lambda step, tokens_per_second: {},
+    profile: StepProfile | None = None,
 ) -> Fit:
     """Train to `config.steps`, from the last checkpoint or from initial parameters.
 
@@ -115,6 +118,7 @@ def fit(
       checkpoints: where the state is saved and restored.
       trackers: where scalars are written.
       describe: (step, tokens per second) → further scalars for a logged step.
+      profile: of the steps of `config.profile`.
 
     Raises:
       Diverged: a loss or gradient that is not finite.
@@ -165,8 +169,13 @@ def fit(
         pace, clock = Pace(config, stack), CheckpointClock(config.checkpoint_minutes, progress.step)
         pending = None  # The last step of a group whose metrics are not fetched yet.
         while progress.step < config.steps:
-            group = feed.take(pace.steps(progress.step))
-            state, metrics = train_step(state, group.batches, *group.part)
+            if profile is not None and profile.starts(progress.step):
+                with logger.paused("profile"):
+                    jax.block_until_ready(state)
+                    profile.start(progress.step)
+            with jax.profiler.StepTraceAnnotation(STEPS, step_num=progress.step + 1):
+                group = feed.take(pace.steps(progress.step))
+                state, metrics = train_step(state, group.batches, *group.part)
             for scalars in _scalars(metrics):
                 scalars.copy_to_host_async()
             progress.step += group.steps
@@ -175,6 +184,10 @@ def fit(
             pending = (progress.step, group.steps, metrics)
             progress.tokens += group.tokens
             logger.tokens += group.tokens
+            if profile is not None and profile.ends(progress.step):
+                logger.check(*pending, state)
+                with logger.paused("profile"):
+                    profile.stop(train_step.prepare(state, group.batches).result(), tokens)
 
             ends = progress.step == config.steps
             evaluates = ends or progress.step % config.eval_every == 0
@@ -250,7 +263,7 @@ class _Logger:
         self._since, self._waited = time.perf_counter(), feed.waited
         self.tokens = 0
         """Tokens of the steps since the last logged one."""
-        self._spent = {"evaluation": 0.0, "checkpoint": 0.0}
+        self._spent = {"evaluation": 0.0, "checkpoint": 0.0, "profile": 0.0}
         """Seconds in `paused`."""
         self._waited_before = feed.waited
 
@@ -304,7 +317,8 @@ class _Logger:
 
     def check(self, step: int, count: int, metrics: Metrics, state: State) -> None:
         """Raise `Diverged` if a loss or gradient of the steps up to `step` is not finite."""
-        finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
+        with jax.profiler.TraceAnnotation(WAIT):
+            finite = np.isfinite(metrics.loss) & np.isfinite(metrics.grad_norm)
         bad = np.flatnonzero(~np.atleast_1d(finite)[:count])
         if not bad.size:
             return

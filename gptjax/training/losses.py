@@ -58,30 +58,31 @@ def token_loss(
     def loss(params: Params, batch: Batch, key: jax.Array | None) -> LossSums:
         model = nnx.merge(graphdef, params)
         output = model.hidden(batch.tokens, key=key, **batch.inputs())
-        sums = cross_entropy(
-            model.readout(output.hidden),
-            model.unembedding,
-            jnp.asarray(batch.targets),
-            jnp.asarray(batch.loss_weights),
-            bias=model.unembedding_bias,
-            logit_softcap=model.config.logit_softcap,
-            chunk=chunk,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
-        # A loss of a whole row counts once per token of the row: divided by the sum of weights it
-        # is a mean over rows.
-        row_losses = []
-        if output.router_losses is not None:
-            router = output.router_losses
-            row_losses.append(balance_loss * router.balance + router_z_loss * router.z)
-        if batch.next_sentence is not None:
-            labels = jnp.asarray(batch.next_sentence)
-            row_losses.append(_next_sentence_loss(model, output.hidden, labels))
-        if not row_losses:
-            return sums
-        added = (sum(row_losses) * batch.loss_weights.sum(axis=1)).sum()
-        return sums._replace(loss=sums.loss + added)
+        with jax.named_scope("loss"):
+            sums = cross_entropy(
+                model.readout(output.hidden),
+                model.unembedding,
+                jnp.asarray(batch.targets),
+                jnp.asarray(batch.loss_weights),
+                bias=model.unembedding_bias,
+                logit_softcap=model.config.logit_softcap,
+                chunk=chunk,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+            )
+            # A loss of a whole row counts once per token of the row: divided by the sum of weights
+            # it is a mean over rows.
+            row_losses = []
+            if output.router_losses is not None:
+                router = output.router_losses
+                row_losses.append(balance_loss * router.balance + router_z_loss * router.z)
+            if batch.next_sentence is not None:
+                labels = jnp.asarray(batch.next_sentence)
+                row_losses.append(_next_sentence_loss(model, output.hidden, labels))
+            if not row_losses:
+                return sums
+            added = (sum(row_losses) * batch.loss_weights.sum(axis=1)).sum()
+            return sums._replace(loss=sums.loss + added)
 
     return loss
 

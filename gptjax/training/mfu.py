@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: the peak arithmetic throughput of the devices, known or measured."""
+"""Model FLOPs utilisation, and the peaks of the devices, known or measured."""
 
 import time
 from typing import NamedTuple
@@ -48,6 +48,15 @@ def peak_flops() -> Peak:
     return Peak(measured, f"{count} × {device.device_kind}, a 2048³ float32 product measured now")
 
 
+def peak_bandwidth() -> float:
+    """Bytes per second between memory and cores, of all devices: the data sheet's, or a copy's."""
+    device, count = jax.devices()[0], jax.device_count()
+    chip = chip_of(device.device_kind)
+    if chip is not None:
+        return count * chip.bandwidth / chip.devices
+    return measured_copy_bandwidth() * (1 if device.platform == "cpu" else count)
+
+
 def _cpu_seconds() -> tuple[float, float]:
     """CPU seconds of this machine so far, idle included, and those taken by other programs."""
     times = psutil.cpu_times()
@@ -68,3 +77,15 @@ def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
         product(matrix, matrix).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds[1:])
+
+
+def measured_copy_bandwidth(size: int = 1 << 26, repeats: int = 5) -> float:
+    """Bytes read and written per second by the fastest of a few copies of `size` float32 values."""
+    array = jax.device_put(np.ones(size, np.float32))
+    copy = jax.jit(lambda x: -x).lower(array).compile()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        copy(array).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * array.nbytes / min(seconds[1:])

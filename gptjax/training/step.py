@@ -150,6 +150,18 @@ def train_step(
     scale = loss_scale(state.optimizer)
     local = _summed_gradients(state.params, batch, key, loss, grad_accumulation, scale)
     sums, gradients = sum_over_devices(local, axis)
+    return _updated(state, sums, gradients, optimizer, scale)
+
+
+@jax.named_scope("optimizer")
+def _updated(
+    state: State,
+    sums: LossSums,
+    gradients: Params,
+    optimizer: optax.GradientTransformation,
+    scale: Float[Array, ""] | None,
+) -> tuple[State, Metrics]:
+    """The state after the update by the summed gradients, and the metrics of the step."""
     divisor = sums.weight if scale is None else sums.weight * scale
     gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
 

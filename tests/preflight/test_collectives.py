@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax.costs.hlo import read_program
 from gptjax.preflight.collectives import (
     Collective,
     Shapes,
@@ -14,7 +15,6 @@ from gptjax.preflight.collectives import (
     device_group,
     expected,
 )
-from gptjax.preflight.hlo import read_program
 
 MESH = {"data": 2, "fsdp": 4}
 

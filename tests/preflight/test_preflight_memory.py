@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from gptjax.preflight.hlo import read_program
+from gptjax.costs.hlo import read_program
 from gptjax.preflight.memory import Model, memory_at_peak, parameter_shapes, read_plan
 
 MIB = 2**20

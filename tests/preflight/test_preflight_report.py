@@ -12,14 +12,15 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gptjax.config import DataConfig, InputError, MeshConfig
 from gptjax.costs.chips import known_chips
+from gptjax.costs.hlo import read_program
 from gptjax.costs.model import model_cost
+from gptjax.costs.traffic import memory_traffic
 from gptjax.models.build import build, parameter_axes, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.preflight.collectives import Collective
-from gptjax.preflight.hlo import read_program
 from gptjax.preflight.program import batch_shapes, bytes_held, lower_decoding, lower_training
 from gptjax.preflight.report import as_json, preflight, table
-from gptjax.preflight.roofline import memory_traffic, roofline
+from gptjax.preflight.roofline import roofline
 from gptjax.preflight.search import meshes, nearest_changes, ranking, search
 from gptjax.preflight.settings import default_config
 from gptjax.preflight.topology import Topology
@@ -259,7 +260,7 @@ def test_memory_traffic_counts_what_slices_touch():
     row, number = 256 * 4, 4
     # `near` is in the processor's own memory: written there and read from there for nothing.
     one, near, far, all_rows = row + number + row, row, row, row + number + row
-    assert memory_traffic(read_program(TRAFFIC)) == one + near + far + all_rows
+    assert sum(memory_traffic(read_program(TRAFFIC)).values()) == one + near + far + all_rows
 
 
 def test_the_roofline_waits_for_the_slowest_or_for_all():

@@ -69,6 +69,7 @@ class Attention(nnx.Module):
         self.config = config
         self.compressed = compressed
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "B T D"],

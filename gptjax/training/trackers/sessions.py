@@ -6,7 +6,7 @@ A session is one life of the run's process 0. Each of its lines is an event:
 |---|---|---|
 | start | the trackers are opened | first `step`; `started`: the process; `waited`: for others |
 | ready | the first step begins | `compile`: state, step and evaluation made and compiled |
-| spent | every `EVERY_SECONDS` | `step`; since `ready`: `data`, `evaluation`, `checkpoint` |
+| spent | every `EVERY_SECONDS` | `step`; since `ready`: `data`, `evaluation`, … (`SPENT`) |
 | end | the trackers are closed | as of `spent` |
 
 `time` and `started` are seconds since 1970, the others seconds. Lines are never rewritten: what a
@@ -26,6 +26,8 @@ from gptjax.config import InputError, parse_json
 
 SESSIONS = "sessions.jsonl"
 EVERY_SECONDS = 5.0
+SPENT = ("data", "evaluation", "checkpoint", "profile")
+"""Where time goes between steps."""
 
 
 class SessionTracker:

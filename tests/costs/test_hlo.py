@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.preflight.hlo import Array, arrays, read_program
+from gptjax.costs.hlo import Array, arrays, read_program
 
 LOOPS = Path(__file__).with_name("loops.hlo").read_text()
 

@@ -1,0 +1,133 @@
+"""The time of each instruction of a program, from a trace of JAX's profiler (XPlane)."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.profiler import ProfileData
+
+from gptjax.config import InputError
+
+STEPS = "train"
+"""JAX's annotation of a step, under which XProf groups what belongs to it."""
+WAIT = "wait for the device"
+"""The annotation of the host's waiting for results."""
+OTHER_PROGRAMS = ""
+"""The name of what runs on a device and is no instruction of the program: copies, other programs"""
+GPU = re.compile(r"/device:GPU:(\d+)")
+CPU = "/host:CPU"
+
+
+class Operation(NamedTuple):
+    """An instruction's execution, nanoseconds."""
+
+    start: float
+    end: float
+    name: str
+
+
+class Timeline(NamedTuple):
+    """Seconds of a device from the first step to the last, the mean over devices."""
+
+    instructions: dict[str, float]
+    """By the instruction's name. Where several run at once, each has its share of the time."""
+    host: float
+    """Nothing runs on the device, and the host is at work: it has not started the next program."""
+    idle: float
+    """Nothing runs on the device, and the host waits for it."""
+
+    @property
+    def total(self) -> float:
+        """All seconds."""
+        return sum(self.instructions.values()) + self.host + self.idle
+
+
+def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timeline:
+    """Reads the trace of a program on CPUs or GPUs.
+
+    Args:
+      trace: the directory that JAX's profiler has written.
+      module: the name of the HLO module, `jit_train_step`.
+      containers: instructions that only run others: loops, conditionals, calls.
+
+    Raises:
+      InputError: a trace without any instruction of the program.
+    """
+    paths = sorted(trace.rglob("*.xplane.pb"))
+    planes = list(ProfileData.from_file(str(paths[-1])).planes) if paths else []
+    operations: dict[str, list[Operation]] = {}
+    steps, waits = [], []
+    for plane in planes:
+        gpu = GPU.fullmatch(plane.name)
+        if not (gpu or plane.name == CPU):
+            continue
+        for line in plane.lines:
+            if gpu and not line.name.startswith("Stream"):
+                continue  # Derived from the streams.
+            for event in line.events:
+                start, end = event.start_ns, event.start_ns + event.duration_ns
+                if event.name == STEPS:
+                    steps.append(start)
+                elif event.name == WAIT:
+                    waits.append(Operation(start, end, WAIT))
+                elif ran := _ran(event, module, gpu[1] if gpu else None):
+                    device, name = ran
+                    if name not in containers:
+                        operations.setdefault(device, []).append(Operation(start, end, name))
+    found = any(one.name != OTHER_PROGRAMS for ran in operations.values() for one in ran)
+    if not found or not steps:
+        raise InputError(f"{trace} has no instruction of {module}: it is made on CPUs and GPUs.")
+    each = [_shares(ran, waits, min(steps)) for ran in operations.values()]
+    count = len(each)
+    names = {name for one in each for name in one.instructions}
+    return Timeline(
+        {name: sum(one.instructions.get(name, 0.0) for one in each) / count for name in names},
+        sum(one.host for one in each) / count,
+        sum(one.idle for one in each) / count,
+    )
+
+
+def _ran(event: Any, module: str, gpu: str | None) -> tuple[str, str] | None:
+    """The device and the name of an instruction that an event ran; None of other events."""
+    stats = dict(event.stats)
+    name = stats.get("hlo_op")
+    if gpu is None and name is None:
+        return None
+    device = str(stats.get("device_ordinal", 0)) if gpu is None else gpu
+    return device, str(name) if name and stats.get("hlo_module") == module else OTHER_PROGRAMS
+
+
+def _shares(operations: list[Operation], waits: list[Operation], begin: float) -> Timeline:
+    """The time of a device since `begin`, divided among what runs at each moment."""
+    end = max(operation.end for operation in operations)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    running: Counter[str] = Counter()
+    host = idle = 0.0
+    now, waiting = begin, 0
+    for time, change, name in _edges([*operations, *waits]):
+        passed = 1e-9 * (min(time, end) - now)
+        if passed > 0:
+            if running:
+                for one, count in running.items():
+                    seconds[one] += passed * count / running.total()
+            elif waiting:
+                idle += passed
+            else:
+                host += passed
+            now = time
+        if name == WAIT:
+            waiting += change
+            continue
+        running[name] += change
+        if not running[name]:
+            del running[name]
+    return Timeline(dict(seconds), host, idle)
+
+
+def _edges(operations: Iterable[Operation]) -> Iterator[tuple[float, int, str]]:
+    """When each operation starts (1) and ends (-1), in order."""
+    starts = [(one.start, 1, one.name) for one in operations]
+    ends = [(one.end, -1, one.name) for one in operations]
+    yield from sorted(starts + ends, key=lambda edge: edge[0])
