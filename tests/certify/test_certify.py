@@ -2,7 +2,7 @@ import dataclasses
 import math
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -39,12 +39,6 @@ from gptjax.training import cross_entropy, step
 from gptjax.training.checkpoint import Checkpoints
 
 FIELDS = typing.get_type_hints(TransformerConfig)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_programs_kept() -> Iterator[None]:
-    yield
-    jax.clear_caches()
 
 
 def _combined() -> dict[str, TransformerConfig]:
