@@ -76,6 +76,7 @@ def quickstart(config: ExperimentConfig, out: Path, overwrite: bool) -> None:
                 checkpoints=checkpoints,
                 trackers=trackers,
                 describe=rate_and_mfu(config),
+                activations=model.activations,
                 profile=StepProfile(config, run_dir) if distributed.is_first() else None,
             )
 

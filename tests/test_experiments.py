@@ -185,7 +185,7 @@ def test_every_experiment_is_run_by_a_test():
         "benchmarks/steps_and_tokens.py", "benchmarks/long_attention.py",
         "benchmarks/seeds_together.py", "benchmarks/checkpoint_cost.py", "benchmarks/intervals.py",
         "benchmarks/gpu.py", "benchmarks/gpu_changes.py", "benchmarks/forward_trace.py",
-        "benchmarks/preemptions.py",
+        "benchmarks/preemptions.py", "benchmarks/watch_cost.py",
         "compare.py",  # In tests/compare/.
         "benchmarks/attention_page.py",  # In test_attention_view.py, which has the browser.
     }  # fmt: skip
@@ -204,6 +204,13 @@ def test_preemptions_are_priced():
     assert "With the compilation cache, 1 kills:" in printed
     assert "Without the compilation cache, 1 kills:" in printed
     assert printed.count(" in 2 sessions: goodput ") == 2
+
+
+@pytest.mark.large
+def test_what_is_watched_has_its_price():
+    flags = ["--depth=1", "--rounds=1", "--steps=1", "--batch-size=2"]
+    printed = output_of(start("benchmarks/watch_cost.py", *flags))
+    assert re.search(r"quickstart, 1 layers: .* \([\d.]+ steps\); per 250 [\d.]+%", printed)
 
 
 @pytest.mark.slow
@@ -312,7 +319,7 @@ def assert_needs_a_gpu(script: str) -> None:
     assert errors.endswith("There is no GPU; --tiny runs small shapes without one.\n")
 
 
-@pytest.mark.slow
+@pytest.mark.large
 def test_the_gpu_benchmark_times_a_step(tmp_path):
     file = tmp_path / "figures.json"
     flags = "--tiny", "--only", "gpt2", "--rounds=1", "--no-decoding", "--json", str(file)
@@ -364,7 +371,10 @@ def test_a_checkpoint_without_room_is_one_sentence_and_the_run_goes_on(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.large)],
+)
 def test_a_signal_ends_a_run_with_a_sentence(tmp_path, number, code):
     process = quickstart(tmp_path / "run", "--train.steps=100000")
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -27,7 +27,12 @@ SHOWN = 20
 
 def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     """Write the loss curve and the objective's outputs; returns the names of the files."""
-    plots.save(plots.loss_curve(read_jsonl(out / METRICS)), out / "loss.png")
+    lines = read_jsonl(out / METRICS)
+    plots.save(plots.loss_curve(lines), out / "loss.png")
+    curves = "loss.png"
+    if (inside := plots.watched(lines)) is not None:
+        plots.save(inside, out / "watch.png")
+        curves = "loss.png, watch.png"
     if run.config.data.objective in ("masked_lm", "next_sentence"):
         shown = predictions(run, sources, corpus, out)
     elif run.config.model.family == "encoder_decoder" and sources.validation_targets:
@@ -35,8 +40,8 @@ def outcome(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:
     elif run.config.data.objective == "causal":
         shown = samples(run, sources, corpus, out)
     else:
-        return "loss.png"
-    return f"loss.png, {shown}"
+        return curves
+    return f"{curves}, {shown}"
 
 
 def samples(run: Run, sources: Sources, corpus: Corpus, out: Path) -> str:

@@ -168,6 +168,11 @@ class TrainConfig:
     """Minutes after which a checkpoint is saved if none was; 0 saves by steps alone."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as well, for later analysis; 0 keeps none."""
+    watch: bool = False
+    """Follow norms of parameters, gradients, updates and activations of each layer, attention
+    scores, entropies and dead units, beside the loss (gptjax/training/watch.py)."""
+    watch_every: int = 250
+    """Steps between what `watch` measures, a multiple of `log_every`."""
     profile: str = ""
     """Steps whose time is profiled, `FIRST:LAST`, as 20:25: a table by part of the model, the page
     profile.html, and JAX's trace in profile/ for Perfetto and XProf."""
@@ -180,12 +185,14 @@ class TrainConfig:
         check_minimum(
             self, 1, "steps", "batch_size", "grad_accumulation", "log_every", "eval_every"
         )
-        check_minimum(self, 1, "checkpoint_every")
+        check_minimum(self, 1, "checkpoint_every", "watch_every")
         check_minimum(self, 0, "seed", "z_loss", "balance_loss", "router_z_loss", "loss_chunk")
         check_minimum(self, 0, "keep_every", "steps_per_dispatch", "checkpoint_minutes")
         saved = self.keep_every % self.checkpoint_every == 0
         check(self, "keep_every", saved, f"a multiple of checkpoint_every {self.checkpoint_every}")
         check(self, "steps", self.steps < 1 << 31, "below 2**31")
+        logged = not self.watch or self.watch_every % self.log_every == 0
+        check(self, "watch_every", logged, f"a multiple of log_every {self.log_every}")
         window = self.profiled
         inside = 1 <= window.start < window.stop <= self.steps + 1
         wanted = f"FIRST:LAST, steps from 1 to {self.steps}, as 20:25"

@@ -31,6 +31,7 @@ from gptjax.plots.heatmaps import (
 )
 from gptjax.plots.legible import NARROW, PAGE, luminance, save, to_svg, token_label
 from gptjax.plots.texts import token_values
+from gptjax.plots.watched import watched
 
 __all__ = [
     "NARROW",
@@ -60,4 +61,5 @@ __all__ = [
     "to_svg",
     "token_label",
     "token_values",
+    "watched",
 ]

@@ -16,9 +16,11 @@ from gptjax.config import ExperimentConfig, TransformerConfig
 from gptjax.layers.attention.kernels import resolve_kernel, target
 from gptjax.models.build import Params, abstract, build, parameter_axes, split
 from gptjax.parallel.keys import random_key
+from gptjax.runs.activations import activations
 from gptjax.runs.mup import Factors, factors, scaled
 from gptjax.training.losses import LossFunction, training_loss
 from gptjax.training.optimizers import build_optimizer
+from gptjax.training.watch import Activations
 
 
 class Assembly(NamedTuple):
@@ -32,6 +34,8 @@ class Assembly(NamedTuple):
     """The letters of each parameter's axes, by which a mesh shards them."""
     loss: LossFunction
     mup: Factors | None
+    activations: Activations
+    """What `--train.watch` measures inside the model."""
     lines: list[str]
     """Lines for the log: the attention kernel chosen."""
 
@@ -79,4 +83,5 @@ def assemble(
         model, lines = resolve_kernel(model, *target(mesh), sequence=mesh.shape["sequence"])
     graphdef, _ = abstract(model)
     loss = training_loss(graphdef, config.train)
-    return Assembly(config, graphdef, parameter_axes(config.model), loss, mup, lines)
+    inside = activations(graphdef, config.model)
+    return Assembly(config, graphdef, parameter_axes(config.model), loss, mup, inside, lines)

@@ -66,6 +66,8 @@ FREE_TO_CHANGE = tuple(
         "train.steps_per_dispatch",
         "train.track",
         "train.checkpoint_minutes",
+        "train.watch",
+        "train.watch_every",
         "train.profile",
     )
 )
@@ -92,6 +94,7 @@ WRITTEN = (
     "mlflow",
     "trackio",
     "loss.png",
+    "watch.png",
     "attention.png",
     "samples.txt",
     "predictions.txt",

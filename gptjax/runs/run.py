@@ -91,6 +91,7 @@ def run(
                 checkpoints=checkpoints,
                 trackers=trackers,
                 describe=rate_and_mfu(config),
+                activations=assembly.activations,
                 profile=StepProfile(config, run_dir) if distributed.is_first() else None,
             )
         finish(run_dir, data, fitted, show=show)

@@ -116,6 +116,7 @@ def _train(
             validation=validation,
             checkpoints=checkpoints,
             trackers=[tracker, *trackers],
+            activations=assembly.activations,
             profile=StepProfile(config, directory),
         )
     params = jax.device_put(fitted.params, jax.devices()[0])

@@ -95,6 +95,9 @@ class Pace:
             if len(self._begun) > WARM_UP + MEASURED:
                 self._choose()
         left = [every - done % every for every in _intervals(self._config)]
+        if self._config.watch:  # What is measured of a step, is measured before its group.
+            before = self._config.watch_every - 1
+            left.append((before - done) % self._config.watch_every or self._config.watch_every)
         profiled = self._config.profiled
         ends = (profiled.start - 1, profiled.stop - 1, self._config.steps)
         return min(self._steps, *left, *(end - done for end in ends if end > done))

@@ -39,6 +39,7 @@ from gptjax.training.step import (
     state_shapes,
 )
 from gptjax.training.trackers.protocol import DurableTracker, TimeTracker, Tracker
+from gptjax.training.watch import Activations, Measured, lower_watch_step, scalars_of
 
 SCALARS = "loss", "cross_entropy", "grad_norm"
 """The metrics of a step that its line has."""
@@ -98,6 +99,7 @@ def fit(
     checkpoints: Checkpoints,
     trackers: Sequence[Tracker],
     describe: Callable[[int, float], dict[str, float]] = lambda step, tokens_per_second: {},
+    activations: Activations | None = None,
     profile: StepProfile | None = None,
 ) -> Fit:
     """Train to `config.steps`, from the last checkpoint or from initial parameters.
@@ -118,6 +120,7 @@ def fit(
       checkpoints: where the state is saved and restored.
       trackers: where scalars are written.
       describe: (step, tokens per second) → further scalars for a logged step.
+      activations: what `config.watch` measures inside the model; None measures nothing there.
       profile: of the steps of `config.profile`.
 
     Raises:
@@ -152,9 +155,15 @@ def fit(
     )
     train_step = CompiledByShape(lower_step)
     eval_step = CompiledByShape(functools.partial(lower_eval_step, loss, mesh=mesh))
-    # Both compile while the state is initialised.
+    # All compile while the state is initialised.
     compiled = train_step.prepare(shapes, feed.shapes())
     eval_step.prepare(shapes.params, feed.on_devices(validation[0]))
+    watch = None
+    if config.watch:
+        how = {"loss": loss, "optimizer": optimizer, "activations": activations, "mesh": mesh}
+        how |= {"seed": config.seed, "grad_accumulation": config.grad_accumulation}
+        watch = CompiledByShape(functools.partial(lower_watch_step, stacked=stack > 1, **how))
+        watch.prepare(shapes, feed.shapes())
     if state is None:
         state = init_state(init, optimizer, mesh, axes)
     compiled.result()
@@ -175,6 +184,9 @@ def fit(
                     profile.start(progress.step)
             with jax.profiler.StepTraceAnnotation(STEPS, step_num=progress.step + 1):
                 group = feed.take(pace.steps(progress.step))
+                if watch is not None and (progress.step + 1) % config.watch_every == 0:
+                    inside = watch(state, group.batches, *group.part)
+                    logger.watched[progress.step + 1] = inside
                 state, metrics = train_step(state, group.batches, *group.part)
             for scalars in _scalars(metrics):
                 scalars.copy_to_host_async()
@@ -265,6 +277,8 @@ class _Logger:
         """Tokens of the steps since the last logged one."""
         self._spent = {"evaluation": 0.0, "checkpoint": 0.0, "profile": 0.0}
         """Seconds in `paused`."""
+        self.watched: dict[int, dict[str, Measured]] = {}
+        """What was measured inside, by steps that are not logged yet."""
         self._waited_before = feed.waited
 
     def log(
@@ -291,6 +305,7 @@ class _Logger:
             own = _of_step(_scalars(metrics), number - step + count - 1)
             described = self._describe(number, rates["tokens_per_second"])
             lines.append({**dict(zip(SCALARS, own, strict=True)), **rates, **described})
+            lines[-1] |= scalars_of(self.watched.pop(number, {}))
         if evaluated:
             lines[-1]["validation_loss"] = validation_loss
         for tracker in self._trackers:

@@ -144,27 +144,35 @@ def train_step(
     not finite may be that of a scale too large (`gptjax.training.loss_scale`): then the next step's
     is halved, and the norms are 0.
     """
+    sums, gradients = mean_gradient(state, batch, loss, seed, grad_accumulation, axis)
+    return _updated(state, sums, gradients, optimizer)
+
+
+def mean_gradient(
+    state: State,
+    batch: Batch,
+    loss: LossFunction,
+    seed: int | Int[Array, ""],
+    grad_accumulation: int,
+    axis: str | None,
+) -> tuple[LossSums, Params]:
+    """The loss sums of a batch, and the gradient of its mean loss; arguments as of `train_step`."""
     key = jax.random.fold_in(random_key(seed), state.step)
     if axis is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis))
     scale = loss_scale(state.optimizer)
     local = _summed_gradients(state.params, batch, key, loss, grad_accumulation, scale)
     sums, gradients = sum_over_devices(local, axis)
-    return _updated(state, sums, gradients, optimizer, scale)
+    divisor = sums.weight if scale is None else sums.weight * scale
+    with jax.named_scope("optimizer"):
+        return sums, jax.tree.map(lambda gradient: gradient / divisor, gradients)
 
 
 @jax.named_scope("optimizer")
 def _updated(
-    state: State,
-    sums: LossSums,
-    gradients: Params,
-    optimizer: optax.GradientTransformation,
-    scale: Float[Array, ""] | None,
+    state: State, sums: LossSums, gradients: Params, optimizer: optax.GradientTransformation
 ) -> tuple[State, Metrics]:
-    """The state after the update by the summed gradients, and the metrics of the step."""
-    divisor = sums.weight if scale is None else sums.weight * scale
-    gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
-
+    """The state after the update by the mean gradient, and the metrics of the step."""
     leaf_norms = jax.tree.map(lambda leaf: jnp.sqrt(jnp.square(leaf).sum()), gradients)
     metrics = Metrics(
         loss=sums.loss / sums.weight,
@@ -191,7 +199,7 @@ def _updated(
     params, optimizer_state = by_platform(
         state.params, state.optimizer, gpu=update_and_select, other=keep_or_update
     )
-    if scale is not None:
+    if loss_scale(state.optimizer) is not None:
         skipped = overflowed(state.optimizer, metrics.loss, metrics.grad_norm)
         norms = jax.tree.map(lambda norm: jnp.where(skipped, 0, norm), tuple(metrics[2:]))
         metrics = metrics._replace(grad_norm=norms[0], leaf_norms=norms[1])
@@ -298,10 +306,20 @@ def lower_eval_step(
     def step(params: Params, batch: Batch, axis: str | None = None) -> LossSums:
         return sum_over_devices(loss(params, batch, None), axis)
 
+    return lower(step, mesh, params, batch)
+
+
+def lower(
+    step: Callable[..., Any], mesh: Mesh, sharded: Any, batch: Batch, *part: Any
+) -> jax.stages.Lowered:
+    """`step(sharded, batch, *part, axis=…)`, which donates nothing, lowered for a mesh.
+
+    With `part`, `batch` is a stack. The axis is the one to sum over, None if the compiler does.
+    """
     if partitioned(mesh):
-        return _lower_partitioned(step, mesh, params, batch)
+        return _lower_partitioned(step, mesh, sharded, batch, *part)
     step = functools.partial(step, axis=_axis(mesh))
-    return _lower_data_parallel(step, mesh, params, batch)
+    return _lower_data_parallel(step, mesh, sharded, batch, *part)
 
 
 class CompiledByShape:

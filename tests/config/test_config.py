@@ -228,6 +228,9 @@ REFUSED = [
     (TrainConfig, {"track": ("comet",)}, "several of tensorboard, wandb, mlflow, trackio"),
     (TrainConfig, {"track": ("mlflow", "mlflow")}, "each tracker once"),
     (TrainConfig, {"keep_every": 100}, "a multiple of checkpoint_every 250"),
+    (TrainConfig, {"watch_every": 0}, "at least 1"),
+    (TrainConfig, {"watch_every": 25, "watch": True}, "a multiple of log_every 10"),
+    (TrainConfig, {"profile": "25:20"}, "FIRST:LAST, steps from 1 to 1000, as 20:25"),
     (ExperimentConfig, {"model": {}}, "TransformerConfig"),
 ]
 
