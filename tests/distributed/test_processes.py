@@ -201,7 +201,7 @@ def test_two_processes_come_to_the_end_of_a_run(tmp_path, text, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.large), 1])
 def test_a_mistake_in_one_process_stops_all(tmp_path, text, process):
     code, _, errors, seconds = launched(tmp_path / "run", text, trouble=f"mistake {process} 3")
     assert code == 2
