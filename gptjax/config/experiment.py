@@ -1,6 +1,7 @@
 """The config of a training run: model, data, optimizer, length, mesh."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -29,6 +30,9 @@ class DataConfig:
     """sequence_to_sequence: the target of each source, document by document."""
     weights: tuple[float, ...] = ()
     """Share of the rows drawn from each source; none takes every row of all sources equally."""
+    stages: tuple[str, ...] = ()
+    """Other shares from some steps on, STEP:SHARE,SHARE as in 5000:0.2,0.8; 0 leaves a source out.
+    Each source goes on where it was."""
     validation: tuple[str, ...] = ()
     """Sources held out for validation; none holds out the last part of each source."""
     validation_target: tuple[str, ...] = ()
@@ -75,11 +79,39 @@ class DataConfig:
         count = len(self.source)
         check(self, "weights", len(self.weights) in (0, count), f"a number for each of {count}")
         check(self, "weights", all(0 < w < math.inf for w in self.weights), "above 0")
+        accepted = (
+            f"STEP:SHARE,… with a share for each of {count}, steps rising from 2, beside weights "
+            "and without streaming"
+        )
+        check(self, "stages", self._stages_fit(), accepted)
         pairs = self.objective == "sequence_to_sequence"
         for name, sources in (("target", self.source), ("validation_target", self.validation)):
             needed = len(sources) if pairs else 0
             accepted = f"{needed} of them with the objective {self.objective}"
             check(self, name, len(getattr(self, name)) == needed, accepted)
+
+    def _stages_fit(self) -> bool:
+        steps = [1, *(step for step, _ in self.later_weights)]
+        rising = all(one < other for one, other in itertools.pairwise(steps))
+        fits = all(
+            len(weights) == len(self.source) and min(weights) >= 0 < sum(weights) < math.inf
+            for _, weights in self.later_weights
+        )
+        mixed = bool(self.weights) and not self.streaming
+        return not self.stages or (mixed and rising and fits)
+
+    @property
+    def later_weights(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The first step of each of `stages`, and its weights; step 0 of one that is not valid."""
+        found = []
+        for stage in self.stages:
+            step, _, shares = stage.partition(":")
+            try:
+                weights = tuple(map(float, shares.split(",")))
+            except ValueError:
+                weights = ()
+            found.append((whole_number(step) or 0, weights))
+        return found
 
 
 @dataclass(frozen=True)
@@ -225,6 +257,8 @@ class ExperimentConfig:
         check_types(self)
         shorter = self.optimizer.warmup(self.train.steps) < self.train.steps
         check(self.optimizer, "warmup_steps", shorter, f"below train.steps {self.train.steps}")
+        begun = all(step <= self.train.steps for step, _ in self.data.later_weights)
+        check(self.data, "stages", begun, f"of steps up to train.steps {self.train.steps}")
         alone = not self.mesh.pmap or self.train.steps_per_dispatch <= 1
         check(self.train, "steps_per_dispatch", alone, "0 or 1 with mesh.pmap")
 

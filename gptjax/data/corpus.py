@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from gptjax.data.objectives.rows import (
 )
 from gptjax.data.objectives.vocabulary import Vocabulary
 from gptjax.data.sources import Documents, open_source
+from gptjax.data.sources.protocol import EncodedDocuments
 from gptjax.data.sources.text import Whole
 from gptjax.data.storage.cache import open_store
 from gptjax.data.storage.store import TokenStore
@@ -220,6 +221,15 @@ class Part:
 
     def __getitem__(self, index: int) -> str:
         return self.whole[self._numbers[index]]
+
+    @property
+    def encoded_by(self) -> Tokenizer | None:
+        """The tokenizer of the whole's tokens, if it has them (`EncodedDocuments`)."""
+        return getattr(self.whole, "encoded_by", None)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The token ids of a document, of a whole that has them."""
+        return cast(EncodedDocuments, self.whole).tokens(self._numbers[index])
 
 
 def _texts(documents: Documents) -> int:

@@ -8,7 +8,7 @@ changes neither the batches nor their order.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import grain
 import numpy as np
@@ -34,6 +34,14 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 """One thread prefetches batches: on two cores, more are slower."""
 
 
+class Stage(NamedTuple):
+    """Weights of the sources from a batch on."""
+
+    first: int
+    """The batch, counted from 0."""
+    weights: tuple[float, ...]
+
+
 def bits_per_byte(predicted: Predicted, loss: float) -> float:
     """A validation loss in nats per token as bits per byte, comparable across tokenizers."""
     return loss * predicted.tokens / predicted.bytes / math.log(2)
@@ -43,6 +51,7 @@ def training_batches(
     buckets: Sequence[Bucket],
     weights: Sequence[float] = (),
     *,
+    stages: Sequence[Stage] = (),
     batch_size: int,
     seed: int,
     host: int = 0,
@@ -52,13 +61,15 @@ def training_batches(
 
     With weights, sources are interleaved evenly in these shares, each in epochs of its own;
     without, all their rows make one epoch. A batch has rows of one bucket; buckets alternate in
-    proportion to their sizes. Grain keeps shares to a hundredth of the smallest.
+    proportion to their sizes. Grain keeps shares to a hundredth of the smallest. In a later stage
+    each source goes on where it was.
 
     The iterator's `get_state()` is its position among the batches; `set_state()` restores it.
 
     Args:
       buckets: from a `Corpus`.
       weights: share of each source.
+      stages: later weights, in order.
       batch_size: rows per batch, over all hosts.
       seed: of the order and of the objective's randomness.
       host: the index of this host.
@@ -68,17 +79,36 @@ def training_batches(
       InputError: hosts that do not divide the batch.
     """
     _check_hosts(batch_size, hosts)
-    batched, shares = [], _shares(buckets, weights)
-    for bucket, of_sources in zip(buckets, shares, strict=True):
-        ranges = map(grain.MapDataset.range, bucket.bounds, bucket.bounds[1:])
-        numbers = _endless(list(ranges), of_sources if weights else (), seed)
-        if bucket.random:
-            rows = numbers.seed(seed).random_map(bucket.row).batch(batch_size // hosts)
-        else:  # Grain's overhead per row exceeds the row's own time.
-            rows = numbers.batch(batch_size // hosts).map(functools.partial(_made, bucket))
-        batched.append(rows[host::hosts])
-    turns = [sum(of_sources) for of_sources in shares]
-    dataset = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, turns)
+    taken = [[0] * len(bucket.sources) for bucket in buckets]
+    parts: list[grain.MapDataset] = []
+    firsts = [0, *(stage.first for stage in stages), ENDLESS]
+    every = [weights, *(stage.weights for stage in stages)]
+    for number, of_stage in enumerate(every):
+        shares = _shares(buckets, of_stage)
+        turns = [sum(of_sources) for of_sources in shares]
+        batched = []
+        for bucket, of_sources, begin in zip(buckets, shares, taken, strict=True):
+            if not sum(of_sources):
+                continue
+            ranges = map(grain.MapDataset.range, bucket.bounds, bucket.bounds[1:])
+            numbers = _endless(list(ranges), of_sources if of_stage else (), seed, begin)
+            if bucket.random:
+                # An index's random numbers are those of its stage.
+                rows = numbers.seed(seed + number).random_map(bucket.row)
+                rows = rows.batch(batch_size // hosts)
+            else:  # Grain's overhead per row exceeds the row's own time.
+                rows = numbers.batch(batch_size // hosts).map(functools.partial(_made, bucket))
+            batched.append(rows[host::hosts])
+        kept = [turn for turn in turns if turn]
+        part = batched[0] if len(batched) == 1 else grain.MapDataset.mix(batched, kept)
+        count = firsts[number + 1] - firsts[number]
+        parts.append(part if number == len(stages) else part[:count])
+        if number < len(stages):
+            of_buckets = _taken(turns, count)
+            for begin, of_sources, batches in zip(taken, shares, of_buckets, strict=True):
+                more = _taken(of_sources, batches * batch_size)
+                begin[:] = [rows + further for rows, further in zip(begin, more, strict=True)]
+    dataset = parts[0] if len(parts) == 1 else grain.MapDataset.concatenate(parts)
     return iter(dataset.to_iter_dataset(READ_OPTIONS))
 
 
@@ -191,18 +221,51 @@ def _check_hosts(batch_size: int, hosts: int) -> None:
 
 
 def _endless(
-    sources: Sequence[grain.MapDataset], weights: Sequence[float], seed: int
+    sources: Sequence[grain.MapDataset],
+    weights: Sequence[float],
+    seed: int,
+    begin: Sequence[int] | None = None,
 ) -> grain.MapDataset:
-    """The elements of the sources, shuffled and repeated without end."""
+    """The elements of the sources, shuffled and repeated without end.
+
+    With weights, each source without the first `begin` of its elements.
+    """
     if weights:
-        known = [pair for pair in zip(sources, weights, strict=True) if len(pair[0])]
-        each = [_repeated(source.seed(seed).shuffle()) for source, _ in known]
-        return grain.MapDataset.mix(each, [weight for _, weight in known])
+        each, kept = [], []
+        firsts = begin or [0] * len(sources)
+        for source, weight, first in zip(sources, weights, firsts, strict=True):
+            if weight and len(source):
+                repeated = _repeated(source.seed(seed).shuffle())
+                each.append(repeated[first:] if first else repeated)
+                kept.append(weight)
+        return grain.MapDataset.mix(each, kept)
     return _repeated(grain.MapDataset.concatenate(sources).seed(seed).shuffle())
 
 
 def _repeated(dataset: grain.MapDataset) -> grain.MapDataset:
     return dataset.repeat(-(-ENDLESS // len(dataset)))
+
+
+def _taken(weights: Sequence[float], count: int) -> list[int]:
+    """How many of the first `count` elements of Grain's mixture are of each source."""
+    labelled = {
+        number: grain.MapDataset.range(ENDLESS).map(functools.partial(_labelled, number))
+        for number, weight in enumerate(weights)
+        if weight
+    }
+    if not labelled:
+        return [0] * len(weights)
+    mixed = grain.MapDataset.mix([*labelled.values()], [weight for weight in weights if weight])
+    taken: dict[int, int] = {}
+    while len(taken) < len(labelled):  # The next element of a source tells how many were before.
+        number, index = cast(tuple[int, int], mixed[count])
+        taken.setdefault(number, index)
+        count += 1
+    return [taken.get(number, 0) for number in range(len(weights))]
+
+
+def _labelled(number: int, index: int) -> tuple[int, int]:
+    return number, index
 
 
 def _shares(buckets: Sequence[Bucket], weights: Sequence[float]) -> list[list[float]]:

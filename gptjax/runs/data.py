@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gptjax.config import ExperimentConfig, with_vocabulary
 from gptjax.data.corpus import Corpus, Sources, learn_tokenizer, open_corpus, open_sources
-from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
+from gptjax.data.pipeline import EvaluationBatches, Stage, streamed_batches, training_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.runs.directory import saved_tokenizer
 from gptjax.training.prefetch import own_rows
@@ -37,8 +37,12 @@ class Data(NamedTuple):
         config, corpus, hosts = self.config, self.corpus, own_rows(mesh)
         order = {"batch_size": config.train.batch_size, "seed": config.train.seed, **hosts}
         validation = EvaluationBatches(corpus.validation, config.train.batch_size, **hosts)
-        if not config.data.streaming:
-            return training_batches(corpus.train, config.data.weights, **order), validation
+        data = config.data
+        if not data.streaming:
+            # A step's batch is the one before it, counted from 0.
+            stages = [Stage(step - 1, weights) for step, weights in data.later_weights]
+            batches = training_batches(corpus.train, data.weights, stages=stages, **order)
+            return batches, validation
         length = config.model.context_length
         streamed = streamed_batches(
             self.sources, self.tokenizer, corpus.vocabulary, config.data, length, **order

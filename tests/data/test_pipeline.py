@@ -20,6 +20,7 @@ from gptjax.data.objectives.packing import Windows
 from gptjax.data.objectives.rows import FAMILIES, Bucket, causal_row
 from gptjax.data.pipeline import (
     EvaluationBatches,
+    Stage,
     bits_per_byte,
     made_batches,
     streamed_batches,
@@ -131,6 +132,65 @@ def test_weights_hold_within_buckets_too():
     expected = {(3, 0): 720, (5, 0): 180, (3, 1): 100, (5, 1): 200}
     for kind, times in expected.items():
         assert found[kind] == pytest.approx(times, rel=0.02)
+
+
+STAGED = (Stage(7, (0.0, 1.0)), Stage(9, (1.0, 1.0)))
+
+
+def staged(stages=STAGED, weights=(1.0, 3.0), **how) -> grain.DatasetIterator:
+    other = TOKENS[: 8 * CONTEXT + 1] + 100
+    order = {"batch_size": BATCH_SIZE, "seed": 5} | how
+    return training_batches([rows(TOKENS, other)], weights, stages=stages, **order)
+
+
+def test_a_stage_has_its_weights_and_each_source_goes_on():
+    batches, plain = take(staged(), 30), take(staged(()), 30)
+    assert batches[:7] == plain[:7]  # Up to the stage nothing changes.
+    of_other = [[row[0] >= 100 for row in batch] for batch in batches]
+    assert np.mean(of_other[:7]) == pytest.approx(0.75, abs=0.05)
+    assert np.mean(of_other[7:9]) == 1
+    assert np.mean(of_other[9:]) == pytest.approx(0.5, abs=0.02)
+    for first in (0, 100):  # Each source's rows are those of its own epochs, in order.
+        own = [row for batch in batches for row in batch if (row[0] >= 100) == bool(first)]
+        alone = take(staged((), (1.0, 1e-9) if not first else (1e-9, 1.0)), 40)
+        expected = [row for batch in alone for row in batch if (row[0] >= 100) == bool(first)]
+        assert own == expected[: len(own)]
+
+
+def test_a_staged_mixture_resumes_and_is_split_among_hosts():
+    batches = staged()
+    expected = [next(batches) for _ in range(14)]
+    for done in (3, 6, 7, 8, 9, 12):
+        before = staged()
+        for _ in range(done):
+            next(before)
+        again = staged()
+        again.set_state(json.loads(json.dumps(before.get_state())))
+        assert_same(next(again), expected[done])
+    halves = [staged(batch_size=6, host=host, hosts=2) for host in (0, 1)]
+    whole = staged(batch_size=6)
+    for _ in range(14):
+        parts = [next(half).tokens for half in halves]
+        assert sorted(np.concatenate(parts).tolist()) == sorted(next(whole).tokens.tolist())
+
+
+def test_stages_hold_within_buckets_too():
+    def bucket(length: int, *sizes: int) -> Bucket:
+        sources = [np.full((size, length), number) for number, size in enumerate(sizes)]
+        return Bucket(sources, lambda row: Batch(row, row, np.ones(length)), random=False)
+
+    # The second source has no short rows: in a stage of its own, no short batches.
+    buckets = [bucket(3, 8, 0), bucket(5, 2, 6)]
+    stages = [Stage(100, (0.0, 1.0)), Stage(150, (3.0, 1.0))]
+    batches = training_batches(buckets, (3, 1), stages=stages, batch_size=1, seed=0)
+    found = [
+        (batch.tokens.shape[1], int(batch.tokens[0, 0])) for batch in itertools.islice(batches, 350)
+    ]
+    assert set(found[100:150]) == {(5, 1)}
+    for part in (found[:100], found[150:]):
+        counts = collections.Counter(part)
+        for kind, share in {(3, 0): 0.6, (5, 0): 0.15, (5, 1): 0.25}.items():
+            assert counts[kind] / len(part) == pytest.approx(share, abs=0.02)
 
 
 @pytest.mark.parametrize("threads", [0, 3])

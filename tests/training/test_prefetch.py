@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -154,7 +155,7 @@ def opened(texts: list[str], kind: dict, *, streaming: bool = False):
     )
     sources, tokenizer = open_sources(data), ByteTokenizer()
     corpus = open_corpus(sources, tokenizer, data, model)
-    order = {"batch_size": RUN_BATCH, "seed": 3}
+    order: dict[str, Any] = {"batch_size": RUN_BATCH, "seed": 3}
 
     def batches() -> grain.DatasetIterator:
         if not streaming:

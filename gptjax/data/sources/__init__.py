@@ -10,11 +10,14 @@
 | PATH.jsonl#field=text | a field of every non-blank line |
 | PATH.parquet#field=text | a field of every row |
 | tfds:NAME#split=train&field=text&data_dir=DIR | a split of a TensorFlow dataset |
+| hf:NAME#name=CONFIG&split=train&field=text | a split of a Hugging Face dataset, or hf:DIRECTORY |
+| hf:NAME#rows=100000 | its first rows, streamed (huggingface.py) |
+| tokens:PATH.bin#tokenizer=gpt2:PATH | token shards: those of llm.c, nanoGPT, OLMo (shards.py) |
 
-Text and JSON lines may end in .gz. `#errors=replace` reads bytes that are not UTF-8 as U+FFFD.
-Options are joined by `&`; field defaults to text, split to train. Line ends within documents are
-kept, a byte order mark is dropped. A pattern reads each file once, however many links lead to it.
-A path may be in a bucket (`gs://`, `s3://`): its files are downloaded once per machine.
+Text and JSON lines may end in .gz or .zst; `#errors=replace` reads bytes that are not UTF-8 as
+U+FFFD. Options are joined by `&`; field defaults to text, split to train. Line ends within
+documents are kept, a byte order mark is dropped. A pattern reads each file once, however many links
+lead to it. A path may be in a bucket (`gs://`, `s3://`): its files are downloaded once per machine.
 Memory use is an index of 8 bytes per document, not the text.
 """
 
@@ -22,7 +25,7 @@ import os
 
 from gptjax.config import whole_number
 from gptjax.data.sources.embedded import EmbeddedCorpus, embedded_corpus
-from gptjax.data.sources.files import find_files, is_gzip
+from gptjax.data.sources.files import UNPACKERS, find_files, packed_as
 from gptjax.data.sources.protocol import Documents, Spec, check_no_option, parse_spec, refuse
 from gptjax.data.sources.records import JsonLines, Parquet
 from gptjax.data.sources.text import Blocks, Column, Lines, Whole
@@ -32,8 +35,12 @@ __all__ = ["Documents", "embedded_corpus", "open_source", "reopen"]
 
 TFDS = "tfds:"
 """Prefix of a TensorFlow dataset's spec."""
+HUGGING_FACE = "hf:"
+"""Prefix of the spec of a dataset of Hugging Face's library."""
+TOKENS = "tokens:"
+"""Prefix of the spec of token shards."""
 
-COMPRESSED = (".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar", ".tgz")
+COMPRESSED = (".bz2", ".xz", ".zip", ".lz4", ".7z", ".tar", ".tgz")
 """Suffixes of compressed formats that are not supported."""
 
 
@@ -48,6 +55,15 @@ def open_source(spec: str) -> Documents:
         from gptjax.data.sources.tfds import open_dataset
 
         return open_dataset(parsed)
+    if spec.startswith(HUGGING_FACE):
+        from gptjax.data.sources.huggingface import open_huggingface
+
+        return open_huggingface(parsed._replace(address=parsed.address.removeprefix(HUGGING_FACE)))
+    if spec.startswith(TOKENS):
+        from gptjax.data.sources.shards import open_shards
+
+        parsed = parsed._replace(address=parsed.address.removeprefix(TOKENS))
+        return open_shards(parsed, _paths(parsed))
     if parsed.address == "embedded":
         parsed.choose("embedded")
         return EmbeddedCorpus()
@@ -66,13 +82,22 @@ def reopen(spec: str, fingerprint: str) -> Documents:
     return documents
 
 
+def _paths(spec: Spec) -> list[str]:
+    """The files at the spec's address, on this machine.
+
+    Raises:
+      InputError: none.
+    """
+    if not (url := url_of(spec.address)):
+        return find_files(spec.address)
+    paths = [str(downloaded(each)) for each in find(url)]
+    if not paths:
+        refuse(f"no file fits {url}")
+    return paths
+
+
 def _open_files(spec: Spec) -> Documents:
-    if url := url_of(spec.address):
-        paths = [str(downloaded(each)) for each in find(url)]
-        if not paths:
-            refuse(f"no file fits {url}")
-    else:
-        paths = find_files(spec.address)
+    paths = _paths(spec)
     if not os.path.lexists(paths[0]):
         check_no_option(spec)
     kinds = {_kind(path) for path in paths}
@@ -119,13 +144,15 @@ def _kind(path: str) -> str:
     Raises:
       InputError: an unsupported format.
     """
-    name = path.lower().removesuffix(".gz")
+    packed = packed_as(path)
+    name = path.lower().removesuffix(packed)
     for suffix in COMPRESSED:
         if name.endswith(suffix):
-            refuse(f"{path} is packed as {suffix}; of packed files, only .gz are read")
+            known = " and ".join(UNPACKERS)
+            refuse(f"{path} is packed as {suffix}; of packed files, {known} are read")
     kind = next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), "text")
-    if kind == "Parquet" and is_gzip(path):
-        refuse(f"{path} is Parquet in gzip, which allows no random access; unpack it")
+    if kind == "Parquet" and packed:
+        refuse(f"{path} is Parquet in {packed}, which allows no random access; unpack it")
     return kind
 
 

@@ -54,9 +54,9 @@ def find_files(pattern: str) -> list[str]:
     return [*paths.values()]
 
 
-def is_gzip(path: str) -> bool:
-    """Whether a file's name is that of a gzip file."""
-    return path.lower().endswith(".gz")
+def packed_as(path: str) -> str:
+    """The suffix of a packed file's name, `.gz` or `.zst`; empty of other files."""
+    return next((suffix for suffix in UNPACKERS if path.lower().endswith(suffix)), "")
 
 
 def unreadable(path: str, error: OSError) -> InputError:
@@ -80,20 +80,20 @@ def check_unpacked(path: str, packed: int, unpacked: int) -> None:
 class File:
     """A file of known size; each read checks that it has not changed since it was opened.
 
-    A byte order mark is skipped.
+    A byte order mark is skipped, unless `text` is False.
 
     Raises:
       InputError: a file that is missing, unreadable or not regular.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, text: bool = True):
         self.path = path
         try:
             # Before it is opened: opening a pipe blocks until something writes to it.
             _check_regular(path, os.stat(path))
             with open(path, "rb", buffering=0) as opened:
                 found = os.fstat(opened.fileno())
-                self.skipped = _mark(opened.read(len(codecs.BOM_UTF8)))
+                self.skipped = _mark(opened.read(len(codecs.BOM_UTF8))) if text else 0
         except OSError as error:
             raise unreadable(path, error) from error
         _check_regular(path, found)
@@ -155,7 +155,7 @@ class Store:
             self._descriptor, name = tempfile.mkstemp()
             os.unlink(name)
         except OSError as error:
-            raise InputError(f"data.source: cannot unpack .gz files: {error.strerror}.") from error
+            raise InputError(f"data.source: cannot unpack files: {error.strerror}.") from error
         weakref.finalize(self, os.close, self._descriptor)
         self._size = 0
 
@@ -185,10 +185,10 @@ class Store:
 
 
 class Unpacked:
-    """The unpacked content of a gzip file, as of when it was opened.
+    """The unpacked content of a packed file, as of when it was opened.
 
     Args:
-      path: The gzip file.
+      path: The packed file.
       store: The temporary file it is unpacked to; several may share one.
 
     Raises:
@@ -200,7 +200,7 @@ class Unpacked:
         packed = File(path)
         self.path = path
         self._store = store
-        self._start, size = store.append(path, _gunzip(packed))
+        self._start, size = store.append(path, _unpacked(packed))
         packed.check_unchanged()
         self.skipped = _mark(store.read(self._start, min(size, len(codecs.BOM_UTF8))))
         self.size = size - self.skipped
@@ -214,15 +214,15 @@ Readable = File | Unpacked
 
 
 def open_files(paths: list[str]) -> list[Readable]:
-    """Open the files; those that end in .gz are unpacked into one temporary file.
+    """Open the files; packed ones are unpacked into one temporary file.
 
     Raises:
       InputError: see `File` and `Unpacked`.
     """
-    if not any(map(is_gzip, paths)):
+    if not any(map(packed_as, paths)):
         return [File(path) for path in paths]
     store = Store()
-    return [Unpacked(path, store) if is_gzip(path) else File(path) for path in paths]
+    return [Unpacked(path, store) if packed_as(path) else File(path) for path in paths]
 
 
 def chunks(file: Readable) -> Iterator[tuple[int, bytes]]:
@@ -255,18 +255,46 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
-def _gunzip(file: File) -> Iterator[bytes]:
-    size = 0
+def _unpacked(file: File) -> Iterator[bytes]:
+    """The parts of what a packed file unpacks to.
+
+    Raises:
+      InputError: a damaged file, or a decompression bomb.
+    """
+    size, suffix = 0, packed_as(file.path)
+    for data in UNPACKERS[suffix](file.path):
+        size += len(data)
+        check_unpacked(file.path, file.size, size)
+        yield data
+
+
+def _gunzip(path: str) -> Iterator[bytes]:
     try:
-        with gzip.open(file.path) as packed:
+        with gzip.open(path) as packed:
             while data := packed.read(CHUNK):
-                size += len(data)
-                check_unpacked(file.path, file.size, size)
                 yield data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"data.source: {file.path} is a damaged gzip file: {error}.") from error
+        raise InputError(f"data.source: {path} is a damaged gzip file: {error}.") from error
     except OSError as error:
-        raise unreadable(file.path, error) from error
+        raise unreadable(path, error) from error
+
+
+def _unzstd(path: str) -> Iterator[bytes]:
+    import pyarrow
+
+    try:
+        with open(path, "rb") as file, pyarrow.CompressedInputStream(file, "zstd") as packed:
+            while data := packed.read(CHUNK):
+                yield data
+    except OSError as error:
+        if error.errno is not None:
+            raise unreadable(path, error) from error
+        what = str(error).rstrip(".")
+        raise InputError(f"data.source: {path} is a damaged zstd file: {what}.") from error
+
+
+UNPACKERS = {".gz": _gunzip, ".zst": _unzstd}
+"""By suffix: the path of a packed file → the parts of its content."""
 
 
 def _fitting(pattern: str) -> Iterator[str]:

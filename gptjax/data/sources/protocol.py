@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn, Protocol
 
+import numpy as np
+
 from gptjax.config import InputError, near_names
+from gptjax.data.tokenizers.protocol import Tokenizer
 
 
 class Documents(Protocol):
@@ -31,6 +34,17 @@ class Documents(Protocol):
         ...
 
 
+class EncodedDocuments(Documents, Protocol):
+    """Documents that are stored as token ids; their text is what the ids decode to."""
+
+    encoded_by: Tokenizer
+    """The tokenizer of the ids."""
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The ids [T], int32, of a document, without end tokens."""
+        ...
+
+
 class Spec(NamedTuple):
     """A parsed spec, `address#option=value&option=value`."""
 
@@ -53,7 +67,10 @@ class Spec(NamedTuple):
         return defaults | dict(self.options)
 
 
-OPTIONS = ("documents", "column", "errors", "field", "split", "data_dir")
+OPTIONS = (
+    *("documents", "column", "errors", "field", "split", "data_dir"),
+    *("tokenizer", "dtype", "name", "rows"),
+)
 """All options of all kinds of sources."""
 
 _BEGIN = re.compile(rf"#(?=({'|'.join(OPTIONS)})=)")

@@ -25,12 +25,13 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 
 from gptjax.config import InputError, read_json
 from gptjax.data.sources import Documents
+from gptjax.data.sources.protocol import EncodedDocuments
 from gptjax.data.storage.store import OFFSET, Mapped, TokenStore
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.system.bucket_locks import locked_in_bucket
@@ -48,6 +49,8 @@ CHECKPOINT_TOKENS = 1 << 24
 """Tokens between two records of a build's progress."""
 CHECKED_BYTES = 1 << 24
 """Bytes read at a time for a checksum."""
+
+Item = TypeVar("Item", str, np.ndarray)
 
 
 def open_store(documents: Documents, tokenizer: Tokenizer, directory: Path) -> TokenStore:
@@ -188,13 +191,12 @@ def _build(
     dtype = np.dtype(wanted["dtype"])
     end = np.array([] if tokenizer.end_token is None else [tokenizer.end_token], np.int32)
     with _Writer(partial, dtype) as writer, _progress_bar(len(documents)) as show:
-        for texts in _batches(documents, writer.documents):
-            encoded = tokenizer.encode_documents(texts)
+        for encoded, sizes in _encoded(documents, tokenizer, writer.documents):
             _check_ids(np.concatenate(encoded), tokenizer)
             if end.size:
-                pairs = zip(texts, encoded, strict=True)
-                encoded = [np.append(tokens, end) if text else tokens for text, tokens in pairs]
-            writer.add(encoded, [len(text.encode("utf-8")) for text in texts])
+                pairs = zip(encoded, sizes, strict=True)
+                encoded = [np.append(tokens, end) if size else tokens for tokens, size in pairs]
+            writer.add(encoded, sizes)
             writer.note_progress()
             show(writer.documents)
     if not writer.tokens:
@@ -300,17 +302,38 @@ class _Writer:
         self.checksums[which] = zlib.crc32(content, self.checksums[which])
 
 
-def _batches(documents: Documents, first: int) -> Iterator[list[str]]:
-    """The texts from document `first` on, a few at a time."""
-    texts, characters = [], 0
-    for index in range(first, len(documents)):
-        texts.append(documents[index])
-        characters += len(texts[-1])
-        if characters >= BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
+def _encoded(
+    documents: Documents, tokenizer: Tokenizer, first: int
+) -> Iterator[tuple[list[np.ndarray], list[int]]]:
+    """Token ids and UTF-8 bytes of the documents from `first` on, a few at a time.
+
+    Ids that the documents have already, by the same tokenizer, are taken as they are.
+    """
+    made_by: Tokenizer | None = getattr(documents, "encoded_by", None)
+    if made_by is None or made_by.fingerprint != tokenizer.fingerprint:
+        texts_of = (documents[number] for number in range(first, len(documents)))
+        for texts in _groups(texts_of, BATCH_CHARACTERS):
+            yield tokenizer.encode_documents(texts), [len(text.encode("utf-8")) for text in texts]
+        return
+    has_ids = cast(EncodedDocuments, documents)
+    sizes = np.array([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+    sizes[list(tokenizer.special.values())] = 0
+    numbers = range(first, len(documents))
+    for ids in _groups((has_ids.tokens(number) for number in numbers), BATCH_CHARACTERS):
+        yield ids, [int(sizes[tokens].sum()) for tokens in ids]
+
+
+def _groups(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """`items` in groups whose lengths add up to at least `most`, but for the last."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += len(item)
+        if total >= most:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 @contextlib.contextmanager

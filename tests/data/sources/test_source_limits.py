@@ -1,6 +1,5 @@
 """What a file may not do to its reader: keep it waiting, fill its memory, be read as another."""
 
-import gzip
 import os
 import socket
 from pathlib import Path
@@ -9,18 +8,18 @@ import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
-from test_sources import documents, sentence
+from test_sources import documents, packed, sentence
 
 from gptjax.config import InputError
 from gptjax.data.sources import files, open_source, text
 
 
 def written(path: Path, content: bytes) -> Path:
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(packed(path.name, content))
     return path
 
 
-@pytest.mark.parametrize("name", ["f", "f.gz", "f.jsonl", "f.parquet"])
+@pytest.mark.parametrize("name", ["f", "f.gz", "f.zst", "f.jsonl", "f.parquet"])
 def test_what_is_no_file_is_refused_at_once(name, tmp_path):
     path = tmp_path / name
     os.mkfifo(path)
@@ -61,9 +60,10 @@ def test_a_file_that_grows_while_it_is_read_is_one_sentence(tmp_path, monkeypatc
 def test_what_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "UNPACKED", 1 << 20)
     monkeypatch.setattr(files, "CHUNK", 1 << 16)
-    path = written(tmp_path / "bomb.txt.gz", bytes(2 << 20))
-    assert "bomb.txt.gz unpacks to more than 200 times its " in (message := sentence(path))
-    assert message.endswith(" bytes and 1 MiB, as no text does.")
+    for name in ("bomb.txt.gz", "bomb.txt.zst"):
+        path = written(tmp_path / name, bytes(2 << 20))
+        assert f"{name} unpacks to more than 200 times its " in (message := sentence(path))
+        assert message.endswith(" bytes and 1 MiB, as no text does.")
     assert len(documents(written(tmp_path / "small.txt.gz", bytes(1 << 20)))) == 16
     large = pyarrow.table({"text": ["a" * (2 << 20)]})
     parquet.write_table(large, tmp_path / "bomb.parquet", compression="gzip")

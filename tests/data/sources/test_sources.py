@@ -46,13 +46,23 @@ def sentence(spec: object) -> str:
     return message.removeprefix("data.source: ")
 
 
+def packed(name: str, data: bytes) -> bytes:
+    """`data` as a file of this name holds it."""
+    if name.lower().endswith(".zst"):
+        # Two frames, as of a file that was written in two parts.
+        return b"".join(
+            pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:3], data[3:])
+        )
+    return gzip.compress(data) if name.lower().endswith(".gz") else data
+
+
 @pytest.fixture
 def write(tmp_path):
     def written(name: str, content: str | bytes) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        path.write_bytes(packed(name, data))
         return path
 
     return written
@@ -76,12 +86,12 @@ def test_the_embedded_corpus_is_long_english_text():
     assert documents("embedded") == [text]
 
 
-@pytest.mark.parametrize("suffix", ["txt", "md", "", "txt.gz"])
+@pytest.mark.parametrize("suffix", ["txt", "md", "", "txt.gz", "txt.zst"])
 def test_a_file_of_text_is_a_document_as_it_is(suffix, write):
     assert documents(write(f"text.{suffix}", NASTY)) == [NASTY]
 
 
-@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.zst"])
 @pytest.mark.parametrize(
     ("options", "text", "expected"),
     [
@@ -126,13 +136,13 @@ def test_links_in_a_circle_and_second_names_give_no_document_twice(write, tmp_pa
     assert sentence("b/*.txt") == "cannot read b/nowhere.txt: No such file or directory."
 
 
-@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "TXT.GZ", "Txt.Gz"])
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "TXT.GZ", "Txt.Gz", "txt.ZST"])
 def test_a_byte_order_mark_is_no_text(suffix, tmp_path):
     path, same = tmp_path / f"text.{suffix}", tmp_path / "same.txt"
     text = "a\tb\n\n\ufeffc\td\n"
     same.write_text(text)
     data = b"\xef\xbb\xbf" + text.encode()
-    path.write_bytes(gzip.compress(data) if suffix.lower().endswith("gz") else data)
+    path.write_bytes(packed(path.name, data))
     expected = {
         "": [text],
         "#documents=line": ["a\tb", "", "\ufeffc\td"],
@@ -144,21 +154,21 @@ def test_a_byte_order_mark_is_no_text(suffix, tmp_path):
         assert [source[n] for n in range(len(found))] == found
         assert source.fingerprint == open_source(f"{same}{options}").fingerprint
     data = b"\xef\xbb\xbfabc\xff"
-    path.write_bytes(gzip.compress(data) if suffix.lower().endswith("gz") else data)
+    path.write_bytes(packed(path.name, data))
     assert "byte 0xff at offset 6" in sentence(path)
-    path.write_bytes(gzip.compress(data[:3]) if suffix.lower().endswith("gz") else data[:3])
+    path.write_bytes(packed(path.name, data[:3]))
     assert sentence(path).endswith(("is empty.", "holds nothing."))
 
 
-@pytest.mark.parametrize("name", ["a.JSONL", "a.Jsonl", "a.jsonl.GZ", "a.JSONL.gz"])
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Jsonl", "a.jsonl.GZ", "a.JSONL.gz", "a.jsonl.zst"])
 def test_suffixes_in_capitals_are_the_same(name, table, tmp_path):
     data = '\ufeff{"text": "a"}\n \t\r\n\n{"text": "b"}\n\n'.encode()
     path = tmp_path / name
-    path.write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    path.write_bytes(packed(path.name, data))
     assert documents(path) == ["a", "b"]
     assert len(documents(table.rename(tmp_path / "table.Parquet"))) == 5
-    assert "is Parquet in gzip" in sentence(tmp_path / "t.PARQUET.GZ")
-    assert "is packed as .zst" in sentence(tmp_path / "t.txt.ZST")
+    assert "is Parquet in .gz" in sentence(tmp_path / "t.PARQUET.GZ")
+    assert "is packed as .xz" in sentence(tmp_path / "t.txt.XZ")
 
 
 def test_an_empty_file_among_many_is_a_document_like_an_empty_line(write, tmp_path):
@@ -314,7 +324,7 @@ def test_a_file_without_permission_is_one_sentence(write, monkeypatch):
     ],
     ids=["UTF-16", "Latin-1", "cut short", "a lone surrogate", "behind the first chunk"],
 )
-@pytest.mark.parametrize("suffix", ["txt", "txt.gz"])
+@pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.zst"])
 def test_a_file_that_is_not_utf8_is_one_sentence_with_the_place(
     data, where, suffix, write, monkeypatch
 ):
@@ -357,6 +367,16 @@ def test_a_damaged_gzip_file_is_one_sentence(write, tmp_path):
         path = tmp_path / "a.txt.gz"
         path.write_bytes(data)
         assert f"{path} is a damaged gzip file: " in sentence(path)
+
+
+def test_a_damaged_zstd_file_is_one_sentence(tmp_path):
+    whole = pyarrow.compress(bytes(range(256)) * 9, "zstd", asbytes=True)
+    for data in (whole[:-5], whole[:12], b"no zstd", whole + b"more"):
+        path = tmp_path / "a.txt.zst"
+        path.write_bytes(data)
+        assert f"{path} is a damaged zstd file: " in sentence(path)
+    path.unlink()
+    assert sentence(path) == f"cannot read {path}: No such file or directory."
 
 
 def test_a_full_disk_is_one_sentence(write, monkeypatch):
@@ -443,8 +463,8 @@ def test_strings_are_read_however_they_are_held(kind, tmp_path):
         ("{dir}/a.txt#column=1&documents=file", "cannot have documents=file"),
         ("{dir}/a.txt#documents=lines", "it must be one of file, line, block"),
         ("{dir}/a.txt#errors=ignore", "it must be one of strict, replace"),
-        ("{dir}/a.parquet.gz", "is Parquet in gzip"),
-        ("{dir}/a.txt.zst", "is packed as .zst; of packed files, only .gz are read"),
+        ("{dir}/a.parquet.gz", "is Parquet in .gz"),
+        ("{dir}/a.txt.xz", "is packed as .xz; of packed files, .gz and .zst are read"),
         ("{dir}/a.*", "fits files of several kinds: JSON lines, Parquet, text"),
     ],
 )
