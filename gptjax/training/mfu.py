@@ -49,12 +49,12 @@ def peak_flops() -> Peak:
 
 
 def peak_bandwidth() -> float:
-    """Bytes per second between memory and cores, of all devices: the data sheet's, or a copy's."""
+    """Bytes per second between memory and cores, of all devices: the data sheet's, or measured."""
     device, count = jax.devices()[0], jax.device_count()
     chip = chip_of(device.device_kind)
     if chip is not None:
         return count * chip.bandwidth / chip.devices
-    return measured_copy_bandwidth() * (1 if device.platform == "cpu" else count)
+    return measured_bandwidth() * (1 if device.platform == "cpu" else count)
 
 
 def _cpu_seconds() -> tuple[float, float]:
@@ -79,13 +79,16 @@ def measured_matmul_flops(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def measured_copy_bandwidth(size: int = 1 << 26, repeats: int = 5) -> float:
-    """Bytes read and written per second by the fastest of a few copies of `size` float32 values."""
+def measured_bandwidth(size: int = 1 << 26, repeats: int = 5) -> float:
+    """Bytes read and written per second by the fastest of a few negations of `size` float32 values.
+
+    In place: pages that a program touches first take longer.
+    """
     array = jax.device_put(np.ones(size, np.float32))
-    copy = jax.jit(lambda x: -x).lower(array).compile()
+    negated = jax.jit(lambda x: -x, donate_argnums=0).lower(array).compile()
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        copy(array).block_until_ready()
+        array = negated(array).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return 2 * array.nbytes / min(seconds[1:])

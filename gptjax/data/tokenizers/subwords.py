@@ -6,6 +6,7 @@ pieces of a word. files.py writes the tokenizer.json of published vocabularies; 
 tokenizers are used unchanged.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -24,6 +25,7 @@ from gptjax.data.tokenizers.descriptions import (
     open_description,
     unknown_token,
 )
+from gptjax.data.tokenizers.fast_bpe import FastBpe, fast_bpe
 from gptjax.data.tokenizers.pieces import bytes_of_piece
 from gptjax.data.tokenizers.protocol import REPLACEMENT, Tokenizer
 from gptjax.data.tokenizers.special import NAMES
@@ -42,6 +44,9 @@ PIECE_LENGTH = 1 << 20
 # Before a space or newline that follows a character. In GPT-2's and BERT's pre-tokenization no
 # token crosses such a boundary, and none depends on the text before it.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+_NOTHING = np.zeros(0, np.int32)
 
 
 def pieces_of(text: str) -> Iterator[str]:
@@ -187,10 +192,30 @@ class SubwordTokenizer(Tokenizer):
         return np.concatenate([self._before, *self.encode_documents([text])])
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids [T], int32, of each text.
+        """Token ids [T], int32, of each text."""
+        if self._fast is None:
+            return self._by_library(texts)
+        pieces = [[*pieces_of(text)] if self._cuttable else [text] for text in texts]
+        flat = [*itertools.chain(*pieces)]
+        found = self._fast.encode_all(flat)
+        others = iter(
+            self._by_library([piece for piece, ids in zip(flat, found, strict=True) if ids is None])
+        )
+        every = iter([next(others) if ids is None else ids for ids in found])
+        of_texts = ([*itertools.islice(every, len(of))] or [_NOTHING] for of in pieces)
+        return [np.concatenate(ids) if len(ids) > 1 else ids[0] for ids in of_texts]
+
+    @functools.cached_property
+    def _fast(self) -> FastBpe | None:
+        return fast_bpe(json.loads(self._content))
+
+    def _by_library(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids [T], int32, of each text, by the `tokenizers` library.
 
         Each distinct word is encoded once, in parallel over the cores.
         """
+        if not texts:
+            return []
         numbers: dict[str, int] = {}
         order, counts = [], []
         for text in texts:

@@ -27,9 +27,11 @@ SCOPES = {
 }
 """Named scope → part."""
 COLLECTIVE, OTHER, HOST, IDLE = "collectives", "other", "host", "idle"
-PARTS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER)
+PROGRAMS = "other programs"
+PARTS = (*dict.fromkeys(SCOPES.values()), COLLECTIVE, OTHER, PROGRAMS)
 MEANINGS = {
-    OTHER: "residual additions, slices of stacked layers, copies, other programs",
+    OTHER: "residual additions, slices of stacked layers",
+    PROGRAMS: "evaluation, what --train.watch measures, copies",
     HOST: "the device waits for the host: batches, starting programs",
     IDLE: "nothing runs on the device, and the host waits for it",
 }
@@ -108,7 +110,9 @@ def step_times(
     parts = {name: part_of(program, one) for name, one in instructions.items()}
     seconds: defaultdict[str, float] = defaultdict(float)
     for name, taken in timeline.instructions.items():
-        seconds[OTHER if name == OTHER_PROGRAMS else parts.get(name, OTHER)] += taken / len(steps)
+        seconds[PROGRAMS if name == OTHER_PROGRAMS else parts.get(name, OTHER)] += taken / len(
+            steps
+        )
     moved: Counter[str] = Counter()
     for name, size in memory_traffic(program).items():
         moved[parts[name]] += size

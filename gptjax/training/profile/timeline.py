@@ -12,12 +12,19 @@ from gptjax.config import InputError
 
 STEPS = "train"
 """JAX's annotation of a step, under which XProf groups what belongs to it."""
-WAIT = "wait for the device"
+WAIT = "Wait for results"
 """The annotation of the host's waiting for results."""
+WAITS = "Wait for "
+"""How names of waiting begin, ours and JAX's, which waits to start a program behind another."""
 OTHER_PROGRAMS = ""
 """The name of what runs on a device and is no instruction of the program: copies, other programs"""
 GPU = re.compile(r"/device:GPU:(\d+)")
 CPU = "/host:CPU"
+
+
+ENDS = "end: "
+"""How the event begins that tells when a CPU's instruction has ended: one whose work other threads
+do, as a matrix product, returns at once."""
 
 
 class Operation(NamedTuple):
@@ -26,6 +33,8 @@ class Operation(NamedTuple):
     start: float
     end: float
     name: str
+    link: object = None
+    """What the event of its end has too, on a CPU."""
 
 
 class Timeline(NamedTuple):
@@ -59,6 +68,7 @@ def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timel
     planes = list(ProfileData.from_file(str(paths[-1])).planes) if paths else []
     operations: dict[str, list[Operation]] = {}
     steps, waits = [], []
+    ended: dict[object, float] = {}
     for plane in planes:
         gpu = GPU.fullmatch(plane.name)
         if not (gpu or plane.name == CPU):
@@ -70,16 +80,21 @@ def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timel
                 start, end = event.start_ns, event.start_ns + event.duration_ns
                 if event.name == STEPS:
                     steps.append(start)
-                elif event.name == WAIT:
+                elif event.name.startswith(WAITS):
                     waits.append(Operation(start, end, WAIT))
+                elif event.name.startswith(ENDS):
+                    ended[dict(event.stats).get("_c", event.name)] = end
                 elif ran := _ran(event, module, gpu[1] if gpu else None):
-                    device, name = ran
-                    if name not in containers:
-                        operations.setdefault(device, []).append(Operation(start, end, name))
+                    device, one = ran
+                    if one.name not in containers:
+                        operations.setdefault(device, []).append(one)
     found = any(one.name != OTHER_PROGRAMS for ran in operations.values() for one in ran)
     if not found or not steps:
         raise InputError(f"{trace} has no instruction of {module}: it is made on CPUs and GPUs.")
-    each = [_shares(ran, waits, min(steps)) for ran in operations.values()]
+    each = []
+    for ran in operations.values():
+        whole = [one._replace(end=max(one.end, ended.get(one.link, 0.0))) for one in ran]
+        each.append(_shares(whole, waits, min(steps)))
     count = len(each)
     names = {name for one in each for name in one.instructions}
     return Timeline(
@@ -89,14 +104,16 @@ def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timel
     )
 
 
-def _ran(event: Any, module: str, gpu: str | None) -> tuple[str, str] | None:
-    """The device and the name of an instruction that an event ran; None of other events."""
+def _ran(event: Any, module: str, gpu: str | None) -> tuple[str, Operation] | None:
+    """The device and the execution of an instruction; None of other events."""
     stats = dict(event.stats)
     name = stats.get("hlo_op")
     if gpu is None and name is None:
         return None
     device = str(stats.get("device_ordinal", 0)) if gpu is None else gpu
-    return device, str(name) if name and stats.get("hlo_module") == module else OTHER_PROGRAMS
+    own = str(name) if name and stats.get("hlo_module") == module else OTHER_PROGRAMS
+    end = event.start_ns + event.duration_ns
+    return device, Operation(event.start_ns, end, own, stats.get("_p"))
 
 
 def _shares(operations: list[Operation], waits: list[Operation], begin: float) -> Timeline:
