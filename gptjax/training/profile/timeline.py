@@ -1,6 +1,7 @@
 """The time of each instruction of a program, from a trace of JAX's profiler (XPlane)."""
 
 import re
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,17 @@ CPU = "/host:CPU"
 ENDS = "end: "
 """How the event begins that tells when a CPU's instruction has ended: one whose work other threads
 do, as a matrix product, returns at once."""
+
+
+class _Event(NamedTuple):
+    """An event of a trace, nanoseconds."""
+
+    gpu: str | None
+    """The number of the GPU; None of the host."""
+    name: str
+    start: float
+    end: float
+    stats: dict[str, Any]
 
 
 class Operation(NamedTuple):
@@ -64,30 +76,20 @@ def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timel
     Raises:
       InputError: a trace without any instruction of the program.
     """
-    paths = sorted(trace.rglob("*.xplane.pb"))
-    planes = list(ProfileData.from_file(str(paths[-1])).planes) if paths else []
     operations: dict[str, list[Operation]] = {}
     steps, waits = [], []
     ended: dict[object, float] = {}
-    for plane in planes:
-        gpu = GPU.fullmatch(plane.name)
-        if not (gpu or plane.name == CPU):
-            continue
-        for line in plane.lines:
-            if gpu and not line.name.startswith("Stream"):
-                continue  # Derived from the streams.
-            for event in line.events:
-                start, end = event.start_ns, event.start_ns + event.duration_ns
-                if event.name == STEPS:
-                    steps.append(start)
-                elif event.name.startswith(WAITS):
-                    waits.append(Operation(start, end, WAIT))
-                elif event.name.startswith(ENDS):
-                    ended[dict(event.stats).get("_c", event.name)] = end
-                elif ran := _ran(event, module, gpu[1] if gpu else None):
-                    device, one = ran
-                    if one.name not in containers:
-                        operations.setdefault(device, []).append(one)
+    for event in _events(trace):
+        if event.name == STEPS:
+            steps.append(event.start)
+        elif event.name.startswith(WAITS):
+            waits.append(Operation(event.start, event.end, WAIT))
+        elif event.name.startswith(ENDS):
+            ended[event.stats.get("_c", event.name)] = event.end
+        elif ran := _ran(event, module):
+            device, one = ran
+            if one.name not in containers:
+                operations.setdefault(device, []).append(one)
     found = any(one.name != OTHER_PROGRAMS for ran in operations.values() for one in ran)
     if not found or not steps:
         raise InputError(f"{trace} has no instruction of {module}: it is made on CPUs and GPUs.")
@@ -104,16 +106,40 @@ def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timel
     )
 
 
-def _ran(event: Any, module: str, gpu: str | None) -> tuple[str, Operation] | None:
+def _events(trace: Path) -> list[_Event]:
+    """The events of the host's threads and of GPUs' streams."""
+    events: list[_Event] = []
+    paths = sorted(trace.rglob("*.xplane.pb"))
+    planes = ProfileData.from_file(str(paths[-1])).planes if paths else ()
+    with warnings.catch_warnings():
+        # JAX 0.12's type of an event's stats has no module, of which Python 3.12 warns.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in planes:
+            gpu = GPU.fullmatch(plane.name)
+            for line in plane.lines if gpu or plane.name == CPU else ():
+                if gpu and not line.name.startswith("Stream"):
+                    continue  # Derived from the streams.
+                events += [
+                    _Event(
+                        gpu[1] if gpu else None,
+                        event.name,
+                        event.start_ns,
+                        event.start_ns + event.duration_ns,
+                        dict(event.stats),
+                    )
+                    for event in line.events
+                ]
+    return events
+
+
+def _ran(event: _Event, module: str) -> tuple[str, Operation] | None:
     """The device and the execution of an instruction; None of other events."""
-    stats = dict(event.stats)
-    name = stats.get("hlo_op")
-    if gpu is None and name is None:
+    stats, name = event.stats, event.stats.get("hlo_op")
+    if event.gpu is None and name is None:
         return None
-    device = str(stats.get("device_ordinal", 0)) if gpu is None else gpu
+    device = event.gpu or str(stats.get("device_ordinal", 0))
     own = str(name) if name and stats.get("hlo_module") == module else OTHER_PROGRAMS
-    end = event.start_ns + event.duration_ns
-    return device, Operation(event.start_ns, end, own, stats.get("_p"))
+    return device, Operation(event.start, event.end, own, stats.get("_p"))
 
 
 def _shares(operations: list[Operation], waits: list[Operation], begin: float) -> Timeline:
