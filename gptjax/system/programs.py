@@ -20,6 +20,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,24 @@ LOCK_SECONDS = 10
 DIRECTORY, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 VALUE, USED = "-cache", "-atime"
 """Endings of JAX's two files of a program, which it writes in this order."""
+
+
+@contextlib.contextmanager
+def with_own_names(wanted: bool) -> Iterator[None]:
+    """Inside, a kept program is taken only if the names of its instructions are the present ones.
+
+    They are no part of JAX's key otherwise: a program kept by an older version of this code has
+    its names, by which a profile would sort its instructions.
+    """
+    import jax
+
+    name = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, name)
+    jax.config.update(name, wanted or before)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from gptjax.config import TrainConfig
 from gptjax.data.batch import Batch
 from gptjax.distributed import agreed_stop
 from gptjax.system.exits import Diverged, Interrupted, Interrupts
+from gptjax.system.programs import with_own_names
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_clock import CheckpointClock
 from gptjax.training.dispatch import Pace, logged_steps, stack_size
@@ -155,18 +156,19 @@ def fit(
     )
     train_step = CompiledByShape(lower_step)
     eval_step = CompiledByShape(functools.partial(lower_eval_step, loss, mesh=mesh))
-    # All compile while the state is initialised.
-    compiled = train_step.prepare(shapes, feed.shapes())
-    eval_step.prepare(shapes.params, feed.on_devices(validation[0]))
-    watch = None
-    if config.watch:
-        how = {"loss": loss, "optimizer": optimizer, "activations": activations, "mesh": mesh}
-        how |= {"seed": config.seed, "grad_accumulation": config.grad_accumulation}
-        watch = CompiledByShape(functools.partial(lower_watch_step, stacked=stack > 1, **how))
-        watch.prepare(shapes, feed.shapes())
-    if state is None:
-        state = init_state(init, optimizer, mesh, axes)
-    compiled.result()
+    with with_own_names(bool(config.profile)):
+        # All compile while the state is initialised.
+        compiled = train_step.prepare(shapes, feed.shapes())
+        eval_step.prepare(shapes.params, feed.on_devices(validation[0]))
+        watch = None
+        if config.watch:
+            how = {"loss": loss, "optimizer": optimizer, "activations": activations, "mesh": mesh}
+            how |= {"seed": config.seed, "grad_accumulation": config.grad_accumulation}
+            watch = CompiledByShape(functools.partial(lower_watch_step, stacked=stack > 1, **how))
+            watch.prepare(shapes, feed.shapes())
+        if state is None:
+            state = init_state(init, optimizer, mesh, axes)
+        compiled.result()
     compile_seconds = time.perf_counter() - start
     for tracker in trackers:
         if isinstance(tracker, TimeTracker):

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from gptjax.system import programs
-from gptjax.system.programs import default_directory
+from gptjax.system.programs import default_directory, with_own_names
 
 RUN = """
 import sys
@@ -81,3 +81,25 @@ def test_each_kind_of_cpu_has_its_directory_unless_it_could_not_read_it(monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert default_directory("tpu", "") == tmp_path / "Library" / "Caches" / "gptjax" / "jax"
+
+
+def test_a_kept_program_has_the_present_names_where_they_are_wanted():
+    settings: Any = jax.config
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(settings, least)
+    jax.config.update(least, 0.0)
+    try:
+
+        def names(scope: str, wanted: bool) -> str:
+            with with_own_names(wanted):
+                step = jax.jit(jax.named_scope(scope)(lambda x: jax.numpy.sin(x) * 41.0625))
+                text = step.lower(jax.numpy.ones(3)).compile().as_text()
+            assert text is not None
+            return text
+
+        assert "older" in names("older", False)
+        assert "older" in names("newer", False)  # The kept program, with its names.
+        assert "newer" in names("newer", True)
+        assert not settings.jax_compilation_cache_include_metadata_in_key
+    finally:
+        jax.config.update(least, before)
