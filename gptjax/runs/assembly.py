@@ -34,8 +34,9 @@ class Assembly(NamedTuple):
     """The letters of each parameter's axes, by which a mesh shards them."""
     loss: LossFunction
     mup: Factors | None
-    activations: Activations
-    """What `--train.watch` measures inside the model."""
+    activations: Activations | None
+    """What `--train.watch` measures inside the model; None in a pipeline, whose stages capture
+    nothing."""
     lines: list[str]
     """Lines for the log: the attention kernel chosen."""
 
@@ -83,5 +84,8 @@ def assemble(
         model, lines = resolve_kernel(model, *target(mesh), sequence=mesh.shape["sequence"])
     graphdef, _ = abstract(model)
     loss = training_loss(graphdef, config.train)
-    inside = activations(graphdef, config.model)
+    staged = mesh is not None and mesh.shape["pipeline"] > 1
+    inside = None if staged else activations(graphdef, config.model)
+    if staged and config.train.watch:
+        lines.append("Watched are norms alone: the stages of a pipeline capture no activations.")
     return Assembly(config, graphdef, parameter_axes(config.model), loss, mup, inside, lines)

@@ -176,7 +176,7 @@ def fit(
     evaluate = _evaluator(eval_step, validation, feed)
     logger = _Logger(config, trackers, describe, checkpoints, feed, state.params)
 
-    with _caught_signals() as caught:
+    with _caught_signals() as caught, profile or contextlib.nullcontext():
         pace, clock = Pace(config, stack), CheckpointClock(config.checkpoint_minutes, progress.step)
         pending = None  # The last step of a group whose metrics are not fetched yet.
         while progress.step < config.steps:

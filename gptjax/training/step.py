@@ -317,7 +317,10 @@ def lower(
     With `part`, `batch` is a stack. The axis is the one to sum over, None if the compiler does.
     """
     if partitioned(mesh):
-        return _lower_partitioned(step, mesh, sharded, batch, *part)
+        # Whole on every device: a process can only fetch what it holds.
+        return _lower_partitioned(
+            step, mesh, sharded, batch, *part, out_shardings=NamedSharding(mesh, P())
+        )
     step = functools.partial(step, axis=_axis(mesh))
     return _lower_data_parallel(step, mesh, sharded, batch, *part)
 

@@ -214,6 +214,19 @@ def test_a_profile_starts_with_what_is_left_of_its_steps(tmp_path, monkeypatch):
     assert [profile.ends(done) for done in (20, 24, 25)] == [False, False, True]
 
 
+def test_a_trace_that_is_not_ended_is_stopped(tmp_path):
+    config = ExperimentConfig(train=TrainConfig(steps=300, profile="20:25"))
+
+    def interrupted() -> None:
+        with StepProfile(config, tmp_path) as profile:
+            profile.start(19)
+            raise KeyError
+
+    for _ in range(2):  # The first one would refuse the second.
+        with pytest.raises(KeyError):
+            interrupted()
+
+
 def test_a_group_of_steps_ends_where_a_profile_starts_and_ends():
     config = TrainConfig(steps=300, steps_per_dispatch=50, profile="20:25")
     pace, done, ends = Pace(config, 50), 0, []

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from gptjax import probe
+from gptjax.certify.cases import Case
 from gptjax.certify.grid import axis_values
 from gptjax.config import ExperimentConfig, InputError, MeshConfig, TrainConfig, TransformerConfig
 from gptjax.data.batch import Batch
@@ -18,7 +19,7 @@ from gptjax.layers.stack import unstacked
 from gptjax.models.build import abstract, build, split
 from gptjax.parallel.sharding import build_mesh
 from gptjax.plots import watched
-from gptjax.runs.activations import DEAD
+from gptjax.runs.activations import DEAD, activations
 from gptjax.runs.assembly import assemble
 from gptjax.training.dispatch import Pace
 from gptjax.training.leaves import by_name
@@ -53,7 +54,10 @@ def _watched(devices: int = 1, fsdp: int = 1, tensor: int = 1):
     state = state._replace(params=params)
     how = {"loss": assembly.loss, "optimizer": optimizer, "activations": assembly.activations}
     watch = lower_watch_step(state, _batch(), mesh=own, stacked=False, **how).compile()
-    scalars = scalars_of(watch(state, _batch()))
+    measured = watch(state, _batch())
+    # A process of several can fetch it.
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(measured))
+    scalars = scalars_of(measured)
     before = jax.device_get(state)
     step = compile_train_step(assembly.loss, optimizer, state, _batch(), own)
     after, metrics = jax.device_get(step(state, _batch()))
@@ -118,6 +122,21 @@ def test_devices_measure_what_one_does(shards):
     assert scalars == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 
+def test_in_a_pipeline_norms_alone_are_measured():
+    config = ExperimentConfig(model=TINY, train=TrainConfig(steps=9, batch_size=ROWS, watch=True))
+    staged = build_mesh(MeshConfig(pipeline=2), ROWS, tuple(jax.devices()[:2]))
+    assembly = assemble(config, staged)
+    assert assembly.activations is None
+    assert "the stages of a pipeline capture no activations" in "".join(assembly.lines)
+    optimizer = assembly.optimizer(1e-2)
+    state = init_state(assembly.init, optimizer, staged, assembly.axes)
+    how = {"loss": assembly.loss, "optimizer": optimizer, "activations": None}
+    watch = lower_watch_step(state, _batch(), mesh=staged, stacked=False, **how).compile()
+    measured = watch(state, _batch())
+    assert measured.keys() == {"parameters", "gradients", "updates"}
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(measured))
+
+
 @pytest.mark.parametrize(
     ("name", "owners"),
     {
@@ -152,6 +171,29 @@ def test_layers_of_every_family_are_told_apart(name, owners):
     assert all(value.ndim == 0 for owner, value in norms.items() if owner not in owners)
     squares = [_sum_of_squares(norms), _sum_of_squares(tree)]
     assert squares[0] == pytest.approx(squares[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    {
+        "family=encoder": {"largest_score", "dead_units"},
+        "family=encoder_decoder": {"largest_score", "cross_largest_score", "dead_units"},
+        "family=recurrent": {"residual"},
+        "num_experts=4": {"largest_score", "mlp_output"},
+        "attention=compressed": {"largest_score", "attention_entropy"},
+    }.items(),
+)
+def test_every_family_is_measured(name, kinds):
+    config = dataclasses.replace(axis_values()[name], vocab_size=8)
+    case = Case(config, config)
+    inside = activations(abstract(config)[0], config)
+    measured = jax.jit(lambda params: inside(params, case.batch, None))(case.params)
+    assert measured.keys() >= kinds | {"residual", "token_entropy"}
+    assert all(np.isfinite(value).all() for value in jax.tree.leaves(measured))
+    depths = {"decoder": config.depth, "encoder": config.encoder_depth or config.depth}
+    for kind in kinds:
+        for stack, value in measured[kind].items():
+            assert value.shape == (depths.get(stack, config.depth),)
 
 
 def test_a_group_of_steps_begins_with_what_is_watched():

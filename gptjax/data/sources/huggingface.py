@@ -5,6 +5,7 @@ first N rows are streamed into a temporary file instead, and the rest is not dow
 """
 
 import hashlib
+import importlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -120,7 +121,7 @@ def _load(spec: Spec, name: str | None, split: str, *, streaming: bool) -> Any:
       InputError: see `open_huggingface`.
     """
     try:
-        import datasets
+        datasets: Any = importlib.import_module(PACKAGE)
     except ImportError as error:
         raise InputError(
             f"data.source: {spec.text} needs the package {PACKAGE}: pip install 'gptjax[{EXTRA}]'."

@@ -27,6 +27,16 @@ class StepProfile:
         self._config = config
         self._directory = directory
         self._first = 0
+        self._tracing = False
+
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop a trace whose last step was not made, which would refuse the next one."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
     def starts(self, done: int) -> bool:
         """Whether the first profiled step follows `done` steps."""
@@ -40,10 +50,11 @@ class StepProfile:
         options.python_tracer_level = 0  # Every call of a Python function would take its time.
         options.host_tracer_level = 1
         jax.profiler.start_trace(self._directory / TRACE, profiler_options=options)
+        self._tracing = True
 
     def ends(self, done: int) -> bool:
         """Whether `done` is the last profiled step, and the trace is on."""
-        return bool(self._first) and done == self._config.train.profiled[-1]
+        return self._tracing and done == self._config.train.profiled[-1]
 
     def stop(self, compiled: jax.stages.Compiled, tokens: int) -> None:
         """Stop the trace, print the table and write the page.
@@ -52,6 +63,7 @@ class StepProfile:
           compiled: the step's program.
           tokens: of a step, on one device.
         """
+        self._tracing = False
         jax.profiler.stop_trace()
         steps = range(self._first, self._config.train.profiled.stop)
         text = compiled.as_text() or ""
