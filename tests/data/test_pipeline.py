@@ -9,10 +9,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 import pytest
 
-from gptjax.config import DataConfig, InputError, TransformerConfig
+from gptjax.config import (
+    DataConfig,
+    ExperimentConfig,
+    InputError,
+    MeshConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from gptjax.data import pipeline
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Predicted, open_corpus, open_sources
@@ -27,6 +35,8 @@ from gptjax.data.pipeline import (
     training_batches,
 )
 from gptjax.data.tokenizers import ByteTokenizer
+from gptjax.parallel.sharding import build_mesh
+from gptjax.runs.data import open_data
 
 CONTEXT, BATCH_SIZE, WINDOWS = 4, 3, 12
 TOKENS = np.arange(WINDOWS * CONTEXT + 1, dtype=np.uint16)
@@ -172,6 +182,24 @@ def test_a_staged_mixture_resumes_and_is_split_among_hosts():
     for _ in range(14):
         parts = [next(half).tokens for half in halves]
         assert sorted(np.concatenate(parts).tolist()) == sorted(next(whole).tokens.tolist())
+
+
+def test_a_stage_begins_with_the_batch_of_its_step(tmp_path):
+    paths = [tmp_path / f"{letter}.txt" for letter in "ab"]
+    for path in paths:
+        path.write_text(path.stem * 2000)
+    config = ExperimentConfig(
+        model=TransformerConfig(depth=1, width=16, heads=2, context_length=8),
+        data=DataConfig(
+            source=tuple(map(str, paths)), weights=(1.0, 1.0), stages=("3:0,1", "5:1,0")
+        ),
+        train=TrainConfig(steps=6, batch_size=4),
+    )
+    data = open_data(config, tmp_path / "run")
+    batches, _ = data.batches(build_mesh(MeshConfig(), 4, tuple(jax.devices()[:1])))
+    tokens = [np.ravel(batch.tokens) for batch in itertools.islice(batches, 6)]
+    letters = ["".join(sorted({chr(token) for token in of_step})) for of_step in tokens]
+    assert letters == ["ab", "ab", "b", "b", "a", "a"]
 
 
 def test_stages_hold_within_buckets_too():

@@ -76,7 +76,7 @@ class StepProfile:
             return
         found = step_times(timeline, program, self._config.model, tokens, steps, _peaks())
         print(table(found))
-        print(f"The trace in {trace} opens in Perfetto and XProf.")
+        print(f"{PAGE} in the run's directory draws it; Perfetto and XProf open {TRACE}/.")
         with replacing(self._directory / PAGE) as file:
             file.write(page(found).encode())
 

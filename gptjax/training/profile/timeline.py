@@ -21,8 +21,6 @@ OTHER_PROGRAMS = ""
 """The name of what runs on a device and is no instruction of the program: copies, other programs"""
 GPU = re.compile(r"/device:GPU:(\d+)")
 CPU = "/host:CPU"
-
-
 ENDS = "end: "
 """How the event begins that tells when a CPU's instruction has ended: one whose work other threads
 do, as a matrix product, returns at once."""
