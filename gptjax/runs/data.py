@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from gptjax.config import ExperimentConfig, with_vocabulary
 from gptjax.data.corpus import Corpus, Sources, learn_tokenizer, open_corpus, open_sources
-from gptjax.data.pipeline import EvaluationBatches, Stage, streamed_batches, training_batches
+from gptjax.data.pipeline import EvaluationBatches, Stage, training_batches
+from gptjax.data.streaming import streamed_batches
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.runs.directory import saved_tokenizer
 from gptjax.training.prefetch import own_rows

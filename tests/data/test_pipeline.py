@@ -31,9 +31,9 @@ from gptjax.data.pipeline import (
     Stage,
     bits_per_byte,
     made_batches,
-    streamed_batches,
     training_batches,
 )
+from gptjax.data.streaming import streamed_batches
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.parallel.sharding import build_mesh
 from gptjax.runs.data import open_data

@@ -20,7 +20,8 @@ from gptjax import OptimizerConfig, TrainConfig, TransformerConfig, build, split
 from gptjax.config import DataConfig, InputError, MeshConfig
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import open_corpus, open_sources
-from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
+from gptjax.data.pipeline import EvaluationBatches, training_batches
+from gptjax.data.streaming import streamed_batches
 from gptjax.data.tokenizers import ByteTokenizer
 from gptjax.parallel.sharding import build_mesh
 from gptjax.system.exits import Interrupted

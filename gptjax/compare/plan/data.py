@@ -9,7 +9,8 @@ from gptjax.compare.question import Comparison
 from gptjax.config import TransformerConfig
 from gptjax.data.batch import Batch
 from gptjax.data.corpus import Corpus, Sources, learn_tokenizer, open_corpus, open_sources
-from gptjax.data.pipeline import EvaluationBatches, streamed_batches, training_batches
+from gptjax.data.pipeline import EvaluationBatches, training_batches
+from gptjax.data.streaming import streamed_batches
 from gptjax.data.tokenizers import Tokenizer
 
 
