@@ -63,7 +63,7 @@ def watch_cost(
         own, measured = (statistics.median(spent[1:]) for spent in seconds.values())
         share = measured / own / train.watch_every
         print(
-            f"{name}, {depth} layers: {1000 * own:.1f} ms a step, {1000 * measured:.1f} ms a "
+            f"{name}, {depth} layers: {1000 * own:.1f} ms per step, {1000 * measured:.1f} ms per "
             f"measurement ({measured / own:.2f} steps); per {train.watch_every} {share:.2%}."
         )
 

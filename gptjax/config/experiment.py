@@ -24,8 +24,8 @@ class DataConfig:
     """Sources, tokenizer, and what the model is trained to predict."""
 
     source: tuple[str, ...] = ("embedded",)
-    """embedded (the language reference that every Python carries), files, globs, tfds:NAME;
-    gptjax/data/README.md has the options behind #."""
+    """embedded (the language reference that every Python carries), files, globs, tfds:NAME,
+    hf:NAME, tokens:SHARDS; gptjax/data/README.md has the options behind #."""
     target: tuple[str, ...] = ()
     """sequence_to_sequence: the target of each source, document by document."""
     weights: tuple[float, ...] = ()

@@ -16,6 +16,8 @@ CALLS = ("calls", "body", "condition", "to_apply", "true_computation", "false_co
 """Attributes that name a called computation."""
 BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "bf16": 16}
 """Bits of types whose name does not end with the number."""
+CONTAINERS = ("while", "conditional", "call")
+"""Opcodes of instructions that only run other computations."""
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 """Opcodes of collectives; asynchronous ones end with `-start` and `-done`."""
 HOST_SPACE = 5

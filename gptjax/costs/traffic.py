@@ -1,6 +1,6 @@
 """HBM traffic of a compiled program, by its optimised HLO."""
 
-from gptjax.costs.hlo import Instruction, Program
+from gptjax.costs.hlo import CONTAINERS, Instruction, Program
 
 FREE = (
     "parameter",
@@ -8,14 +8,12 @@ FREE = (
     "get-tuple-element",
     "tuple",
     "bitcast",
-    "while",
-    "conditional",
-    "call",
     "iota",
     "after-all",
     "partition-id",
     "replica-id",
     "opt-barrier",
+    *CONTAINERS,
 )
 """Instructions that move no data themselves."""
 HBM = 0
@@ -32,7 +30,7 @@ def memory_traffic(program: Program) -> dict[str, int]:
         called
         for computation in program.computations.values()
         for instruction in computation.values()
-        if instruction.opcode not in ("while", "conditional", "call")
+        if instruction.opcode not in CONTAINERS
         for called in instruction.called
     }
     by_instruction = {}

@@ -47,6 +47,7 @@ from gptjax.system.locks import LOCK, locked
 from gptjax.system.mirrors import INDEX, Rules, copied
 from gptjax.training.checkpoint import Checkpoints
 from gptjax.training.checkpoint_files import CHECKPOINTS
+from gptjax.training.profile.steps import PROFILE_PAGE, PROFILE_TRACE
 from gptjax.training.step import State
 from gptjax.training.trackers import check_installed
 from gptjax.training.trackers.tensorboard import event_files
@@ -88,8 +89,8 @@ WRITTEN = (
     "metrics.jsonl",
     "metrics.tmp",
     "sessions.jsonl",
-    "profile",
-    "profile.html",
+    PROFILE_TRACE,
+    PROFILE_PAGE,
     "wandb",
     "mlflow",
     "trackio",

@@ -10,8 +10,8 @@ number, so that the grouping of steps changes no bit of the result.
 | 1, the step alone, without a loop around it | on a CPU, and where a step is above `SHORT_FLOPS` |
 | as many as take `SECONDS`, by the time that steps are measured to take | else |
 
-A group ends at each step that is evaluated or saved, where a profile starts and ends, and at the
-end of a stack.
+A group ends at each step that is evaluated or saved, before one that is watched, where a profile
+starts and ends, and at the end of a stack.
 """
 
 import time
@@ -95,7 +95,7 @@ class Pace:
             if len(self._begun) > WARM_UP + MEASURED:
                 self._choose()
         left = [every - done % every for every in _intervals(self._config)]
-        if self._config.watch:  # What is measured of a step, is measured before its group.
+        if self._config.watch:  # Measured before the group that begins with it.
             before = self._config.watch_every - 1
             left.append((before - done) % self._config.watch_every or self._config.watch_every)
         profiled = self._config.profiled

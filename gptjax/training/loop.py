@@ -40,6 +40,7 @@ from gptjax.training.step import (
     state_shapes,
 )
 from gptjax.training.trackers.protocol import DurableTracker, TimeTracker, Tracker
+from gptjax.training.trackers.sessions import SPENT
 from gptjax.training.watch import Activations, Measured, lower_watch_step, scalars_of
 
 SCALARS = "loss", "cross_entropy", "grad_norm"
@@ -277,8 +278,8 @@ class _Logger:
         self._since, self._waited = time.perf_counter(), feed.waited
         self.tokens = 0
         """Tokens of the steps since the last logged one."""
-        self._spent = {"evaluation": 0.0, "checkpoint": 0.0, "profile": 0.0}
-        """Seconds in `paused`."""
+        self._spent: dict[str, float] = dict.fromkeys(SPENT, 0.0)
+        """Seconds in `paused`, by kind; those of data are the feed's."""
         self.watched: dict[int, dict[str, Measured]] = {}
         """What was measured inside, by steps that are not logged yet."""
         self._waited_before = feed.waited
@@ -319,7 +320,7 @@ class _Logger:
 
     def spend(self, step: int) -> None:
         """Tell where the time went, up to `step`."""
-        seconds = {"data": self._feed.waited - self._waited_before, **self._spent}
+        seconds = {**self._spent, "data": self._feed.waited - self._waited_before}
         for tracker in self._trackers:
             if isinstance(tracker, TimeTracker):
                 tracker.spent(step, seconds)

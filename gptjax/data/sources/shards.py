@@ -22,7 +22,7 @@ import numpy as np
 from gptjax.config import InputError
 from gptjax.data.sources.files import CHUNK, File
 from gptjax.data.sources.protocol import Spec, check_index, first_line, refuse
-from gptjax.data.tokenizers import LEARNT, Tokenizer, train_tokenizer
+from gptjax.data.tokenizers import LEARNT, MODEL_FILE, Tokenizer, train_tokenizer
 
 HEADER = 1024
 """Bytes of llm.c's header, 256 int32: magic number, version, number of tokens."""
@@ -142,7 +142,7 @@ def open_shards(spec: Spec, paths: list[str]) -> Shards:
 
 def _is_learnt(tokenizer: str) -> bool:
     kind, _, argument = tokenizer.partition(":")
-    return kind in LEARNT and not argument.endswith(".model")
+    return kind in LEARNT and not argument.endswith(MODEL_FILE)
 
 
 def _opened(path: str, dtype: np.dtype) -> Shard:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from gptjax.config import TransformerConfig
-from gptjax.costs.hlo import COLLECTIVES, Instruction, Program
+from gptjax.costs.hlo import COLLECTIVES, CONTAINERS, Instruction, Program
 from gptjax.costs.model import model_cost
-from gptjax.costs.traffic import FREE, memory_traffic
+from gptjax.costs.traffic import memory_traffic
 from gptjax.training.profile.timeline import OTHER_PROGRAMS, Timeline
 
 SCOPES = {
@@ -110,9 +110,8 @@ def step_times(
     parts = {name: part_of(program, one) for name, one in instructions.items()}
     seconds: defaultdict[str, float] = defaultdict(float)
     for name, taken in timeline.instructions.items():
-        seconds[PROGRAMS if name == OTHER_PROGRAMS else parts.get(name, OTHER)] += taken / len(
-            steps
-        )
+        part = PROGRAMS if name == OTHER_PROGRAMS else parts.get(name, OTHER)
+        seconds[part] += taken / len(steps)
     moved: Counter[str] = Counter()
     for name, size in memory_traffic(program).items():
         moved[parts[name]] += size
@@ -143,7 +142,7 @@ def forward_flops(config: TransformerConfig) -> dict[str, int]:
 
 def containers(program: Program) -> set[str]:
     """The instructions that only run others."""
-    return {name for name, one in program.instructions.items() if one.opcode in FREE}
+    return {name for name, one in program.instructions.items() if one.opcode in CONTAINERS}
 
 
 def part_of(program: Program, instruction: Instruction) -> str:

@@ -13,7 +13,7 @@ from gptjax.training.profile.parts import Peaks, containers, step_times
 from gptjax.training.profile.table import table
 from gptjax.training.profile.timeline import read_timeline
 
-TRACE, PAGE = "profile", "profile.html"
+PROFILE_TRACE, PROFILE_PAGE = "profile", "profile.html"
 
 
 class StepProfile:
@@ -49,7 +49,7 @@ class StepProfile:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # Every call of a Python function would take its time.
         options.host_tracer_level = 1
-        jax.profiler.start_trace(self._directory / TRACE, profiler_options=options)
+        jax.profiler.start_trace(self._directory / PROFILE_TRACE, profiler_options=options)
         self._tracing = True
 
     def ends(self, done: int) -> bool:
@@ -68,7 +68,7 @@ class StepProfile:
         steps = range(self._first, self._config.train.profiled.stop)
         text = compiled.as_text() or ""
         program, module = read_program(text), text.split(",", 1)[0].removeprefix("HloModule ")
-        trace = self._directory / TRACE
+        trace = self._directory / PROFILE_TRACE
         try:
             timeline = read_timeline(trace, module, containers(program))
         except InputError as error:
@@ -76,8 +76,9 @@ class StepProfile:
             return
         found = step_times(timeline, program, self._config.model, tokens, steps, _peaks())
         print(table(found))
-        print(f"{PAGE} in the run's directory draws it; Perfetto and XProf open {TRACE}/.")
-        with replacing(self._directory / PAGE) as file:
+        opened = f"Perfetto and XProf open {PROFILE_TRACE}/"
+        print(f"{PROFILE_PAGE} in the run's directory draws it; {opened}.")
+        with replacing(self._directory / PROFILE_PAGE) as file:
             file.write(page(found).encode())
 
 

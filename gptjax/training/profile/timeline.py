@@ -57,11 +57,6 @@ class Timeline(NamedTuple):
     idle: float
     """Nothing runs on the device, and the host waits for it."""
 
-    @property
-    def total(self) -> float:
-        """All seconds."""
-        return sum(self.instructions.values()) + self.host + self.idle
-
 
 def read_timeline(trace: Path, module: str, containers: Container[str]) -> Timeline:
     """Reads the trace of a program on CPUs or GPUs.
