@@ -14,7 +14,7 @@ BAR = HEAD.index("share") + 1
 def page(found: StepTimes) -> str:
     """Returns the page, which loads nothing from elsewhere."""
     longest = max(row.seconds for row in found.rows)
-    names = [*HEAD[:BAR], "and the roofline in it", *HEAD[BAR:]]
+    names = [*HEAD[:BAR], "time, roofline", *HEAD[BAR:]]
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     rows = "".join(_row(row, found.seconds, longest) for row in found.rows)
     template = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
